@@ -1,0 +1,64 @@
+"""flashsvd: compress Hugging Face transformers with SVD methods and run the result.
+
+Names are imported when they are first used. Importing this package also makes transformers able to load compressed
+checkpoints with plain `AutoModelFor....from_pretrained(directory)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flashsvd import transformers_hook
+from flashsvd._version import __version__
+
+if TYPE_CHECKING:
+    from flashsvd.compress import CompressConfig, run_compress
+    from flashsvd.errors import FlashSVDError
+    from flashsvd.evaluate import EvalConfig, EvalResult, run_eval
+    from flashsvd.info import read_info, show_checkpoint_info
+    from flashsvd.io import export_dense, load_compressed, save_compressed
+    from flashsvd.report import CompressReport
+
+_HOMES = {
+    "CompressConfig": "flashsvd.compress",
+    "CompressReport": "flashsvd.report",
+    "EvalConfig": "flashsvd.evaluate",
+    "EvalResult": "flashsvd.evaluate",
+    "FlashSVDError": "flashsvd.errors",
+    "export_dense": "flashsvd.io",
+    "load_compressed": "flashsvd.io",
+    "read_info": "flashsvd.info",
+    "run_compress": "flashsvd.compress",
+    "run_eval": "flashsvd.evaluate",
+    "save_compressed": "flashsvd.io",
+    "show_checkpoint_info": "flashsvd.info",
+}
+
+__all__ = [
+    "CompressConfig",
+    "CompressReport",
+    "EvalConfig",
+    "EvalResult",
+    "FlashSVDError",
+    "__version__",
+    "export_dense",
+    "load_compressed",
+    "read_info",
+    "run_compress",
+    "run_eval",
+    "save_compressed",
+    "show_checkpoint_info",
+]
+
+transformers_hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flashsvd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,216 @@
+"""The `flashsvd` command. A command's own modules, and torch, are imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flashsvd._version import __version__
+from flashsvd.errors import FlashSVDError
+from flashsvd.options import flag
+
+ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: its help line, and functions that add its arguments to a parser and run it."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`flashsvd <command> ...`; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _Parser(prog="flashsvd", description="Compress Hugging Face transformers with SVD methods and run them.")
+    parser.add_argument("--version", action="version", version=f"flashsvd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.help, add_help=False)
+    name = parser.parse_args(arguments[:1]).command
+    return run_command(name, arguments[1:], prog=f"flashsvd {name}")
+
+
+def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Parse one command's arguments and run it; errors meant for users become one line and exit code 2."""
+    command = COMMANDS[name]
+    parser = _Parser(prog=prog, description=command.help)
+    command.add_arguments(parser)
+    options = parser.parse_args(list(arguments))
+    _log_to_terminal()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command.run(options)
+    except FlashSVDError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def compress_main() -> int:
+    return run_command("compress", sys.argv[1:], prog="flashsvd-compress")
+
+
+def eval_main() -> int:
+    return run_command("eval", sys.argv[1:], prog="flashsvd-eval")
+
+
+def info_main() -> int:
+    return run_command("info", sys.argv[1:], prog="flashsvd-info")
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    from flashsvd.compress import CompressConfig
+
+    add_config_arguments(parser, CompressConfig)
+
+
+def _run_compress(options: argparse.Namespace) -> None:
+    from flashsvd.compress import CompressConfig, run_compress
+
+    report = run_compress(config_from(options, CompressConfig))
+    print("\n".join(report.summary()))
+    print(f"next: flashsvd info {report.output}")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    from flashsvd.evaluate import EvalConfig
+
+    add_config_arguments(parser, EvalConfig)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def _run_eval(options: argparse.Namespace) -> None:
+    from flashsvd.evaluate import EvalConfig, run_eval
+
+    if options.json:
+        logging.getLogger("flashsvd").setLevel(logging.WARNING)
+    result = run_eval(config_from(options, EvalConfig))
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2, allow_nan=False))
+        return
+    print(result)
+    if options.output:
+        print(f"written to {options.output}")
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="a directory that `flashsvd compress` wrote")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _run_info(options: argparse.Namespace) -> None:
+    from flashsvd.info import read_info, show_checkpoint_info
+
+    if options.json:
+        print(json.dumps(read_info(options.directory).to_json(), indent=2, allow_nan=False))
+    else:
+        show_checkpoint_info(options.directory)
+
+
+COMMANDS: dict[str, Command] = {
+    "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
+    "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
+    "info": Command("show what a compressed checkpoint is", _add_info, _run_info),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, config_class: Any) -> None:
+    """One option for each field of a config dataclass, with the field's own help, choices and default."""
+    types_by_name = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        help_text = field.metadata["help"].replace("%", "%%")
+        required = field.default is dataclasses.MISSING
+        if field.default is False:
+            parser.add_argument(flag(field.name), action="store_true", help=help_text)
+            continue
+        if not required and field.default is not None:
+            help_text += f" (default: {field.default})"
+        parser.add_argument(
+            flag(field.name),
+            type=_READERS[_plain_type(types_by_name[field.name])],
+            default=None if required else field.default,
+            required=required,
+            choices=field.metadata["choices"],
+            metavar=None if field.metadata["choices"] else field.name.upper(),
+            help=help_text,
+        )
+
+
+def config_from(options: argparse.Namespace, config_class: Any) -> Any:
+    """The config dataclass that the parsed options describe."""
+    return config_class(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)})
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+_READERS: dict[type, Callable[[str], Any]] = {str: str, int: _whole_number, float: _number}
+
+
+def _plain_type(annotation: Any) -> type:
+    """`int` for `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    plain: type = annotation
+    return plain
+
+
+class _TerminalHandler(logging.Handler):
+    """Log lines that do not tear a progress bar: news to stdout, warnings to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm
+
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+        else:
+            tqdm.write(record.getMessage(), file=sys.stdout)
+
+
+def _log_to_terminal() -> None:
+    log = logging.getLogger("flashsvd")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
+        log.addHandler(_TerminalHandler())
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,158 @@
+"""Reading labelled text: GLUE from the hub, or local TSV, CSV, parquet and JSON-lines files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flashsvd.errors import ConfigError, DataError, first_line
+from flashsvd.tasks import GLUE, Task
+
+Split = Literal["train", "validation"]
+SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl", ".json")
+_VALIDATION_NAMES = ("validation", "dev", "val")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts (one or two each) and their labels: class ids, or real numbers where the task has no classes."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[float]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def load_examples(task: Task, split: Split, data: str | None = None, limit: int | None = None) -> Examples:
+    """The first `limit` examples of a split.
+
+    Args:
+        data: a file, or a directory with train and validation files; None takes GLUE from the hub.
+
+    Raises:
+        DataError: the data cannot be had or does not fit the task.
+    """
+    if data is None:
+        where, rows = f"{GLUE}/{task.hub_config}", _read_hub(task, split)
+    else:
+        file = find_file(Path(data).expanduser(), split, task)
+        where, rows = str(file), read_rows(file)
+    rows = rows[:limit]
+    if not rows:
+        raise DataError(f"{where} holds no examples")
+    missing = [name for name in (*task.columns, "label") if name not in rows[0]]
+    if missing:
+        raise DataError(
+            f"{where} lacks the column {', '.join(missing)}; {task.name} needs {', '.join(task.columns)} and label, "
+            f"it has {', '.join(map(str, rows[0]))}"
+        )
+    texts, labels = [], []
+    for number, row in enumerate(rows, start=1):
+        row_texts = tuple(row[column] for column in task.columns)
+        if not all(isinstance(text, str) for text in row_texts):
+            raise DataError(f"{where}: example {number} has no text in {', '.join(task.columns)}")
+        texts.append(row_texts)
+        labels.append(_label(task, row["label"], f"{where}: example {number}"))
+    return Examples(texts, labels)
+
+
+def find_file(path: Path, split: Split, task: Task) -> Path:
+    """The file of a split: `path` itself, or the one in the directory `path` that is named after the split.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"there is no file or directory {path}; give one with --data, or leave it out to use the hub")
+    names = (task.validation, *_VALIDATION_NAMES) if split == "validation" else (split,)
+    for name in names:
+        for suffix in SUFFIXES:
+            if (path / (name + suffix)).is_file():
+                return path / (name + suffix)
+    raise DataError(f"{path} holds no {names[0]} file ({', '.join(SUFFIXES)}); name the file itself with --data")
+
+
+def read_rows(file: Path) -> list[Mapping[str, Any]]:
+    """The rows of a file by column name; its suffix tells the format.
+
+    Raises:
+        DataError: the suffix is unknown, or the file is not of that format.
+    """
+    try:
+        match file.suffix:
+            case ".tsv":
+                return _read_delimited(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            case ".csv":
+                return _read_delimited(file, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+            case ".jsonl" | ".json":
+                return _read_json_lines(file)
+            case ".parquet":
+                return _read_parquet(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
+    raise DataError(f"{file} has an unknown suffix; use one of {', '.join(SUFFIXES)}")
+
+
+def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> list[Mapping[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    with file.open(encoding="utf-8-sig", newline="" if quoting == csv.QUOTE_MINIMAL else None) as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+        return list(reader)
+
+
+def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
+    text = file.read_text(encoding="utf-8")
+    is_list = text.lstrip().startswith("[")
+    rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be a JSON object")
+    return list(rows)
+
+
+def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"reading {file} needs pyarrow; pip install datasets, or convert it to TSV") from error
+    rows: list[Mapping[str, Any]] = parquet.read_table(file).to_pylist()
+    return rows
+
+
+def _read_hub(task: Task, split: Split) -> Sequence[Mapping[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError("data from the hub needs the datasets package; install it, or pass --data PATH") from error
+    name = task.validation if split == "validation" else split
+    try:
+        return list(load_dataset(GLUE, task.hub_config, split=name))
+    except Exception as error:  # datasets and the hub client raise many kinds; each means the data is not there
+        raise DataError(
+            f"cannot get {GLUE} ({task.hub_config}) from the hub: {first_line(error)} "
+            "(check the network, or pass --data PATH)"
+        ) from error
+
+
+def _label(task: Task, value: Any, where: str) -> float:
+    if isinstance(value, str) and value.strip().lower() in task.labels:
+        return task.labels.index(value.strip().lower())
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        allowed = f" or one of {', '.join(task.labels)}" if task.labels else ""
+        raise DataError(f"{where} has the label {value!r}; {task.name} needs a number{allowed}")
+    if task.labels and number == -1:
+        raise DataError(f"{where} has the label -1, which marks hidden test labels; use the validation split")
+    if task.labels and number not in range(len(task.labels)):
+        raise DataError(f"{where} has the label {value}, but {task.name} has the classes 0 to {len(task.labels) - 1}")
+    return number

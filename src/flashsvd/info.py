@@ -1,0 +1,110 @@
+"""`flashsvd info`: what a compressed checkpoint is, how large, and how to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsvd.metadata import CompressionInfo
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint's metadata and its files.
+
+    Attributes:
+        files: sizes in bytes, by path inside the directory.
+    """
+
+    directory: Path
+    compression: CompressionInfo
+    files: Mapping[str, int]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready: the metadata, with `directory` and `files` beside it."""
+        return {
+            "directory": str(self.directory),
+            "files": dict(self.files),
+            "weight_bytes": self.weight_bytes,
+            **dataclasses.asdict(self.compression),
+        }
+
+    def __str__(self) -> str:
+        c, p = self.compression, self.compression.parameters
+        asked = (
+            f"keep {c.ratio:g} of the factored layers' parameters"
+            if c.ratio is not None
+            else ", ".join(f"{role} {rank}" for role, rank in c.ranks.items())
+        )
+        rows = [
+            ("checkpoint", str(self.directory)),
+            ("base model", c.base_model),
+            ("architecture", f"{c.architecture} ({c.model_type})"),
+            ("task", c.task or "none given"),
+            ("method", f"{c.method}, Q/K/V {c.qkv}"),
+            ("asked", asked),
+            ("ranks", _rank_summary(c.module_ranks)),
+            ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
+            ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
+            ("weights", f"{_reduction(c.dense_bytes, self.weight_bytes, 'bytes')}, {c.dtype}"),
+            ("made", f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"),
+        ]
+        if c.untrained:
+            rows.append(("random weights", ", ".join(c.untrained)))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
+        lines += [
+            "",
+            "use",
+            "  import flashsvd",
+            f"  model = flashsvd.load_compressed({str(self.directory)!r})",
+            f"  flashsvd eval --checkpoint {self.directory} --task {c.task or 'TASK'}",
+        ]
+        return "\n".join(lines)
+
+
+def read_info(directory: str | Path) -> CheckpointInfo:
+    """Read a checkpoint's metadata; its weights are not touched.
+
+    Raises:
+        CheckpointError: the directory holds no compressed checkpoint.
+    """
+    directory = Path(directory).expanduser()
+    compression = CompressionInfo.read(directory)
+    files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    return CheckpointInfo(directory, compression, files)
+
+
+def show_checkpoint_info(directory: str | Path) -> None:
+    """Print what `read_info` finds."""
+    print(read_info(directory))
+
+
+def _rank_summary(module_ranks: Mapping[str, int | None]) -> str:
+    """Ranks by the layers' own names, the layer number left out: `query 96, key 96, dense 152-160`."""
+    by_name: dict[str, list[int | None]] = {}
+    for path, rank in module_ranks.items():
+        name = ".".join(part for part in path.split(".")[-2:] if not part.isdigit())
+        by_name.setdefault(name, []).append(rank)
+    return ", ".join(f"{name} {_range(ranks)}" for name, ranks in by_name.items())
+
+
+def _range(ranks: list[int | None]) -> str:
+    numbers = sorted({rank for rank in ranks if rank is not None})
+    if not numbers:
+        return "dense"
+    text = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+    dense = sum(rank is None for rank in ranks)
+    return f"{text} ({dense} dense)" if dense else text
+
+
+def _reduction(before: int, after: int, unit: str) -> str:
+    return f"{before:,} -> {after:,} {unit} ({after / before:.1%})"

@@ -1,0 +1,48 @@
+"""Supported architectures, one file each, and the one table that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from flashsvd.errors import ModelError
+from flashsvd.models import bert, roberta
+from flashsvd.models.architecture import Architecture, Target
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.model_type: architecture for architecture in (bert.ARCHITECTURE, roberta.ARCHITECTURE)
+}
+
+__all__ = ["ARCHITECTURES", "Architecture", "Target", "architecture_of", "base_prefix", "find_targets"]
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The architecture of a transformers config.
+
+    Raises:
+        ModelError: its `model_type` is not supported.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise ModelError(f"architecture {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def base_prefix(model: nn.Module) -> str:
+    """Path of the base model inside a model with a head, with its dot (`bert.`); empty for a base model itself."""
+    name = getattr(model, "base_model_prefix", "")
+    return f"{name}." if name and hasattr(model, name) else ""
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """The layers of a transformers model that can be factored, by their paths inside it.
+
+    Raises:
+        ModelError: the architecture is not supported.
+    """
+    architecture = architecture_of(model.config)
+    prefix = base_prefix(model)
+    base = model.get_submodule(prefix.removesuffix("."))
+    return [dataclasses.replace(t, module=prefix + t.module) for t in architecture.targets(base)]

@@ -1,0 +1,14 @@
+"""RoBERTa: BERT's encoder under another tokenizer, position offset and head."""
+
+from typing import Any
+
+from flashsvd.models.architecture import Architecture
+from flashsvd.models.bert import encoder_targets
+
+
+def max_length(config: Any) -> int:
+    """Positions are counted from pad_token_id + 1 on, so that many entries of the table are never used."""
+    return int(config.max_position_embeddings - config.pad_token_id - 1)
+
+
+ARCHITECTURE = Architecture("roberta", encoder_targets, max_length)

@@ -1,0 +1,51 @@
+"""Config dataclass fields that carry their own help text, which argparse and the browser page both show."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from flashsvd.errors import ConfigError
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with help text and, where the values are few, its choices. No default means required."""
+    metadata = {"help": help, "choices": choices}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_choices(config: Any) -> None:
+    """Refuse a field whose value is not among its declared choices."""
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"{flag(field.name)} {value!r} is not known; choose from {', '.join(choices)}")
+
+
+def check_count(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse anything but a whole number of at least 1 (or None where `optional`)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{flag(name)} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Refuse anything but a number strictly between 0 and 1, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ConfigError(f"{flag(name)} must be a number, got {value!r}")
+    if not 0 < value < 1:
+        raise ConfigError(f"{flag(name)} must lie strictly between 0 and 1, got {value}")
+
+
+def flag(name: str) -> str:
+    """`rank_attn` -> `--rank-attn`."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,73 @@
+"""What a compression did, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashsvd.factorize import FactoredMatrix
+from flashsvd.metadata import CompressionInfo
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """The result of `run_compress`.
+
+    Attributes:
+        output: the checkpoint's directory.
+        info: what its `compression_info.json` says.
+        matrices: what became of each target.
+        bytes_on_disk: size of its weight files.
+        seconds: wall time of the factorisation.
+    """
+
+    output: Path
+    info: CompressionInfo
+    matrices: tuple[FactoredMatrix, ...]
+    bytes_on_disk: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join([*(group_line(group) for group in group_matrices(self.matrices)), *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The closing lines: totals, what stayed dense, where the checkpoint is."""
+        p = self.info.parameters
+        dense = [m for m in self.matrices if m.rank is None]
+        lines = [
+            f"factored layers: {p['target_dense']:,} -> {p['target_compressed']:,} parameters "
+            f"({p['target_compressed'] / p['target_dense']:.1%} kept)",
+            f"whole model:     {p['dense']:,} -> {p['compressed']:,} parameters "
+            f"({p['compressed'] / p['dense']:.1%} kept), weights "
+            f"{self.info.dense_bytes / 1e6:.1f} -> {self.bytes_on_disk / 1e6:.1f} MB",
+        ]
+        if dense:
+            lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
+        lines.append(f"factored in {self.seconds:.1f} s, saved to {self.output}")
+        return lines
+
+
+def group_matrices(matrices: Sequence[FactoredMatrix]) -> list[list[FactoredMatrix]]:
+    """Matrices of the same layer and role together, in order."""
+    groups: dict[tuple[int, str], list[FactoredMatrix]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.layer, matrix.role), []).append(matrix)
+    return list(groups.values())
+
+
+def group_line(group: Sequence[FactoredMatrix]) -> str:
+    """One line on a layer group: ranks, parameters, relative errors, what stayed dense and why."""
+    first = group[0]
+    ranks = [("dense" if m.rank is None else f"{m.rank}x{m.heads}" if m.heads else str(m.rank)) for m in group]
+    before, after = sum(m.dense_parameters for m in group), sum(m.kept_parameters for m in group)
+    line = f"layer {first.layer:>2} {first.role:<4} rank {_compact(ranks):<12} {before:>11,} -> {after:>11,}"
+    factored = [m.error for m in group if m.rank is not None]
+    if factored:
+        line += f"  error {_compact([f'{error:.3f}' for error in factored])}"
+    reasons = {m.reason for m in group if m.rank is None}
+    return line + "".join(f"  dense: {reason}" for reason in sorted(reasons))
+
+
+def _compact(values: Sequence[str]) -> str:
+    return values[0] if len(set(values)) == 1 else ", ".join(values)

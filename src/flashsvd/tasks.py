@@ -1,0 +1,105 @@
+"""The tasks that models are evaluated on: their columns, labels, metrics and where their data lies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flashsvd.errors import ConfigError, DataError
+
+log = logging.getLogger("flashsvd")
+
+GLUE = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        columns: the text columns, one or two.
+        metrics: names of the metrics, the one to quote first.
+        labels: class names in the order of the data's label ids; empty for a real-valued label.
+        head: `classifier` scores each text or pair with the model's head; `encoder` compares two texts' embeddings.
+        hub_config: the data set's name inside GLUE on the hub.
+        validation: name of the validation split.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...]
+    head: Literal["classifier", "encoder"] = "classifier"
+    hub_config: str = ""
+    validation: str = "validation"
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier for this task; one for a real-valued label."""
+        return len(self.labels) or 1
+
+
+_PAIR = ("sentence1", "sentence2")
+_TASKS = (
+    Task("cola", ("sentence",), ("matthews_correlation",), ("unacceptable", "acceptable"), hub_config="cola"),
+    Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive"), hub_config="sst2"),
+    Task("mrpc", _PAIR, ("f1", "accuracy"), ("not_equivalent", "equivalent"), hub_config="mrpc"),
+    Task("qqp", ("question1", "question2"), ("f1", "accuracy"), ("not_duplicate", "duplicate"), hub_config="qqp"),
+    Task("stsb", _PAIR, ("pearson", "spearmanr"), (), hub_config="stsb"),
+    Task(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("accuracy",),
+        ("entailment", "neutral", "contradiction"),
+        hub_config="mnli",
+        validation="validation_matched",
+    ),
+    Task("qnli", ("question", "sentence"), ("accuracy",), ("entailment", "not_entailment"), hub_config="qnli"),
+    Task("rte", _PAIR, ("accuracy",), ("entailment", "not_entailment"), hub_config="rte"),
+    Task("similarity", _PAIR, ("spearmanr", "pearson"), (), head="encoder", hub_config="stsb"),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"--task {name!r} is not known; choose from {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def check_label_count(task: Task, config: Any, source: str) -> None:
+    """Refuse a trained head that has another number of classes than the task has labels.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    if config.num_labels != task.num_labels:
+        wants = f"{len(task.labels)} classes ({', '.join(task.labels)})" if task.labels else "one real-valued output"
+        raise DataError(
+            f"{source} has a head for {config.num_labels} labels, but {task.name} needs {wants}; "
+            "choose the task it was trained for"
+        )
+
+
+def label_permutation(task: Task, config: Any) -> list[int]:
+    """For each label id of the data, the class of the model that means the same.
+
+    Some checkpoints order their classes differently from GLUE and say so in `config.label2id`; where their names are
+    not the task's, the order is taken to be GLUE's.
+    """
+    classes = {_plain(str(name)): int(index) for name, index in (config.label2id or {}).items()}
+    if set(classes) == {_plain(name) for name in task.labels}:
+        return [classes[_plain(name)] for name in task.labels]
+    if not all(name.startswith("label_") for name in classes):
+        log.warning("class names %s are not %s's; taking them in order", list(config.label2id), task.name)
+    return list(range(len(task.labels)))
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")

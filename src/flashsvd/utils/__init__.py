@@ -1,0 +1,1 @@
+"""Import paths that users of the published FlashSVD code know: `SVDBlocks` and `FlashSVDBlocks`."""

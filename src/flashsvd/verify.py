@@ -1,0 +1,95 @@
+"""Checks on a checkpoint's weight files before anything is loaded from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flashsvd.errors import CheckpointError, first_line
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+Shape = tuple[int, ...]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or the shards its index names.
+
+    Raises:
+        CheckpointError: there are none, one is missing, or the index names a file outside the directory.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; compress the model again")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no shard index ({error!r}); compress the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(
+                f"{index} names the shard {name!r}, which lies outside it; do not trust this checkpoint"
+            )
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} lacks the shard {name}; copy it whole or compress the model again")
+    return [directory / name for name in names]
+
+
+def check_same_directory(files: Sequence[str | Path]) -> None:
+    """Refuse weight files that a shard index placed outside the checkpoint's own directory.
+
+    Raises:
+        CheckpointError: a path climbs out of its directory, or the files do not share one.
+    """
+    for file in files:
+        if ".." in Path(file).parts or Path(file).parent != Path(files[0]).parent:
+            raise CheckpointError(f"the shard index names {file}, which lies outside the checkpoint; do not trust it")
+
+
+def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
+    """Names and shapes of all tensors, from the files' headers alone.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping and cannot be iterated
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({first_line(error)}); it is truncated or damaged, copy it again"
+            ) from error
+    return shapes
+
+
+def compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
+    """Demand every expected tensor in its shape.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing or misshapen.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where} lacks the tensor {name} {list(shape)}; compress the model again")
+        if found[name] != shape:
+            raise CheckpointError(f"{where}: tensor {name} is {list(found[name])}, {list(shape)} was expected")
+
+
+def check_no_extra(expected: set[str], found: Mapping[str, Shape], where: str) -> None:
+    """Refuse tensors the model has no place for.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    if extra := sorted(set(found) - expected):
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise CheckpointError(f"{where} holds the tensor {extra[0]}{more}, which the model has no place for")
