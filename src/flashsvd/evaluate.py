@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from flashsvd.data import Examples
+    from flashsvd.metadata import CompressionInfo
     from flashsvd.predict import Predictor
     from flashsvd.tasks import Task
 
@@ -65,7 +66,7 @@ class EvalResult:
     Attributes:
         metric_value: the task's first metric; None where it is not defined.
         latency_ms: median milliseconds of the model's forward on a full batch.
-        peak_memory_mib: see `memory_definition`.
+        peak_memory_mib: what the model and its forwards took; `memory_definition` says of which memory.
     """
 
     task: str
@@ -125,7 +126,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from flashsvd.atomic import write_text
     from flashsvd.data import load_examples
     from flashsvd.device import describe_device
-    from flashsvd.measure import memory_definition, peak_memory_mib, reset_peak_memory
+    from flashsvd.measure import PeakMemory
     from flashsvd.metrics import compute_metrics
     from flashsvd.predict import Classifier, SentenceSimilarity
     from flashsvd.pretrained import load_tokenizer
@@ -135,17 +136,17 @@ def run_eval(config: EvalConfig) -> EvalResult:
     task = get_task(config.task)
     device = resolve_device(config.device)
     examples = load_examples(task, "validation", config.data, config.max_eval_samples)
-    log.info("loading %s", config.checkpoint)
-    subject = _open(config, task)
+    subject = _Subject.find(config, task)
     tokenizer = load_tokenizer(subject.source)
     if tokenizer.pad_token is None:
         raise ModelError(f"the tokenizer of {config.checkpoint} has no padding token; set one and save it again")
     predictor: Predictor = (
-        Classifier(task, subject.model.config) if task.head == "classifier" else SentenceSimilarity(subject.source)
+        Classifier(task, subject.config) if task.head == "classifier" else SentenceSimilarity(subject.source)
     )
 
-    reset_peak_memory(device)
-    model = subject.model.to(device)
+    log.info("loading %s", config.checkpoint)
+    memory = PeakMemory(device)
+    model = subject.load(resolve_dtype(config.dtype)).to(device)
     predictions, latencies = _run(config, model, tokenizer, predictor, examples, device)
     full = [ms for size, ms in latencies if size == config.batch_size] or [ms for _, ms in latencies]
     metrics = {
@@ -154,16 +155,17 @@ def run_eval(config: EvalConfig) -> EvalResult:
     }
     for name in (name for name, value in metrics.items() if value is None):
         log.warning("%s is not defined here: predictions or labels are constant", name)
+    info = subject.info
     result = EvalResult(
         task=task.name,
         metric_name=task.metrics[0],
         metric_value=metrics[task.metrics[0]],
         metrics=metrics,
-        base_model=subject.base_model,
-        method=subject.method,
-        ranks=subject.ranks,
-        ratio=subject.ratio,
-        peak_memory_mib=round(peak_memory_mib(device), 2),
+        base_model=info.base_model if info else config.checkpoint,
+        method=info.method if info else "dense",
+        ranks=info.ranks if info else None,
+        ratio=info.ratio if info else None,
+        peak_memory_mib=round(memory.mib(), 2),
         latency_ms=_percentile(full, 50),
         latency_percentiles_ms={f"p{q}": _percentile(full, q) for q in (50, 90, 99)},
         samples_per_second=round(len(examples) / sum(ms for _, ms in latencies) * 1000, 2),
@@ -180,7 +182,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         git_commit=git_commit(),
         flashsvd_version=__version__,
         latency_definition=_latency_definition(task),
-        memory_definition=memory_definition(device),
+        memory_definition=memory.definition,
     )
     if config.output:
         write_text(Path(config.output).expanduser(), json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
@@ -189,46 +191,50 @@ def run_eval(config: EvalConfig) -> EvalResult:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model under evaluation and what is known of its compression."""
+    """What is to be evaluated, before its weights are loaded."""
 
-    model: Any
     source: str
-    base_model: str
-    method: str = "dense"
-    ranks: Mapping[str, int | None] | None = None
-    ratio: float | None = None
+    config: Any
+    own_class: Any
+    wanted_class: Any
+    info: CompressionInfo | None
 
+    @classmethod
+    def find(cls, config: EvalConfig, task: Task) -> _Subject:
+        from flashsvd.io import is_compressed
+        from flashsvd.metadata import CompressionInfo
+        from flashsvd.models import architecture_of
+        from flashsvd.pretrained import base_class, classifier_class, load_config, locate, own_class
+        from flashsvd.tasks import check_label_count
 
-def _open(config: EvalConfig, task: Task) -> _Subject:
-    from flashsvd.io import is_compressed, load_compressed
-    from flashsvd.metadata import CompressionInfo
-    from flashsvd.models import architecture_of
-    from flashsvd.pretrained import base_class, classifier_class, load_config, load_model, locate, own_class
-    from flashsvd.tasks import check_label_count
-
-    source = locate(config.checkpoint)
-    model_config = load_config(source)
-    longest = architecture_of(model_config).max_length(model_config)
-    if config.seq_len > longest:
-        raise ConfigError(f"--seq-len {config.seq_len} is above {longest}, the longest {config.checkpoint} can read")
-    wanted = classifier_class(model_config) if task.head == "classifier" else base_class(model_config)
-    own = own_class(model_config)
-    if task.head == "classifier":
-        if own is not wanted:
-            raise ModelError(
-                f"{config.checkpoint} is a {own.__name__} without a classification head; {task.name} needs one"
+        source = locate(config.checkpoint)
+        model_config = load_config(source)
+        longest = architecture_of(model_config).max_length(model_config)
+        if config.seq_len > longest:
+            raise ConfigError(
+                f"--seq-len {config.seq_len} is above {longest}, the longest {config.checkpoint} can read"
             )
-        check_label_count(task, model_config, config.checkpoint)
-    dtype = resolve_dtype(config.dtype)
-    if not is_compressed(source):
-        return _Subject(load_model(source, model_config, wanted, dtype).model, source, config.checkpoint)
-    info = CompressionInfo.read(Path(source))
-    model = load_compressed(source, dtype=dtype)
-    if info.untrained:
-        log.warning("the weights of %s were random when the model was compressed", ", ".join(info.untrained))
-    if own is not wanted:
-        model = model.base_model
-    return _Subject(model, source, info.base_model, info.method, info.ranks, info.ratio)
+        own = own_class(model_config)
+        wanted = classifier_class(model_config) if task.head == "classifier" else base_class(model_config)
+        if task.head == "classifier":
+            if own is not wanted:
+                raise ModelError(
+                    f"{config.checkpoint} is a {own.__name__} without a classification head; {task.name} needs one"
+                )
+            check_label_count(task, model_config, config.checkpoint)
+        info = CompressionInfo.read(Path(source)) if is_compressed(source) else None
+        if info and info.untrained:
+            log.warning("the weights of %s were random when the model was compressed", ", ".join(info.untrained))
+        return cls(source, model_config, own, wanted, info)
+
+    def load(self, dtype: torch.dtype | None) -> Any:
+        from flashsvd.io import load_compressed
+        from flashsvd.pretrained import load_model
+
+        if self.info is None:
+            return load_model(self.source, self.config, self.wanted_class, dtype).model
+        model = load_compressed(self.source, dtype=dtype)
+        return model if self.own_class is self.wanted_class else model.base_model
 
 
 def _run(

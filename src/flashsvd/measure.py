@@ -14,6 +14,7 @@ import torch
 T = TypeVar("T")
 
 MIB = 1 << 20
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -25,34 +26,43 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, (time.perf_counter() - start) * 1000
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of `peak_memory_mib`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Linux forgets a process's peak when told so; elsewhere the peak is the process's whole life.
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+class PeakMemory:
+    """The most memory in use since this object was made, above what was in use then.
+
+    CUDA: memory allocated by torch. CPU: resident memory of the process, mapped files included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = float(torch.cuda.memory_allocated(device))
+        else:
+            # Linux forgets a process's peak when told so; elsewhere the peak is the process's whole life.
+            if _CLEAR_REFS.exists():
+                _CLEAR_REFS.write_text("5")
+            self._before = _peak_resident_bytes()
+
+    def mib(self) -> float:
+        """The peak so far, in MiB."""
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _peak_resident_bytes()
+        return (peak - self._before) / MIB
+
+    @property
+    def definition(self) -> str:
+        """What `mib` means, for people."""
+        what = "CUDA memory allocated by torch" if self._device.type == "cuda" else "resident memory of the process"
+        return f"most {what} while loading, warming up and evaluating, above what it was before the model was loaded"
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """CUDA: the most memory torch had allocated; CPU: the most resident memory of the process. MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
+def _peak_resident_bytes() -> float:
     status = Path("/proc/self/status")
     if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
+        return float(peak.split()[1]) * 1024
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_rss / MIB if sys.platform == "darwin" else peak_rss / 1024
-
-
-def memory_definition(device: torch.device) -> str:
-    """What `peak_memory_mib` means on a device, for people."""
-    if device.type == "cuda":
-        return "most CUDA memory allocated by torch during warm-up and evaluation, weights included"
-    return "most resident memory of the process during warm-up and evaluation, libraries and weights included"
+    return float(peak_rss if sys.platform == "darwin" else peak_rss * 1024)
 
 
 def _drain(device: torch.device) -> None:
