@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import types
@@ -49,6 +50,8 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     parser = _Parser(prog=prog, description=command.help)
     command.add_arguments(parser)
     options = parser.parse_args(list(arguments))
+    # transformers' own load reports are for its developers; what matters of them becomes a warning or error of ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _log_to_terminal()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -207,7 +210,6 @@ class _TerminalHandler(logging.Handler):
 def _log_to_terminal() -> None:
     log = logging.getLogger("flashsvd")
     log.setLevel(logging.INFO)
-    log.propagate = False
     if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
         log.addHandler(_TerminalHandler())
 

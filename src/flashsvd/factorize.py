@@ -90,7 +90,8 @@ def check_finite(model: nn.Module) -> None:
         ModelError: naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        # NaN passes through aminmax, which unlike isfinite needs no memory of the parameter's own size.
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
             raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
 
 
@@ -109,9 +110,10 @@ def _factor_layer(
     factors = method.factorize(blocked, choice.rank)
     layer = LayerSpec(choice.rank, heads).build_from_factors(dense, factors.u, factors.v)
     kept = layer.u.weight.numel() + layer.v.weight.numel()
-    # The error of what is stored, so in the stored dtype's rounding.
-    residual = layer.matrix().to(work.device) - work.float()
-    error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(work.float()).clamp_min(1e-30)
+    # The error of what is stored, so in the stored dtype's rounding; in place, since these are the largest tensors.
+    original = work.float()
+    residual = layer.matrix().to(work.device).sub_(original)
+    error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)
     return FactoredMatrix(
         target.module, target.role, target.layer, choice.rank, heads, weight.numel(), kept, error.item()
     ), layer

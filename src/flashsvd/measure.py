@@ -41,12 +41,12 @@ class PeakMemory:
             # Linux forgets a process's peak when told so; elsewhere the peak is the process's whole life.
             if _CLEAR_REFS.exists():
                 _CLEAR_REFS.write_text("5")
-            self._before = _peak_resident_bytes()
+            self._before = peak_resident_bytes()
 
     def mib(self) -> float:
         """The peak so far, in MiB."""
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _peak_resident_bytes()
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
         return (peak - self._before) / MIB
 
     @property
@@ -56,7 +56,11 @@ class PeakMemory:
         return f"most {what} while loading, warming up and evaluating, above what it was before the model was loaded"
 
 
-def _peak_resident_bytes() -> float:
+def peak_resident_bytes() -> float:
+    """The most resident memory this process has had, in bytes.
+
+    On Linux from /proc, since getrusage counts what the parent process had before it started this one.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

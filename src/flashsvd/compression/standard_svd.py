@@ -33,10 +33,11 @@ def truncated_svd(weight: Tensor, rank: int) -> Factors:
     _, directions = torch.linalg.eigh(w.mT @ w)
     q = directions[..., -rank:].flip(-1)
     projected = w @ q
+    del w
     s = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
     # Where s is zero the column of W Q is zero too, and any scale leaves the product as it is.
     scale = torch.where(s > 0, s, 1.0).sqrt()
-    return Factors(projected / scale, (q * scale).mT)
+    return Factors(projected.div_(scale), (q * scale).mT)
 
 
 METHOD = Method("standard", truncated_svd, aliases=("svd",))

@@ -1,0 +1,146 @@
+"""The `flashsvd` command, `info`, and what importing the package costs and does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashsvd
+from conftest import MakeModel
+from flashsvd import CompressConfig, read_info, run_compress
+from flashsvd.cli import COMMANDS, main
+from flashsvd.provenance import git_commit
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+@pytest.fixture
+def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
+    run_compress(CompressConfig(model=str(make_model()), rank=4, task="sst2", output=str(tmp_path / "out")))
+    return tmp_path / "out"
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'gradio'} & set(sys.modules)"
+    for command in ("['--help']", "['compress', '--help']", "['eval', '--help']", "['info', '--help']"):
+        code = (
+            "import contextlib, io, sys; from flashsvd.cli import main\n"
+            "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+            f"    main({command})\n"
+            f"print({heavy})"
+        )
+        assert python(code) == "set()"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_option_has_help(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    COMMANDS[command].add_arguments(parser)
+    assert all(action.help for action in parser._actions)
+
+
+def test_the_whole_way_through_the_command_line(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, data = tmp_path / "out", tmp_path / "x.tsv"
+    data.write_text("sentence\tlabel\na good movie\t1\na bad film\t0\n")
+    assert (
+        main(["compress", "--model", str(make_model()), "--rank", "4", "--task", "sst2", "--output", str(output)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "layer  0 attn rank 4" in printed
+    assert f"next: flashsvd info {output}" in printed
+    assert main(["eval", "--checkpoint", str(output), "--task", "sst2", "--data", str(data), "--seq-len", "16"]) == 0
+    assert "sst2: accuracy" in capsys.readouterr().out
+    shown = ["eval", "--checkpoint", str(output), "--task", "sst2", "--data", str(data), "--seq-len", "16", "--json"]
+    assert main(shown) == 0
+    assert json.loads(capsys.readouterr().out)["num_eval_samples"] == 2
+    assert main(["info", str(output)]) == 0
+    assert "flashsvd.load_compressed" in capsys.readouterr().out
+
+
+def test_no_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_info_shows_method_ranks_sizes_files_and_use(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    for expected in ("standard, Q/K/V joint", "attn 4, ffn 16, wo 16", "model.safetensors", "whole model", "sst2"):
+        assert expected in text
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["files"]["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
+    assert data["ranks"] == {"attn": 4, "ffn": 16, "wo": 16}
+    assert json.loads(json.dumps(read_info(checkpoint).to_json())) == data
+
+
+def test_info_on_another_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory, says in ((tmp_path, "has no compression_info.json"), (tmp_path / "none", "is not a directory")):
+        assert main(["info", str(directory)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert says in error
+        assert "\n" not in error
+
+
+def test_the_import_paths_existing_users_know_work_without_a_gpu() -> None:
+    code = (
+        "from flashsvd.kernels import flashsvdattn; from flashsvd.utils import FlashSVDBlocks, SVDBlocks; print('ok')"
+    )
+    assert python(code) == "ok"
+
+
+def test_public_names_resolve() -> None:
+    assert all(getattr(flashsvd, name) is not None for name in flashsvd.__all__)
+    assert set(flashsvd.__all__) <= set(dir(flashsvd))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(flashsvd, "nothing")  # noqa: B009 - the lookup is what is tested
+
+
+def test_importing_is_cheap_and_runs_without_datasets_evaluate_and_gradio(checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "x.tsv"
+    data.write_text("sentence\tlabel\na good movie\t1\n")
+    code = (
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'gradio'): sys.modules[name] = None\n"
+        "import flashsvd\n"
+        "assert 'torch' not in sys.modules\n"
+        f"config = flashsvd.EvalConfig(checkpoint={str(checkpoint)!r}, task='sst2', data={str(data)!r}, seq_len=16)\n"
+        "print(flashsvd.run_eval(config).num_eval_samples)"
+    )
+    assert python(code).splitlines()[-1] == "1"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import flashsvd; from transformers import AutoModelForSequenceClassification as A",
+        "from transformers import AutoModelForSequenceClassification as A; import flashsvd",
+        "import transformers.quantizers.auto; import flashsvd; import flashsvd.quantizer; "
+        "from transformers import AutoModelForSequenceClassification as A",
+    ],
+)
+def test_from_pretrained_works_whichever_is_imported_first(checkpoint: Path, order: str) -> None:
+    look = "print(type(model.bert.encoder.layer[0].output.dense).__name__)"
+    code = f"{order}; model = A.from_pretrained({str(checkpoint)!r}); {look}"
+    assert python(code).splitlines()[-1] == "LowRankLinear"
+
+
+def test_the_commit_is_that_of_this_checkout() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert git_commit() == (head.stdout.strip() or None)

@@ -1,0 +1,135 @@
+"""`run_compress`: what is factored, what it reports, where it goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import MakeModel, build_model
+from flashsvd import CompressConfig, load_compressed, run_compress
+from flashsvd.compression import get_method
+from flashsvd.factorize import factor_model, matrix_shapes
+from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.models import find_targets
+from flashsvd.ranks import RankChoice
+
+
+@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("head", ["base", "classifier", "masked-lm"])
+def test_full_rank_reproduces_the_dense_model(family: str, head: str, qkv: str, tokens: torch.Tensor) -> None:
+    model = build_model(family, head)
+    with torch.inference_mode():
+        dense = model(tokens)[0]
+        targets = find_targets(model)
+        shapes = matrix_shapes(model, targets, qkv)
+        full = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
+        results = factor_model(model, targets, full, get_method("standard"), qkv)
+        factored = model(tokens)[0]
+    assert (factored - dense).norm() <= 1e-5 * dense.norm()
+    assert all(result.error < 1e-5 for result in results)
+    layers = [module for module in model.modules() if isinstance(module, (LowRankLinear, PerHeadLowRankLinear))]
+    assert len(layers) == len(targets) == 12
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 10_000), smaller=st.integers(1, 7))
+def test_a_larger_rank_never_has_a_larger_error(seed: int, smaller: int) -> None:
+    errors = []
+    for rank in (smaller, smaller + 1):
+        torch.manual_seed(seed)
+        model = build_model("bert", "base", num_hidden_layers=1)
+        targets = find_targets(model)
+        plan = {target.module: RankChoice(rank) for target in targets}
+        errors.append([r.error for r in factor_model(model, targets, plan, get_method("standard"), "per-head")])
+    assert all(after <= before + 1e-6 for before, after in zip(*errors, strict=True))
+
+
+def test_report_and_metadata_say_what_was_really_done(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    report = run_compress(
+        CompressConfig(model=str(source), rank_attn=8, rank_ffn=12, rank_wo=20, output=str(tmp_path / "out"))
+    )
+    info = json.loads((tmp_path / "out" / "compression_info.json").read_text())
+    assert info["method"] == "standard"
+    assert info["ranks"] == {"attn": 8, "ffn": 12, "wo": 20}
+    assert info["module_ranks"]["bert.encoder.layer.0.attention.self.query"] == 8
+    # 20 * (32 + 32) parameters are more than 32 * 32, so the output projections stay dense.
+    assert info["module_ranks"]["bert.encoder.layer.1.attention.output.dense"] is None
+    model = load_compressed(tmp_path / "out")
+    assert info["parameters"]["compressed"] == sum(p.numel() for p in model.parameters())
+    assert isinstance(model.bert.encoder.layer[0].attention.self.query, LowRankLinear)
+    assert isinstance(model.bert.encoder.layer[0].attention.output.dense, torch.nn.Linear)
+    text = str(report)
+    assert "layer  0 attn rank 8" in text
+    assert "dense: rank 20 would hold 1,280 parameters, dense holds 1,024" in text
+    assert "2 of 12 matrices stayed dense" in text
+
+
+def test_what_stays_dense_is_bit_equal_to_the_model(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    run_compress(CompressConfig(model=str(source), rank_attn=8, rank_ffn=12, rank_wo=20, output=str(tmp_path / "out")))
+    dense, compressed = build_model().state_dict(), load_compressed(tmp_path / "out").state_dict()
+    for name in set(dense) & set(compressed):
+        assert torch.equal(dense[name], compressed[name]), name
+    assert "bert.encoder.layer.0.attention.output.dense.weight" in set(dense) & set(compressed)
+
+
+def test_checkpoint_is_smaller_by_the_ratio_it_claims(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("bert", "base", hidden_size=64, intermediate_size=256, vocab_size=64)
+    report = run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(tmp_path / "out")))
+    p = report.info.parameters
+    assert 0.45 < p["target_compressed"] / p["target_dense"] <= 0.5
+    assert p["dense"] - p["compressed"] == p["target_dense"] - p["target_compressed"]
+    dense_size = (source / "model.safetensors").stat().st_size
+    headers = 8192
+    assert abs(dense_size - report.bytes_on_disk - 4 * (p["dense"] - p["compressed"])) < headers
+
+
+def test_default_output_is_named_after_model_method_and_ranks() -> None:
+    assert CompressConfig(model="org/bert-x", rank=64).output_directory("standard") == Path(
+        "compressed_models/bert-x_standard_r64"
+    )
+    assert CompressConfig(model="bert-x", ratio=0.5).output_directory("standard").name == "bert-x_standard_p0.5"
+
+
+def test_a_model_without_a_head_gets_the_tasks_head_and_a_warning(
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make_model("bert", "masked-lm")
+    report = run_compress(CompressConfig(model=str(source), task="mnli", ratio=0.5, output=str(tmp_path / "out")))
+    assert "classifier.weight" in report.info.untrained
+    assert any("random" in record.message and "classifier" in record.message for record in caplog.records)
+    model = load_compressed(tmp_path / "out")
+    assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert model.classifier.weight.shape[0] == 3
+
+
+def test_a_new_head_depends_on_the_seed_alone(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("bert", "base")
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = CompressConfig(model=str(source), task="sst2", ratio=0.5, seed=seed, output=str(tmp_path / name))
+        run_compress(config)
+        weights.append(load_compressed(tmp_path / name).classifier.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_is_that_of_the_saved_weights(make_model: MakeModel, tmp_path: Path, dtype: str) -> None:
+    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, dtype=dtype, output=str(tmp_path / "out")))
+    assert {p.dtype for p in load_compressed(tmp_path / "out").parameters()} == {getattr(torch, dtype)}
+
+
+def test_state_dict_is_written_when_asked(make_model: MakeModel, tmp_path: Path) -> None:
+    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, state_dict=True, output=str(tmp_path / "out")))
+    state = torch.load(tmp_path / "out" / "flashsvd_state_dict.pt", weights_only=True)
+    loaded = load_compressed(tmp_path / "out").state_dict()
+    assert set(state) == set(loaded)
+    assert all(torch.equal(state[name], loaded[name]) for name in state)

@@ -1,0 +1,161 @@
+"""`run_eval`: the scores a plain loop would give, and JSON as its users know it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import MakeModel, build_model, build_tokenizer
+from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
+from flashsvd.evaluate import EvalResult
+from flashsvd.metrics import compute_metrics
+from flashsvd.tasks import TASKS, Task
+
+SENTENCES = ["a man eats .", "the dog runs in the film", "very good movie", "not a good film .", "bad", "a woman runs"]
+USERS_KEYS = {
+    "task", "metric_name", "metric_value", "base_model", "method", "ranks", "peak_memory_mib", "latency_ms",
+    "batch_size", "seq_len", "num_eval_samples", "device", "checkpoint_dir", "timestamp", "git_commit",
+    "flashsvd_version", "_latency_definition",
+}  # fmt: skip
+
+
+def write_task_data(task: Task, directory: Path) -> Path:
+    """A TSV of the task's columns with labels of every class."""
+    file = directory / f"{task.name}.tsv"
+    lines = ["\t".join([*task.columns, "label"])]
+    for i, sentence in enumerate(SENTENCES):
+        texts = [sentence, SENTENCES[(i + 2) % len(SENTENCES)]][: len(task.columns)]
+        label = str(i % len(task.labels)) if task.labels else str(i * 0.7)
+        lines.append("\t".join([*texts, label]))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.head == "classifier"], ids=lambda t: t.name)
+def test_scores_are_those_of_a_plain_loop(make_model: MakeModel, tmp_path: Path, task: Task) -> None:
+    source = make_model(num_labels=task.num_labels)
+    data = write_task_data(task, tmp_path)
+    result = run_eval(EvalConfig(checkpoint=str(source), task=task.name, data=str(data), seq_len=32, batch_size=4))
+    model, tokenizer = build_model(num_labels=task.num_labels), build_tokenizer()
+    predictions, labels = [], []
+    for line in data.read_text().splitlines()[1:]:
+        *texts, label = line.split("\t")
+        with torch.inference_mode():
+            logits = model(**tokenizer(*texts, return_tensors="pt")).logits[0]
+        predictions.append(float(logits.argmax()) if task.labels else float(logits[0]))
+        labels.append(float(label))
+    expected = compute_metrics(task.metrics, predictions, labels)
+    assert result.metric_name == task.metrics[0]
+    assert result.metrics == pytest.approx(expected, abs=1e-5)
+
+
+def test_pairs_carry_token_types(make_model: MakeModel, tmp_path: Path) -> None:
+    """The classifier's bias is set between the logits with and without token types, so losing them turns the class."""
+    source = make_model()
+    tokenizer, model = build_tokenizer(), build_model()
+    inputs = tokenizer("a man eats", "the dog runs", return_tensors="pt")
+    with torch.no_grad():
+        typed = model(**inputs).logits[0]
+        untyped = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+        model.classifier.bias -= (typed + untyped) / 2
+    assert (typed - untyped).abs().max() > 0.01
+    model.save_pretrained(source)
+    (tmp_path / "x.tsv").write_text(
+        f"sentence1\tsentence2\tlabel\na man eats\tthe dog runs\t{int((typed - untyped).argmax())}\n"
+    )
+    result = run_eval(EvalConfig(checkpoint=str(source), task="rte", data=str(tmp_path / "x.tsv"), seq_len=32))
+    assert result.metric_value == 1.0
+
+
+def test_classes_in_another_order_are_mapped_by_name(make_model: MakeModel, tmp_path: Path) -> None:
+    labels = ["contradiction", "entailment", "neutral"]
+    data = write_task_data(TASKS["mnli"], tmp_path)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    plain, renamed = make_model(num_labels=3, name="plain"), make_model(name="renamed", **names)
+    model, order = build_model(num_labels=3), [labels.index(name) for name in TASKS["mnli"].labels]
+    with torch.no_grad():
+        weight, bias = model.classifier.weight.clone(), model.classifier.bias.clone()
+        model.classifier.weight[order], model.classifier.bias[order] = weight, bias
+    model.config.id2label, model.config.label2id = names["id2label"], names["label2id"]
+    model.save_pretrained(renamed)
+    scores = [
+        run_eval(EvalConfig(checkpoint=str(d), task="mnli", data=str(data), seq_len=32)) for d in (plain, renamed)
+    ]
+    assert scores[0].metrics == scores[1].metrics
+
+
+@pytest.mark.parametrize("head", ["base", "classifier"])
+def test_similarity_is_the_cosine_of_mean_token_states(make_model: MakeModel, tmp_path: Path, head: str) -> None:
+    source = make_model("bert", head)
+    data = write_task_data(TASKS["similarity"], tmp_path)
+    result = run_eval(EvalConfig(checkpoint=str(source), task="similarity", data=str(data), seq_len=32, batch_size=4))
+    model, tokenizer = build_model("bert", head).base_model, build_tokenizer()
+    cosines, labels = [], []
+    for line in data.read_text().splitlines()[1:]:
+        *texts, label = line.split("\t")
+        with torch.inference_mode():
+            a, b = (model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in texts)
+        cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
+        labels.append(float(label))
+    assert result.metrics == pytest.approx(compute_metrics(("spearmanr", "pearson"), cosines, labels), abs=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["longest", "max"])
+def test_json_has_the_keys_users_know_for_dense_and_compressed(
+    make_model: MakeModel, tmp_path: Path, padding: str
+) -> None:
+    source, output = make_model(), tmp_path / "out"
+    run_compress(CompressConfig(model=str(source), rank=4, task="sst2", output=str(output)))
+    data = write_task_data(TASKS["sst2"], tmp_path)
+    for checkpoint, method, ranks in ((source, "dense", None), (output, "standard", {"attn": 4, "ffn": 16, "wo": 16})):
+        file = tmp_path / "results" / "deep" / f"{method}.json"
+        config = EvalConfig(
+            checkpoint=str(checkpoint), task="sst2", data=str(data), seq_len=32, padding=padding,
+            max_eval_samples=5, batch_size=2, output=str(file),
+        )  # fmt: skip
+        run_eval(config)
+        result = json.loads(file.read_text())
+        assert set(result) >= USERS_KEYS
+        assert (result["method"], result["ranks"]) == (method, ranks)
+        assert result["base_model"] == str(source)
+        assert result["num_eval_samples"] == 5
+        assert result["latency_ms"] > 0
+        assert result["samples_per_second"] > 0
+        assert result["latency_percentiles_ms"]["p50"] <= result["latency_percentiles_ms"]["p99"]
+
+
+def test_an_undefined_metric_is_null(make_model: MakeModel, tmp_path: Path) -> None:
+    data = tmp_path / "x.tsv"
+    data.write_text("sentence1\tsentence2\tlabel\na man\ta dog\t3.0\na film\ta movie\t3.0\n")
+    output = tmp_path / "x.json"
+    run_eval(
+        EvalConfig(
+            checkpoint=str(make_model(num_labels=1)), task="stsb", data=str(data), seq_len=16, output=str(output)
+        )
+    )
+    text = output.read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["metric_value"] is None
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False), text=st.text())
+def test_json_of_any_result_is_valid(value: float, text: str) -> None:
+    numbers = {"peak_memory_mib": value, "latency_ms": value, "samples_per_second": value, "metric_value": value}
+    fields = dict.fromkeys(EvalResult.__dataclass_fields__, text) | numbers | {"metrics": {"a": value}}
+    result = EvalResult(**fields)  # type: ignore[arg-type]  # values of any kind are the point
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["task"] == text
+
+
+def test_a_random_head_is_pointed_out(make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_compress(
+        CompressConfig(model=str(make_model("bert", "base")), rank=4, task="sst2", output=str(tmp_path / "out"))
+    )
+    caplog.clear()
+    data = write_task_data(TASKS["sst2"], tmp_path)
+    run_eval(EvalConfig(checkpoint=str(tmp_path / "out"), task="sst2", data=str(data), seq_len=32))
+    assert any("classifier.weight" in record.message and "random" in record.message for record in caplog.records)
