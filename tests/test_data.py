@@ -1,0 +1,134 @@
+"""Reading labelled text, and what a task demands of data and model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flashsvd.data import find_file, load_examples, read_rows
+from flashsvd.errors import ConfigError, DataError
+from flashsvd.pooling import pooling_mode
+from flashsvd.tasks import TASKS, check_label_count, get_task, label_permutation
+
+SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_tsv_is_read_without_quoting(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.tsv", 'sentence\tlabel\n"so it goes\t1\nso "it" goes"\t0\n')
+    assert load_examples(SST2, "validation", str(file)).texts == [('"so it goes',), ('so "it" goes"',)]
+
+
+def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
+    rows = [{"sentence": 'one, "two"', "label": 1}, {"sentence": "three\u00e9", "label": 0}]
+    files = [
+        write(tmp_path / "x.tsv", 'sentence\tlabel\none, "two"\t1\nthree\u00e9\t0\n'),
+        write(tmp_path / "x.csv", 'sentence,label\n"one, ""two""",1\nthree\u00e9,0\n'),
+        write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)) + "\n"),
+        write(tmp_path / "x.json", json.dumps(rows)),
+    ]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="comes with datasets")
+    pyarrow = pytest.importorskip("pyarrow", reason="comes with datasets")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for file in [*files, tmp_path / "x.parquet"]:
+        examples = load_examples(SST2, "validation", str(file))
+        assert examples.texts == [('one, "two"',), ("three\u00e9",)], file
+        assert examples.labels == [1, 0]
+
+
+def test_a_directory_is_searched_for_the_split(tmp_path: Path) -> None:
+    for name in ("train.tsv", "validation.tsv", "validation_matched.tsv"):
+        write(tmp_path / name, "")
+    assert find_file(tmp_path, "validation", SST2).name == "validation.tsv"
+    assert find_file(tmp_path, "train", SST2).name == "train.tsv"
+    assert find_file(tmp_path, "validation", MNLI).name == "validation_matched.tsv"
+
+
+def test_training_data_never_stands_in_for_validation(tmp_path: Path) -> None:
+    write(tmp_path / "train.tsv", "sentence\tlabel\na\t1\n")
+    with pytest.raises(DataError, match="holds no validation file"):
+        load_examples(SST2, "validation", str(tmp_path))
+
+
+def test_the_limit_takes_the_first_examples(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.tsv", "sentence\tlabel\na\t1\nb\t0\nc\t1\n")
+    assert load_examples(SST2, "validation", str(file), limit=2).texts == [("a",), ("b",)]
+
+
+def test_class_names_and_numbers_are_labels(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.tsv", "premise\thypothesis\tlabel\na\tb\tcontradiction\na\tb\t1\n")
+    assert load_examples(MNLI, "validation", str(file)).labels == [2, 1]
+    file = write(tmp_path / "y.tsv", "sentence1\tsentence2\tlabel\na\tb\t3.75\n")
+    assert load_examples(STSB, "validation", str(file)).labels == [3.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "x.tsv",
+            "text\tlabel\na\t1\n",
+            "lacks the column sentence; sst2 needs sentence and label, it has text, label",
+        ),
+        ("x.tsv", "sentence\na\n", "lacks the column label"),
+        ("x.tsv", "sentence\tlabel\n", "holds no examples"),
+        ("x.tsv", "sentence\tlabel\na\t1\nb\t-1\n", "example 2 has the label -1, which marks hidden test labels"),
+        ("x.tsv", "sentence\tlabel\na\t2\n", "label 2, but sst2 has the classes 0 to 1"),
+        ("x.tsv", "sentence\tlabel\na\tgreat\n", "label 'great'; sst2 needs a number or one of negative, positive"),
+        ("x.tsv", "sentence\tlabel\na\n", "example 1 has the label None"),
+        ("x.jsonl", "[1, 2]", "every line must be a JSON object"),
+        ("x.jsonl", "{", "cannot be read"),
+        ("x.txt", "", "unknown suffix"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        load_examples(SST2, "validation", str(write(tmp_path / name, text)))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(tmp_path / "x.tsv")
+
+
+def test_without_the_hub_the_error_says_how_to_go_on() -> None:
+    with pytest.raises(DataError, match=r"cannot get nyu-mll/glue \(sst2\) from the hub: .* or pass --data PATH"):
+        load_examples(SST2, "validation")
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="choose from cola, sst2, mrpc"):
+        get_task("sst3")
+
+
+def test_classes_are_matched_by_name_however_they_are_written() -> None:
+    config = SimpleNamespace(label2id={"CONTRADICTION": 0, "ENTAILMENT": 1, "Neutral": 2})
+    assert label_permutation(MNLI, config) == [1, 2, 0]
+    assert label_permutation(MNLI, SimpleNamespace(label2id={"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})) == [0, 1, 2]
+
+
+def test_a_head_of_another_size_is_refused() -> None:
+    with pytest.raises(DataError, match="stsb needs one real-valued output"):
+        check_label_count(STSB, SimpleNamespace(num_labels=2), "model")
+    check_label_count(MNLI, SimpleNamespace(num_labels=3), "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_cls_token": True, "word_embedding_dimension": 8}, "cls"),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode": "mean"}, "mean"),
+    ],
+)
+def test_pooling_is_read_as_sentence_transformers_writes_it(tmp_path: Path, config: object, mode: str) -> None:
+    assert pooling_mode(write(tmp_path / "config.json", json.dumps(config))) == mode

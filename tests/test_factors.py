@@ -1,0 +1,139 @@
+"""Factor algebra: the standard factorisation, the low-rank layers, and rank-space attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from flashsvd.compression import get_method
+from flashsvd.compression.standard_svd import truncated_svd
+from flashsvd.errors import CheckpointError
+from flashsvd.kernels.flashsvdattn import flashsvd_attention_reference, fold_query
+from flashsvd.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+def test_truncated_svd_is_optimal(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    w = random(rows, columns, seed=seed)
+    u, v = truncated_svd(w, rank)
+    assert u.shape == (rows, rank)
+    assert v.shape == (rank, columns)
+    optimum = torch.linalg.svdvals(w)[rank:].square().sum().sqrt()
+    assert abs((w - u @ v).norm() - optimum) <= 1e-9 * w.norm()
+    # Both factors carry the same share of each singular value.
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))
+
+
+def test_a_batch_of_heads_is_factored_head_by_head() -> None:
+    w = random(3, 16, 5)
+    together = truncated_svd(w, 2).product()
+    for head in range(3):
+        torch.testing.assert_close(together[head], truncated_svd(w[head], 2).product())
+
+
+@pytest.mark.parametrize("w", [torch.zeros(6, 4), torch.ones(6, 4), torch.ones(4, 6).half()])
+def test_degenerate_matrices_are_reproduced(w: torch.Tensor) -> None:
+    product = truncated_svd(w, 3).product()
+    torch.testing.assert_close(product, w.double(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_rank_out_of_range_is_an_error(rank: int) -> None:
+    with pytest.raises(ValueError, match="does not lie between 1 and 4"):
+        truncated_svd(torch.zeros(6, 4), rank)
+
+
+def test_methods_are_found_by_name_and_alias() -> None:
+    assert get_method("standard") is get_method("svd")
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])
+def test_a_factored_layer_multiplies_by_its_matrix(heads: int | None, shape: tuple[int, ...]) -> None:
+    dense = nn.Linear(7, 12)
+    layer = LayerSpec(2, heads).build(dense)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    x = random(*shape, dtype=torch.float32)
+    torch.testing.assert_close(layer(x), x @ layer.matrix() + layer.v.bias)
+    assert type(layer.u) is nn.Linear
+    assert set(layer.state_dict()) == {"u.weight", "v.weight", "v.bias"}
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
+def test_a_layer_made_from_a_dense_one_keeps_its_bias_dtype_and_mode(heads: int | None, kind: str) -> None:
+    dense: Any = {
+        "linear": nn.Linear(8, 12),
+        "linear without bias": nn.Linear(8, 12, bias=False),
+        "conv1d": Conv1D(12, 8),
+    }[kind]
+    dense = dense.to(torch.bfloat16).eval().requires_grad_(False)
+    w = weight_matrix(dense)
+    assert w.shape == (8, 12)
+    blocks = w if heads is None else w.reshape(8, heads, -1).movedim(1, 0)
+    layer = LayerSpec(4, heads).build_from_factors(dense, *truncated_svd(blocks, 4))
+    assert isinstance(layer, LowRankLinear if heads is None else PerHeadLowRankLinear)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert not layer.training
+    assert (layer.v.bias is None) == (dense.bias is None)
+    if dense.bias is not None:
+        assert torch.equal(layer.v.bias, dense.bias)
+    if heads is not None:
+        # Four is the full rank of a head here, so only bfloat16's rounding is left.
+        torch.testing.assert_close(layer.matrix(), w.float(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"rank": 0}, {"rank": "4"}, {"rank": True}, {"heads": 2}, {"rank": 4, "x": 1}, [4], None], ids=str
+)
+def test_a_layer_description_that_is_none_is_refused(data: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json describes a\.b as"):
+        LayerSpec.from_json("a.b", data)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 5), (63, 65)])
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rank_space_attention_is_attention_on_lifted_heads(lengths: tuple[int, int], side: str, bias: bool) -> None:
+    batch, heads, head_dim, (r_q, r_k, r_v) = 2, 3, 8, (5, 4, 6)
+    queries, keys = lengths
+    p_q, p_k, p_v = (random(batch, heads, n, r, seed=r) for n, r in ((queries, r_q), (keys, r_k), (keys, r_v)))
+    v_q, v_k, v_v = (random(heads, r, head_dim, seed=10 + r) for r in (r_q, r_k, r_v))
+    b_q, b_k, b_v = (random(heads, head_dim, seed=20 + i) if bias else None for i in range(3))
+    mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+    if side == "right":
+        mask[0, ..., 1:] = False
+    elif side == "left":
+        mask[0, ..., : keys - 1] = False
+
+    def lift(p: torch.Tensor, v: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        return p @ v if b is None else p @ v + b[:, None, :]
+
+    scale = head_dim**-0.5
+    expected = nn.functional.scaled_dot_product_attention(
+        lift(p_q, v_q, b_q), lift(p_k, v_k, b_k), lift(p_v, v_v, b_v), attn_mask=mask, scale=scale
+    )
+    matrix, offset = fold_query(v_q, b_q, v_k)
+    folded = p_q @ matrix if offset is None else p_q @ matrix + offset[:, None, :]
+    attended = flashsvd_attention_reference(folded, p_k, p_v, scale, mask)
+    torch.testing.assert_close(lift(attended, v_v, b_v), expected)
+
+
+def test_rank_space_attention_refuses_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        flashsvd_attention_reference(random(1, 2, 3, 4), random(1, 2, 3, 5), random(1, 2, 3, 4), 1.0)

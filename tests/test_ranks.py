@@ -1,0 +1,115 @@
+"""The rules about ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsvd.errors import ConfigError
+from flashsvd.ranks import MatrixShape, RankRequest, kept_parameters, plan_ranks
+
+
+def bert_base(heads: int = 1, layers: int = 2) -> list[MatrixShape]:
+    shapes = []
+    for i in range(layers):
+        shapes += [MatrixShape(f"{i}.{name}", "attn", 768, 768, heads) for name in "qkv"]
+        shapes += [MatrixShape(f"{i}.o", "wo", 768, 768), MatrixShape(f"{i}.up", "ffn", 768, 3072)]
+        shapes += [MatrixShape(f"{i}.down", "ffn", 3072, 768)]
+    return shapes
+
+
+@st.composite
+def any_shapes(draw: st.DrawFn) -> list[MatrixShape]:
+    shapes = []
+    for i in range(draw(st.integers(1, 6))):
+        blocks = draw(st.sampled_from([1, 2, 4]))
+        rows, width = draw(st.integers(1, 300)), draw(st.integers(1, 300))
+        shapes.append(MatrixShape(str(i), draw(st.sampled_from(["attn", "ffn", "wo"])), rows, width * blocks, blocks))
+    return shapes
+
+
+@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
+def test_a_ratio_is_a_budget_that_is_never_exceeded(shapes: list[MatrixShape], ratio: float) -> None:
+    # Matrices that rank 1 would not make smaller stay dense, and count in full.
+    factorable = [shape for shape in shapes if shape.saves(1)]
+    plan = plan_ranks(shapes, RankRequest(ratio=ratio))
+    least = sum(shape.factored_parameters(1) for shape in factorable)
+    budget = max(ratio * sum(shape.dense_parameters for shape in shapes), least)
+    kept = sum(
+        shape.dense_parameters
+        if plan[shape.name].rank is None
+        else shape.factored_parameters(plan[shape.name].rank or 0)
+        for shape in factorable
+    )
+    assert kept <= budget + least
+
+
+@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
+def test_every_rank_fits_its_matrix_and_makes_it_smaller(shapes: list[MatrixShape], ratio: float) -> None:
+    for shape in shapes:
+        choice = plan_ranks(shapes, RankRequest(ratio=ratio))[shape.name]
+        if choice.rank is None:
+            assert "parameters, dense holds" in choice.reason
+        else:
+            assert 1 <= choice.rank <= shape.full_rank
+            assert shape.factored_parameters(choice.rank) < shape.dense_parameters
+
+
+@pytest.mark.parametrize("heads", [1, 12])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
+def test_real_shapes_use_their_budget_within_one_percent(heads: int, ratio: float) -> None:
+    shapes = bert_base(heads, layers=12)
+    kept = kept_parameters(shapes, plan_ranks(shapes, RankRequest(ratio=ratio)))
+    dense = sum(shape.dense_parameters for shape in shapes)
+    assert 0.99 * ratio < kept / dense <= ratio
+
+
+def test_ranks_from_a_ratio_are_multiples_of_eight_where_they_are_large() -> None:
+    plan = plan_ranks(bert_base(), RankRequest(ratio=0.5))
+    assert all(choice.rank is not None and choice.rank % 8 == 0 for choice in plan.values())
+    assert plan["0.q"].rank == 192
+
+
+def test_rank_means_four_times_as_much_for_ffn_and_wo() -> None:
+    assert RankRequest.from_options(rank=64) == RankRequest(attn=64, ffn=256, wo=256)
+    assert RankRequest.from_options(rank=64, rank_wo=100) == RankRequest(attn=64, ffn=256, wo=100)
+    assert RankRequest.from_options(rank_attn=1, rank_ffn=2, rank_wo=3) == RankRequest(attn=1, ffn=2, wo=3)
+
+
+def test_labels_name_directories() -> None:
+    assert RankRequest.from_options(rank=64).label == "r64"
+    assert RankRequest.from_options(rank_attn=40, rank_ffn=240, rank_wo=240).label == "r40-240-240"
+    assert RankRequest.from_options(ratio=0.5).label == "p0.5"
+
+
+def test_a_layer_that_would_not_be_smaller_stays_dense_and_says_why() -> None:
+    plan = plan_ranks([MatrixShape("x", "wo", 100, 100)], RankRequest(attn=1, ffn=1, wo=50))
+    assert plan["x"].rank is None
+    assert plan["x"].reason == "rank 50 would hold 10,000 parameters, dense holds 10,000"
+    assert plan_ranks([MatrixShape("x", "wo", 100, 100)], RankRequest(attn=1, ffn=1, wo=49))["x"].rank == 49
+
+
+def test_the_full_rank_of_a_head_is_its_own_width() -> None:
+    per_head = MatrixShape("q", "attn", 768, 768, 12)
+    assert per_head.full_rank == 64
+    assert per_head.factored_parameters(40) == 12 * 40 * (768 + 64)
+    with pytest.raises(ConfigError, match=r"rank 65 for attn is above 64, the full rank of q .* per head \(12 heads\)"):
+        plan_ranks([per_head], RankRequest(attn=65, ffn=1, wo=1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0}, {"rank": -5}, {"rank": 1.5}, {"rank": "8"}, {"rank": True}, {"rank_ffn": 0, "rank": 4},
+        {"ratio": 0}, {"ratio": 1}, {"ratio": 1.5}, {"ratio": -0.1}, {"ratio": math.nan}, {"ratio": "0.5"},
+        {"ratio": True}, {"ratio": 0.5, "rank": 4}, {"ratio": 0.5, "rank_wo": 4}, {}, {"rank_attn": 4, "rank_wo": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RankRequest.from_options(**options)
