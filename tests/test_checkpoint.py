@@ -23,7 +23,7 @@ AUTO = {"base": AutoModel, "classifier": AutoModelForSequenceClassification, "ma
 
 
 def compress(source: Path, output: Path, **options: object) -> Path:
-    run_compress(CompressConfig(model=str(source), output=str(output), **({"ratio": 0.5} | options)))
+    run_compress(CompressConfig(model=str(source), output=str(output), **({"ratio": 0.5, "device": "cpu"} | options)))
     return output
 
 

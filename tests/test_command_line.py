@@ -143,4 +143,4 @@ def test_the_commit_is_that_of_this_checkout() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    assert git_commit() == (head.stdout.strip() or None)
+    assert git_commit() == (head.stdout.strip() if head.returncode == 0 else None)

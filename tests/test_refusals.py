@@ -316,5 +316,5 @@ def test_eval_refuses_a_model_whose_outputs_are_not_finite(make_model: MakeModel
 
 def test_a_place_that_cannot_be_written_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write beside .*Not a directory"):
+    with pytest.raises(CheckpointError, match="cannot write beside"):
         run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "file" / "out")))

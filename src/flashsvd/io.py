@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 
 from flashsvd.atomic import atomic_directory
 from flashsvd.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ModelError
+from flashsvd.errors import CheckpointError, ModelError, first_line
 from flashsvd.metadata import INFO_FILE, CompressionInfo
 from flashsvd.pretrained import copy_companions, load_config, load_model, own_class
 from flashsvd.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
-from flashsvd.verify import check_no_extra, tensor_shapes, weight_files
+from flashsvd.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 
 STATE_DICT_FILE = "flashsvd_state_dict.pt"
 
@@ -47,7 +48,7 @@ def save_compressed(
             copy_companions(companions, temporary)
         info.write(temporary)
         if state_dict:
-            torch.save(model.state_dict(), temporary / STATE_DICT_FILE)
+            _save_state_dict(model, temporary / STATE_DICT_FILE)
 
 
 def load_compressed(directory: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> Any:
@@ -66,6 +67,9 @@ def load_compressed(directory: str | Path, device: str | None = None, dtype: str
     files = weight_files(directory)
     found = tensor_shapes(files)
     config = _compressed_config(directory)
+    # Some versions of transformers load a misshapen tensor of a quantized model without a word.
+    dense_shapes = {name: tuple(tensor.shape) for name, tensor in _dense_skeleton(config).state_dict().items()}
+    compare_tensors({name: dense_shapes[name] for name in found if name in dense_shapes}, found, str(directory))
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
     try:
         loaded = load_model(str(directory), config, own_class(config), wanted)
@@ -86,13 +90,10 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
         CheckpointError: the checkpoint cannot be read, or the output exists or cannot be written.
     """
     model = load_compressed(directory)
-    config = _compressed_config(Path(directory))
-    del config.quantization_config
-    with torch.device("meta"):
-        skeleton = type(model)(config)
+    skeleton = _dense_skeleton(_compressed_config(Path(directory)))
     for path in describe_layers(model):
         model.set_submodule(path, _dense_layer(model.get_submodule(path), skeleton.get_submodule(path)))
-    model.config = config
+    model.config = skeleton.config
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     with atomic_directory(Path(output), overwrite) as temporary:
@@ -116,6 +117,14 @@ def _compressed_config(directory: Path) -> Any:
     return config
 
 
+def _dense_skeleton(config: Any) -> Any:
+    """The dense model of a compressed checkpoint's config, without storage."""
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return own_class(config)(config)
+
+
 def _dense_layer(factored: Any, skeleton: Any) -> Any:
     """A dense layer of the skeleton's class that holds U V and the bias."""
     weight = factored.matrix()
@@ -125,6 +134,14 @@ def _dense_layer(factored: Any, skeleton: Any) -> Any:
         if layer.bias is not None:
             layer.bias.copy_(factored.v.bias)
     return layer
+
+
+def _save_state_dict(model: Any, file: Path) -> None:
+    try:
+        torch.save(model.state_dict(), file)
+    except RuntimeError as error:
+        # torch's writer reports a full disk so.
+        raise OSError(first_line(error)) from error
 
 
 def _save_pretrained(model: Any, directory: Path, max_shard_size: str) -> None:
