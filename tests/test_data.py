@@ -86,11 +86,19 @@ def test_class_names_and_numbers_are_labels(tmp_path: Path) -> None:
         ("x.jsonl", "[1, 2]", "every line must be a JSON object"),
         ("x.jsonl", "{", "cannot be read"),
         ("x.txt", "", "unknown suffix"),
+        ("x.tsv", "sentence\tlabel\na\t1\tx\n", "example 1 has more fields than the header"),
+        ("x.jsonl", '{"sentence": "a", "label": 1}\n{"label": 1}', "example 2 has no text in sentence"),
+        ("x.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": "b"}', "example 2 has the label None"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         load_examples(SST2, "validation", str(write(tmp_path / name, text)))
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", '{"sentence": "a\u2028b", "label": 1}\n')
+    assert load_examples(SST2, "validation", str(file)).texts == [("a\u2028b",)]
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

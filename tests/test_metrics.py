@@ -45,6 +45,7 @@ def test_correlations_are_those_of_scipy_ties_included(pair: tuple[list[int], li
 
 def test_constants_have_no_correlation() -> None:
     assert np.isnan(pearson([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(pearson([0.1] * 3, [1, 2, 4]))
     assert np.isnan(spearmanr([1, 2, 3], [2, 2, 2]))
     assert matthews_correlation([1, 1, 1], [0, 1, 0]) == 0
 

@@ -52,13 +52,16 @@ def load_examples(task: Task, split: Split, data: str | None = None, limit: int 
             f"{where} lacks the column {', '.join(missing)}; {task.name} needs {', '.join(task.columns)} and label, "
             f"it has {', '.join(map(str, rows[0]))}"
         )
-    texts, labels = [], []
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
     for number, row in enumerate(rows, start=1):
-        row_texts = tuple(row[column] for column in task.columns)
+        if None in row:
+            raise DataError(f"{where}: example {number} has more fields than the header; is there a stray separator?")
+        row_texts: tuple[Any, ...] = tuple(row.get(column) for column in task.columns)
         if not all(isinstance(text, str) for text in row_texts):
             raise DataError(f"{where}: example {number} has no text in {', '.join(task.columns)}")
         texts.append(row_texts)
-        labels.append(_label(task, row["label"], f"{where}: example {number}"))
+        labels.append(_label(task, row.get("label"), f"{where}: example {number}"))
     return Examples(texts, labels)
 
 
@@ -111,7 +114,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> list[
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
     text = file.read_text(encoding="utf-8")
     is_list = text.lstrip().startswith("[")
-    rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("every line must be a JSON object")
     return list(rows)
@@ -146,7 +149,7 @@ def _label(task: Task, value: Any, where: str) -> float:
         return task.labels.index(value.strip().lower())
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         allowed = f" or one of {', '.join(task.labels)}" if task.labels else ""

@@ -33,6 +33,9 @@ def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float
 def pearson(predictions: ArrayLike, references: ArrayLike) -> float:
     """Pearson's r; NaN where one side is constant."""
     p, r = _floats(predictions), _floats(references)
+    # Rounding of the mean can leave a constant with a tiny spread, so constants are looked for themselves.
+    if (p == p[0]).all() or (r == r[0]).all():
+        return float("nan")
     p, r = p - p.mean(), r - r.mean()
     scale = np.linalg.norm(p) * np.linalg.norm(r)
     return float(np.clip(p @ r / scale, -1, 1)) if scale > 0 else float("nan")

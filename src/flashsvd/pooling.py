@@ -35,9 +35,11 @@ def pooling_mode(config_file: Path) -> str:
         ModelError: the file cannot be read, or asks for another mode or several at once.
     """
     try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        config: Any = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{config_file} cannot be read ({error!r}); fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_file} holds no pooling config; fetch the model again")
     if "pooling_mode" in config:
         modes = [str(config["pooling_mode"])]
     else:

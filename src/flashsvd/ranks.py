@@ -179,7 +179,7 @@ def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, i
         cost = shape.factored_parameters(step)
         rounded_down = ranks[shape.name] + step > exact[shape.name] > ranks[shape.name]
         raised = ranks[shape.name] + step
-        if rounded_down and cost <= spare and raised <= shape.full_rank and shape.saves(raised):
+        if rounded_down and cost <= spare and shape.saves(raised):
             ranks[shape.name] = raised
             spare -= cost
     return ranks
