@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import MatrixShape, RankRequest, kept_parameters, plan_ranks
+from flashsvd.ranks import MatrixShape, RankChoice, RankRequest, kept_parameters, plan_ranks
 
 
 def bert_base(heads: int = 1, layers: int = 2) -> list[MatrixShape]:
@@ -32,31 +32,39 @@ def any_shapes(draw: st.DrawFn) -> list[MatrixShape]:
     return shapes
 
 
+def plan_for_ratio(shapes: list[MatrixShape], ratio: float) -> dict[str, RankChoice]:
+    try:
+        return plan_ranks(shapes, RankRequest(ratio=ratio))
+    except ConfigError as error:
+        assert "less than rank 1" in str(error)  # noqa: PT017 - the other outcome is a plan, which the caller checks
+        assume(False)
+        raise
+
+
 @given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
 def test_a_ratio_is_a_budget_that_is_never_exceeded(shapes: list[MatrixShape], ratio: float) -> None:
-    # Matrices that rank 1 would not make smaller stay dense, and count in full.
+    plan = plan_for_ratio(shapes, ratio)
+    # Matrices that rank 1 would not make smaller stay dense and are no part of the budget.
     factorable = [shape for shape in shapes if shape.saves(1)]
-    plan = plan_ranks(shapes, RankRequest(ratio=ratio))
-    least = sum(shape.factored_parameters(1) for shape in factorable)
-    budget = max(ratio * sum(shape.dense_parameters for shape in shapes), least)
-    kept = sum(
-        shape.dense_parameters
-        if plan[shape.name].rank is None
-        else shape.factored_parameters(plan[shape.name].rank or 0)
-        for shape in factorable
-    )
-    assert kept <= budget + least
+    assert kept_parameters(factorable, plan) <= ratio * sum(shape.dense_parameters for shape in factorable)
 
 
 @given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
 def test_every_rank_fits_its_matrix_and_makes_it_smaller(shapes: list[MatrixShape], ratio: float) -> None:
+    plan = plan_for_ratio(shapes, ratio)
     for shape in shapes:
-        choice = plan_ranks(shapes, RankRequest(ratio=ratio))[shape.name]
+        choice = plan[shape.name]
         if choice.rank is None:
             assert "parameters, dense holds" in choice.reason
         else:
             assert 1 <= choice.rank <= shape.full_rank
             assert shape.factored_parameters(choice.rank) < shape.dense_parameters
+
+
+def test_a_ratio_below_rank_one_is_refused_with_one_that_is_enough() -> None:
+    with pytest.raises(ConfigError, match=r"--ratio 0\.01 is less than rank 1 everywhere; a ratio of 0\.017"):
+        plan_ranks(bert_base(12), RankRequest(ratio=0.01))
+    plan_ranks(bert_base(12), RankRequest(ratio=0.017))
 
 
 @pytest.mark.parametrize("heads", [1, 12])

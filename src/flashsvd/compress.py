@@ -89,6 +89,7 @@ def run_compress(config: CompressConfig) -> CompressReport:
     from flashsvd.pretrained import load_config, load_model, locate
     from flashsvd.ranks import kept_parameters
     from flashsvd.report import CompressReport
+    from flashsvd.stored_weights import StoredWeights
     from flashsvd.verify import weight_files
 
     method = get_method(config.method)
@@ -122,8 +123,9 @@ def run_compress(config: CompressConfig) -> CompressReport:
 
     start = time.perf_counter()
     log.info("factoring %d matrices with %s on %s", len(targets), method.name, device)
+    read = StoredWeights(source, model).read
     with _GroupLog(len(targets)) as progress:
-        matrices = factor_model(model, targets, plan, method, config.qkv, device, progress)  # type: ignore[arg-type]  # as above
+        matrices = factor_model(model, targets, plan, method, config.qkv, device, progress, read)  # type: ignore[arg-type]  # as above
     seconds = time.perf_counter() - start
 
     if dtype is not None:

@@ -16,6 +16,7 @@ from flashsvd.models import Target
 from flashsvd.ranks import MatrixShape, RankChoice, Role
 
 QKVLayout = Literal["joint", "per-head"]
+ReadWeight = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def factor_model(
     qkv: QKVLayout = "joint",
     device: torch.device | None = None,
     on_matrix: Callable[[FactoredMatrix], None] | None = None,
+    read_weight: ReadWeight | None = None,
 ) -> list[FactoredMatrix]:
     """Replace the planned layers of `model`, in place, by low-rank ones.
 
@@ -65,16 +67,20 @@ def factor_model(
         plan: the rank of each target, by its module path.
         device: where the factorisation runs; the model itself stays where it is.
         on_matrix: called with each result as it comes.
+        read_weight: another place to read a parameter from than the model's own memory; None from it means the
+            model's own.
 
     Raises:
         ModelError: a weight is not finite; nothing has been replaced then.
     """
-    check_finite(model)
+    check_finite(model, read_weight)
     results = []
     for target in targets:
         dense = model.get_submodule(target.module)
-        blocks = _blocks(target, qkv)
-        result, layer = _factor_layer(dense, target, plan[target.module], method, blocks, device)
+        stored = read_weight(f"{target.module}.weight") if read_weight else None
+        weight = weight_matrix(dense, stored).detach()
+        result, layer = _factor_layer(dense, weight, target, plan[target.module], method, _blocks(target, qkv), device)
+        del stored, weight
         if layer is not None:
             model.set_submodule(target.module, layer)
         if on_matrix:
@@ -83,22 +89,29 @@ def factor_model(
     return results
 
 
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or infinite weights.
+def check_finite(model: nn.Module, read_weight: ReadWeight | None = None) -> None:
+    """Refuse a model with NaN or infinite weights, read as `factor_model` reads them.
 
     Raises:
         ModelError: naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
+        stored = read_weight(name) if read_weight else None
+        values = parameter.detach() if stored is None else stored
         # NaN passes through aminmax, which unlike isfinite needs no memory of the parameter's own size.
-        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
             raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
 
 
 def _factor_layer(
-    dense: nn.Module, target: Target, choice: RankChoice, method: Method, blocks: int, device: torch.device | None
+    dense: nn.Module,
+    weight: Tensor,
+    target: Target,
+    choice: RankChoice,
+    method: Method,
+    blocks: int,
+    device: torch.device | None,
 ) -> tuple[FactoredMatrix, nn.Module | None]:
-    weight = weight_matrix(dense).detach()
     heads = blocks if blocks > 1 else None
     if choice.rank is None:
         size = weight.numel()

@@ -134,9 +134,13 @@ class LayerSpec:
         return layer.train(dense.training)
 
 
-def weight_matrix(dense: nn.Module) -> Tensor:
-    """W [in, out] of a dense layer (a view): `nn.Linear` stores its transpose, GPT-2's Conv1D stores W itself."""
-    weight, _ = _parameters(dense)
+def weight_matrix(dense: nn.Module, stored: Tensor | None = None) -> Tensor:
+    """W [in, out] of a dense layer (a view): `nn.Linear` stores its transpose, GPT-2's Conv1D stores W itself.
+
+    Args:
+        stored: the layer's weight from elsewhere; None takes the one in the layer.
+    """
+    weight = _parameters(dense)[0] if stored is None else stored
     return weight.T if isinstance(dense, nn.Linear) else weight
 
 

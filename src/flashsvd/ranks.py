@@ -119,7 +119,7 @@ def plan_ranks(shapes: Sequence[MatrixShape], request: RankRequest) -> dict[str,
     """The rank of each matrix, by its name.
 
     Raises:
-        ConfigError: a rank asked for is larger than a matrix allows.
+        ConfigError: a rank asked for is larger than a matrix allows, or the ratio too small for rank 1 everywhere.
     """
     if request.ratio is not None:
         ranks = _ranks_for_ratio(shapes, request.ratio)
@@ -169,11 +169,19 @@ def _alignment(rank: float) -> int:
 def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, int]:
     """The same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded down to an aligned
     rank; what rounding left over then raises matrices by one step while the whole budget allows it, from the last
-    layer backwards (raising the first ones instead scored lower on all-MiniLM-L6-v2, in both layouts)."""
+    layer backwards (raising the first ones instead scored lower on all-MiniLM-L6-v2, in both layouts).
+
+    Matrices that even rank 1 would not make smaller stay dense and are no part of the budget.
+    """
+    rigid = {shape.name: 1 for shape in shapes if not shape.saves(1)}
+    shapes = [shape for shape in shapes if shape.saves(1)]
     exact = {s.name: ratio * s.dense_parameters / s.parameters_per_rank for s in shapes}
     steps = {name: _alignment(rank) for name, rank in exact.items()}
     ranks = {name: max(1, int(rank) // steps[name] * steps[name]) for name, rank in exact.items()}
     spare = ratio * sum(s.dense_parameters for s in shapes) - sum(s.factored_parameters(ranks[s.name]) for s in shapes)
+    if spare < 0:
+        enough = max(s.parameters_per_rank / s.dense_parameters for s in shapes)
+        raise ConfigError(f"--ratio {ratio:g} is less than rank 1 everywhere; a ratio of {enough:.2g} is enough")
     for shape in reversed(shapes):
         step = steps[shape.name]
         cost = shape.factored_parameters(step)
@@ -182,4 +190,4 @@ def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, i
         if rounded_down and cost <= spare and shape.saves(raised):
             ranks[shape.name] = raised
             spare -= cost
-    return ranks
+    return ranks | rigid
