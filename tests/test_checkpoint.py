@@ -15,9 +15,9 @@ from flashsvd import CompressConfig, export_dense, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.layers import LowRankLinear
-from flashsvd.metadata import CompressionInfo
 from flashsvd.models import find_targets
 from flashsvd.ranks import RankRequest, plan_ranks
+from flashsvd.storage.metadata import CompressionInfo
 
 AUTO = {"base": AutoModel, "classifier": AutoModelForSequenceClassification, "masked-lm": AutoModelForMaskedLM}
 

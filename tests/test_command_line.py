@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -86,6 +87,45 @@ def test_info_shows_method_ranks_sizes_files_and_use(checkpoint: Path, capsys: p
     assert data["files"]["model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
     assert data["ranks"] == {"attn": 4, "ffn": 16, "wo": 16}
     assert json.loads(json.dumps(read_info(checkpoint).to_json())) == data
+
+
+def test_info_tells_layers_of_one_name_apart(checkpoint: Path) -> None:
+    text = str(read_info(checkpoint))
+    assert "attention.output.dense dense, intermediate.dense 16, output.dense 16" in text
+
+
+def test_a_reader_that_stops_reading_ends_the_command_quietly(checkpoint: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flashsvd", "info", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line(checkpoint: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "flashsvd", "info", str(checkpoint)],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "No space left" in result.stderr
+
+
+def test_an_interrupt_during_imports_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: argparse.ArgumentParser) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "info", dataclasses.replace(COMMANDS["info"], add_arguments=interrupted))
+    assert main(["info", "x"]) == 130
+    assert capsys.readouterr().err == "flashsvd info: interrupted\n"
 
 
 def test_info_on_another_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

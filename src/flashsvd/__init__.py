@@ -15,7 +15,8 @@ from flashsvd._version import __version__
 if TYPE_CHECKING:
     from flashsvd.compress import CompressConfig, run_compress
     from flashsvd.errors import FlashSVDError
-    from flashsvd.evaluate import EvalConfig, EvalResult, run_eval
+    from flashsvd.evaluate import EvalConfig, run_eval
+    from flashsvd.evaluation.result import EvalResult
     from flashsvd.info import read_info, show_checkpoint_info
     from flashsvd.io import export_dense, load_compressed, save_compressed
     from flashsvd.report import CompressReport
@@ -24,7 +25,7 @@ _HOMES = {
     "CompressConfig": "flashsvd.compress",
     "CompressReport": "flashsvd.report",
     "EvalConfig": "flashsvd.evaluate",
-    "EvalResult": "flashsvd.evaluate",
+    "EvalResult": "flashsvd.evaluation.result",
     "FlashSVDError": "flashsvd.errors",
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,7 @@ from flashsvd.options import flag
 
 ERROR = 2
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +48,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse one command's arguments and run it; errors meant for users become one line and exit code 2."""
-    command = COMMANDS[name]
-    parser = _Parser(prog=prog, description=command.help)
-    command.add_arguments(parser)
-    options = parser.parse_args(list(arguments))
-    # transformers' own load reports are for its developers; what matters of them becomes a warning or error of ours.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _log_to_terminal()
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command.run(options)
+        try:
+            _parse_and_run(COMMANDS[name], arguments, prog)
+        finally:
+            sys.stdout.flush()
     except FlashSVDError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        _abandon_stdout()
+        return PIPE_CLOSED
+    except OSError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _abandon_stdout()
+        return ERROR
     return 0
+
+
+def _parse_and_run(command: Command, arguments: Sequence[str], prog: str) -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    parser = _Parser(prog=prog, description=command.help)
+    command.add_arguments(parser)
+    options = parser.parse_args(list(arguments))
+    # transformers' own load reports are for its developers; what matters of them becomes a warning or error of ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _log_to_terminal()
+    command.run(options)
+
+
+def _abandon_stdout() -> None:
+    """What is still buffered has nowhere to go; without this, Python would try again on exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def compress_main() -> int:

@@ -1,5 +1,11 @@
 """The errors users are meant to see: one line that says what was wrong and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class FlashSVDError(Exception):
     """Base of every error that `flashsvd` raises on purpose; the command line prints it as one line and exits 2."""
@@ -25,3 +31,29 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text, for quoting a library's message inside one of ours."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+@contextmanager
+def library_errors(source: str) -> Iterator[None]:
+    """Turn a library's error about a model into a ModelError of one line.
+
+    Every kind of error counts: what a damaged file or a config with nonsense in it raises inside transformers is
+    anything from a KeyError to a struct.error.
+    """
+    try:
+        yield
+    except FlashSVDError:
+        raise
+    except Exception as error:
+        if Path(source).is_dir():
+            raise ModelError(f"the model in {source} cannot be read: {described(error)}") from error
+        raise ModelError(
+            f"cannot get {source!r} from the hub: {described(error)} "
+            "(check the name and the network, or give a local directory)"
+        ) from error
+
+
+def described(error: BaseException) -> str:
+    """`first_line`, with the kind of error where the text alone says little (`'q'` of a KeyError)."""
+    line = first_line(error)
+    return line if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {line}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.metadata import CompressionInfo
+from flashsvd.storage.metadata import CompressionInfo
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,12 @@ def show_checkpoint_info(directory: str | Path) -> None:
 
 
 def _rank_summary(module_ranks: Mapping[str, int | None]) -> str:
-    """Ranks by the layers' own names, the layer number left out: `query 96, key 96, dense 152-160`."""
+    """Ranks by the layers' own names, which follow the layer number: `attention.self.query 96, output.dense 152`."""
     by_name: dict[str, list[int | None]] = {}
     for path, rank in module_ranks.items():
-        name = ".".join(part for part in path.split(".")[-2:] if not part.isdigit())
-        by_name.setdefault(name, []).append(rank)
+        parts = path.split(".")
+        number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        by_name.setdefault(".".join(parts[number + 1 :]), []).append(rank)
     return ", ".join(f"{name} {_range(ranks)}" for name, ranks in by_name.items())
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashsvd.atomic import atomic_directory
 from flashsvd.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ModelError, first_line
-from flashsvd.metadata import INFO_FILE, CompressionInfo
-from flashsvd.pretrained import copy_companions, load_config, load_model, own_class
+from flashsvd.errors import CheckpointError, ModelError, first_line, library_errors
+from flashsvd.fused import dense_bias, dense_matrix
+from flashsvd.layers import weight_matrix
+from flashsvd.pretrained import load_config, load_model, own_class
 from flashsvd.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
-from flashsvd.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
-
-STATE_DICT_FILE = "flashsvd_state_dict.pt"
+from flashsvd.storage.atomic import atomic_directory, check_target
+from flashsvd.storage.companions import Companions, find_companions
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
+from flashsvd.storage.rank_file import write_ranks
+from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 
 
 def save_compressed(
@@ -25,9 +30,10 @@ def save_compressed(
     directory: str | Path,
     info: CompressionInfo,
     *,
-    companions: str | None = None,
+    companions: str | Companions | None = None,
     overwrite: bool = False,
     state_dict: bool = False,
+    ranks: Mapping[str, int | None] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a checkpoint that plain `from_pretrained` loads, all of it or nothing.
@@ -35,18 +41,24 @@ def save_compressed(
     Args:
         model: a transformers model with factored layers.
         info: becomes `compression_info.json`.
-        companions: local directory or hub name to copy the tokenizer and sentence-transformers files from.
+        companions: the tokenizer and sentence-transformers files, or the local directory or hub name to copy them from.
         state_dict: also write `flashsvd_state_dict.pt` for tools that want one.
+        ranks: also write them, by matrix, as `ranks.json` for further runs.
 
     Raises:
         CheckpointError: the directory exists, holds something else, or cannot be written.
+        ModelError: a companion cannot be had.
     """
+    if isinstance(companions, str):
+        companions = find_companions(companions)
     model.config.quantization_config = FlashSVDConfig.of(model)
     with atomic_directory(Path(directory), overwrite) as temporary:
         _save_pretrained(model, temporary, max_shard_size)
         if companions is not None:
-            copy_companions(companions, temporary)
+            companions.copy_to(temporary)
         info.write(temporary)
+        if ranks is not None:
+            write_ranks(temporary, info.qkv, ranks)
         if state_dict:
             _save_state_dict(model, temporary / STATE_DICT_FILE)
 
@@ -64,21 +76,46 @@ def load_compressed(directory: str | Path, device: str | None = None, dtype: str
     directory = Path(directory).expanduser()
     CompressionInfo.read(directory)
     target = resolve_device(device) if device is not None else None
-    files = weight_files(directory)
-    found = tensor_shapes(files)
-    config = _compressed_config(directory)
-    # Some versions of transformers load a misshapen tensor of a quantized model without a word.
-    dense_shapes = {name: tuple(tensor.shape) for name, tensor in _dense_skeleton(config).state_dict().items()}
-    compare_tensors({name: dense_shapes[name] for name in found if name in dense_shapes}, found, str(directory))
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
+    model = load_factored(str(directory), _compressed_config(directory), wanted)
+    return model.to(target) if target is not None else model
+
+
+def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Load a compressed checkpoint in a directory or on the hub, with or without its `compression_info.json`.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra, misshapen, not finite or unreadable.
+    """
+    # On the hub, the quantizer checks the same as soon as the files are there.
+    if Path(source).is_dir():
+        found = tensor_shapes(weight_files(Path(source)))
+        # Some versions of transformers load a misshapen tensor of a quantized model without a word.
+        dense_shapes = {name: tuple(tensor.shape) for name, tensor in _dense_skeleton(config).state_dict().items()}
+        compare_tensors({name: dense_shapes[name] for name in found if name in dense_shapes}, found, source)
     try:
-        loaded = load_model(str(directory), config, own_class(config), wanted)
+        loaded = load_model(source, config, own_class(config), dtype)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
     if loaded.untrained:
-        raise CheckpointError(f"{directory} lacks the tensor {loaded.untrained[0]}; compress the model again")
-    check_no_extra(set(loaded.model.state_dict()), found, str(directory))
-    return loaded.model.to(target) if target is not None else loaded.model
+        raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
+    if Path(source).is_dir():
+        check_no_extra(set(loaded.model.state_dict()), found, source)
+    _check_finite(loaded.model, source)
+    return loaded.model
+
+
+def find_info(source: str) -> CompressionInfo | None:
+    """What is known of a compressed checkpoint in a directory or on the hub; None where nothing is.
+
+    Raises:
+        CheckpointError: its `compression_info.json` cannot be used.
+    """
+    try:
+        file = companion_file(source, INFO_FILE)
+    except HubUnreachableError:
+        return None
+    return CompressionInfo.read_file(file) if file else None
 
 
 def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
@@ -86,24 +123,34 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
 
     It computes the same function, at the dense model's size and cost.
 
+    Args:
+        overwrite: replace an earlier export.
+
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the output exists or cannot be written.
+        CheckpointError: the checkpoint cannot be read, or the output exists, is no export or cannot be written.
     """
+    directory, output = Path(directory).expanduser(), Path(output).expanduser()
+    check_target(output, overwrite, EXPORT_MARKER)
     model = load_compressed(directory)
-    skeleton = _dense_skeleton(_compressed_config(Path(directory)))
+    skeleton = _dense_skeleton(_compressed_config(directory))
     for path in describe_layers(model):
         model.set_submodule(path, _dense_layer(model.get_submodule(path), skeleton.get_submodule(path)))
     model.config = skeleton.config
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
-    with atomic_directory(Path(output), overwrite) as temporary:
+    companions = find_companions(str(directory))
+    with atomic_directory(output, overwrite, EXPORT_MARKER) as temporary:
         _save_pretrained(model, temporary, "5GB")
-        copy_companions(str(directory), temporary)
+        companions.copy_to(temporary)
+        (temporary / EXPORT_MARKER).write_text(json.dumps({"exported_from": str(directory)}) + "\n", encoding="utf-8")
 
 
-def is_compressed(directory: str | Path) -> bool:
-    """Whether a directory holds one of our checkpoints."""
-    return (Path(directory) / INFO_FILE).is_file()
+def is_compressed(config: Any) -> bool:
+    """Whether a transformers config is that of one of our checkpoints."""
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, FlashSVDConfig):
+        return True
+    return isinstance(described, Mapping) and described.get("quant_method") == QUANT_METHOD
 
 
 def _compressed_config(directory: Path) -> Any:
@@ -111,28 +158,37 @@ def _compressed_config(directory: Path) -> Any:
         config = load_config(str(directory))
     except ModelError as error:
         raise CheckpointError(str(error)) from error
-    described = getattr(config, "quantization_config", None)
-    if not isinstance(described, dict) or described.get("quant_method") != QUANT_METHOD:
+    if not is_compressed(config):
         raise CheckpointError(f"{directory}/config.json describes no factored layers; compress the model again")
     return config
+
+
+def _check_finite(model: Any, where: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise CheckpointError(
+                f"{where} holds NaN or infinite values in {name}, or values too large for {parameter.dtype}; "
+                "choose another dtype, or compress the model again"
+            )
 
 
 def _dense_skeleton(config: Any) -> Any:
     """The dense model of a compressed checkpoint's config, without storage."""
     config = copy.deepcopy(config)
     del config.quantization_config
-    with torch.device("meta"):
+    with library_errors(config.name_or_path), torch.device("meta"):
         return own_class(config)(config)
 
 
-def _dense_layer(factored: Any, skeleton: Any) -> Any:
-    """A dense layer of the skeleton's class that holds U V and the bias."""
-    weight = factored.matrix()
-    layer = skeleton.to_empty(device=weight.device).to(factored.u.weight.dtype)
+def _dense_layer(factored: torch.nn.Module, skeleton: Any) -> Any:
+    """A dense layer of the skeleton's class that holds the product of the factors and the bias."""
+    dtype = next(factored.parameters()).dtype
+    weight, bias = dense_matrix(factored, torch.promote_types(dtype, torch.float32)), dense_bias(factored)
+    layer = skeleton.to_empty(device=weight.device).to(dtype)
     with torch.no_grad():
-        layer.weight.copy_(weight.T if isinstance(layer, torch.nn.Linear) else weight)
-        if layer.bias is not None:
-            layer.bias.copy_(factored.v.bias)
+        weight_matrix(layer).copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
     return layer
 
 
@@ -148,7 +204,8 @@ def _save_pretrained(model: Any, directory: Path, max_shard_size: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        # Under the names that the model has now: those of the file it came from may be legacy ones (LayerNorm.gamma).
+        model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=False)
     except SafetensorError as error:
         # The writer reports a full disk in a type of its own.
         raise OSError(str(error)) from error

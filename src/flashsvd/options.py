@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import os
 from typing import Any
 
 from flashsvd.errors import ConfigError
@@ -26,10 +28,42 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{flag(field.name)} {value!r} is not known; choose from {', '.join(choices)}")
 
 
+def take_plain_types(config: Any) -> None:
+    """Turn what stands for a plain value, a pathlib.Path or a NumPy number, into that value."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_number(value)
+        object.__setattr__(config, field.name, plain)
+
+
+def plain_number(value: Any) -> Any:
+    """The int or float that a NumPy number is; anything else as it is."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Number):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def check_not_empty(config: Any) -> None:
+    """Refuse empty text, and anything but text where a field has no default."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == "" or (field.default is dataclasses.MISSING and not isinstance(value, str)):
+            raise ConfigError(f"{flag(field.name)} must be a name, got {value!r}; {field.metadata['help']}")
+
+
+def check_seed(value: Any) -> None:
+    """Refuse anything but a whole number that seeds torch."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ConfigError(f"--seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+
+
 def check_count(name: str, value: Any, *, optional: bool = False) -> None:
     """Refuse anything but a whole number of at least 1 (or None where `optional`)."""
     if value is None and optional:
         return
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{flag(name)} must be a whole number, got {value!r}")
     if value < 1:
@@ -38,6 +72,7 @@ def check_count(name: str, value: Any, *, optional: bool = False) -> None:
 
 def check_fraction(name: str, value: Any) -> None:
     """Refuse anything but a number strictly between 0 and 1, or None."""
+    value = plain_number(value)
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):

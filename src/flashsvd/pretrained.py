@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashsvd.errors import FlashSVDError, ModelError, first_line
+from flashsvd.errors import ModelError, library_errors
 from flashsvd.models import architecture_of, base_prefix
-from flashsvd.verify import INDEX, weight_files
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
-# What sentence-transformers reads beside the model; `modules.json` names further directories.
-SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+from flashsvd.storage.companions import has_tokenizer_files
+from flashsvd.storage.verify import INDEX, weight_files
 
 
 @dataclass(frozen=True)
@@ -74,7 +55,7 @@ def load_config(source: str) -> Any:
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    with _one_line(source):
+    with library_errors(source):
         as_dict, _ = PreTrainedConfig.get_config_dict(source)
         architecture_of(_ModelType(as_dict.get("model_type")))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -83,7 +64,7 @@ def load_config(source: str) -> Any:
 def load_model(
     source: str, config: Any, model_class: Any, dtype: torch.dtype | None = None, **options: Any
 ) -> Pretrained:
-    """Load weights into `model_class`.
+    """Load weights into `model_class`; those of another kind of head do not count, even under the same names.
 
     Args:
         dtype: None keeps the checkpoint's own.
@@ -96,7 +77,7 @@ def load_model(
         weight_files(Path(source))
     for name, value in options.items():
         setattr(config, name, value)
-    with _one_line(source):
+    with library_errors(source):
         model, loading = model_class.from_pretrained(
             source,
             config=config,
@@ -105,9 +86,11 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    if mismatched := sorted(str(entry[0]) for entry in loading["mismatched_keys"]):
+        renewed = _renew_head(model) if _has_another_head(config, model_class) else []
+    mismatched = sorted(str(entry[0]) for entry in loading["mismatched_keys"])
+    if mismatched := [name for name in mismatched if name not in renewed]:
         raise ModelError(f"{source}: the tensor {mismatched[0]} does not have the shape that its config.json implies")
-    untrained = tuple(sorted(loading["missing_keys"]))
+    untrained = tuple(sorted({*loading["missing_keys"], *renewed}))
     prefix = base_prefix(model)
     for name in untrained:
         # A head or a pooler may be new; the encoder below it may not.
@@ -116,20 +99,45 @@ def load_model(
     return Pretrained(model.eval(), source, untrained)
 
 
+def _has_another_head(config: Any, model_class: Any) -> bool:
+    """Whether a sequence classifier is loaded from another class's checkpoint, whose head may have the same names."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if model_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values():
+        return False
+    return bool(getattr(config, "architectures", None)) and own_class(config) is not model_class
+
+
+def _renew_head(model: Any) -> list[str]:
+    """Give the head fresh weights, as transformers would have; returns their names."""
+    prefix = base_prefix(model)
+    for path, module in model.named_modules():
+        if path and not f"{path}.".startswith(prefix):
+            for parameter in module.parameters(recurse=False):
+                # Memory of its own: that of a file may not be written to.
+                parameter.data = torch.empty_like(parameter)
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+
+
 def own_class(config: Any) -> Any:
     """The transformers class that saved the checkpoint, by the config's `architectures`; the base class without one.
 
     Raises:
-        ModelError: transformers has no such class.
+        ModelError: transformers has no such class, or it is one of another architecture.
     """
     import transformers
 
     names = getattr(config, "architectures", None) or []
     if not names:
         return base_class(config)
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise ModelError(f"transformers has no class {names[0]}, which config.json names in `architectures`")
+    name = names[0] if isinstance(names, (list, tuple)) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    config_class = getattr(found, "config_class", None)
+    if not is_model or not isinstance(config_class, type) or not isinstance(config, config_class):
+        raise ModelError(f"config.json names {names!r} in `architectures`, which is no {config.model_type} model")
     return found
 
 
@@ -153,6 +161,34 @@ def classifier_class(config: Any) -> Any:
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
 
 
+def causal_lm_class(config: Any) -> Any:
+    """The transformers class of the model with a head that predicts the next token.
+
+    Raises:
+        ModelError: the architecture has none, or the model reads text in both directions.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    # transformers can turn a BERT into a decoder, and lists its type as causal whether it was or not.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"a {config.model_type} model is no causal language model; choose another --task")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Raises:
+        ModelError: the tokenizer is not the model's.
+    """
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer of {source} gives token {largest}, but the model knows {vocabulary}; "
+            "save the model's own tokenizer"
+        )
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model.
 
@@ -162,79 +198,12 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     # Without any of its files transformers may build an empty tokenizer that maps every word to [UNK].
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+    if Path(source).is_dir() and not has_tokenizer_files(Path(source)):
         raise ModelError(f"{source} holds no tokenizer; save the base model's tokenizer into it")
-    with _one_line(source):
+    with library_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-def copy_companions(source: str, target: Path) -> None:
-    """Copy what belongs to a model besides config and weights: tokenizer and sentence-transformers files, verbatim."""
-    for name in (*TOKENIZER_FILES, *SENTENCE_FILES):
-        _copy(source, name, target)
-    for folder in sentence_folders(target / "modules.json"):
-        names = [p.name for p in (Path(source) / folder).glob("*") if p.is_file()] if Path(source).is_dir() else []
-        for name in names or ("config.json", "model.safetensors"):
-            _copy(source, f"{folder}/{name}", target)
-
-
-def companion_file(source: str, name: str) -> Path | None:
-    """A file that lies beside a model, from its directory or the hub; None where there is none."""
-    from transformers.utils import cached_file
-
-    with _one_line(source):
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
-
-
-def sentence_modules(modules_file: Path) -> list[tuple[str, str]]:
-    """The modules of a sentence encoder, from its `modules.json`: class name and directory of each.
-
-    Raises:
-        ModelError: the file cannot be read, or names a directory outside the model's own.
-    """
-    if not modules_file.is_file():
-        return []
-    try:
-        entries = json.loads(modules_file.read_text(encoding="utf-8"))
-        modules = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{modules_file} cannot be read ({error!r}); fetch the model again") from error
-    for _, folder in modules:
-        if folder and Path(folder).name != folder:
-            raise ModelError(f"{modules_file} names {folder!r}, which lies outside the model; do not trust it")
-    return modules
-
-
-def sentence_folders(modules_file: Path) -> list[str]:
-    """The directories of a sentence encoder beside the transformer itself."""
-    return [folder for _, folder in sentence_modules(modules_file) if folder]
-
-
-def _copy(source: str, name: str, target: Path) -> None:
-    if found := companion_file(source, name):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(found, target / name)
 
 
 @dataclass(frozen=True)
 class _ModelType:
     model_type: str | None
-
-
-@contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Turn a library's error about a model into a ModelError of one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except FlashSVDError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if Path(source).is_dir():
-            raise ModelError(f"the model in {source} cannot be read: {first_line(error)}") from error
-        raise ModelError(
-            f"cannot get {source!r} from the hub: {first_line(error)} "
-            "(check the name and the network, or give a local directory)"
-        ) from error

@@ -1,7 +1,7 @@
 """The extension point through which plain `from_pretrained` loads a compressed checkpoint.
 
 transformers lets a checkpoint name a `quant_method` in its config; the quantizer registered for it swaps modules on
-the meta device before the weights are read. Ours swaps the dense linears for the factored ones that the config's
+the meta device before the weights are read. Ours swaps the dense linears for the factored modules that the config's
 `modules` map describes, and refuses weights that do not fill them exactly.
 """
 
@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.layers import FactoredLinear, LayerSpec, LowRankLinear, PerHeadLowRankLinear
-from flashsvd.verify import Shape, check_same_directory, compare_tensors, tensor_shapes
+from flashsvd.fused import FusedSpec, ModuleSpec, describe, spec_from_json
+from flashsvd.storage.state_check import check_state
+from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
 
 QUANT_METHOD = "flashsvd"
 FORMAT_VERSION = 1
@@ -25,64 +27,72 @@ FORMAT_VERSION = 1
 
 @register_quantization_config(QUANT_METHOD)
 class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
-    """The `quantization_config` of a compressed checkpoint: the factored layers, by module path."""
+    """The `quantization_config` of a compressed checkpoint: the factored modules, by path."""
 
-    def __init__(self, modules: Mapping[str, Any], format_version: int = FORMAT_VERSION, **rest: Any) -> None:
+    def __init__(self, modules: Any = None, format_version: int = FORMAT_VERSION, **rest: Any) -> None:
         self.quant_method = rest.pop("quant_method", QUANT_METHOD)
         if rest or format_version != FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json is of a format this flashsvd does not read (format {format_version!r}, "
                 f"unknown {sorted(rest)}); upgrade flashsvd"
             )
+        if not isinstance(modules, Mapping):
+            raise CheckpointError("config.json has no `modules` map in quantization_config; compress the model again")
         self.format_version = format_version
-        self.modules = {path: LayerSpec.from_json(path, spec).to_json() for path, spec in modules.items()}
+        self.modules = {path: spec_from_json(path, spec).to_json() for path, spec in modules.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> FlashSVDConfig:
-        """Describe the factored layers that `model` has now."""
+        """Describe the factored modules that `model` has now."""
         return cls({path: spec.to_json() for path, spec in describe_layers(model).items()})
 
-    def specs(self) -> dict[str, LayerSpec]:
-        return {path: LayerSpec(**spec) for path, spec in self.modules.items()}
+    def specs(self) -> dict[str, ModuleSpec]:
+        return {path: spec_from_json(path, spec) for path, spec in self.modules.items()}
 
 
-def describe_layers(model: nn.Module) -> dict[str, LayerSpec]:
-    """The factored layers of a model, by module path."""
-    specs = {}
+def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
+    """The factored modules of a model, by path; the parts of a fused one within its own description."""
+    specs: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            specs[path] = LayerSpec(module.rank)
-        elif isinstance(module, PerHeadLowRankLinear):
-            specs[path] = LayerSpec(module.rank, module.v.heads)
+        is_part = isinstance(specs.get(path.rpartition(".")[0]), FusedSpec)
+        if not is_part and (spec := describe(module)):
+            specs[path] = spec
     return specs
 
 
 @register_quantizer(QUANT_METHOD)
 class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
-    """Builds the factored layers before the weights are loaded, and checks that each one was filled."""
+    """Builds the factored modules before the weights are loaded, and checks that each one was filled."""
+
+    _shapes: Mapping[str, Shape] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        swapped: dict[str, FactoredLinear] = {}
         for path, spec in self.quantization_config.specs().items():
             here = _path_in(model, path)
             parent = model.get_submodule(here.rpartition(".")[0])
-            layer = spec.build(model.get_submodule(here))
+            try:
+                layer = spec.build(model.get_submodule(here))
+            except ValueError as error:
+                raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
             model.set_submodule(here, layer)
             # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
             parent._is_hf_initialized = True
-            swapped[path] = layer
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if checkpoint_files:
-            check_same_directory(checkpoint_files)
-            found = tensor_shapes(checkpoint_files)
-            where = str(checkpoint_files[0])
-            for path, layer in swapped.items():
-                compare_tensors(_expected_tensors(path, layer), _under_any_prefix(model, path, found), where)
+            check_same_directory(checkpoint_files, str(model.config.name_or_path or ""))
+            check_state(model, tensor_shapes(checkpoint_files), str(checkpoint_files[0]))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path in describe_layers(model):
             for name, parameter in model.get_submodule(path).named_parameters():
                 if not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(f"the weights of {path}.{name} were not loaded; compress the model again")
+        for name, parameter in model.named_parameters():
+            # Some versions of transformers put a tensor of another shape into a quantized model without a word.
+            if tuple(parameter.shape) != self._shapes.get(name, tuple(parameter.shape)):
+                raise CheckpointError(
+                    f"the checkpoint's {name} is {list(parameter.shape)}, not {list(self._shapes[name])}"
+                )
         # Nothing here forbids casting or training, as it would for integer weights.
         model.is_quantized = False
         return model
@@ -103,28 +113,15 @@ def _path_in(model: Any, path: str) -> str:
     """The path inside this model of a layer that a base or a head checkpoint of it named."""
     for candidate in _spellings(model, path):
         try:
-            model.get_submodule(candidate)
+            module = model.get_submodule(candidate)
         except AttributeError:
             continue
-        return candidate
-    raise CheckpointError(f"config.json names the layer {path}, which {type(model).__name__} does not have")
+        if isinstance(module, (nn.Linear, Conv1D)):
+            return candidate
+    raise CheckpointError(f"config.json names the layer {path!r}, no linear layer of a {type(model).__name__}")
 
 
 def _spellings(model: Any, path: str) -> tuple[str, str]:
     """The path as it is, and with the base model's prefix taken off or put on."""
     prefix = f"{model.base_model_prefix}."
     return path, path.removeprefix(prefix) if path.startswith(prefix) else prefix + path
-
-
-def _expected_tensors(path: str, layer: nn.Module) -> dict[str, Shape]:
-    return {f"{path}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
-
-
-def _under_any_prefix(model: Any, path: str, found: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The tensors of one layer, named as `path` spells it, whichever way the file does."""
-    return {
-        path + name.removeprefix(spelling): shape
-        for spelling in _spellings(model, path)
-        for name, shape in found.items()
-        if name.startswith(spelling + ".")
-    }

@@ -13,6 +13,13 @@ INDEX = "model.safetensors.index.json"
 
 Shape = tuple[int, ...]
 
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this names something directly inside a directory: no path, and no way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, one or the shards its index names.
@@ -27,10 +34,12 @@ def weight_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; compress the model again")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no shard index ({error!r}); compress the model again") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no shard index ({error!r}); copy it again") from error
+    if not names:
+        raise CheckpointError(f"{index} names no shards; copy it again")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not is_plain_name(name):
             raise CheckpointError(
                 f"{index} names the shard {name!r}, which lies outside it; do not trust this checkpoint"
             )
@@ -39,22 +48,38 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def check_same_directory(files: Sequence[str | Path]) -> None:
+def check_same_directory(files: Sequence[str | Path], source: str) -> None:
     """Refuse weight files that a shard index placed outside the checkpoint's own directory.
 
+    Args:
+        source: the directory, or hub name, that they were loaded from.
+
     Raises:
-        CheckpointError: a path climbs out of its directory, or the files do not share one.
+        CheckpointError: naming the first such file.
     """
-    for file in files:
-        if ".." in Path(file).parts or Path(file).parent != Path(files[0]).parent:
+    for file in map(Path, files):
+        below = _below(file, source)
+        if below is None or ".." in below or file.parent != Path(files[0]).parent:
             raise CheckpointError(f"the shard index names {file}, which lies outside the checkpoint; do not trust it")
+
+
+def _below(file: Path, source: str) -> tuple[str, ...] | None:
+    """The parts of a path below the model's own directory; None where it lies elsewhere.
+
+    Links are not followed, since the hub's cache keeps a model as links.
+    """
+    if Path(source).is_dir():
+        return file.relative_to(source).parts if file.is_relative_to(source) else None
+    # In the cache a model lies in a folder that is named after it.
+    folder = f"models--{source.replace('/', '--')}"
+    return file.parts[file.parts.index(folder) + 1 :] if folder in file.parts else None
 
 
 def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
     """Names and shapes of all tensors, from the files' headers alone.
 
     Raises:
-        CheckpointError: a file is truncated or no safetensors file.
+        CheckpointError: a file is truncated or no safetensors file, or holds something else than real numbers.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -63,7 +88,10 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
         try:
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping and cannot be iterated
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    header = tensors.get_slice(name)
+                    if header.get_dtype() not in _FLOATS:
+                        raise CheckpointError(f"{file} holds {name} as {header.get_dtype()}, no floating-point number")
+                    shapes[name] = tuple(header.get_shape())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} cannot be read ({first_line(error)}); it is truncated or damaged, copy it again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ class CompressionInfo:
     """The contents of `compression_info.json`.
 
     Attributes:
+        method_options: the method's own options as they were used.
         ranks: the rank asked for each role, None for all where a ratio was asked.
         ratio: the fraction of the factored layers' parameters to keep, None where ranks were asked.
+        ranks_json: the file that gave the rank of each matrix, None where none did.
         module_ranks: the rank each target really has, by module path; None where it stayed dense.
+        calibration: what was calibrated on, and under `rank_search` what ranks were chosen on where that was something
+            else; None where nothing was.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
             the targets alone (biases not counted).
         dense_bytes: size of the dense model's weights in the checkpoint's dtype.
@@ -30,12 +34,15 @@ class CompressionInfo:
     """
 
     method: str
+    method_options: Mapping[str, Any]
     ranks: Mapping[str, int | None]
     ratio: float | None
+    ranks_json: str | None
     module_ranks: Mapping[str, int | None]
     qkv: str
     base_model: str
     task: str | None
+    calibration: Mapping[str, Any] | None
     model_type: str
     architecture: str
     dtype: str
@@ -59,15 +66,61 @@ class CompressionInfo:
             raise CheckpointError(f"{directory} is not a directory; give one that `flashsvd compress` wrote")
         if not path.is_file():
             raise CheckpointError(f"{directory} has no {INFO_FILE}; give a directory that `flashsvd compress` wrote")
+        return cls.read_file(path)
+
+    @classmethod
+    def read_file(cls, path: Path) -> CompressionInfo:
+        """Raises CheckpointError where the file is no JSON, of another format, incomplete, or nonsense."""
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
             version = data["format_version"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be read ({error!r}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
+        for name, fits in _CHECKS.items():
+            if not fits(data[name]):
+                raise CheckpointError(f"{path} has {name} {data[name]!r:.60}, which cannot be; compress again")
         known = {name: data[name] for name in names}
         return cls(**(known | {"untrained": tuple(data["untrained"])}))
+
+
+Check = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _ratio(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
+
+
+def _or_null(fits: Check) -> Check:
+    return lambda value: value is None or fits(value)
+
+
+def _map_of(fits: Check, *required: str) -> Check:
+    return lambda data: isinstance(data, dict) and all(map(fits, data.values())) and set(required) <= set(data)
+
+
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("method", "qkv", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text),
+    **dict.fromkeys(("task", "git_commit", "ranks_json"), _or_null(_text)),
+    "method_options": _map_of(lambda value: True),
+    "ranks": _map_of(_or_null(_count)),
+    "ratio": _or_null(_ratio),
+    "module_ranks": _map_of(_or_null(_count)),
+    "calibration": _or_null(_map_of(lambda value: True)),
+    "parameters": _map_of(_count, "dense", "compressed", "target_dense", "target_compressed"),
+    "dense_bytes": _count,
+    "untrained": lambda value: isinstance(value, list) and all(map(_text, value)),
+    "versions": _map_of(_or_null(_text)),
+}

@@ -1,0 +1,48 @@
+"""As which class a model is loaded for compression: its own, or the one with the head that a task needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashsvd.errors import ModelError
+from flashsvd.pretrained import base_class, causal_lm_class, classifier_class, own_class
+from flashsvd.tasks import Task, check_label_count
+
+
+def class_for_task(name: str, task: Task | None, model_config: Any) -> tuple[Any, dict[str, Any]]:
+    """The class to load the model as, and what to set on its config.
+
+    Raises:
+        ModelError: the architecture has no such head.
+        DataError: the model has a trained head for another number of labels.
+    """
+    if task is None:
+        return own_class(model_config), {}
+    if task.head == "encoder":
+        return base_class(model_config), {}
+    if task.head == "lm":
+        return causal_lm_class(model_config), {}
+    classifier = classifier_class(model_config)
+    if own_class(model_config) is classifier:
+        check_label_count(task, model_config, name)
+        return classifier, {}
+    options: dict[str, Any] = {"num_labels": task.num_labels}
+    if task.labels:
+        options["id2label"] = dict(enumerate(task.labels))
+        options["label2id"] = {label: i for i, label in enumerate(task.labels)}
+    return classifier, options
+
+
+def refuse_quantized(name: str, model_config: Any) -> None:
+    """Refuse a model whose weights are no plain numbers.
+
+    Raises:
+        ModelError: it is compressed or quantized already.
+    """
+    described = getattr(model_config, "quantization_config", None)
+    if described is None:
+        return
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method == "flashsvd":
+        raise ModelError(f"{name} is compressed already; compress the dense model it came from")
+    raise ModelError(f"{name} is quantized ({method}); compress the unquantized model it came from")

@@ -1,0 +1,1 @@
+"""Models and their companions as files: finding, checking, reading and writing them."""

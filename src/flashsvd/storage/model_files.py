@@ -1,0 +1,49 @@
+"""Files that lie beside a model, in its directory or on the hub: found, known to be absent, or not to be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashsvd.errors import ModelError, library_errors
+
+
+class HubUnreachableError(ModelError):
+    """Nobody could say whether the hub has a file."""
+
+
+def companion_file(source: str, name: str, *, ask_hub: bool = True) -> Path | None:
+    """A file that lies beside a model, from its directory or the hub; None where there is none.
+
+    Args:
+        name: with forward slashes, such as `1_Pooling/config.json`.
+        ask_hub: look on the hub for what its cache says nothing about.
+
+    Raises:
+        HubUnreachableError: the cache does not know, and the hub could not be asked.
+        ModelError: the hub refuses.
+    """
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    with library_errors(source):
+        return _from_hub(source, name, ask_hub)
+
+
+def _from_hub(source: str, name: str, ask_hub: bool) -> Path | None:
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    # The config was loaded before, which brought the cache's idea of the newest revision up to date.
+    cached = try_to_load_from_cache(source, name)
+    if cached is _CACHED_NO_EXIST:
+        return None
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(source, name, local_files_only=not ask_hub))
+    except LocalEntryNotFoundError as error:
+        raise HubUnreachableError(
+            f"the hub cannot be asked whether {source} has {name}; connect to it once, or give a local directory"
+        ) from error
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,38 @@
+"""Which files of a directory flashsvd wrote, so that replacing it destroys nothing of anybody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashsvd.errors import ModelError
+from flashsvd.storage.companions import MODULES_FILE, is_companion, sentence_modules
+from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.rank_file import RANKS_FILE
+from flashsvd.storage.verify import INDEX
+
+STATE_DICT_FILE = "flashsvd_state_dict.pt"
+EXPORT_MARKER = "flashsvd_dense_export.json"
+STATISTICS_FILE = "statistics.json"
+_NAMES = (
+    INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def foreign_file(directory: Path) -> str | None:
+    """A file, link or folder in one of our directories that is not of a kind flashsvd writes; None where all are."""
+    try:
+        modules = [folder for _, folder in sentence_modules(directory / MODULES_FILE) if folder]
+    except ModelError:
+        return MODULES_FILE
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if path.is_dir() and not path.is_symlink():
+            known = str(relative) in modules
+        else:
+            known = is_companion(relative, modules) or (
+                len(relative.parts) == 1 and (relative.name in _NAMES or relative.suffix == ".safetensors")
+            )
+        if not known:
+            return str(relative)
+    return None

@@ -1,0 +1,87 @@
+"""A model's weights read from their files one at a time.
+
+`from_pretrained` maps a whole file into memory, and what has been read of it once stays resident for as long as any
+tensor of it lives. A handle of our own for each weight gives its pages back, so that factoring a large model needs
+its factors and one weight in memory, not its factors and the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.errors import CheckpointError, first_line
+from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.verify import INDEX, WEIGHTS, is_plain_name
+
+# Compared at both ends only, since every place that is read of a mapped file stays in memory, and its surroundings.
+_SAMPLES, _SAMPLE_LENGTH = 2, 256
+
+
+class StoredWeights:
+    """The safetensors files behind a loaded model; empty where it came from another format."""
+
+    def __init__(self, source: str, model: Any) -> None:
+        self._files = _tensor_files(source)
+        self._model = model
+        self._prefix = f"{model.base_model_prefix}."
+
+    def read(self, name: str) -> Tensor | None:
+        """The parameter `name` of the model in a mapping of its own; None where its file cannot stand in for it."""
+        loaded = self._model.get_parameter(name).detach()
+        # A checkpoint of the base model lacks the prefix, one with a head has it, whichever of the two was loaded.
+        bare = name.removeprefix(self._prefix)
+        for key in dict.fromkeys((name, bare, self._prefix + bare)):
+            if key in self._files:
+                stored = _read(self._files[key], key)
+                if _same(stored, loaded):
+                    return stored
+        return None
+
+
+def _read(file: Path, key: str) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            stored: Tensor = tensors.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+    return stored
+
+
+def _same(stored: Tensor, loaded: Tensor) -> bool:
+    """Whether these are one tensor, by shape, dtype and some values.
+
+    The name alone does not say so: a config can name other weight files, and one file can hold a model twice.
+    """
+    if (stored.shape, stored.dtype) != (loaded.shape, loaded.dtype):
+        return False
+    if not (stored.is_contiguous() and loaded.is_contiguous()):
+        return False
+    ours, theirs = stored.view(-1), loaded.view(-1).to(stored.device)
+    last = max(0, ours.numel() - _SAMPLE_LENGTH)
+    starts = (last * i // (_SAMPLES - 1) for i in range(_SAMPLES))
+    return all(torch.equal(ours[i : i + _SAMPLE_LENGTH], theirs[i : i + _SAMPLE_LENGTH]) for i in starts)
+
+
+def _tensor_files(source: str) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    from safetensors import safe_open
+
+    try:
+        if single := companion_file(source, WEIGHTS):
+            with safe_open(str(single), framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), single)
+        if index := companion_file(source, INDEX):
+            by_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            found = {name: companion_file(source, name) for name in set(by_tensor.values()) if is_plain_name(name)}
+            return {tensor: path for tensor, name in by_tensor.items() if (path := found.get(name))}
+    except HubUnreachableError:
+        # The model was loaded from some other file.
+        return {}
+    return {}

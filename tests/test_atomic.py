@@ -1,0 +1,144 @@
+"""A checkpoint takes its place all at once, and never that of anything else."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+import flashsvd.storage.atomic
+from flashsvd.errors import CheckpointError
+from flashsvd.storage import exchange
+from flashsvd.storage.atomic import atomic_directory, check_file_target, check_target, write_text
+from flashsvd.storage.metadata import INFO_FILE
+
+
+def make_checkpoint(directory: Path, content: str = "old") -> Path:
+    directory.mkdir(parents=True)
+    (directory / INFO_FILE).write_text(content)
+    return directory
+
+
+def write_new(target: Path, overwrite: bool = True) -> None:
+    with atomic_directory(target, overwrite) as temporary:
+        (temporary / INFO_FILE).write_text("new")
+
+
+@pytest.fixture(params=["exchanged at once", "renamed twice"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "renamed twice":
+        monkeypatch.setattr(flashsvd.storage.atomic, "exchange", lambda *_: False)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_the_old_directory_is_replaced_and_gone(tmp_path: Path) -> None:
+    target = make_checkpoint(tmp_path / "out")
+    (target / "ranks.json").write_text("old")
+    write_new(target)
+    assert {f.name: f.read_text() for f in target.iterdir()} == {INFO_FILE: "new"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    one, other = make_checkpoint(tmp_path / "one", "1"), make_checkpoint(tmp_path / "other", "2")
+    if not exchange.exchange(one, other):
+        pytest.skip("this system or file system cannot")
+    assert (one / INFO_FILE).read_text() == "2"
+    assert (other / INFO_FILE).read_text() == "1"
+    assert not exchange.exchange(one, tmp_path / "none")
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_interrupt_around_any_rename_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, when: str
+) -> None:
+    target = make_checkpoint(tmp_path / "out")
+    calls: list[Path] = []
+    rename = Path.rename
+
+    def interrupted(self: Path, to: Path) -> Path:
+        calls.append(self)
+        if len(calls) == number and when == "before":
+            raise KeyboardInterrupt
+        result = rename(self, to)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    try:
+        write_new(target)
+    except KeyboardInterrupt:
+        assert len(calls) >= number
+    assert (target / INFO_FILE).read_text() in ("old", "new")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="exists; pass --overwrite"), atomic_directory(target):
+        make_checkpoint(target)
+    assert (target / INFO_FILE).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("foreign", ["eval.json", "notes.txt", "runs/log.json", "1_Pooling/config.json", "model.bin"])
+def test_overwrite_refuses_to_destroy_a_file_of_somebody_elses(tmp_path: Path, foreign: str) -> None:
+    target = make_checkpoint(tmp_path / "out")
+    (target / foreign).parent.mkdir(exist_ok=True)
+    (target / foreign).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds {foreign.split('/')[0]}.*which flashsvd did not write"):
+        check_target(target, overwrite=True)
+    with pytest.raises(CheckpointError):
+        write_new(target)
+    assert (target / foreign).read_text() == "mine"
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    real = make_checkpoint(tmp_path / "disk" / "real")
+    (tmp_path / "out").symlink_to(real)
+    write_new(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (real / INFO_FILE).read_text() == "new"
+    (tmp_path / "disk" / "x.json").write_text("old")
+    (tmp_path / "x.json").symlink_to(tmp_path / "disk" / "x.json")
+    write_text(tmp_path / "x.json", "new")
+    assert (tmp_path / "disk" / "x.json").read_text() == "new"
+
+
+def test_files_get_the_modes_of_any_new_file(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "a").touch(mode=0o600)
+            (temporary / "d").mkdir(mode=0o700)
+    finally:
+        os.umask(old)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out", *(tmp_path / "out").iterdir())}
+    assert modes == {"out": 0o750, "a": 0o640, "d": 0o750}
+
+
+@pytest.mark.parametrize("check", [lambda path: check_target(path, False), check_file_target])
+@pytest.mark.parametrize(
+    ("name", "says"), [("file/out", "file is a file"), ("x" * 300, "File name too long"), ("a/b/c", None)]
+)
+def test_a_place_is_looked_at_before_the_work(tmp_path: Path, check: object, name: str, says: str | None) -> None:
+    assert callable(check)
+    (tmp_path / "file").write_text("")
+    if says is None:
+        check(tmp_path / name)
+        return
+    with pytest.raises(CheckpointError, match=says) as refused:
+        check(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_is_not_writable_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="is not writable"):
+        check_target(tmp_path / "out", overwrite=False)

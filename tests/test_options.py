@@ -1,0 +1,48 @@
+"""Options of every kind of caller: a shell's text, a notebook's paths and NumPy numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import MakeModel
+from flashsvd import CompressConfig, EvalConfig, run_compress
+from flashsvd.errors import ConfigError
+
+
+def test_paths_stand_for_their_names(make_model: MakeModel, tmp_path: Path) -> None:
+    config = CompressConfig(model=make_model(), ratio=0.5, output=tmp_path / "out")  # type: ignore[arg-type]
+    assert (config.model, config.output) == (str(tmp_path / "dense"), str(tmp_path / "out"))
+    assert run_compress(config).output == tmp_path / "out"
+    evaluate = EvalConfig(checkpoint=tmp_path, task="sst2", data=tmp_path / "x.tsv")  # type: ignore[arg-type]
+    assert (evaluate.checkpoint, evaluate.data) == (str(tmp_path), str(tmp_path / "x.tsv"))
+
+
+def test_numpy_numbers_stand_for_plain_ones() -> None:
+    config = CompressConfig(model="x", rank=np.int64(8), seed=np.int32(3))  # type: ignore[arg-type]
+    assert (type(config.rank), config.rank, type(config.seed)) == (int, 8, int)
+    assert CompressConfig(model="x", ratio=np.float32(0.5)).ratio == 0.5  # type: ignore[arg-type]
+    assert EvalConfig(checkpoint="x", task="sst2", batch_size=np.int64(4)).batch_size == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 1.5, "1", True, None])
+def test_a_seed_that_torch_does_not_take_is_refused(seed: object) -> None:
+    with pytest.raises(ConfigError, match="--seed must be a whole number from 0"):
+        CompressConfig(model="x", rank=8, seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"output": ""}, {"model": ""}, {"calib_data": ""}, {"model": 5}])
+def test_empty_names_are_refused(option: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must be a name"):
+        CompressConfig(**({"model": "x", "rank": 8} | option))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--output must be a name"):
+        EvalConfig(checkpoint="x", task="sst2", output="")
+
+
+def test_default_names_tell_the_layouts_apart() -> None:
+    joint, per_head = (
+        CompressConfig(model="x", rank=8, qkv=qkv).output_directory("fwsvd") for qkv in ("joint", "per-head")
+    )
+    assert (joint.name, per_head.name) == ("x_fwsvd_r8", "x_fwsvd_r8_per-head")
