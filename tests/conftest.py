@@ -16,11 +16,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertTokenizer, RobertaConfig
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+)
 from transformers.models.bert import modeling_bert
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
 
 import flashsvd  # noqa: F401 - registers the checkpoint format
+from flashsvd.compression import get_method
+from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
+from flashsvd.models import find_targets
+from flashsvd.ranks import RankChoice, RankRequest, plan_ranks
 
 WORDS = ["a", "man", "woman", "dog", "eats", "runs", "good", "bad", "movie", "film", "not", "very", "the", "in", "."]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -47,21 +65,87 @@ HEADS = {
         "classifier": modeling_roberta.RobertaForSequenceClassification,
         "masked-lm": modeling_roberta.RobertaForMaskedLM,
     },
+    "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
+    "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},
+    "mistral": {"base": modeling_mistral.MistralModel, "causal-lm": modeling_mistral.MistralForCausalLM},
+    "qwen2": {"base": modeling_qwen2.Qwen2Model, "causal-lm": modeling_qwen2.Qwen2ForCausalLM},
+    "qwen3": {"base": modeling_qwen3.Qwen3Model, "causal-lm": modeling_qwen3.Qwen3ForCausalLM},
 }
-CONFIGS = {"bert": BertConfig, "roberta": RobertaConfig}
+CONFIGS = {
+    "bert": BertConfig,
+    "roberta": RobertaConfig,
+    "gpt2": GPT2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+# Decoders that generate 128 tokens and never stop early; two of them share their embedding with the output layer.
+DECODER: dict[str, Any] = {"max_position_embeddings": 160, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+GROUPED = DECODER | {"num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", DECODER),
+    "gpt2 untied": ("gpt2", DECODER | {"tie_word_embeddings": False}),
+    "llama": ("llama", GROUPED),
+    "llama tied": ("llama", GROUPED | {"tie_word_embeddings": True}),
+    "llama with biases": ("llama", GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "llama with llama3 rope": ("llama", GROUPED | {"rope_parameters": LLAMA3_ROPE}),
+    "llama with linear rope": (
+        "llama",
+        GROUPED | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "mistral": ("mistral", GROUPED | {"sliding_window": 8}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", GROUPED | {"head_dim": 12, "tie_word_embeddings": True}),
+}
 
 MakeModel = Callable[..., Path]
 
 
 def build_model(family: str = "bert", head: str = "classifier", **options: Any) -> Any:
-    """A small random model; its biases are random too, so that a lost bias shows."""
+    """A small random model; its biases and head norms are random too, so that a lost one shows."""
     torch.manual_seed(0)
     model = HEADS[family][head](CONFIGS[family](**(SIZES | options))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.normal_(mean=1.0, std=0.3)
     return model
+
+
+def build_decoder(name: str, head: str = "causal-lm", **options: Any) -> Any:
+    """One of the `DECODERS`, small and random."""
+    family, own = DECODERS[name]
+    return build_model(family, head, **(own | options))
+
+
+def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
+    """Factor a model in place by truncated SVD, at full rank unless a ratio is given."""
+    targets = find_targets(model)
+    shapes = matrix_shapes(model, targets, qkv)
+    plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
+    if ratio is not None:
+        plan = plan_ranks(shapes, RankRequest(ratio=ratio))
+    return factor_model(model, targets, plan, get_method("standard"), qkv)
+
+
+def shared_model(name: str) -> Path:
+    """One of the trained models that lie beside the repository on some machines."""
+    directory = Path(__file__).parents[2] / "shared" / "models" / name
+    if not directory.is_dir():
+        pytest.skip(f"needs {directory}, which not every machine has")
+    return directory
 
 
 def build_tokenizer() -> BertTokenizer:

@@ -1,4 +1,4 @@
-"""Where a model meets a method: each target's weight is factored and its module replaced, one at a time."""
+"""Where a model meets a method: each target's weight is factored, one at a time, and then the modules are replaced."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flashsvd.compression import Method
-from flashsvd.errors import ModelError
-from flashsvd.layers import LayerSpec, weight_matrix
+from flashsvd.compression import Method, Statistics
+from flashsvd.errors import ConfigError, ModelError
+from flashsvd.fused import FusedProjections, dense_share, share_of_columns
+from flashsvd.layers import FactoredLinear, LayerSpec, weight_matrix
 from flashsvd.models import Target
 from flashsvd.ranks import MatrixShape, RankChoice, Role
 
 QKVLayout = Literal["joint", "per-head"]
 ReadWeight = Callable[[str], Tensor | None]
+StatisticsOf = Callable[[Target, int], Statistics]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class FactoredMatrix:
     Attributes:
         rank: None where the matrix stayed dense; `reason` then says why.
         error: relative reconstruction error ||W - U V||_F / ||W||_F, 0 where dense.
+        note: what was degenerate about the statistics, empty as a rule.
     """
 
     name: str
@@ -37,17 +40,18 @@ class FactoredMatrix:
     kept_parameters: int
     error: float
     reason: str = ""
+    note: str = ""
 
 
 def matrix_shapes(model: nn.Module, targets: Sequence[Target], qkv: QKVLayout) -> list[MatrixShape]:
     """The shapes that `ranks.plan_ranks` plans for: in the per-head layout each head of Q, K, V is a block."""
     shapes = []
     for target in targets:
-        rows, columns = weight_matrix(model.get_submodule(target.module)).shape
-        blocks = _blocks(target, qkv)
+        rows, columns = weight_matrix(dense_layer(model, target)).shape
+        blocks = block_count(target, qkv)
         if columns % blocks:
-            raise ModelError(f"{target.module} has {columns} columns, which {blocks} heads do not divide")
-        shapes.append(MatrixShape(target.module, target.role, rows, columns, blocks))
+            raise ModelError(f"{target.name} has {columns} columns, which {blocks} heads do not divide")
+        shapes.append(MatrixShape(target.name, target.role, rows, columns, blocks))
     return shapes
 
 
@@ -60,33 +64,61 @@ def factor_model(
     device: torch.device | None = None,
     on_matrix: Callable[[FactoredMatrix], None] | None = None,
     read_weight: ReadWeight | None = None,
+    statistics_of: StatisticsOf | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[FactoredMatrix]:
     """Replace the planned layers of `model`, in place, by low-rank ones.
 
+    Nothing is replaced before the last matrix has been factored, so that an error leaves the model as it was.
+
     Args:
-        plan: the rank of each target, by its module path.
+        plan: the rank of each target, by its name.
         device: where the factorisation runs; the model itself stays where it is.
         on_matrix: called with each result as it comes.
         read_weight: another place to read a parameter from than the model's own memory; None from it means the
             model's own.
+        statistics_of: what the method needs to know of a target in that many blocks, where it needs anything.
+        dtype: of the factors; None takes the model's own.
 
     Raises:
-        ModelError: a weight is not finite; nothing has been replaced then.
+        ModelError: a weight is not finite.
     """
+    results, layers = factor_layers(
+        model, targets, plan, method, qkv, device, on_matrix, read_weight, statistics_of, dtype
+    )
+    install(model, layers)
+    return results
+
+
+def factor_layers(
+    model: nn.Module,
+    targets: Sequence[Target],
+    plan: Mapping[str, RankChoice],
+    method: Method,
+    qkv: QKVLayout = "joint",
+    device: torch.device | None = None,
+    on_matrix: Callable[[FactoredMatrix], None] | None = None,
+    read_weight: ReadWeight | None = None,
+    statistics_of: StatisticsOf | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[FactoredMatrix], dict[Target, FactoredLinear]]:
+    """What `factor_model` would put into the model, and where; the model is left as it is."""
     check_finite(model, read_weight)
     results = []
+    layers: dict[Target, FactoredLinear] = {}
     for target in targets:
-        dense = model.get_submodule(target.module)
-        stored = read_weight(f"{target.module}.weight") if read_weight else None
-        weight = weight_matrix(dense, stored).detach()
-        result, layer = _factor_layer(dense, weight, target, plan[target.module], method, _blocks(target, qkv), device)
-        del stored, weight
+        dense = dense_layer(model, target)
+        weight = _weight(model, target, read_weight)
+        choice, blocks = plan[target.name], block_count(target, qkv)
+        statistics = statistics_of(target, blocks) if statistics_of and choice.rank is not None else Statistics()
+        result, layer = _factor_layer(dense, weight, target, choice, method, blocks, statistics, device, dtype)
+        del weight, statistics
         if layer is not None:
-            model.set_submodule(target.module, layer)
+            layers[target] = layer
         if on_matrix:
             on_matrix(result)
         results.append(result)
-    return results
+    return results, layers
 
 
 def check_finite(model: nn.Module, read_weight: ReadWeight | None = None) -> None:
@@ -103,6 +135,50 @@ def check_finite(model: nn.Module, read_weight: ReadWeight | None = None) -> Non
             raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model in place.
+
+    Raises:
+        ConfigError: a finite parameter is too large for the dtype.
+    """
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            short = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")
+
+
+def dense_layer(model: nn.Module, target: Target) -> nn.Module:
+    """The target's module, or its share of a fused one."""
+    module = model.get_submodule(target.module)
+    if target.part is None:
+        return module
+    try:
+        return dense_share(module, target.part.index, target.part.count)
+    except ValueError as error:
+        raise ModelError(f"{target.module} cannot be split into {', '.join(target.part.names)}: {error}") from error
+
+
+def _weight(model: nn.Module, target: Target, read_weight: ReadWeight | None) -> Tensor:
+    """The target's W [in, out], from where `read_weight` finds it."""
+    stored = read_weight(f"{target.module}.weight") if read_weight else None
+    matrix = weight_matrix(model.get_submodule(target.module), stored).detach()
+    return matrix if target.part is None else share_of_columns(matrix, target.part.index, target.part.count)
+
+
+def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
+    """Put layers in place of the targets' dense modules; those of one fused module together."""
+    parts: dict[str, dict[Target, nn.Module]] = {}
+    for target, layer in layers.items():
+        parts.setdefault(target.module, {})[target] = layer
+    for path, factored in parts.items():
+        (target, layer), *_ = factored.items()
+        if target.part is not None:
+            by_name = {t.part.name: part for t, part in factored.items() if t.part is not None}
+            layer = FusedProjections.replacing(model.get_submodule(path), target.part.names, by_name)
+        model.set_submodule(path, layer)
+
+
 def _factor_layer(
     dense: nn.Module,
     weight: Tensor,
@@ -110,29 +186,38 @@ def _factor_layer(
     choice: RankChoice,
     method: Method,
     blocks: int,
+    statistics: Statistics,
     device: torch.device | None,
-) -> tuple[FactoredMatrix, nn.Module | None]:
+    dtype: torch.dtype | None,
+) -> tuple[FactoredMatrix, FactoredLinear | None]:
     heads = blocks if blocks > 1 else None
     if choice.rank is None:
         size = weight.numel()
-        return FactoredMatrix(
-            target.module, target.role, target.layer, None, None, size, size, 0.0, choice.reason
-        ), None
+        return FactoredMatrix(target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason), None
     work = weight.to(device) if device is not None else weight
     blocked = _split_columns(work, blocks) if heads else work
-    factors = method.factorize(blocked, choice.rank)
-    layer = LayerSpec(choice.rank, heads).build_from_factors(dense, factors.u, factors.v)
+    factors = method.factorize(blocked, choice.rank, statistics.to(work.device))
+    layer = LayerSpec(choice.rank, heads).build_from_factors(dense, factors.u, factors.v).to(dtype=dtype)
     kept = layer.u.weight.numel() + layer.v.weight.numel()
     # The error of what is stored, so in the stored dtype's rounding; in place, since these are the largest tensors.
     original = work.float()
     residual = layer.matrix().to(work.device).sub_(original)
     error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)
     return FactoredMatrix(
-        target.module, target.role, target.layer, choice.rank, heads, weight.numel(), kept, error.item()
+        target.name,
+        target.role,
+        target.layer,
+        choice.rank,
+        heads,
+        weight.numel(),
+        kept,
+        error.item(),
+        note=factors.note,
     ), layer
 
 
-def _blocks(target: Target, qkv: QKVLayout) -> int:
+def block_count(target: Target, qkv: QKVLayout) -> int:
+    """How many blocks of columns have factors of their own: the heads of Q, K, V in the per-head layout, else 1."""
     return target.heads if qkv == "per-head" and target.role == "attn" else 1
 
 

@@ -95,6 +95,15 @@ class LayerSpec:
     rank: int
     heads: int | None = None
 
+    @classmethod
+    def of(cls, module: nn.Module) -> LayerSpec | None:
+        """Describe a factored layer; None for any other module."""
+        if isinstance(module, LowRankLinear):
+            return cls(module.rank)
+        if isinstance(module, PerHeadLowRankLinear):
+            return cls(module.rank, module.v.heads)
+        return None
+
     def to_json(self) -> dict[str, int]:
         return {"rank": self.rank} if self.heads is None else {"rank": self.rank, "heads": self.heads}
 
@@ -107,9 +116,17 @@ class LayerSpec:
         return cls(**data)
 
     def build(self, dense: nn.Module) -> FactoredLinear:
-        """An uninitialised factored layer of the dense layer's sizes, dtype and device."""
-        weight, bias = _parameters(dense)
+        """An uninitialised factored layer of the dense layer's sizes, dtype and device.
+
+        Raises:
+            ValueError: its columns are no such number of heads, or the rank is above its own.
+        """
+        weight, bias = dense_parameters(dense)
         in_features, out_features = weight_matrix(dense).shape
+        if self.rank > min(in_features, out_features):
+            raise ValueError(f"a matrix [{in_features}, {out_features}] has no such rank")
+        if out_features % (self.heads or 1):
+            raise ValueError(f"its {out_features} columns are not {self.heads} heads of equal size")
         with torch.device(weight.device):
             if self.heads is None:
                 layer: FactoredLinear = LowRankLinear(in_features, out_features, self.rank, bias=bias is not None)
@@ -124,7 +141,7 @@ class LayerSpec:
 
         U is [in, r] and V [r, out], or U [heads, in, r] and V [heads, r, head_dim] in the per-head layout.
         """
-        weight, bias = _parameters(dense)
+        weight, bias = dense_parameters(dense)
         with torch.device("meta"):
             layer = self.build(dense)
         layer.u.weight = _parameter(u.mT.reshape(-1, u.shape[-2]), like=weight)
@@ -140,11 +157,12 @@ def weight_matrix(dense: nn.Module, stored: Tensor | None = None) -> Tensor:
     Args:
         stored: the layer's weight from elsewhere; None takes the one in the layer.
     """
-    weight = _parameters(dense)[0] if stored is None else stored
+    weight = dense_parameters(dense)[0] if stored is None else stored
     return weight.T if isinstance(dense, nn.Linear) else weight
 
 
-def _parameters(dense: nn.Module) -> tuple[Tensor, Tensor | None]:
+def dense_parameters(dense: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a dense layer, as it stores them."""
     weight, bias = dense.weight, dense.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)

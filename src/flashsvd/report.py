@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashsvd.factorize import FactoredMatrix
-from flashsvd.metadata import CompressionInfo
+from flashsvd.storage.metadata import CompressionInfo
+
+log = logging.getLogger("flashsvd")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,38 @@ class CompressReport:
         ]
         if dense:
             lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
+        if noted := [m for m in self.matrices if m.note]:
+            lines.append(f"{len(noted)} of {len(self.matrices)} matrices had degenerate statistics, see above")
         lines.append(f"factored in {self.seconds:.1f} s, saved to {self.output}")
         return lines
+
+
+class GroupLog:
+    """A progress bar over the matrices, and a log line for each layer group as it is complete."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, desc="factoring", unit="matrix")
+        self._group: list[FactoredMatrix] = []
+
+    def __enter__(self) -> GroupLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._bar.close()
+
+    def __call__(self, matrix: FactoredMatrix) -> None:
+        if self._group and (self._group[0].layer, self._group[0].role) != (matrix.layer, matrix.role):
+            self._flush()
+        self._group.append(matrix)
+        self._bar.update()
+
+    def _flush(self) -> None:
+        if self._group:
+            log.info("%s", group_line(self._group))
+        self._group = []
 
 
 def group_matrices(matrices: Sequence[FactoredMatrix]) -> list[list[FactoredMatrix]]:
@@ -66,7 +99,8 @@ def group_line(group: Sequence[FactoredMatrix]) -> str:
     if factored:
         line += f"  error {_compact([f'{error:.3f}' for error in factored])}"
     reasons = {m.reason for m in group if m.rank is None}
-    return line + "".join(f"  dense: {reason}" for reason in sorted(reasons))
+    line += "".join(f"  dense: {reason}" for reason in sorted(reasons))
+    return line + "".join(f"  note: {note}" for note in sorted({m.note for m in group if m.note}))
 
 
 def _compact(values: Sequence[str]) -> str:

@@ -8,14 +8,20 @@ from typing import Any
 from torch import nn
 
 from flashsvd.errors import ModelError
-from flashsvd.models import bert, roberta
-from flashsvd.models.architecture import Architecture, Target
+from flashsvd.models import bert, gpt2, llama, roberta
+from flashsvd.models.architecture import Architecture, Part, Target
 
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.model_type: architecture for architecture in (bert.ARCHITECTURE, roberta.ARCHITECTURE)
+    architecture.model_type: architecture
+    for architecture in (
+        bert.ARCHITECTURE,
+        roberta.ARCHITECTURE,
+        gpt2.ARCHITECTURE,
+        *llama.ARCHITECTURES,
+    )
 }
 
-__all__ = ["ARCHITECTURES", "Architecture", "Target", "architecture_of", "base_prefix", "find_targets"]
+__all__ = ["ARCHITECTURES", "Architecture", "Part", "Target", "architecture_of", "base_prefix", "find_targets"]
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -37,12 +43,17 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def find_targets(model: nn.Module) -> list[Target]:
-    """The layers of a transformers model that can be factored, by their paths inside it.
+    """The projections of a transformers model that can be factored, by their paths inside it.
 
     Raises:
-        ModelError: the architecture is not supported.
+        ModelError: the architecture is not supported, or the model has no layers.
     """
     architecture = architecture_of(model.config)
     prefix = base_prefix(model)
     base = model.get_submodule(prefix.removesuffix("."))
-    return [dataclasses.replace(t, module=prefix + t.module) for t in architecture.targets(base)]
+    targets = [
+        dataclasses.replace(t, module=prefix + t.module, inputs=prefix + t.inputs) for t in architecture.targets(base)
+    ]
+    if not targets:
+        raise ModelError("the model has no layers that could be factored")
+    return targets

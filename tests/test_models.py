@@ -1,0 +1,64 @@
+"""What each architecture says of itself: the projections to factor, and the streams they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import DECODERS, build_decoder, build_model
+from flashsvd.models import ARCHITECTURES, Target, find_targets
+
+MODELS = [("bert", "classifier"), ("roberta", "masked-lm"), *((name, "causal-lm") for name in DECODERS)]
+
+
+def build(name: str, head: str) -> Any:
+    return build_decoder(name, head) if name in DECODERS else build_model(name, head)
+
+
+@pytest.mark.parametrize(("name", "head"), MODELS)
+def test_targets_of_one_stream_read_the_same_tensor_and_no_others_do(name: str, head: str) -> None:
+    model = build(name, head)
+    read: dict[str, torch.Tensor] = {}
+
+    def remember(path: str) -> Any:
+        return lambda _, arguments: read.__setitem__(path, arguments[0])
+
+    targets = find_targets(model)
+    for target in targets:
+        model.get_submodule(target.module).register_forward_pre_hook(remember(target.module))
+    with torch.inference_mode():
+        model(torch.arange(5, 12)[None])
+    for one in targets:
+        for other in targets:
+            assert (read[one.module] is read[other.module]) == (one.inputs == other.inputs)
+
+
+@pytest.mark.parametrize(("name", "head"), MODELS)
+def test_every_matrix_of_the_layers_is_a_target_exactly_once(name: str, head: str) -> None:
+    model = build(name, head)
+    targets = find_targets(model)
+    assert len({target.name for target in targets}) == len(targets)
+    layers = next(module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    matrices = {id(parameter) for parameter in layers.parameters() if parameter.dim() == 2}
+    assert {id(model.get_parameter(f"{target.module}.weight")) for target in targets} == matrices
+
+
+def test_a_fused_target_is_named_after_its_part() -> None:
+    first, second, *_ = find_targets(build_decoder("gpt2"))
+    assert first.name == "transformer.h.0.attn.c_attn.q"
+    assert second.name == "transformer.h.0.attn.c_attn.k"
+    assert first.module == second.module == first.inputs == second.inputs == "transformer.h.0.attn.c_attn"
+
+
+def test_a_target_reads_a_stream_of_its_own_unless_told() -> None:
+    assert Target("a.b", "ffn", 0).inputs == "a.b"
+    assert Target("a.b", "ffn", 0, inputs="a").inputs == "a"
+
+
+@pytest.mark.parametrize(("name", "head"), MODELS)
+def test_the_longest_sequence_is_what_the_config_has_positions_for(name: str, head: str) -> None:
+    model = build(name, head)
+    longest = ARCHITECTURES[model.config.model_type].max_length(model.config)
+    assert longest == {"bert": 40, "roberta": 38}.get(name, 160)
