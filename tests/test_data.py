@@ -10,7 +10,7 @@ import pytest
 
 from flashsvd.data import find_file, load_examples, read_rows
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.pooling import pooling_mode
+from flashsvd.evaluation.pooling import pooling_mode
 from flashsvd.tasks import TASKS, check_label_count, get_task, label_permutation
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
@@ -141,3 +141,58 @@ def test_a_head_of_another_size_is_refused() -> None:
 )
 def test_pooling_is_read_as_sentence_transformers_writes_it(tmp_path: Path, config: object, mode: str) -> None:
     assert pooling_mode(write(tmp_path / "config.json", json.dumps(config))) == mode
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "row", "texts", "label"),
+    [
+        ("stsb", "index\tgenre\tsentence1\tsentence2\tscore", "0\tnews\ta\tb\t4.5", ("a", "b"), 4.5),
+        ("similarity", "sentence1\tsentence2\tscore", "a\tb\t4.5", ("a", "b"), 4.5),
+        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\ta\tb\t1", ("a", "b"), 1),
+        ("mnli", "index\tsentence1\tsentence2\tlabel1\tgold_label", "0\ta\tb\tneutral\tentailment", ("a", "b"), 0),
+    ],
+)
+def test_glues_own_headers_are_understood(
+    tmp_path: Path, task: str, header: str, row: str, texts: tuple[str, ...], label: float
+) -> None:
+    examples = load_examples(TASKS[task], "validation", str(write(tmp_path / "x.tsv", f"{header}\n{row}\n")))
+    assert (examples.texts, examples.labels) == ([texts], [label])
+
+
+def test_glues_own_file_names_and_the_hubs_are_found(tmp_path: Path) -> None:
+    write(tmp_path / "dev_mismatched.tsv", "")
+    assert find_file(write(tmp_path / "dev_matched.tsv", "").parent, "validation", MNLI).name == "dev_matched.tsv"
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write(hub / "train-00000-of-00001.parquet", "")
+    write(hub / "validation-00000-of-00001.parquet", "")
+    assert find_file(hub, "validation", SST2).name == "validation-00000-of-00001.parquet"
+    assert find_file(hub, "train", SST2).name == "train-00000-of-00001.parquet"
+    write(hub / "train-00001-of-00002.parquet", "")
+    with pytest.raises(DataError, match="holds train in 2 files"):
+        find_file(hub, "train", SST2)
+
+
+def test_a_file_without_a_header_is_told_so(tmp_path: Path) -> None:
+    file = write(tmp_path / "dev.tsv", "gj04\t1\t\tThe sailors rode the breeze.\ngj04\t0\t*\tThe car honked.\n")
+    with pytest.raises(DataError, match="put a first line that names the columns into the file"):
+        load_examples(TASKS["cola"], "validation", str(file))
+
+
+def test_suffixes_and_byte_order_marks_do_not_matter(tmp_path: Path) -> None:
+    file = write(tmp_path / "X.JSONL", '\ufeff{"sentence": "a", "label": 1}\n')
+    assert load_examples(SST2, "validation", str(file)).texts == [("a",)]
+
+
+@pytest.mark.parametrize("line", ["{", "5"])
+def test_a_bad_line_is_numbered(tmp_path: Path, line: str) -> None:
+    file = write(tmp_path / "x.jsonl", f'{{"sentence": "a", "label": 1}}\n\n{line}\n')
+    with pytest.raises(DataError, match="line 3 is no JSON"):
+        read_rows(file)
+
+
+def test_unknown_class_names_are_pointed_out_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = SimpleNamespace(label2id={"yes": 0, "perhaps": 1, "no": 2})
+    for _ in range(3):
+        assert label_permutation(MNLI, config) == [0, 1, 2]
+    assert len([r for r in caplog.records if "yes, perhaps, no are not mnli's" in r.message]) == 1

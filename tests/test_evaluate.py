@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
-from flashsvd.evaluate import EvalResult
-from flashsvd.metrics import compute_metrics
+from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.evaluation.metrics import compute_metrics
+from flashsvd.evaluation.result import EvalResult
 from flashsvd.tasks import TASKS, Task
 
 SENTENCES = ["a man eats .", "the dog runs in the film", "very good movie", "not a good film .", "bad", "a woman runs"]
 USERS_KEYS = {
     "task", "metric_name", "metric_value", "base_model", "method", "ranks", "peak_memory_mib", "latency_ms",
     "batch_size", "seq_len", "num_eval_samples", "device", "checkpoint_dir", "timestamp", "git_commit",
-    "flashsvd_version", "_latency_definition",
+    "flashsvd_version", "_latency_definition", "tokens_per_second",
 }  # fmt: skip
 
 
@@ -126,6 +127,8 @@ def test_json_has_the_keys_users_know_for_dense_and_compressed(
         assert result["num_eval_samples"] == 5
         assert result["latency_ms"] > 0
         assert result["samples_per_second"] > 0
+        assert result["tokens_per_second"] > result["samples_per_second"]
+        assert result["stride"] is None
         assert result["latency_percentiles_ms"]["p50"] <= result["latency_percentiles_ms"]["p99"]
 
 
@@ -159,3 +162,67 @@ def test_a_random_head_is_pointed_out(make_model: MakeModel, tmp_path: Path, cap
     data = write_task_data(TASKS["sst2"], tmp_path)
     run_eval(EvalConfig(checkpoint=str(tmp_path / "out"), task="sst2", data=str(data), seq_len=32))
     assert any("classifier.weight" in record.message and "random" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("seq_len", [4, 6])
+def test_texts_are_cut_to_the_sequence_length_and_the_model_runs_in_the_dtype(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seq_len: int
+) -> None:
+    from transformers.models.bert.modeling_bert import BertForSequenceClassification
+
+    seen: list[tuple[tuple[int, ...], torch.dtype]] = []
+    forward = BertForSequenceClassification.forward
+
+    def watched(self: torch.nn.Module, *args: object, **inputs: torch.Tensor) -> object:
+        seen.append((tuple(inputs["input_ids"].shape), next(self.parameters()).dtype))
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", watched)
+    source, data = make_model(), write_task_data(TASKS["sst2"], tmp_path)
+    options = {"task": "sst2", "data": str(data), "padding": "max", "batch_size": 6, "dtype": "bfloat16"}
+    result = run_eval(EvalConfig(checkpoint=str(source), seq_len=seq_len, **options))  # type: ignore[arg-type]
+    assert set(seen) == {((6, seq_len), torch.bfloat16)}
+    assert (result.seq_len, result.dtype) == (seq_len, "bfloat16")
+
+
+def test_roberta_reads_exactly_as_many_tokens_as_it_has_positions_for(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("roberta")
+    # 40 positions, of which those up to the padding token's id, 1, are never used.
+    (tmp_path / "x.tsv").write_text("sentence\tlabel\n" + "a man " * 50 + "\t1\n")
+    options = {"checkpoint": str(source), "task": "sst2", "data": str(tmp_path / "x.tsv")}
+    assert run_eval(EvalConfig(seq_len=38, **options)).seq_len == 38  # type: ignore[arg-type]
+    assert run_eval(EvalConfig(**options)).seq_len == 38  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--seq-len 39 is above 38"):
+        run_eval(EvalConfig(seq_len=39, **options))  # type: ignore[arg-type]
+
+
+def test_latency_of_batches_that_were_not_full_is_called_so(make_model: MakeModel, tmp_path: Path) -> None:
+    options = {"checkpoint": str(make_model()), "task": "sst2", "seq_len": 32}
+    options["data"] = str(write_task_data(TASKS["sst2"], tmp_path))
+    assert "none was full" in run_eval(EvalConfig(batch_size=64, **options)).latency_definition  # type: ignore[arg-type]
+    result = run_eval(EvalConfig(batch_size=2, **options))  # type: ignore[arg-type]
+    assert "none was full" not in result.latency_definition
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+    data = write_task_data(TASKS["sst2"], tmp_path)
+    for output in (tmp_path, data / "x.json"):
+        with pytest.raises(CheckpointError, match="choose another --output"):
+            run_eval(EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(data), output=str(output)))
+
+
+def test_a_result_that_cannot_be_written_after_all_is_still_shown(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    data, output = write_task_data(TASKS["sst2"], tmp_path), tmp_path / "results" / "x.json"
+    with pytest.raises(CheckpointError, match=r"cannot write .*x\.json: No space left"):
+        run_eval(EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(data), seq_len=32, output=str(output)))
+    assert any('"metric_name": "accuracy"' in record.message for record in caplog.records)
+    assert list(output.parent.iterdir()) == []

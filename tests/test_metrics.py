@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from flashsvd.metrics import METRICS, compute_metrics, matthews_correlation, pearson, spearmanr
-from flashsvd.pooling import pool
+from flashsvd.evaluation.metrics import METRICS, compute_metrics, matthews_correlation, pearson, spearmanr
+from flashsvd.evaluation.pooling import pool
 from flashsvd.tasks import TASKS
 
 PAIRS = st.integers(2, 40).flatmap(
@@ -51,12 +51,12 @@ def test_constants_have_no_correlation() -> None:
 
 
 def test_every_task_names_metrics_that_exist() -> None:
-    assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
+    assert {name for task in TASKS.values() if task.head != "lm" for name in task.metrics} == set(METRICS)
 
 
 def test_evaluate_modules_give_the_same_numbers(tmp_path: Path) -> None:
-    glue_metric = pytest.importorskip("flashsvd.glue_metric", reason="needs evaluate")
-    for task in TASKS.values():
+    glue_metric = pytest.importorskip("flashsvd.evaluation.glue_metric", reason="needs evaluate")
+    for task in (task for task in TASKS.values() if task.head != "lm"):
         values = {"predictions": [0, 1, 1, 0, 1], "references": [0, 1, 0, 0, 1]}
         metric = glue_metric.GlueMetric(task.name, cache_dir=str(tmp_path))
         assert metric.compute(**values) == pytest.approx(compute_metrics(task.metrics, *values.values()))

@@ -1,4 +1,4 @@
-"""Reading labelled text: GLUE from the hub, or local TSV, CSV, parquet and JSON-lines files."""
+"""Reading rows of data, labelled text above all: from the hub, or local TSV, CSV, parquet and JSON-lines files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashsvd.errors import ConfigError, DataError, first_line
-from flashsvd.tasks import GLUE, Task
+from flashsvd.tasks import Task
 
 Split = Literal["train", "validation"]
 SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl", ".json")
+# How the user names the data of a split: validation data is evaluated on, training data calibrated on.
+DATA_OPTION: dict[Split, str] = {"train": "--calib-data", "validation": "--data"}
 _VALIDATION_NAMES = ("validation", "dev", "val")
 
 
@@ -39,18 +41,20 @@ def load_examples(task: Task, split: Split, data: str | None = None, limit: int 
         DataError: the data cannot be had or does not fit the task.
     """
     if data is None:
-        where, rows = f"{GLUE}/{task.hub_config}", _read_hub(task, split)
+        where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split)
     else:
         file = find_file(Path(data).expanduser(), split, task)
         where, rows = str(file), read_rows(file)
-    rows = rows[:limit]
+    rows = [_with_our_names(row, task) for row in rows[:limit]]
     if not rows:
         raise DataError(f"{where} holds no examples")
     missing = [name for name in (*task.columns, "label") if name not in rows[0]]
     if missing:
+        headless = len(missing) > len(task.columns)
         raise DataError(
             f"{where} lacks the column {', '.join(missing)}; {task.name} needs {', '.join(task.columns)} and label, "
             f"it has {', '.join(map(str, rows[0]))}"
+            + ("; put a first line that names the columns into the file" if headless else "")
         )
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
@@ -65,22 +69,30 @@ def load_examples(task: Task, split: Split, data: str | None = None, limit: int 
     return Examples(texts, labels)
 
 
-def find_file(path: Path, split: Split, task: Task) -> Path:
+def find_file(path: Path, split: Split, task: Task, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """The file of a split: `path` itself, or the one in the directory `path` that is named after the split.
 
     Raises:
         DataError: there is none.
     """
+    option = DATA_OPTION[split]
     if path.is_file():
         return path
     if not path.is_dir():
-        raise DataError(f"there is no file or directory {path}; give one with --data, or leave it out to use the hub")
-    names = (task.validation, *_VALIDATION_NAMES) if split == "validation" else (split,)
+        otherwise = ", or leave it out to use the hub" if task.hub else ""
+        raise DataError(f"there is no file or directory {path}; give one with {option}{otherwise}")
+    validation = (task.validation, task.validation.replace("validation", "dev"), *_VALIDATION_NAMES)
+    names = validation if split == "validation" else (split,)
     for name in names:
-        for suffix in SUFFIXES:
+        shards = sorted(path.glob(f"{name}-*-of-*.parquet")) if ".parquet" in suffixes else []
+        if len(shards) > 1:
+            raise DataError(f"{path} holds {name} in {len(shards)} files; join them, or name one with {option}")
+        if shards:
+            return shards[0]
+        for suffix in suffixes:
             if (path / (name + suffix)).is_file():
                 return path / (name + suffix)
-    raise DataError(f"{path} holds no {names[0]} file ({', '.join(SUFFIXES)}); name the file itself with --data")
+    raise DataError(f"{path} holds no {names[0]} file ({', '.join(suffixes)}); name the file itself with {option}")
 
 
 def read_rows(file: Path) -> list[Mapping[str, Any]]:
@@ -90,7 +102,7 @@ def read_rows(file: Path) -> list[Mapping[str, Any]]:
         DataError: the suffix is unknown, or the file is not of that format.
     """
     try:
-        match file.suffix:
+        match file.suffix.lower():
             case ".tsv":
                 return _read_delimited(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             case ".csv":
@@ -112,12 +124,23 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> list[
 
 
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
-    text = file.read_text(encoding="utf-8")
-    is_list = text.lstrip().startswith("[")
-    rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every line must be a JSON object")
-    return list(rows)
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("every line must be a JSON object")
+        return list(rows)
+    return [_json_object(line, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _json_object(line: str, number: int) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON ({first_line(error)})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return row
 
 
 def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
@@ -129,19 +152,31 @@ def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _read_hub(task: Task, split: Split) -> Sequence[Mapping[str, Any]]:
+def read_hub(task: Task, split: Split) -> Sequence[Mapping[str, Any]]:
+    """The rows of a task's own data.
+
+    Raises:
+        DataError: they cannot be had.
+    """
+    option = DATA_OPTION[split]
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ConfigError("data from the hub needs the datasets package; install it, or pass --data PATH") from error
+        raise ConfigError(f"data from the hub needs the datasets package; install it, or pass {option} PATH") from error
     name = task.validation if split == "validation" else split
     try:
-        return list(load_dataset(GLUE, task.hub_config, split=name))
+        return list(load_dataset(task.hub, task.hub_config, split=name))
     except Exception as error:  # datasets and the hub client raise many kinds; each means the data is not there
         raise DataError(
-            f"cannot get {GLUE} ({task.hub_config}) from the hub: {first_line(error)} "
-            "(check the network, or pass --data PATH)"
+            f"cannot get {task.hub} ({task.hub_config}) from the hub: {first_line(error)} "
+            f"(check the network, or pass {option} PATH)"
         ) from error
+
+
+def _with_our_names(row: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+    """A row under the names of the task's columns, where it has one of their other names instead."""
+    renamed = {alias: name for alias, name in task.aliases if alias in row and name not in row}
+    return {renamed.get(key, key): value for key, value in row.items()} if renamed else row
 
 
 def _label(task: Task, value: Any, where: str) -> float:
@@ -154,8 +189,11 @@ def _label(task: Task, value: Any, where: str) -> float:
     if not math.isfinite(number):
         allowed = f" or one of {', '.join(task.labels)}" if task.labels else ""
         raise DataError(f"{where} has the label {value!r}; {task.name} needs a number{allowed}")
-    if task.labels and number == -1:
+    if number == -1:
         raise DataError(f"{where} has the label -1, which marks hidden test labels; use the validation split")
+    if task.scores and not task.scores[0] <= number <= task.scores[1]:
+        low, high = task.scores
+        raise DataError(f"{where} has the label {value}, but scores of {task.name} lie from {low:g} to {high:g}")
     if task.labels and number not in range(len(task.labels)):
         raise DataError(f"{where} has the label {value}, but {task.name} has the classes 0 to {len(task.labels) - 1}")
     return number

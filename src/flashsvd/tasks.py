@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from flashsvd.errors import ConfigError, DataError
 log = logging.getLogger("flashsvd")
 
 GLUE = "nyu-mll/glue"
+WIKITEXT = "Salesforce/wikitext"
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,25 @@ class Task:
         columns: the text columns, one or two.
         metrics: names of the metrics, the one to quote first.
         labels: class names in the order of the data's label ids; empty for a real-valued label.
-        head: `classifier` scores each text or pair with the model's head; `encoder` compares two texts' embeddings.
-        hub_config: the data set's name inside GLUE on the hub.
+        head: `classifier` scores each text or pair with the model's head; `encoder` compares two texts' embeddings;
+            `lm` predicts each token of running text from those before it.
+        hub_config: the data set's name inside `hub`.
         validation: name of the validation split.
+        hub: the data set's repository on the hub; empty for a task that always needs data of the user's.
+        aliases: other names of columns, as GLUE's own files have them, with the name here.
+        scores: the least and the greatest real-valued label.
     """
 
     name: str
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
     labels: tuple[str, ...]
-    head: Literal["classifier", "encoder"] = "classifier"
+    head: Literal["classifier", "encoder", "lm"] = "classifier"
     hub_config: str = ""
     validation: str = "validation"
+    hub: str = GLUE
+    aliases: tuple[tuple[str, str], ...] = ()
+    scores: tuple[float, float] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -41,12 +50,20 @@ class Task:
 
 
 _PAIR = ("sentence1", "sentence2")
+_SCORE = (("score", "label"),)
 _TASKS = (
     Task("cola", ("sentence",), ("matthews_correlation",), ("unacceptable", "acceptable"), hub_config="cola"),
     Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive"), hub_config="sst2"),
     Task("mrpc", _PAIR, ("f1", "accuracy"), ("not_equivalent", "equivalent"), hub_config="mrpc"),
-    Task("qqp", ("question1", "question2"), ("f1", "accuracy"), ("not_duplicate", "duplicate"), hub_config="qqp"),
-    Task("stsb", _PAIR, ("pearson", "spearmanr"), (), hub_config="stsb"),
+    Task(
+        "qqp",
+        ("question1", "question2"),
+        ("f1", "accuracy"),
+        ("not_duplicate", "duplicate"),
+        hub_config="qqp",
+        aliases=(("is_duplicate", "label"),),
+    ),
+    Task("stsb", _PAIR, ("pearson", "spearmanr"), (), hub_config="stsb", aliases=_SCORE, scores=(0, 5)),
     Task(
         "mnli",
         ("premise", "hypothesis"),
@@ -54,10 +71,13 @@ _TASKS = (
         ("entailment", "neutral", "contradiction"),
         hub_config="mnli",
         validation="validation_matched",
+        aliases=(("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label")),
     ),
     Task("qnli", ("question", "sentence"), ("accuracy",), ("entailment", "not_entailment"), hub_config="qnli"),
     Task("rte", _PAIR, ("accuracy",), ("entailment", "not_entailment"), hub_config="rte"),
-    Task("similarity", _PAIR, ("spearmanr", "pearson"), (), head="encoder", hub_config="stsb"),
+    Task("similarity", _PAIR, ("spearmanr", "pearson"), (), head="encoder", hub_config="stsb", aliases=_SCORE),
+    Task("perplexity", ("text",), ("perplexity",), (), head="lm", hub=""),
+    Task("wikitext2", ("text",), ("perplexity",), (), head="lm", hub_config="wikitext-2-raw-v1", hub=WIKITEXT),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
@@ -87,6 +107,22 @@ def check_label_count(task: Task, config: Any, source: str) -> None:
         )
 
 
+def check_classifier(config: Any, source: str) -> None:
+    """Refuse a classifier that cannot work on a batch of single-label texts.
+
+    Raises:
+        DataError: it was trained for another kind of problem, or cannot tell padding from text.
+    """
+    kinds = ("regression",) if config.num_labels == 1 else ("single_label_classification",)
+    if config.problem_type is not None and config.problem_type not in kinds:
+        raise DataError(
+            f"{source} was trained for {config.problem_type} with {config.num_labels} labels; "
+            f"only {kinds[0]} is supported for that many"
+        )
+    if config.pad_token_id is None:
+        raise DataError(f"config.json of {source} names no pad_token_id, without which batches cannot be classified")
+
+
 def label_permutation(task: Task, config: Any) -> list[int]:
     """For each label id of the data, the class of the model that means the same.
 
@@ -97,8 +133,14 @@ def label_permutation(task: Task, config: Any) -> list[int]:
     if set(classes) == {_plain(name) for name in task.labels}:
         return [classes[_plain(name)] for name in task.labels]
     if not all(name.startswith("label_") for name in classes):
-        log.warning("class names %s are not %s's; taking them in order", list(config.label2id), task.name)
+        _warn_of_names(", ".join(map(str, config.label2id)), task.name)
     return list(range(len(task.labels)))
+
+
+@functools.cache
+def _warn_of_names(names: str, task: str) -> None:
+    """Once for each model and task, however often its classes are looked up."""
+    log.warning("class names %s are not %s's; taking them in order", names, task)
 
 
 def _plain(name: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flashsvd.errors import DataError, ModelError
-from flashsvd.pooling import pool, pooling_mode
-from flashsvd.pretrained import companion_file, sentence_modules
+from flashsvd.errors import ModelError
+from flashsvd.evaluation.job import check_finite
+from flashsvd.evaluation.pooling import pool, pooling_mode
+from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
+from flashsvd.storage.model_files import companion_file
 from flashsvd.tasks import Task, label_permutation
 
 log = logging.getLogger("flashsvd")
@@ -39,7 +41,7 @@ class Classifier:
         return [_columns(texts)]
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
-        logits = _finite(outputs[0].logits)
+        logits = check_finite(outputs[0].logits).float().cpu()
         values = logits[:, 0] if self._permutation is None else logits[:, self._permutation].argmax(dim=-1)
         return [float(value) for value in values]
 
@@ -48,7 +50,7 @@ class SentenceSimilarity:
     """Cosine of the pooled embeddings of the two texts of a pair; each text is an input of its own."""
 
     def __init__(self, source: str) -> None:
-        self._mode = _pooling_of(source)
+        self._mode = sentence_pooling(source)
 
     def tokenizer_calls(self, texts: Texts) -> list[list[list[str]]]:
         return [[column] for column in _columns(texts)]
@@ -58,31 +60,32 @@ class SentenceSimilarity:
             pool(output.last_hidden_state.float(), mask, self._mode)
             for output, mask in zip(outputs, masks, strict=True)
         )
-        return [float(value) for value in _finite(torch.cosine_similarity(first, second))]
+        return [float(value) for value in check_finite(torch.cosine_similarity(first, second)).cpu()]
 
 
 def _columns(texts: Texts) -> list[list[str]]:
     return [list(column) for column in zip(*texts, strict=True)]
 
 
-def _finite(values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise DataError("the model's outputs are NaN or infinite; try --dtype float32, or compress the model again")
-    return values.float().cpu()
+def sentence_pooling(source: str) -> str:
+    """How a sentence encoder pools its token states, by the files beside it.
 
-
-def _pooling_of(source: str) -> str:
-    modules_file = companion_file(source, "modules.json")
+    Raises:
+        ModelError: it has a module that is not supported, or its files cannot be read.
+    """
+    modules_file = companion_file(source, MODULES_FILE)
     if modules_file is None:
         log.warning("%s says nothing about pooling; taking the mean of its token states", source)
         return "mean"
-    mode = "mean"
+    mode = None
     for kind, folder in sentence_modules(modules_file):
         if kind == "Pooling":
-            config_file = companion_file(source, f"{folder}/config.json")
+            config_file = companion_file(source, f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG)
             if config_file is None:
-                raise ModelError(f"{source} lacks {folder}/config.json, the pooling that modules.json names")
+                raise ModelError(f"{source} lacks {folder}/{MODULE_CONFIG}, the pooling that {MODULES_FILE} names")
             mode = pooling_mode(config_file)
         elif kind not in ("Transformer", "Normalize"):
             raise ModelError(f"{source} has a {kind} module, which --task similarity does not support")
-    return mode
+    if mode is None:
+        log.warning("%s of %s names no pooling; taking the mean of its token states", MODULES_FILE, source)
+    return mode or "mean"

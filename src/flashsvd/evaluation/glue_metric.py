@@ -1,6 +1,6 @@
-"""`evaluate.Metric` modules for the supported tasks, defined here so that nothing is downloaded.
+"""`evaluate.Metric` modules for the supported tasks of labelled text, defined here so that nothing is downloaded.
 
-metric = flashsvd.glue_metric.GlueMetric("mrpc")
+metric = flashsvd.evaluation.glue_metric.GlueMetric("mrpc")
 metric.compute(predictions=[0, 1], references=[0, 1])     # {'f1': 1.0, 'accuracy': 1.0}
 """
 
@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from flashsvd.metrics import compute_metrics
+from flashsvd.errors import ConfigError
+from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.tasks import get_task
 
 
@@ -20,6 +21,8 @@ class GlueMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
 
     def __init__(self, task: str, **options: Any) -> None:
         self._task = get_task(task)
+        if self._task.head == "lm":
+            raise ConfigError(f"{task} is scored on running text, not on predictions; use flashsvd.run_eval")
         super().__init__(config_name=task, **options)
 
     def _info(self) -> evaluate.MetricInfo:

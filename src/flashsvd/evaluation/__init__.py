@@ -1,0 +1,1 @@
+"""What `flashsvd eval` is made of: the timed loop, the kinds of job, predictions and metrics."""

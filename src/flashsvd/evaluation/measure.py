@@ -1,0 +1,104 @@
+"""Latency and peak memory of a model's forward on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+MIB = 1 << 20
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The result of a call and the milliseconds it took, the device's queue drained before and after."""
+    _drain(device)
+    start = time.perf_counter()
+    result = call()
+    _drain(device)
+    return result, (time.perf_counter() - start) * 1000
+
+
+class PeakMemory:
+    """The most memory in use since this object was made, above what was in use then.
+
+    CUDA: memory allocated by torch. CPU: resident memory of the process, mapped files included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._whole_life = False
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = float(torch.cuda.memory_allocated(device))
+        else:
+            self._whole_life = not _forget_peak()
+            self._before = peak_resident_bytes()
+
+    def mib(self) -> float:
+        """The peak so far, in MiB."""
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
+        return (peak - self._before) / MIB
+
+    @property
+    def definition(self) -> str:
+        """What `mib` means, for people."""
+        cuda = self._device.type == "cuda"
+        what = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
+        text = f"most {what} while loading, warming up and evaluating, above what it was before the model was loaded"
+        if cuda:
+            return text
+        if _peak_source() is None:
+            return "not measured: this system does not say how much memory a process has had"
+        if self._whole_life:
+            text = f"most {what} so far, above the most before the model was loaded, since this system forgets no peak"
+        return f"{text}; memory that the process had freed before is used again uncounted, so compare fresh processes"
+
+
+def peak_resident_bytes() -> float:
+    """The most resident memory this process has had, in bytes; 0 where the system does not say."""
+    source = _peak_source()
+    return source() if source else 0.0
+
+
+def _peak_source() -> Callable[[], float] | None:
+    """On Linux /proc, since getrusage counts what the parent process had before it started this one."""
+    if _peak_in_proc() is not None:
+        return lambda: _peak_in_proc() or 0.0
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return lambda: float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _peak_in_proc() -> float | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return float(line.split()[1]) * 1024
+    return None
+
+
+def _forget_peak() -> bool:
+    """Linux forgets a process's peak when told so; elsewhere, or where that is denied, it is of the whole life."""
+    try:
+        _CLEAR_REFS.write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return _peak_in_proc() is not None
+
+
+def _drain(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
