@@ -45,7 +45,7 @@ def test_a_larger_rank_never_has_a_larger_error(seed: int, smaller: int) -> None
         torch.manual_seed(seed)
         model = build_model("bert", "base", num_hidden_layers=1)
         targets = find_targets(model)
-        plan = {target.module: RankChoice(rank) for target in targets}
+        plan = {target.name: RankChoice(rank) for target in targets}
         errors.append([r.error for r in factor_model(model, targets, plan, get_method("standard"), "per-head")])
     assert all(after <= before + 1e-6 for before, after in zip(*errors, strict=True))
 
@@ -133,3 +133,37 @@ def test_state_dict_is_written_when_asked(make_model: MakeModel, tmp_path: Path)
     loaded = load_compressed(tmp_path / "out").state_dict()
     assert set(state) == set(loaded)
     assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+def test_dense_bytes_are_those_of_the_weights_in_the_saved_dtype(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    parameters = sum(p.numel() for p in build_model().parameters())
+    for dtype, size in ((None, 4), ("bfloat16", 2)):
+        output = tmp_path / str(dtype)
+        report = run_compress(CompressConfig(model=str(source), ratio=0.5, dtype=dtype, output=str(output)))
+        assert report.info.dense_bytes == parameters * size
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_reported_errors_are_those_of_the_singular_values_left_out(
+    make_model: MakeModel, tmp_path: Path, dtype: str | None
+) -> None:
+    config = CompressConfig(
+        model=str(make_model()), rank_attn=8, rank_ffn=12, rank_wo=6, dtype=dtype, output=str(tmp_path / "out")
+    )
+    report, dense = run_compress(config), build_model()
+    loaded = load_compressed(tmp_path / "out")
+    for matrix in report.matrices:
+        weight = dense.get_submodule(matrix.name).weight.detach()
+        values = torch.linalg.svdvals(weight)
+        optimum = float(values[matrix.rank :].norm() / values.norm())
+        stored = loaded.get_submodule(matrix.name).matrix().detach()
+        assert matrix.error == pytest.approx(optimum, rel=1e-4 if dtype is None else 1e-2)
+        assert matrix.error == pytest.approx(float((stored - weight.T).norm() / weight.norm()), rel=1e-4)
+
+
+def test_written_files_are_readable_as_any_other(make_model: MakeModel, tmp_path: Path) -> None:
+    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
+    (tmp_path / "plain").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}

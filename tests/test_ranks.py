@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import MatrixShape, RankChoice, RankRequest, kept_parameters, plan_ranks
+from flashsvd.ranks import (
+    MatrixShape,
+    RankChoice,
+    RankRequest,
+    fit_to_budget,
+    kept_parameters,
+    parameter_budget,
+    plan_given_ranks,
+    plan_ranks,
+    rank_for_ratio,
+)
 
 
 def bert_base(heads: int = 1, layers: int = 2) -> list[MatrixShape]:
@@ -121,3 +132,86 @@ def test_the_full_rank_of_a_head_is_its_own_width() -> None:
 def test_what_cannot_be_used_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RankRequest.from_options(**options)
+
+
+@given(shapes=st.lists(st.tuples(st.integers(2, 400), st.integers(2, 400)), min_size=1, max_size=6))
+def test_the_ratio_that_a_refusal_advises_is_not_refused(shapes: list[tuple[int, int]]) -> None:
+    matrices = [MatrixShape(str(i), "ffn", *shape) for i, shape in enumerate(shapes)]
+    try:
+        plan_ranks(matrices, RankRequest(ratio=1e-6))
+    except ConfigError as refused:
+        advised = float(re.search(r"a ratio of (\S+) is enough", str(refused)).group(1))  # type: ignore[union-attr]
+        plan_ranks(matrices, RankRequest(ratio=advised))
+
+
+@st.composite
+def wanted_ranks(draw: st.DrawFn) -> tuple[list[MatrixShape], dict[str, int]]:
+    shapes = [
+        MatrixShape(str(i), "ffn", draw(st.integers(40, 600)), draw(st.integers(40, 600)))
+        for i in range(draw(st.integers(2, 8)))
+    ]
+    return shapes, {shape.name: draw(st.integers(1, shape.full_rank)) for shape in shapes}
+
+
+@given(case=wanted_ranks(), ratio=st.floats(0.1, 0.95))
+def test_wanted_ranks_are_fitted_to_the_budget_in_their_proportions(
+    case: tuple[list[MatrixShape], dict[str, int]], ratio: float
+) -> None:
+    shapes, wanted = case
+    budget = parameter_budget(shapes, RankRequest(ratio=ratio))
+    try:
+        ranks = fit_to_budget(shapes, wanted, budget)
+    except ConfigError:
+        assert sum(shape.kept_parameters(1) for shape in shapes) > budget
+        return
+    assert sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes) <= budget
+    for shape in shapes:
+        assert 1 <= ranks[shape.name] <= shape.full_rank
+        assert shape.saves(ranks[shape.name]) or ranks[shape.name] == shape.full_rank
+    # No matrix could be raised by its step and still fit.
+    spare = budget - sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes)
+    cheapest = min((8 * shape.parameters_per_rank for shape in shapes if shape.saves(ranks[shape.name] + 8)), default=0)
+    assert spare <= max(cheapest, max(shape.dense_parameters for shape in shapes))
+
+
+def test_real_shapes_meet_the_budget_of_learned_ranks_within_one_percent() -> None:
+    shapes = bert_base(layers=12)
+    wanted = {shape.name: 40 + 17 * (i % 13) for i, shape in enumerate(shapes)}
+    budget = parameter_budget(shapes, RankRequest(ratio=0.5))
+    ranks = fit_to_budget(shapes, wanted, budget)
+    assert 0.99 * budget <= sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes) <= budget
+
+
+def test_the_budget_of_given_ranks_is_what_they_keep() -> None:
+    shapes = bert_base()
+    request = RankRequest(attn=64, ffn=256, wo=256)
+    assert parameter_budget(shapes, request) == kept_parameters(shapes, plan_ranks(shapes, request))
+
+
+@given(shape=any_shapes(), ratio=st.floats(0.01, 0.99))
+def test_the_rank_of_a_ratio_keeps_no_more_than_it(shape: list[MatrixShape], ratio: float) -> None:
+    rank = rank_for_ratio(shape[0], ratio)
+    assert rank == 1 or shape[0].factored_parameters(rank) <= ratio * shape[0].dense_parameters
+
+
+def test_ranks_raised_by_what_rounding_leaves_are_spread_over_the_layers() -> None:
+    shapes = [MatrixShape(f"{i}.up", "ffn", 768, 3072) for i in range(12)]
+    plan = plan_ranks(shapes, RankRequest(ratio=0.495))
+    # Exactly 304.1: one rank in some eight layers is raised; of 0.4975, 305.7: one in four or five.
+    assert sorted({choice.rank for choice in plan.values()}) == [304]
+    raised = [
+        i for i, choice in enumerate(plan_ranks(shapes, RankRequest(ratio=0.4975)).values()) if choice.rank == 312
+    ]
+    assert len(raised) == 2
+    assert raised[1] - raised[0] > 3
+
+
+def test_given_ranks_are_taken_as_they_are_where_they_save() -> None:
+    shapes = [MatrixShape("a", "ffn", 100, 100), MatrixShape("b", "ffn", 100, 100), MatrixShape("c", "wo", 100, 100)]
+    plan = plan_given_ranks(shapes, {"a": 13, "b": None, "c": 80})
+    assert plan["a"] == RankChoice(13)
+    assert plan["b"] == RankChoice(None, "asked to stay dense")
+    assert plan["c"].rank is None
+    for bad in (0, 101, 1.5, "8", True):
+        with pytest.raises(ConfigError, match="no whole number from 1 to 100"):
+            plan_given_ranks(shapes, {"a": bad, "b": 1, "c": 1})  # type: ignore[dict-item]

@@ -6,6 +6,8 @@ U [in, r] and V [r, out/h] for each block, so it holds h r (in + out/h) paramete
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +18,7 @@ from flashsvd.options import check_count, check_fraction, flag
 Role = Literal["attn", "wo", "ffn"]
 ROLES: tuple[Role, ...] = ("attn", "ffn", "wo")
 
+ALIGNED = 8
 FFN_PER_RANK = 4
 WO_PER_RANK = 4
 
@@ -48,6 +51,10 @@ class MatrixShape:
 
     def saves(self, rank: int) -> bool:
         return self.factored_parameters(rank) < self.dense_parameters
+
+    def kept_parameters(self, rank: int) -> int:
+        """What is kept at a rank: the factors, or the dense matrix where they would be no smaller."""
+        return min(self.factored_parameters(rank), self.dense_parameters)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,79 @@ def plan_ranks(shapes: Sequence[MatrixShape], request: RankRequest) -> dict[str,
     return {shape.name: _dense_unless_smaller(shape, ranks[shape.name]) for shape in shapes}
 
 
+def plan_given_ranks(shapes: Sequence[MatrixShape], ranks: Mapping[str, int | None]) -> dict[str, RankChoice]:
+    """The plan of ranks given matrix by matrix; None keeps one dense.
+
+    Raises:
+        ConfigError: a matrix has no rank, a rank has no matrix, or it cannot be one.
+    """
+    if unknown := sorted(set(ranks) - {shape.name for shape in shapes}):
+        raise ConfigError(f"ranks are given for {unknown[0]}, which this model does not have; use its own ranks")
+    plan = {}
+    for shape in shapes:
+        if shape.name not in ranks:
+            raise ConfigError(f"no rank is given for {shape.name}; give one, or null to keep it dense")
+        rank = ranks[shape.name]
+        if rank is None:
+            plan[shape.name] = RankChoice(None, "asked to stay dense")
+            continue
+        if type(rank) is not int or not 1 <= rank <= shape.full_rank:
+            raise ConfigError(f"rank {rank!r} of {shape.name} is no whole number from 1 to {shape.full_rank}")
+        plan[shape.name] = _dense_unless_smaller(shape, rank)
+    return plan
+
+
+def rank_for_ratio(shape: MatrixShape, ratio: float) -> int:
+    """The largest aligned rank that keeps at most this fraction of a matrix; at least 1."""
+    exact = ratio * shape.dense_parameters / shape.parameters_per_rank
+    return min(shape.full_rank, max(1, _round_down(exact)))
+
+
+def parameter_budget(shapes: Sequence[MatrixShape], request: RankRequest) -> int:
+    """Parameters that a method which chooses ranks by itself may keep: the ratio of the dense ones, or what the
+    ranks asked for would keep."""
+    if request.ratio is not None:
+        return int(sum((request.ratio if shape.saves(1) else 1) * shape.dense_parameters for shape in shapes))
+    return kept_parameters(shapes, plan_ranks(shapes, request))
+
+
+def fit_to_budget(shapes: Sequence[MatrixShape], wanted: Mapping[str, float], budget: int) -> dict[str, int]:
+    """Aligned ranks in the proportions of `wanted` that together keep as much of the budget as they can.
+
+    A matrix whose factors would be no smaller than its dense form counts as dense and gets its full rank.
+
+    Raises:
+        ConfigError: the budget is less than rank 1 everywhere.
+    """
+
+    def scaled(scale: float) -> dict[str, int]:
+        return {shape.name: _scaled_rank(shape, wanted[shape.name] * scale) for shape in shapes}
+
+    def kept(ranks: Mapping[str, int]) -> int:
+        return sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes)
+
+    low, high = 0.0, max(shape.full_rank / wanted[shape.name] for shape in shapes)
+    if kept(scaled(low)) > budget:
+        raise ConfigError("the budget is less than rank 1 everywhere; raise --ratio or the ranks")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(scaled(middle)) <= budget else (low, middle)
+    ranks = scaled(low)
+    spare = budget - kept(ranks)
+    for shape in sorted(shapes, key=lambda s: wanted[s.name] * low - ranks[s.name], reverse=True):
+        raised = _scaled_rank(shape, ranks[shape.name] + _alignment(ranks[shape.name]))
+        cost = shape.kept_parameters(raised) - shape.kept_parameters(ranks[shape.name])
+        if 0 < cost <= spare:
+            ranks[shape.name] = raised
+            spare -= cost
+    return ranks
+
+
+def _scaled_rank(shape: MatrixShape, rank: float) -> int:
+    aligned = max(1, _round_down(rank))
+    return aligned if shape.saves(aligned) else shape.full_rank
+
+
 def kept_parameters(shapes: Iterable[MatrixShape], plan: Mapping[str, RankChoice]) -> int:
     """Parameters of all the matrices under `plan`, biases not counted."""
     total = 0
@@ -158,36 +238,58 @@ def _dense_unless_smaller(shape: MatrixShape, rank: int) -> RankChoice:
 
 
 def _alignment(rank: float) -> int:
-    """The step ranks are rounded to: 8 from rank 64 on, since unaligned ranks are slow; finer below, where a step
-    of 8 would cost more than an eighth of the rank."""
-    step = 8
-    while step > 1 and step * 8 > rank:
-        step //= 2
-    return step
+    """The step that ranks are rounded to: 8 from rank 64 on, since unaligned ranks are slow; below that a step of 8
+    would cost more than an eighth of the rank, and kernels pad small ranks to their tiles anyway."""
+    return ALIGNED if rank >= 8 * ALIGNED else 1
+
+
+def _round_down(rank: float) -> int:
+    step = _alignment(rank)
+    return int(rank) // step * step
 
 
 def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, int]:
-    """The same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded down to an aligned
-    rank; what rounding left over then raises matrices by one step while the whole budget allows it, from the last
-    layer backwards (raising the first ones instead scored lower on all-MiniLM-L6-v2, in both layouts).
+    """The same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded to an aligned rank.
 
-    Matrices that even rank 1 would not make smaller stay dense and are no part of the budget.
+    Matrices of one kind pass on what rounding down leaves over, until it pays for rounding one of them up, so that
+    each kind keeps its fraction and the raised ones are spread over the layers. What is left at the end raises
+    others while the budget allows it. Matrices that even rank 1 would not make smaller stay dense and are no part of
+    the budget.
     """
     rigid = {shape.name: 1 for shape in shapes if not shape.saves(1)}
     shapes = [shape for shape in shapes if shape.saves(1)]
     exact = {s.name: ratio * s.dense_parameters / s.parameters_per_rank for s in shapes}
-    steps = {name: _alignment(rank) for name, rank in exact.items()}
-    ranks = {name: max(1, int(rank) // steps[name] * steps[name]) for name, rank in exact.items()}
+    ranks = {name: max(1, _round_down(rank)) for name, rank in exact.items()}
     spare = ratio * sum(s.dense_parameters for s in shapes) - sum(s.factored_parameters(ranks[s.name]) for s in shapes)
     if spare < 0:
         enough = max(s.parameters_per_rank / s.dense_parameters for s in shapes)
-        raise ConfigError(f"--ratio {ratio:g} is less than rank 1 everywhere; a ratio of {enough:.2g} is enough")
-    for shape in reversed(shapes):
-        step = steps[shape.name]
-        cost = shape.factored_parameters(step)
-        rounded_down = ranks[shape.name] + step > exact[shape.name] > ranks[shape.name]
-        raised = ranks[shape.name] + step
-        if rounded_down and cost <= spare and shape.saves(raised):
-            ranks[shape.name] = raised
-            spare -= cost
+        raise ConfigError(
+            f"--ratio {ratio:g} is less than rank 1 everywhere; a ratio of {_rounded_up(enough):g} is enough"
+        )
+    left_over: dict[MatrixShape, float] = {}
+    for shape in shapes:
+        kind = dataclasses.replace(shape, name="")
+        left_over[kind] = left_over.get(kind, 0.0) + exact[shape.name] - ranks[shape.name]
+        step = _alignment(exact[shape.name])
+        # The tolerance keeps exact thirds and tenths from falling short of one by a rounding error.
+        if left_over[kind] > step - 1e-6 and shape.saves(ranks[shape.name] + step) and _pays(shape, step, spare):
+            ranks[shape.name] += step
+            left_over[kind] -= step
+            spare -= shape.factored_parameters(step)
+    for shape in shapes:
+        step = _alignment(exact[shape.name])
+        rounded_down = ranks[shape.name] < exact[shape.name]
+        if rounded_down and shape.saves(ranks[shape.name] + step) and _pays(shape, step, spare):
+            ranks[shape.name] += step
+            spare -= shape.factored_parameters(step)
     return ranks | rigid
+
+
+def _pays(shape: MatrixShape, step: int, spare: float) -> bool:
+    return shape.factored_parameters(step) <= spare
+
+
+def _rounded_up(ratio: float) -> float:
+    """The ratio with two digits after its leading zeros, never smaller than it was."""
+    unit = 10.0 ** (math.floor(math.log10(ratio)) - 1)
+    return math.ceil(ratio / unit) * unit

@@ -1,0 +1,220 @@
+"""One streaming pass over calibration data, with hooks, that collects what a method needs of every matrix.
+
+Sums are kept in float64. Padding counts nowhere. Targets that read the same activations share one covariance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.compression import Need
+from flashsvd.errors import ModelError
+from flashsvd.layers import weight_matrix
+from flashsvd.losses import Loss
+from flashsvd.models import Target
+from flashsvd.precision import working_on
+
+# What the sums of one pass may take; more layers than fit are left to further passes.
+PASS_BYTES = 4 << 30
+_BLOCK = 512
+
+
+def collect_statistics(
+    model: Any,
+    targets: Sequence[Target],
+    batches: Sequence[CalibrationBatch],
+    needs: Collection[Need],
+    loss: Loss | None,
+    device: torch.device,
+    pass_bytes: int = PASS_BYTES,
+) -> Iterator[dict[str, Tensor]]:
+    """Sums by name (`key`), on the CPU, one dict for each pass over the data; each target is in one of them.
+
+    Args:
+        model: a dense model; it comes back in its own dtype and on the CPU.
+        loss: differentiated where `row_gradients` are needed.
+        pass_bytes: how much memory the sums of one pass may take.
+
+    Raises:
+        ModelError: an activation, a loss or a gradient is not finite.
+    """
+    # On a CPU 16-bit floats are slow; float16 overflows, and gradients underflow in both.
+    keeps = device.type != "cpu" and model.dtype == torch.bfloat16 and "row_gradients" not in needs
+    with working_on(model, device, model.dtype if keeps else torch.float32):
+        passes = list(_passes(model, targets, needs, pass_bytes))
+        with tqdm(total=len(passes) * len(batches), desc="calibrating", unit="batch") as progress:
+            for chunk in passes:
+                yield _Pass(model, chunk, needs).run(batches, loss, device, progress.update)
+
+
+def fits_one_pass(model: Any, targets: Sequence[Target], needs: Collection[Need], pass_bytes: int = PASS_BYTES) -> bool:
+    """Whether the sums of all targets fit in memory at once."""
+    return len(list(_passes(model, targets, needs, pass_bytes))) == 1
+
+
+def key(need: Need, target: Target) -> str:
+    """The name of a statistic: activations' by the stream that the target reads, gradients' by the target."""
+    return f"{need}/{target.name if need == 'row_gradients' else target.inputs}"
+
+
+class _Pass:
+    """The hooks and sums of one pass."""
+
+    def __init__(self, model: Any, targets: Sequence[Target], needs: Collection[Need]) -> None:
+        self._model, self._targets, self._needs = model, targets, needs
+        self._sums: dict[str, Tensor] = {}
+        self._mask = torch.empty(0)
+        self._tokens = 0
+        # Without a loss nobody reads what a head computes.
+        self._runner = model if "row_gradients" in needs else model.base_model
+
+    def run(
+        self,
+        batches: Sequence[CalibrationBatch],
+        loss: Loss | None,
+        device: torch.device,
+        on_batch: Callable[[], object],
+    ) -> dict[str, Tensor]:
+        differentiate = "row_gradients" in self._needs
+        self._tokens = sum(batch.tokens for batch in batches)
+        with (
+            self._hooks(),
+            _only_weights_require_grad(self._model, self._targets),
+            torch.set_grad_enabled(differentiate),
+        ):
+            for batch in (batch.to(device) for batch in batches):
+                if differentiate:
+                    assert loss is not None, "the caller checks that there is a loss"
+                    self._backward(loss(self._model, batch))
+                else:
+                    for part in batch.inputs:
+                        self._runner(**part)
+                on_batch()
+        return {name: self._finished(name, total) for name, total in self._sums.items()}
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = [self._runner.register_forward_pre_hook(self._remember_mask, with_kwargs=True)]
+        if activations := set(self._needs) & {"covariance", "mean_abs"}:
+            by_stream = {target.inputs: target for target in reversed(self._targets)}
+            for target in by_stream.values():
+                module = self._model.get_submodule(target.module)
+                handles.append(module.register_forward_pre_hook(self._activation_hook(target, activations)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _remember_mask(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        self._mask = inputs["attention_mask"].bool()
+
+    def _activation_hook(self, target: Target, needs: set[Need]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach()[self._mask]
+            size = x.double().abs().sum(0)
+            if not size.isfinite().all():
+                raise ModelError(
+                    f"the inputs of {target.module} are NaN or infinite on the calibration data; "
+                    "the model is damaged, or calibrate it on the CPU"
+                )
+            if "mean_abs" in needs:
+                self._add(key("mean_abs", target), size)
+            if "covariance" in needs:
+                name = key("covariance", target)
+                # With fewer tokens than channels the covariance is singular, and only exact products show where;
+                # with more, float32 products of one batch are far more exact than the sample itself, and faster.
+                exact = self._tokens < 2 * x.shape[1]
+                total = self._sums.setdefault(name, torch.zeros_like(x[0], dtype=torch.float64).diag())
+                _add_gram(total, x.double() if exact else x.float())
+
+        return hook
+
+    def _backward(self, loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise ModelError("the loss is NaN or infinite on the calibration data; the model or the labels are wrong")
+        self._model.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for target in self._targets:
+            gradient = target_columns(target, _weight_gradient(self._model.get_submodule(target.module)))
+            squared = gradient.double().square()
+            rows = squared.view(len(squared), target.heads, -1).sum(-1).T
+            if not rows.isfinite().all():
+                raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
+            self._add(key("row_gradients", target), rows)
+        self._model.zero_grad(set_to_none=True)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _finished(self, name: str, total: Tensor) -> Tensor:
+        if name.startswith("row_gradients/"):
+            return total.cpu()
+        if name.startswith("covariance/"):
+            total = total.triu() + total.triu(1).T
+        return (total / self._tokens).cpu()
+
+
+def target_columns(target: Target, matrix: Tensor) -> Tensor:
+    """The target's own columns of its module's W [in, out]."""
+    if target.part is None:
+        return matrix
+    return matrix.chunk(target.part.count, dim=1)[target.part.index]
+
+
+def _weight_gradient(module: nn.Module) -> Tensor:
+    """dL/dW, [in, out]; zero where the loss does not depend on it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return weight_matrix(module, gradient)
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of x^T x in blocks, which is little more than half of the work."""
+    for start in range(0, x.shape[1], _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        total[columns, start:] += x[:, columns].T @ x[:, start:]
+
+
+def _passes(model: Any, targets: Sequence[Target], needs: Collection[Need], pass_bytes: int) -> Iterator[list[Target]]:
+    """Runs of whole streams whose sums fit; at least one stream each."""
+    streams: dict[str, list[Target]] = {}
+    for target in targets:
+        streams.setdefault(target.inputs, []).append(target)
+    chunk: list[Target] = []
+    used = 0
+    for members in streams.values():
+        size = 8 * _width(model, members[0]) ** 2 if "covariance" in needs else 0
+        if chunk and used + size > pass_bytes:
+            yield chunk
+            chunk, used = [], 0
+        chunk += members
+        used += size
+    yield chunk
+
+
+def _width(model: Any, target: Target) -> int:
+    return len(weight_matrix(model.get_submodule(target.module)))
+
+
+@contextlib.contextmanager
+def _only_weights_require_grad(model: Any, targets: Sequence[Target]) -> Iterator[None]:
+    """Let gradients be computed for the targets' weights alone."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    for target in targets:
+        model.get_submodule(target.module).weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])

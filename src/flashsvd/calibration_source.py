@@ -1,0 +1,182 @@
+"""Which text a model is calibrated on, how it is cut into batches, and which loss belongs to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.calibration_data import (
+    CalibrationBatch,
+    Draw,
+    labelled_batches,
+    masked_batches,
+    text_batches,
+    window_batches,
+)
+from flashsvd.corpus import load_text
+from flashsvd.data import load_examples
+from flashsvd.errors import DataError, ModelError
+from flashsvd.evaluation.predict import sentence_pooling
+from flashsvd.losses import Loss, head_loss, similarity_loss
+from flashsvd.pretrained import check_vocabulary, load_tokenizer
+from flashsvd.tasks import TASKS, Task, check_classifier, label_permutation
+
+log = logging.getLogger("flashsvd")
+
+WINDOW_TOKENS, TEXT_TOKENS = 512, 128
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user asked of calibration; None leaves it to the kind of model.
+
+    Attributes:
+        data: a file or a directory with a train file; None takes the task's training split from the hub, and
+            WikiText-2's where there is no task.
+    """
+
+    data: str | None
+    draw: Draw
+    seq_len: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that a pass over calibration data takes.
+
+    Attributes:
+        loss: None where nothing says what the model's outputs should be.
+        about: how it came about, for the checkpoint's metadata.
+    """
+
+    batches: Sequence[CalibrationBatch]
+    loss: Loss | None
+    about: Mapping[str, Any]
+
+
+def prepare_calibration(
+    request: CalibrationRequest, task: Task | None, model_class: Any, model_config: Any, source: str, longest: int
+) -> Calibration:
+    """Read and tokenise the calibration data of a model that is not loaded yet.
+
+    Args:
+        model_class: the transformers class that the model will be loaded as.
+        longest: the longest sequence the model can read.
+
+    Raises:
+        FlashSVDError: the data, the tokenizer or the sequence length cannot be used.
+    """
+    kind = _kind(task, model_class)
+    seq_len = request.seq_len or min(WINDOW_TOKENS if kind == "causal-lm" else TEXT_TOKENS, longest)
+    if seq_len > longest:
+        raise DataError(f"--calib-seq-len {seq_len} is above {longest}, the longest {source} can read")
+    tokenizer = load_tokenizer(source)
+    _check_tokenizer(tokenizer, kind, source)
+    shortest = 2 if kind == "causal-lm" else 1 + tokenizer.num_special_tokens_to_add(pair=_is_pair(task))
+    if seq_len < shortest:
+        raise DataError(
+            f"--calib-seq-len {seq_len} is below {shortest}, the shortest that holds anything to learn from"
+        )
+    if kind == "classifier":
+        check_classifier(model_config, source)
+    tokenize = _Tokenize(tokenizer, seq_len)
+    if kind in ("classifier", "similarity"):
+        assert task is not None, "these kinds come from a task"
+        batches = _labelled(request, task, model_config, tokenize)
+    else:
+        batches = _running_text(request, kind, tokenize)
+    if not sum(batch.tokens for batch in batches):
+        raise DataError("the calibration samples hold no tokens; give other --calib-data")
+    largest = max(int(part["input_ids"].max()) for batch in batches for part in batch.inputs)
+    check_vocabulary(largest, model_config.vocab_size, source)
+    about = {
+        "kind": kind,
+        "task": task.name if task else None,
+        "data": request.data or f"hub:{(task or TASKS['wikitext2']).hub_config or TASKS['wikitext2'].hub_config}",
+        "samples": sum(len(batch.inputs[0]["input_ids"]) for batch in batches),
+        "tokens": sum(batch.tokens for batch in batches),
+        "seq_len": seq_len,
+        "batch_size": request.batch_size,
+        "order": "first" if request.draw.first else "random",
+        "seed": request.draw.seed,
+    }
+    log.info("calibrating on %d samples (%d tokens) of %s", about["samples"], about["tokens"], about["data"])
+    return Calibration(batches, _loss(kind, source), about)
+
+
+def _kind(task: Task | None, model_class: Any) -> str:
+    """`classifier` and `similarity` have labels, `causal-lm` and `masked-lm` make their own, `text` has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if task is not None and task.head != "lm":
+        return "similarity" if task.head == "encoder" else "classifier"
+    if model_class in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+        return "causal-lm"
+    return "masked-lm" if model_class in MODEL_FOR_MASKED_LM_MAPPING.values() else "text"
+
+
+def _check_tokenizer(tokenizer: Any, kind: str, source: str) -> None:
+    """Raises ModelError where it cannot pad or mask, and must."""
+    if kind != "causal-lm" and tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of {source} has no padding token; set one and save it again")
+    if kind == "masked-lm" and tokenizer.mask_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no mask token; set one and save it again")
+
+
+def _is_pair(task: Task | None) -> bool:
+    """Whether one input holds two texts."""
+    return task is not None and task.head == "classifier" and len(task.columns) > 1
+
+
+def _loss(kind: str, source: str) -> Loss | None:
+    match kind:
+        case "text":
+            return None
+        case "similarity":
+            return similarity_loss(sentence_pooling(source))
+        case _:
+            return head_loss
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """The tokenizer's call on one or two columns of texts, cut and padded."""
+
+    tokenizer: Any
+    seq_len: int
+
+    def __call__(self, *columns: list[str]) -> dict[str, Tensor]:
+        cut = {"truncation": True, "max_length": self.seq_len, "padding": True, "return_tensors": "pt"}
+        return {name: value.long() for name, value in self.tokenizer(*columns, **cut).items()}
+
+
+def _labelled(
+    request: CalibrationRequest, task: Task, model_config: Any, tokenize: _Tokenize
+) -> list[CalibrationBatch]:
+    examples = load_examples(task, "train", request.data)
+    order = label_permutation(task, model_config) if task.labels else None
+
+    def inputs(texts: Sequence[tuple[str, ...]]) -> list[dict[str, Tensor]]:
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        return [tokenize(column) for column in columns] if task.head == "encoder" else [tokenize(*columns)]
+
+    def labels(values: list[float]) -> Tensor:
+        return torch.tensor(values if order is None else [order[int(value)] for value in values])
+
+    chosen = request.draw.indices(len(examples))
+    return labelled_batches(examples, inputs, labels, chosen, request.batch_size)
+
+
+def _running_text(request: CalibrationRequest, kind: str, tokenize: _Tokenize) -> list[CalibrationBatch]:
+    text = load_text(TASKS["wikitext2"], "train", request.data)
+    if kind == "causal-lm":
+        ids = tokenize.tokenizer(text, verbose=False)["input_ids"]
+        return window_batches(ids, tokenize.seq_len, request.draw, request.batch_size)
+    batches = text_batches(text, tokenize, request.draw, request.batch_size)
+    return masked_batches(batches, tokenize.tokenizer, request.draw.seed) if kind == "masked-lm" else batches

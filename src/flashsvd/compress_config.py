@@ -1,0 +1,91 @@
+"""What to compress and how: the options of `flashsvd compress`, which need neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashsvd.device import DTYPES
+from flashsvd.errors import ConfigError
+from flashsvd.options import check_choices, check_count, check_not_empty, check_seed, option, take_plain_types
+from flashsvd.ranks import RankRequest
+
+OUTPUT_ROOT = "compressed_models"
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What to compress and how.
+
+    Raises:
+        ConfigError: an option has a value that cannot be used.
+    """
+
+    model: str = option(help="hub name or local directory of the model to compress")
+    method: str = option("standard", help="compression method: standard, fwsvd, drone, asvd or adasvd")
+    task: str | None = option(None, help="task the model is for (a GLUE task, similarity, perplexity or wikitext2)")
+    rank: int | None = option(None, help="rank r of all layers: attention r, feed-forward and attention output 4r")
+    rank_attn: int | None = option(None, help="rank of the Q, K, V projections (per head with --qkv per-head)")
+    rank_ffn: int | None = option(None, help="rank of the feed-forward matrices")
+    rank_wo: int | None = option(None, help="rank of the attention output projection")
+    ratio: float | None = option(None, help="fraction of the factored layers' parameters to keep; finds the ranks")
+    ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix")
+    qkv: str = option(
+        "joint",
+        help="factor each of Q, K, V as a whole, or every head by itself",
+        choices=("joint", "per-head"),
+    )
+    calib_data: str | None = option(
+        None,
+        help="training data to calibrate on: a text file, a file of the task's rows, or a directory with a train "
+        "file; the default is the task's training split, or WikiText-2's, from the hub",
+    )
+    calib_samples: int = option(512, help="texts, pairs or windows to calibrate on")
+    calib_order: str = option(
+        "random", help="draw the samples by the seed, or take the first ones", choices=("random", "first")
+    )
+    calib_seq_len: int | None = option(
+        None, help="tokens a calibration sample is cut to; the default is 128, or windows of 512 for a causal model"
+    )
+    calib_batch_size: int = option(8, help="samples in a calibration batch; fwsvd squares gradients batch by batch")
+    save_stats: str | None = option(None, help="directory to write the calibration statistics to")
+    stats: str | None = option(None, help="statistics of the same model to use instead of calibrating")
+    alpha: float | None = option(None, help="asvd: exponent of the mean activation that scales a channel (0.5)")
+    asvd_search: bool = option(False, help="asvd: find each matrix's rank by its sensitivity, within the budget")
+    adasvd_base: str | None = option(None, help="adasvd: method of the factors, standard, fwsvd or drone (drone)")
+    device: str | None = option(None, help="where to compute: cuda or cpu; the default is cuda where there is one")
+    dtype: str | None = option(None, help="dtype of the saved weights; the default is the model's own", choices=DTYPES)
+    output: str | None = option(None, help=f"directory to write; the default is {OUTPUT_ROOT}/<model>_<method>_<ranks>")
+    overwrite: bool = option(False, help="replace an existing compressed checkpoint, or existing statistics")
+    state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
+    seed: int = option(0, help="seeds calibration, rank search and the weights of a head the model comes without")
+
+    def __post_init__(self) -> None:
+        take_plain_types(self)
+        check_choices(self)
+        check_not_empty(self)
+        check_seed(self.seed)
+        self.rank_request()
+        check_count("calib_samples", self.calib_samples)
+        check_count("calib_batch_size", self.calib_batch_size)
+        check_count("calib_seq_len", self.calib_seq_len, optional=True)
+        if self.stats and self.save_stats:
+            raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")
+
+    def rank_request(self) -> RankRequest:
+        """The ranks asked for; an empty request where a file gives the rank of each matrix."""
+        options = (self.rank, self.rank_attn, self.rank_ffn, self.rank_wo, self.ratio)
+        if self.ranks_json:
+            if any(value is not None for value in options):
+                raise ConfigError("--ranks-json gives the rank of each matrix; leave out --rank... and --ratio")
+            return RankRequest()
+        return RankRequest.from_options(*options)
+
+    def output_directory(self, method: str) -> Path:
+        """Where the checkpoint goes."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        name = Path(self.model).expanduser().resolve().name if Path(self.model).is_dir() else self.model.split("/")[-1]
+        label = "ranks-json" if self.ranks_json else self.rank_request().label
+        layout = "_per-head" if self.qkv == "per-head" else ""
+        return Path(OUTPUT_ROOT) / f"{name}_{method}_{label}{layout}"

@@ -1,0 +1,331 @@
+"""The steps of a compression: prepare what can be refused, then load, calibrate, choose ranks, factor, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashsvd.calibrate import collect_statistics, fits_one_pass
+from flashsvd.calibration_data import Draw
+from flashsvd.calibration_source import Calibration, CalibrationRequest, prepare_calibration
+from flashsvd.compress_config import CompressConfig
+from flashsvd.compression import Method, Need, Statistics, get_method
+from flashsvd.device import resolve_device, resolve_dtype
+from flashsvd.errors import ConfigError, library_errors
+from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, cast, factor_model, matrix_shapes
+from flashsvd.head import class_for_task, refuse_quantized
+from flashsvd.io import save_compressed
+from flashsvd.models import Target, architecture_of, find_targets
+from flashsvd.options import flag
+from flashsvd.pretrained import Pretrained, load_config, load_model, locate
+from flashsvd.provenance import git_commit, library_versions, timestamp
+from flashsvd.rank_search import search_ranks
+from flashsvd.ranks import (
+    ROLES,
+    MatrixShape,
+    RankChoice,
+    kept_parameters,
+    parameter_budget,
+    plan_given_ranks,
+    plan_ranks,
+)
+from flashsvd.report import CompressReport, GroupLog
+from flashsvd.statistics_store import (
+    INDEX_FILE,
+    ModelStatistics,
+    fingerprint,
+    in_memory,
+    in_temporary_files,
+    load_statistics,
+    on_disk,
+)
+from flashsvd.storage.atomic import check_target
+from flashsvd.storage.companions import Companions, find_companions
+from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.rank_file import read_ranks
+from flashsvd.storage.stored_weights import StoredWeights
+from flashsvd.storage.verify import weight_files
+from flashsvd.tasks import Task, get_task
+
+log = logging.getLogger("flashsvd")
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """A compression before its weights are loaded: nothing that could be refused is left open."""
+
+    config: CompressConfig
+    method: Method
+    device: torch.device
+    dtype: torch.dtype | None
+    output: Path
+    source: str
+    model_config: Any
+    model_class: Any
+    head_options: Mapping[str, Any]
+    targets: Sequence[Target]
+    shapes: Sequence[MatrixShape]
+    plan: Mapping[str, RankChoice]
+    calibration: Calibration | None
+    companions: Companions
+
+    @classmethod
+    def prepare(cls, config: CompressConfig) -> CompressionJob:
+        """Resolve a config.
+
+        Raises:
+            FlashSVDError: the config, the model, the calibration data or the output cannot be used.
+        """
+        method = get_method(
+            config.method, alpha=config.alpha, asvd_search=config.asvd_search, adasvd_base=config.adasvd_base
+        )
+        task = get_task(config.task) if config.task is not None else None
+        device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+        output = config.output_directory(method.name)
+        check_target(output, config.overwrite)
+        _check_options(config, method, output)
+        if config.save_stats:
+            check_target(_path(config.save_stats), config.overwrite, marker=INDEX_FILE)
+
+        source = locate(config.model)
+        model_config = load_config(source)
+        refuse_quantized(config.model, model_config)
+        model_class, head_options = class_for_task(config.model, task, model_config)
+        for name, value in head_options.items():
+            setattr(model_config, name, value)
+        with library_errors(source), torch.device("meta"):
+            skeleton = model_class(model_config)
+        targets = find_targets(skeleton)
+        shapes = matrix_shapes(skeleton, targets, _layout(config))
+        if config.ranks_json:
+            plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
+        else:
+            plan = plan_ranks(shapes, config.rank_request())
+        calibration = _calibration(config, method, task, model_class, model_config, source)
+        companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
+        return cls(
+            config, method, device, dtype, output, source, model_config, model_class, head_options,
+            targets, shapes, plan, calibration, companions,
+        )  # fmt: skip
+
+    def run(self) -> CompressReport:
+        """Do it and save the checkpoint, all of it or nothing."""
+        loaded = self._load()
+        model = loaded.model
+        dense_parameters = sum(p.numel() for p in model.parameters())
+        dense_bytes = sum(p.numel() * (self.dtype or p.dtype).itemsize for p in model.parameters())
+        start = time.perf_counter()
+        statistics = self._statistics(model)
+        plan = self._final_plan(model, statistics)
+        matrices = self._factor(model, plan, statistics)
+        seconds = time.perf_counter() - start
+        if self.dtype is not None:
+            cast(model, self.dtype)
+        parameters = {
+            "dense": dense_parameters,
+            "compressed": sum(p.numel() for p in model.parameters()),
+            "target_dense": sum(shape.dense_parameters for shape in self.shapes),
+            "target_compressed": kept_parameters(self.shapes, plan),
+        }
+        info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
+        log.info("saving to %s", self.output)
+        save_compressed(
+            model,
+            self.output,
+            info,
+            companions=self.companions,
+            overwrite=self.config.overwrite,
+            state_dict=self.config.state_dict,
+            ranks=info.module_ranks if self._chooses else None,
+        )
+        size = sum(file.stat().st_size for file in weight_files(self.output))
+        return CompressReport(self.output, info, tuple(matrices), size, seconds)
+
+    @property
+    def _chooses(self) -> bool:
+        return _chooses_ranks(self.config, self.method)
+
+    def _load(self) -> Pretrained:
+        log.info("loading %s", self.config.model)
+        # The CPU's generator alone: forking those of several GPUs takes long, and torch warns of it.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.config.seed)
+            loaded = load_model(self.source, self.model_config, self.model_class, **self.head_options)
+        if loaded.untrained:
+            log.warning(
+                "%s has no trained weights for %s: they are random, train them before use",
+                self.config.model,
+                _shortened(loaded.untrained),
+            )
+        return loaded
+
+    def _statistics(self, model: Any) -> ModelStatistics | None:
+        """What the method needs to know, from an earlier run or from calibration; None where it needs nothing."""
+        config, needs = self.config, self.method.needs
+        if not needs:
+            return None
+        if config.stats:
+            where = _path(config.stats)
+            statistics = load_statistics(where, fingerprint(model))
+            statistics.require(self.targets, needs, config.task, str(where))
+            return statistics
+        assert self.calibration is not None, "prepared for every method that needs it"
+        batches, about, loss = self.calibration.batches, self.calibration.about, self.calibration.loss
+        if not config.save_stats:
+            parts = collect_statistics(model, self.targets, batches, needs, loss, self.device)
+            if fits_one_pass(model, self.targets, needs):
+                return in_memory(parts, about)
+            return in_temporary_files(parts, about, beside=self.output)
+        # Whatever any method may need later, so that they all can use what is saved.
+        everything: list[Need] = ["covariance", "mean_abs"]
+        if loss is not None:
+            everything.append("row_gradients")
+        key = fingerprint(model)
+        parts = collect_statistics(model, self.targets, batches, everything, loss, self.device)
+        return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
+
+    def _final_plan(self, model: Any, statistics: ModelStatistics | None) -> Mapping[str, RankChoice]:
+        """The ranks asked for, or those that the method chooses."""
+        if not self._chooses:
+            return self.plan
+        assert self.calibration is not None, "prepared for every method that chooses ranks"
+        ranks = search_ranks(
+            model,
+            self.targets,
+            self.shapes,
+            self.plan,
+            parameter_budget(self.shapes, self.config.rank_request()),
+            self.method,
+            self._statistics_of(statistics),
+            _layout(self.config),
+            self.calibration.batches,
+            self.calibration.loss,
+            self.device,
+            self.config.seed,
+        )
+        return plan_given_ranks(self.shapes, ranks)
+
+    def _factor(
+        self, model: Any, plan: Mapping[str, RankChoice], statistics: ModelStatistics | None
+    ) -> list[FactoredMatrix]:
+        log.info("factoring %d matrices with %s on %s", len(self.targets), self.method.name, self.device)
+        read = StoredWeights(self.source, model).read
+        with GroupLog(len(self.targets)) as progress:
+            return factor_model(
+                model,
+                self.targets,
+                plan,
+                self.method,
+                _layout(self.config),
+                self.device,
+                progress,
+                read,
+                self._statistics_of(statistics),
+                self.dtype,
+            )
+
+    def _statistics_of(self, statistics: ModelStatistics | None) -> StatisticsOf:
+        if statistics is None:
+            return lambda *_: Statistics()
+        return lambda target, blocks: statistics.of(target, self.method.needs, blocks)
+
+    def _describe(
+        self,
+        model: Any,
+        matrices: Sequence[FactoredMatrix],
+        parameters: Mapping[str, int],
+        dense_bytes: int,
+        untrained: tuple[str, ...],
+        statistics: ModelStatistics | None,
+    ) -> CompressionInfo:
+        config, request = self.config, self.config.rank_request()
+        calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
+        if calibration and self.calibration and config.stats:
+            calibration = {**calibration, "rank_search": self.calibration.about}
+        return CompressionInfo(
+            method=self.method.name,
+            method_options=dict(self.method.options),
+            ranks={role: request.of(role) for role in ROLES},
+            ratio=request.ratio,
+            module_ranks={m.name: m.rank for m in matrices},
+            qkv=config.qkv,
+            base_model=config.model,
+            task=config.task,
+            calibration=calibration,
+            ranks_json=config.ranks_json,
+            model_type=str(model.config.model_type),
+            architecture=type(model).__name__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            parameters=parameters,
+            dense_bytes=dense_bytes,
+            untrained=untrained,
+            versions=library_versions(),
+            git_commit=git_commit(),
+            timestamp=timestamp(),
+        )
+
+
+def _calibration(
+    config: CompressConfig, method: Method, task: Task | None, model_class: Any, model_config: Any, source: str
+) -> Calibration | None:
+    """The calibration data, where the method reads any."""
+    measures = bool(method.needs) and not config.stats
+    if not measures and not _chooses_ranks(config, method):
+        return None
+    draw = Draw(config.calib_samples, config.seed, first=config.calib_order == "first")
+    request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
+    longest = architecture_of(model_config).max_length(model_config)
+    calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
+    if measures and "row_gradients" in method.needs and calibration.loss is None:
+        raise ConfigError(
+            f"{method.name} differentiates a loss, and {config.model} has none by itself; "
+            "pass --task, or choose drone or asvd"
+        )
+    return calibration
+
+
+def _chooses_ranks(config: CompressConfig, method: Method) -> bool:
+    """Whether the method finds the ranks; where a file gives them it does not."""
+    return method.choose_ranks is not None and not config.ranks_json
+
+
+def _check_options(config: CompressConfig, method: Method, output: Path) -> None:
+    """Refuse options that would do nothing or undo each other, and say which calibration data is not read.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if config.ranks_json and config.asvd_search:
+        raise ConfigError("--ranks-json gives the ranks that --asvd-search would look for; leave out one of them")
+    for name in ("stats", "save_stats"):
+        if getattr(config, name) and not method.needs:
+            raise ConfigError(f"{flag(name)} is not used: {method.name} needs no statistics; leave it out")
+    if config.save_stats:
+        ours, theirs = _path(config.save_stats).absolute(), output.absolute()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise ConfigError(
+                f"--save-stats {config.save_stats} and the output {output} lie in each other; separate them"
+            )
+    if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
+        raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
+    if config.calib_data and (config.stats or not method.needs) and not _chooses_ranks(config, method):
+        log.warning("--calib-data is not read: %s needs none here", method.name)
+
+
+def _layout(config: CompressConfig) -> QKVLayout:
+    return "per-head" if config.qkv == "per-head" else "joint"
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,0 +1,37 @@
+"""The loss that calibration differentiates: what the model was, or will be, trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.evaluation.pooling import pool
+
+Loss = Callable[[Any, CalibrationBatch], Tensor]
+
+GOLD_SCALE = 5.0
+
+
+def head_loss(model: Any, batch: CalibrationBatch) -> Tensor:
+    """The model's own loss for its labels: cross entropy, squared error, next token or masked token."""
+    (inputs,) = batch.inputs
+    loss: Tensor = model(**inputs, labels=batch.labels).loss
+    return loss
+
+
+def similarity_loss(pooling: str) -> Loss:
+    """Squared error of the cosine of the two embeddings of a pair against its gold score / 5."""
+
+    def loss(model: Any, batch: CalibrationBatch) -> Tensor:
+        assert batch.labels is not None, "sentence pairs come with gold scores"
+        first, second = (
+            pool(model(**part).last_hidden_state.float(), part["attention_mask"], pooling) for part in batch.inputs
+        )
+        return F.mse_loss(torch.cosine_similarity(first, second), batch.labels / GOLD_SCALE)
+
+    return loss

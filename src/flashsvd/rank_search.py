@@ -1,0 +1,149 @@
+"""Lets a method choose ranks: the model with every target in full-rank factors, behind the loss of a set of masks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.compression import Method
+from flashsvd.errors import ModelError
+from flashsvd.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
+from flashsvd.layers import FactoredLinear
+from flashsvd.losses import Loss
+from flashsvd.models import Target
+from flashsvd.precision import working_on
+from flashsvd.ranks import MatrixShape, RankChoice
+
+
+class MaskedLinear(nn.Module):
+    """A dense layer; or where a mask [r] is set, its full-rank factors with masked rank-space activations."""
+
+    def __init__(self, dense: nn.Module, factored: FactoredLinear) -> None:
+        super().__init__()
+        self.dense, self.factored = dense, factored
+        self.mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor
+        if self.mask is None:
+            out = self.dense(x)
+        else:
+            p = self.factored.u(x)
+            # In the per-head layout all heads share the mask, head by head along the last dimension.
+            out = self.factored.v(p * self.mask.repeat(p.shape[-1] // len(self.mask)))
+        return out
+
+
+def search_ranks(
+    model: Any,
+    targets: Sequence[Target],
+    shapes: Sequence[MatrixShape],
+    plan: Mapping[str, RankChoice],
+    budget: int,
+    method: Method,
+    statistics_of: StatisticsOf,
+    qkv: QKVLayout,
+    batches: Sequence[CalibrationBatch],
+    loss: Loss | None,
+    device: torch.device,
+    seed: int,
+) -> dict[str, int]:
+    """The rank that the method chooses for each matrix, by its name; full rank where it should stay dense.
+
+    The model is as before afterwards, and on the CPU.
+
+    Args:
+        plan: what a method that does not choose would do; the method may start from it.
+        budget: parameters that all matrices together may keep.
+        loss: None takes the distance of the outputs from the dense model's.
+
+    Raises:
+        ConfigError: the budget is less than rank 1 everywhere.
+        ModelError: the loss is not finite.
+    """
+    assert method.choose_ranks is not None, "the caller asks methods that choose ranks"
+    full = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
+    uniform = {shape.name: plan[shape.name].rank or shape.full_rank for shape in shapes}
+    with working_on(model, device, torch.float32):
+        _, factored = factor_layers(model, targets, full, method, qkv, device, statistics_of=statistics_of)
+        layers = {target: MaskedLinear(dense_layer(model, target), layer) for target, layer in factored.items()}
+        with _installed(model, layers), _frozen(model):
+            problem = _MaskedModel(model, layers, shapes, uniform, budget, batches, loss, device, seed)
+            return method.choose_ranks(problem)
+
+
+class _MaskedModel:
+    """A `RankProblem` over a real model."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[Target, MaskedLinear],
+        shapes: Sequence[MatrixShape],
+        uniform: Mapping[str, int],
+        budget: int,
+        batches: Sequence[CalibrationBatch],
+        loss: Loss | None,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.shapes, self.uniform, self.budget, self.seed = shapes, uniform, budget, seed
+        self.batches = len(batches)
+        self._model, self._layers, self._data, self._loss, self._device = model, layers, batches, loss, device
+        self._dense_outputs: dict[int, list[Tensor]] = {}
+
+    def loss(self, masks: Mapping[str, Tensor], batch: int) -> Tensor:
+        data = self._data[batch].to(self._device)
+        if self._loss is None and batch not in self._dense_outputs:
+            self._set({})
+            with torch.no_grad():
+                self._dense_outputs[batch] = self._outputs(data)
+        self._set(masks)
+        value = self._distance(data, batch) if self._loss is None else self._loss(self._model, data)
+        if not math.isfinite(value.item()):
+            raise ModelError("the loss is NaN or infinite on the calibration data; the model or the labels are wrong")
+        return value
+
+    def _set(self, masks: Mapping[str, Tensor]) -> None:
+        for target, layer in self._layers.items():
+            layer.mask = masks[target.name].to(self._device) if target.name in masks else None
+
+    def _outputs(self, data: CalibrationBatch) -> list[Tensor]:
+        """The model's first output of each forward, [rows, features]: at the real tokens, where it is one by token."""
+        outputs = [(self._model(**part)[0], part["attention_mask"].bool()) for part in data.inputs]
+        return [output[mask] if output.ndim == 3 else output for output, mask in outputs]
+
+    def _distance(self, data: CalibrationBatch, batch: int) -> Tensor:
+        """Mean over the forwards of ||y - y_dense||^2 / ||y_dense||^2."""
+        pairs = zip(self._outputs(data), self._dense_outputs[batch], strict=True)
+        return torch.stack([(ours - dense).square().sum() / dense.square().sum() for ours, dense in pairs]).mean()
+
+
+@contextlib.contextmanager
+def _installed(model: Any, layers: Mapping[Target, nn.Module]) -> Iterator[None]:
+    """Layers in the place of the targets' modules, for a while."""
+    originals = {target.module: model.get_submodule(target.module) for target in layers}
+    install(model, layers)
+    try:
+        yield
+    finally:
+        for path, module in originals.items():
+            model.set_submodule(path, module)
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No parameter asks for a gradient, for a while; only masks do."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

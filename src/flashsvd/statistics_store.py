@@ -1,0 +1,183 @@
+"""Calibration statistics of a whole model: kept in memory, or in a directory for later runs.
+
+A directory holds `statistics.json` and safetensors files, one for each pass over the data; tensors are read when
+they are asked for. It is keyed by a fingerprint of the weights, so that another model's statistics are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.calibrate import key
+from flashsvd.compression import Need, Statistics
+from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.models import Target
+from flashsvd.storage.atomic import atomic_directory
+
+INDEX_FILE = "statistics.json"
+FORMAT_VERSION = 1
+_SAMPLED = 4096
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """The statistics of every target.
+
+    Attributes:
+        tensors: by the names of `calibrate.key`.
+        about: what was calibrated on: data, samples, tokens, sequence length, batch size, seed.
+    """
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+    def of(self, target: Target, needs: Collection[Need], blocks: int = 1) -> Statistics:
+        """What is known of one target, in float64; row gradients [blocks, in], or [in] for one block."""
+        found = {need: self.tensors[key(need, target)] for need in needs}
+        rows = found.get("row_gradients")
+        if rows is not None and blocks == 1:
+            rows = rows.sum(0)
+        return Statistics(found.get("covariance"), found.get("mean_abs"), rows)
+
+    def require(self, targets: Sequence[Target], needs: Collection[Need], task: str | None, where: str) -> None:
+        """Raises ConfigError where something that the method needs was not collected, or for another task's loss."""
+        if "row_gradients" in needs and self.about.get("task") != task:
+            raise ConfigError(
+                f"the gradients in {where} are those of --task {self.about.get('task')}, not of {task}; calibrate again"
+            )
+        for target in targets:
+            for need in needs:
+                if key(need, target) not in self.tensors:
+                    raise ConfigError(f"{where} holds no {need} of {target.name}; calibrate again without --stats")
+
+
+def in_memory(parts: Iterable[Mapping[str, Tensor]], about: Mapping[str, Any]) -> ModelStatistics:
+    """Statistics that fit in memory all at once."""
+    return ModelStatistics({name: value for part in parts for name, value in part.items()}, about)
+
+
+def on_disk(
+    parts: Iterable[Mapping[str, Tensor]],
+    about: Mapping[str, Any],
+    fingerprint: str,
+    directory: Path,
+    overwrite: bool = False,
+) -> ModelStatistics:
+    """Write statistics to a directory as they come, all or nothing, and read them from there.
+
+    Raises:
+        CheckpointError: the directory exists, holds something else, or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_directory(directory, overwrite, marker=INDEX_FILE) as temporary:
+        files: dict[str, str] = {}
+        for number, part in enumerate(parts):
+            name = f"statistics-{number:05}.safetensors"
+            save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
+            files |= dict.fromkeys(part, name)
+        index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "about": dict(about), "files": files}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return ModelStatistics(_StoredTensors(directory, files), about)
+
+
+def in_temporary_files(
+    parts: Iterable[Mapping[str, Tensor]], about: Mapping[str, Any], beside: Path
+) -> ModelStatistics:
+    """Statistics that do not fit in memory all at once; their files go when nothing refers to them any more.
+
+    Args:
+        beside: the files lie on the disk of this path, since the temporary directory is often memory itself.
+    """
+    place = next(parent for parent in beside.absolute().parents if parent.is_dir())
+    scratch = tempfile.TemporaryDirectory(prefix=".flashsvd-statistics-", dir=place)
+    stored = on_disk(parts, about, "", Path(scratch.name) / "statistics")
+    return ModelStatistics(_Owned(stored.tensors, scratch), about)
+
+
+def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
+    """Statistics that `--save-stats` wrote.
+
+    Raises:
+        ConfigError: they are of another model.
+        CheckpointError: the directory holds none, or they cannot be read.
+    """
+    index_file = directory / INDEX_FILE
+    if not index_file.is_file():
+        raise CheckpointError(f"{directory} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
+    try:
+        index: Any = json.loads(index_file.read_text(encoding="utf-8"))
+        version, theirs, about, files = (index[name] for name in ("format_version", "fingerprint", "about", "files"))
+        files = {str(name): str(file) for name, file in files.items()}
+        about = dict(about.items())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index_file} cannot be read ({error!r}); calibrate again") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{index_file} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
+    if theirs != fingerprint:
+        raise ConfigError(f"the statistics in {directory} are of another model; calibrate this one without --stats")
+    for name in set(files.values()):
+        if Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{index_file} names the file {name!r}, which is not in it; calibrate again")
+    return ModelStatistics(_StoredTensors(directory, files), about)
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of the names, shapes and a sample of the values of all parameters, whatever their dtype."""
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        digest.update(flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _StoredTensors(Mapping[str, Tensor]):
+    """Tensors in files, each read when it is asked for."""
+
+    def __init__(self, directory: Path, files: Mapping[str, str]) -> None:
+        self._directory, self._files = directory, files
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._directory / self._files[name]
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                tensor: Tensor = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({first_line(error)}); calibrate again") from error
+        if not tensor.isfinite().all() or tensor.dtype != torch.float64:
+            raise CheckpointError(f"{file} holds damaged statistics of {name}; calibrate again")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class _Owned(Mapping[str, Tensor]):
+    """A mapping that keeps the temporary directory it reads from alive."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], owner: tempfile.TemporaryDirectory[str]) -> None:
+        self._tensors, self._owner = tensors, owner
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
