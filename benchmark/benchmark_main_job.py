@@ -1,4 +1,5 @@
-"""Figures of the main job on this machine's CPU: start-up time, factoring BERT-base, and its forward against dense.
+"""Figures of the main job on this machine's CPU: start-up time, factoring and calibrating BERT-base, and its forward
+against dense.
 
     make bench            or            python benchmark/benchmark_main_job.py [--output benchmark/results/x.csv]
 
@@ -19,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FACTOR = """
 import json, sys, time
 import torch
 from transformers.models.bert import modeling_bert
 import flashsvd.compress, flashsvd.io, flashsvd.report
-from flashsvd.measure import peak_resident_bytes
+from flashsvd.evaluation.measure import peak_resident_bytes
 imported = peak_resident_bytes()
 start = time.perf_counter()
 report = flashsvd.run_compress(flashsvd.CompressConfig(
@@ -49,6 +51,7 @@ def main() -> None:
         for qkv in ("joint", "per-head"):
             rows += [(f"{qkv}: {name}", value) for name, value in factoring(dense, compressed, qkv)]
             rows += [(f"{qkv}: {name}", value) for name, value in forwards(dense, compressed, options.rounds)]
+        rows += calibrating(dense)
     device = f"{platform.processor() or platform.machine()}, {torch_threads()} threads"
     print(f"\nBERT-base, random weights, float32, {device}")
     for name, value in rows:
@@ -110,6 +113,33 @@ def forwards(dense: Path, compressed: Path, rounds: int) -> list[tuple[str, floa
         *((f"{name} forward, batch 8 x 128, s, median of {rounds}", value) for name, value in medians.items()),
         ("dense over compressed, median of the pairs", ratio),
     ]
+
+
+def calibrating(directory: Path) -> list[tuple[str, float]]:
+    """One pass over 128 samples of 128 tokens, none of them padding, for each kind of statistics."""
+    import torch
+    from transformers.models.bert.modeling_bert import BertForSequenceClassification
+
+    from flashsvd.calibrate import collect_statistics
+    from flashsvd.calibration_data import CalibrationBatch
+    from flashsvd.losses import head_loss
+    from flashsvd.models import find_targets
+
+    model = BertForSequenceClassification.from_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(16):
+        ids = torch.randint(1000, 20000, (8, 128), generator=generator)
+        labels = torch.randint(0, 2, (8,), generator=generator)
+        batches.append(CalibrationBatch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},), labels))
+    rows = []
+    for need in ("covariance", "mean_abs", "row_gradients"):
+
+        def run(need: Any = need) -> None:
+            list(collect_statistics(model, find_targets(model), batches, [need], head_loss, torch.device("cpu")))
+
+        rows.append((f"calibrating 128 samples of 128 tokens, {need}, s", seconds(run)))
+    return rows
 
 
 def seconds(call: Callable[[], object]) -> float:

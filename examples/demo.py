@@ -14,24 +14,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data" / "stsb-validation.tsv"
-RATIOS = (0.75, 0.5)
+DATA = Path(__file__).parent / "data"
+RUNS = (("standard", 0.75), ("standard", 0.5), ("drone", 0.5))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--method", default="standard", help="compression method (default: standard)")
     options = parser.parse_args()
     model = minilm_directory()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [table_row("dense", evaluate(model, options.device, Path(scratch)), model)]
-        for ratio in RATIOS:
-            checkpoint = Path(scratch) / f"keep-{ratio}"
-            run("compress", "--model", str(model), "--method", options.method, "--ratio", str(ratio),
+        for method, ratio in RUNS:
+            checkpoint = Path(scratch) / f"{method}-{ratio}"
+            calibration = [] if method == "standard" else ["--calib-data", str(DATA / "stsb-train-512.tsv")]
+            run("compress", "--model", str(model), "--method", method, "--ratio", str(ratio), *calibration,
                 "--task", "similarity", "--device", options.device, "--output", str(checkpoint))  # fmt: skip
             result = evaluate(checkpoint, options.device, Path(scratch))
-            rows.append(table_row(f"{options.method}, keep {ratio}", result, checkpoint))
+            rows.append(table_row(f"{method}, keep {ratio}", result, checkpoint))
     print_table(rows)
 
 
@@ -51,8 +51,8 @@ def run(*arguments: str) -> None:
 
 def evaluate(model: Path, device: str, scratch: Path) -> dict[str, Any]:
     output = scratch / "result.json"
-    run("eval", "--checkpoint", str(model), "--task", "similarity", "--data", str(DATA), "--device", device,
-        "--output", str(output))  # fmt: skip
+    run("eval", "--checkpoint", str(model), "--task", "similarity", "--data", str(DATA / "stsb-validation.tsv"),
+        "--device", device, "--output", str(output))  # fmt: skip
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
