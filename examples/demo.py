@@ -76,7 +76,8 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     for row in (header, tuple("-" * width for width in widths), *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nSTS-B validation; latency is the median forward on a batch of 32 pairs,")
-    print("peak memory what the model and its forwards added to the process.")
+    print("peak memory what the model and its forwards added to the process (on a CPU it varies by")
+    print("some tens of MiB from run to run, as freed memory is used again or not).")
 
 
 if __name__ == "__main__":
