@@ -133,8 +133,9 @@ class _Pass:
                 # With fewer tokens than channels the covariance is singular, and only exact products show where;
                 # with more, float32 products of one batch are far more exact than the sample itself, and faster.
                 exact = self._tokens < 2 * x.shape[1]
-                total = self._sums.setdefault(name, torch.zeros_like(x[0], dtype=torch.float64).diag())
-                _add_gram(total, x.double() if exact else x.float())
+                if name not in self._sums:
+                    self._sums[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+                _add_gram(self._sums[name], x.double() if exact else x.float())
 
         return hook
 

@@ -22,7 +22,9 @@ class CompressConfig:
     """
 
     model: str = option(help="hub name or local directory of the model to compress")
-    method: str = option("standard", help="compression method: standard, fwsvd, drone, asvd or adasvd")
+    method: str = option(
+        "standard", help="compression method, such as standard, drone or adasvd; an unknown name lists them all"
+    )
     task: str | None = option(None, help="task the model is for (a GLUE task, similarity, perplexity or wikitext2)")
     rank: int | None = option(None, help="rank r of all layers: attention r, feed-forward and attention output 4r")
     rank_attn: int | None = option(None, help="rank of the Q, K, V projections (per head with --qkv per-head)")
