@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import DECODERS, WORDS, MakeModel, build_decoder, build_model, build_tokenizer
-from flashsvd import CompressConfig, FlashSVDError, load_compressed, run_compress
+from flashsvd import CompressConfig, FlashSVDError, load_compressed, read_info, run_compress
 from flashsvd.compression import METHODS, get_method
 from flashsvd.compression.adasvd import BASES
 from flashsvd.errors import ConfigError, DataError, ModelError
@@ -183,6 +183,14 @@ def test_asvd_search_spends_the_budget_where_the_loss_asks_for_it(decoder: Path,
     assert (tmp_path / "out" / "ranks.json").is_file()
     uniform = compress(decoder, tmp_path / "uniform", method="asvd", **options)
     assert uniform.module_ranks != info.module_ranks
+
+
+def test_info_says_how_a_checkpoint_was_made(decoder: Path, text: Path, tmp_path: Path) -> None:
+    options = {"calib_data": str(text), "calib_samples": 8, "calib_seq_len": 16}
+    compress(decoder, tmp_path / "out", method="asvd", alpha=0.7, **options)
+    shown = str(read_info(tmp_path / "out"))
+    assert "asvd, alpha 0.7, Q/K/V joint" in shown
+    assert f"8 samples, 128 tokens of {text}, seed 0" in shown
 
 
 def test_half_precision_models_are_calibrated_and_stored_in_their_dtype(

@@ -38,24 +38,21 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         c, p = self.compression, self.compression.parameters
-        asked = (
-            f"keep {c.ratio:g} of the factored layers' parameters"
-            if c.ratio is not None
-            else ", ".join(f"{role} {rank}" for role, rank in c.ranks.items())
-        )
         rows = [
             ("checkpoint", str(self.directory)),
             ("base model", c.base_model),
             ("architecture", f"{c.architecture} ({c.model_type})"),
             ("task", c.task or "none given"),
-            ("method", f"{c.method}, Q/K/V {c.qkv}"),
-            ("asked", asked),
+            ("method", ", ".join([c.method, *_options(c.method_options), f"Q/K/V {c.qkv}"])),
+            ("asked", _asked(c)),
             ("ranks", _rank_summary(c.module_ranks)),
             ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
             ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
             ("weights", f"{_reduction(c.dense_bytes, self.weight_bytes, 'bytes')}, {c.dtype}"),
             ("made", f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"),
         ]
+        if c.calibration:
+            rows.append(("calibrated on", _calibration(c.calibration)))
         if c.untrained:
             rows.append(("random weights", ", ".join(c.untrained)))
         width = max(len(name) for name, _ in rows)
@@ -86,6 +83,24 @@ def read_info(directory: str | Path) -> CheckpointInfo:
 def show_checkpoint_info(directory: str | Path) -> None:
     """Print what `read_info` finds."""
     print(read_info(directory))
+
+
+def _asked(c: CompressionInfo) -> str:
+    if c.ratio is not None:
+        return f"keep {c.ratio:g} of the factored layers' parameters"
+    if c.ranks_json is not None:
+        return f"the ranks of {c.ranks_json}"
+    return ", ".join(f"{role} {rank}" for role, rank in c.ranks.items())
+
+
+def _options(options: Mapping[str, Any]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {value}" for name, value in options.items() if value is not False]
+
+
+def _calibration(about: Mapping[str, Any]) -> str:
+    return (
+        f"{about.get('samples')} samples, {about.get('tokens')} tokens of {about.get('data')}, seed {about.get('seed')}"
+    )
 
 
 def _rank_summary(module_ranks: Mapping[str, int | None]) -> str:
