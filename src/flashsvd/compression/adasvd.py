@@ -76,7 +76,7 @@ def choose_ranks(problem: RankProblem) -> dict[str, int]:
     """Learn the rank of each matrix; `full_rank` where it should stay dense."""
     shapes, uniform = list(problem.shapes), dict(problem.uniform)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(problem.seed)
+        torch.default_generator.manual_seed(problem.seed)
         network = RankHypernetwork(shapes, uniform)
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
         progress = tqdm(range(STEPS), desc="learning ranks", unit="step")
