@@ -1,7 +1,7 @@
 """Accuracy on the one real encoder that can be installed: all-MiniLM-L6-v2 on STS-B validation.
 
 The asked Spearman of standard SVD is that of an independent implementation at the same budget, less 0.003; that of the
-calibrated methods, less 0.005.
+calibrated methods, less 0.005, on the same calibration data: the first 512 training pairs.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def test_standard_svd(minilm: Path, stsb: Path, tmp_path: Path, qkv: str, ratio:
         ("joint", {"method": "drone"}, 0.841),
         ("per-head", {"method": "drone"}, 0.834),
         ("joint", {"method": "asvd"}, 0.813),
-        ("joint", {"method": "fwsvd"}, 0.823),
+        ("joint", {"method": "fwsvd"}, 0.828),
         # 0.02 above uniform standard, and not below uniform drone.
-        ("joint", {"method": "adasvd", "adasvd_base": "standard"}, 0.819),
+        ("joint", {"method": "adasvd", "adasvd_base": "standard"}, 0.820),
         ("joint", {"method": "adasvd"}, 0.846),
     ],
 )
