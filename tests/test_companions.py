@@ -32,7 +32,7 @@ def make_sentence_encoder(source: Path, *modules: tuple[str, str]) -> None:
 
 
 def compress(source: Path | str, output: Path, **options: Any) -> Path:
-    run_compress(CompressConfig(model=source, ratio=0.5, output=output, **options))  # type: ignore[arg-type]
+    run_compress(CompressConfig(model=source, ratio=0.5, output=output, **options))
     return output
 
 

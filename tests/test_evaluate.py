@@ -180,7 +180,7 @@ def test_texts_are_cut_to_the_sequence_length_and_the_model_runs_in_the_dtype(
     monkeypatch.setattr(BertForSequenceClassification, "forward", watched)
     source, data = make_model(), write_task_data(TASKS["sst2"], tmp_path)
     options = {"task": "sst2", "data": str(data), "padding": "max", "batch_size": 6, "dtype": "bfloat16"}
-    result = run_eval(EvalConfig(checkpoint=str(source), seq_len=seq_len, **options))  # type: ignore[arg-type]
+    result = run_eval(EvalConfig(checkpoint=str(source), seq_len=seq_len, **options))
     assert set(seen) == {((6, seq_len), torch.bfloat16)}
     assert (result.seq_len, result.dtype) == (seq_len, "bfloat16")
 
@@ -190,17 +190,17 @@ def test_roberta_reads_exactly_as_many_tokens_as_it_has_positions_for(make_model
     # 40 positions, of which those up to the padding token's id, 1, are never used.
     (tmp_path / "x.tsv").write_text("sentence\tlabel\n" + "a man " * 50 + "\t1\n")
     options = {"checkpoint": str(source), "task": "sst2", "data": str(tmp_path / "x.tsv")}
-    assert run_eval(EvalConfig(seq_len=38, **options)).seq_len == 38  # type: ignore[arg-type]
-    assert run_eval(EvalConfig(**options)).seq_len == 38  # type: ignore[arg-type]
+    assert run_eval(EvalConfig(seq_len=38, **options)).seq_len == 38
+    assert run_eval(EvalConfig(**options)).seq_len == 38
     with pytest.raises(ConfigError, match="--seq-len 39 is above 38"):
-        run_eval(EvalConfig(seq_len=39, **options))  # type: ignore[arg-type]
+        run_eval(EvalConfig(seq_len=39, **options))
 
 
 def test_latency_of_batches_that_were_not_full_is_called_so(make_model: MakeModel, tmp_path: Path) -> None:
     options = {"checkpoint": str(make_model()), "task": "sst2", "seq_len": 32}
     options["data"] = str(write_task_data(TASKS["sst2"], tmp_path))
-    assert "none was full" in run_eval(EvalConfig(batch_size=64, **options)).latency_definition  # type: ignore[arg-type]
-    result = run_eval(EvalConfig(batch_size=2, **options))  # type: ignore[arg-type]
+    assert "none was full" in run_eval(EvalConfig(batch_size=64, **options)).latency_definition
+    result = run_eval(EvalConfig(batch_size=2, **options))
     assert "none was full" not in result.latency_definition
 
 

@@ -13,30 +13,30 @@ from flashsvd.errors import ConfigError
 
 
 def test_paths_stand_for_their_names(make_model: MakeModel, tmp_path: Path) -> None:
-    config = CompressConfig(model=make_model(), ratio=0.5, output=tmp_path / "out")  # type: ignore[arg-type]
+    config = CompressConfig(model=make_model(), ratio=0.5, output=tmp_path / "out")
     assert (config.model, config.output) == (str(tmp_path / "dense"), str(tmp_path / "out"))
     assert run_compress(config).output == tmp_path / "out"
-    evaluate = EvalConfig(checkpoint=tmp_path, task="sst2", data=tmp_path / "x.tsv")  # type: ignore[arg-type]
+    evaluate = EvalConfig(checkpoint=tmp_path, task="sst2", data=tmp_path / "x.tsv")
     assert (evaluate.checkpoint, evaluate.data) == (str(tmp_path), str(tmp_path / "x.tsv"))
 
 
 def test_numpy_numbers_stand_for_plain_ones() -> None:
-    config = CompressConfig(model="x", rank=np.int64(8), seed=np.int32(3))  # type: ignore[arg-type]
+    config = CompressConfig(model="x", rank=np.int64(8), seed=np.int32(3))
     assert (type(config.rank), config.rank, type(config.seed)) == (int, 8, int)
-    assert CompressConfig(model="x", ratio=np.float32(0.5)).ratio == 0.5  # type: ignore[arg-type]
-    assert EvalConfig(checkpoint="x", task="sst2", batch_size=np.int64(4)).batch_size == 4  # type: ignore[arg-type]
+    assert CompressConfig(model="x", ratio=np.float32(0.5)).ratio == 0.5
+    assert EvalConfig(checkpoint="x", task="sst2", batch_size=np.int64(4)).batch_size == 4
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63, 1.5, "1", True, None])
 def test_a_seed_that_torch_does_not_take_is_refused(seed: object) -> None:
     with pytest.raises(ConfigError, match="--seed must be a whole number from 0"):
-        CompressConfig(model="x", rank=8, seed=seed)  # type: ignore[arg-type]
+        CompressConfig(model="x", rank=8, seed=seed)
 
 
 @pytest.mark.parametrize("option", [{"output": ""}, {"model": ""}, {"calib_data": ""}, {"model": 5}])
 def test_empty_names_are_refused(option: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="must be a name"):
-        CompressConfig(**({"model": "x", "rank": 8} | option))  # type: ignore[arg-type]
+        CompressConfig(**({"model": "x", "rank": 8} | option))
     with pytest.raises(ConfigError, match="--output must be a name"):
         EvalConfig(checkpoint="x", task="sst2", output="")
 

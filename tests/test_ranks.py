@@ -140,7 +140,7 @@ def test_the_ratio_that_a_refusal_advises_is_not_refused(shapes: list[tuple[int,
     try:
         plan_ranks(matrices, RankRequest(ratio=1e-6))
     except ConfigError as refused:
-        advised = float(re.search(r"a ratio of (\S+) is enough", str(refused)).group(1))  # type: ignore[union-attr]
+        advised = float(re.search(r"a ratio of (\S+) is enough", str(refused)).group(1))
         plan_ranks(matrices, RankRequest(ratio=advised))
 
 
@@ -214,4 +214,4 @@ def test_given_ranks_are_taken_as_they_are_where_they_save() -> None:
     assert plan["c"].rank is None
     for bad in (0, 101, 1.5, "8", True):
         with pytest.raises(ConfigError, match="no whole number from 1 to 100"):
-            plan_given_ranks(shapes, {"a": bad, "b": 1, "c": 1})  # type: ignore[dict-item]
+            plan_given_ranks(shapes, {"a": bad, "b": 1, "c": 1})
