@@ -27,6 +27,10 @@ class DataError(FlashSVDError):
     """A data set cannot be found, or does not fit the task or the model."""
 
 
+class BackendError(FlashSVDError):
+    """A block or kernel cannot run where it was asked to, or a packed model was used for more than inference."""
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text, for quoting a library's message inside one of ours."""
     lines = (line.strip() for line in str(error).splitlines())

@@ -1,0 +1,80 @@
+"""Activations inside kernels, under the names that transformers' configs use, and their plain torch counterparts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsvd.kernels.triton_import import tl, triton
+
+# Whether `apply` below knows the activation, and what it is.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The torch function.
+
+    Raises:
+        ValueError: the kernels have none of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def kernel_name(name: str) -> str:
+    """The one name of several that `apply` takes.
+
+    Raises:
+        ValueError: the kernels have no such activation.
+    """
+    activation(name)
+    return {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}.get(name, name)
+
+
+@triton.jit
+def fast_tanh(x):
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def normal_argument(x):
+    # z with tanh(z) ~ erf(x / sqrt 2): a minimax fit, off by less than 2.6e-5 in x tanh(z) / 2 everywhere.
+    square = tl.minimum(x * x, 16.0)
+    return x * (0.797507884 + square * (0.0370056462 - 0.000351516809 * square))
+
+
+@triton.jit
+def apply(x, NAME: tl.constexpr, FAST: tl.constexpr):
+    # FAST takes the GPU's own tanh, for results that are rounded to bf16.
+    if NAME == "relu":
+        return tl.maximum(x, 0.0)
+    elif NAME == "silu":
+        if FAST:
+            return 0.5 * x * (1.0 + fast_tanh(0.5 * x))
+        else:
+            return x / (1.0 + tl.exp(-x))
+    elif NAME == "gelu_new":
+        inner = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        if FAST:
+            return 0.5 * x * (1.0 + fast_tanh(inner))
+        else:
+            return x / (1.0 + tl.exp(-2.0 * inner))
+    else:
+        tl.static_assert(NAME == "gelu")
+        if FAST:
+            return 0.5 * x * (1.0 + fast_tanh(normal_argument(x)))
+        else:
+            return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+

@@ -1,0 +1,85 @@
+"""How a kernel cuts its work: the type, the GPU generations that the tables know, and the choice by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from flashsvd.kernels.launch import capability
+
+Generation = Literal["ampere", "hopper"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of a program's tile, its warps, and how many loads are in flight.
+
+    What `rows` and `columns` count is said by the kernel that takes them.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"a tile's {name} are a power of two from 16 on, not {size}")
+
+
+TilesOption = Tiles | Literal["autotune"] | None
+
+_tuned: dict[Hashable, Tiles] = {}
+
+
+def generation(device: torch.device) -> Generation:
+    """Which row of a table serves this device: anything before Hopper, and the interpreter, takes Ampere's."""
+    return "hopper" if device.type == "cuda" and capability(device) >= (9, 0) else "ampere"
+
+
+def choose(
+    option: TilesOption,
+    table: Callable[[], Tiles],
+    candidates: Sequence[Tiles],
+    key: Hashable,
+    run: Callable[[Tiles], object],
+    device: torch.device,
+) -> Tiles:
+    """The caller's own tiles, the table's, or with `autotune` the fastest candidate, timed once for each `key`.
+
+    A candidate that does not fit on the GPU (too much shared memory) is left out.
+
+    Raises:
+        ValueError: `autotune` is asked for without a GPU to time on.
+    """
+    if isinstance(option, Tiles):
+        return option
+    if option is None:
+        return table()
+    if option != "autotune":
+        raise ValueError(f"tiles are a Tiles, 'autotune' or None, not {option!r}")
+    if device.type != "cuda":
+        raise ValueError("autotune times the kernel, which needs a GPU; leave tiles out")
+    if key not in _tuned:
+        _tuned[key] = _fastest([table(), *candidates], run)
+    return _tuned[key]
+
+
+def _fastest(candidates: Sequence[Tiles], run: Callable[[Tiles], object]) -> Tiles:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    times: dict[Tiles, float] = {}
+    for tiles in dict.fromkeys(candidates):
+        try:
+            times[tiles] = do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=20, return_mode="median")
+        except OutOfResources:
+            continue
+    if not times:
+        raise ValueError("no tiles fit this GPU's shared memory at these ranks; use backend torch")
+    return min(times, key=lambda tiles: times[tiles])
