@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -30,6 +31,7 @@ from transformers.models.bert import modeling_bert
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.modernbert import modeling_modernbert
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
@@ -65,6 +67,11 @@ HEADS = {
         "classifier": modeling_roberta.RobertaForSequenceClassification,
         "masked-lm": modeling_roberta.RobertaForMaskedLM,
     },
+    "modernbert": {
+        "base": modeling_modernbert.ModernBertModel,
+        "classifier": modeling_modernbert.ModernBertForSequenceClassification,
+        "masked-lm": modeling_modernbert.ModernBertForMaskedLM,
+    },
     "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
     "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},
     "mistral": {"base": modeling_mistral.MistralModel, "causal-lm": modeling_mistral.MistralForCausalLM},
@@ -74,11 +81,29 @@ HEADS = {
 CONFIGS = {
     "bert": BertConfig,
     "roberta": RobertaConfig,
+    "modernbert": ModernBertConfig,
     "gpt2": GPT2Config,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+}
+
+# The second layer is a local one: a token sees three to each side of it.
+MODERNBERT: dict[str, Any] = {
+    "local_attention": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "cls_token_id": 2,
+    "eos_token_id": 3,
+    "sep_token_id": 3,
+}
+BIASES = {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "roberta": ("roberta", {}),
+    "modernbert": ("modernbert", MODERNBERT),
+    "modernbert with biases": ("modernbert", MODERNBERT | BIASES),
 }
 
 # Decoders that generate 128 tokens and never stop early; two of them share their embedding with the output layer.
@@ -111,10 +136,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 MakeModel = Callable[..., Path]
 
 
-def build_model(family: str = "bert", head: str = "classifier", **options: Any) -> Any:
-    """A small random model; its biases and head norms are random too, so that a lost one shows."""
+def build_model(name: str = "bert", head: str = "classifier", **options: Any) -> Any:
+    """A small random model, one of the `ENCODERS` or of a family's class.
+
+    Its biases and head norms are random too, so that a lost one shows.
+    """
+    family, own = ENCODERS.get(name, (name, {}))
     torch.manual_seed(0)
-    model = HEADS[family][head](CONFIGS[family](**(SIZES | options))).eval()
+    model = HEADS[family][head](CONFIGS[family](**(SIZES | own | options))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -128,6 +157,11 @@ def build_decoder(name: str, head: str = "causal-lm", **options: Any) -> Any:
     """One of the `DECODERS`, small and random."""
     family, own = DECODERS[name]
     return build_model(family, head, **(own | options))
+
+
+def build(name: str, head: str | None = None) -> Any:
+    """One of the `ENCODERS`, a masked language model by default, or of the `DECODERS`, a causal one."""
+    return build_model(name, head or "masked-lm") if name in ENCODERS else build_decoder(name, head or "causal-lm")
 
 
 def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
