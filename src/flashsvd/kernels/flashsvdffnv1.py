@@ -26,13 +26,14 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation, splits_that_fill
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
     Tiles(128, 64, warps=8, stages=3),
     Tiles(128, 128, warps=8, stages=2),
+    Tiles(128, 32, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=2),
     Tiles(64, 128, warps=4, stages=2),
 )
@@ -123,6 +124,8 @@ def _ffn_v1(
     i_split = tl.program_id(1)
     first = i_split * inner_per_split
     last = tl.minimum(first + inner_per_split, inner)
+    # At least one step: ptxas otherwise makes the products of some ranks wait for each other.
+    tl.assume(first < last)
     # [ROWS, R1A] and, where the rank takes two tiles, [ROWS, R1B]
     p0 = p0_desc.load([i_row, 0])
     if R1B > 0:
@@ -154,15 +157,15 @@ def _ffn_v1(
 
 
 def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
-    """The table: what was fastest for a rank on a generation of GPUs."""
+    """The table: what is fastest for a rank, among what fits into shared memory and registers."""
     widest = max(sum(rank_tiles(r1)), sum(rank_tiles(r2)))
     if p.dtype == torch.float32:
-        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+        return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        if widest <= 256:
-            return Tiles(128, 64, warps=8, stages=2)
-        return Tiles(64, 32, warps=4, stages=2)
-    return Tiles(64, 64 if widest <= 128 else 32, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=2) if widest <= 256 else Tiles(64, 32, warps=8, stages=2)
+    if widest <= 128:
+        return Tiles(64, 64, warps=4, stages=2)
+    return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
 def _launch(

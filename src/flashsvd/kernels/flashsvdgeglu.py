@@ -30,7 +30,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation, splits_that_fill
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
@@ -168,6 +168,8 @@ def _geglu(
     i_split = tl.program_id(1)
     first = i_split * inner_per_split
     last = tl.minimum(first + inner_per_split, inner)
+    # At least one step: ptxas otherwise makes the products of some ranks wait for each other.
+    tl.assume(first < last)
     # [ROWS, RA0], [ROWS, RG0] and, where a rank takes two tiles, [ROWS, RA1], [ROWS, RG1]
     a0 = pa0_desc.load([i_row, 0])
     if RA1 > 0:
@@ -211,16 +213,18 @@ def _geglu(
         tl.store(p_out + o_rank[None, :], acc1.to(out_type), mask=m_row[:, None] & (o_rank < rank_out)[None, :])
 
 
-def default_tiles(p: Tensor, r_a: int, r_g: int, r2: int) -> Tiles:
-    """The table: what should be fastest for a rank on a generation of GPUs, by what fits on chip."""
+def default_tiles(p: Tensor, r_a: int, r_g: int, r2: int, same_p: bool) -> Tiles:
+    """The table: what should be fastest for a rank, among what fits into shared memory and registers."""
     widest = max(sum(rank_tiles(r)) for r in (r_a, r_g, r2))
     if p.dtype == torch.float32:
-        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+        return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        if widest <= 128:
+        if widest <= 160:
             return Tiles(128, 64, warps=8, stages=2)
-        return Tiles(64, 32, warps=4, stages=2)
-    return Tiles(64, 64 if widest <= 64 else 32, warps=4, stages=2)
+        return Tiles(128, 32, warps=8, stages=3 if same_p else 2) if widest <= 256 else Tiles(64, 16, warps=8, stages=2)
+    if widest <= 128:
+        return Tiles(64, 64 if widest <= 64 else 32, warps=4, stages=2)
+    return Tiles(64, 32, warps=8, stages=2) if widest <= 256 else Tiles(32, 16, warps=8, stages=2)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -298,7 +302,7 @@ def _launch(
         return out[0] if count == 1 else out.sum(0).to(p_a.dtype)
 
     key = ("geglu", p_a.dtype, tokens.bit_length(), inner, r_a, r_g, r2, same_p, name)
-    return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2), CANDIDATES, key, run, p_a.device))
+    return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2, same_p), CANDIDATES, key, run, p_a.device))
 
 
 @torch.library.custom_op("flashsvd::geglu", mutates_args=())

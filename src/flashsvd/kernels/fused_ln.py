@@ -133,7 +133,7 @@ def _fused_ln(
         tl.store(sum_ptr + i_row * sum_row + o_column, s.to(sum_ptr.dtype.element_ty), mask=mask)
     centred = tl.where(mask, s - tl.sum(s, 0) / size, 0.0)
     variance = tl.sum(centred * centred, 0) / size
-    y = centred / tl.sqrt(variance + eps) * tl.load(weight_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
+    y = centred * (1.0 / tl.sqrt(variance + eps)) * tl.load(weight_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         y += tl.load(bias_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
     # Written last, after all of the row was read, so that x or residual may be overwritten.
