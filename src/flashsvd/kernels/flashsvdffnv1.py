@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
@@ -132,19 +132,26 @@ def _ffn_v1(
         p1 = p1_desc.load([i_row, R1A])
     acc0 = tl.zeros([ROWS, R2A], tl.float32)
     acc1 = tl.zeros([ROWS, R2B if R2B > 0 else 16], tl.float32)
+    # The bias is read a step ahead: read when it is needed, it would hold up the step.
+    o_inner = first + tl.arange(0, COLUMNS)
+    if BIAS:
+        bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(first, last, COLUMNS):
         # [ROWS, COLUMNS]
         h = tl.dot(p0, v0_desc.load([i, 0]).T, input_precision=PRECISION)
         if R1B > 0:
             h = tl.dot(p1, v1_desc.load([i, R1A]).T, h, input_precision=PRECISION)
         if BIAS:
-            o_inner = i + tl.arange(0, COLUMNS)
-            h += tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias.to(tl.float32)[None, :]
+            o_inner += COLUMNS
+            bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = apply(h, ACTIVATION, FAST).to(DTYPE)
         acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R2B > 0:
             acc1 = tl.dot(h, u1_desc.load([i, R2A]), acc1, input_precision=PRECISION)
+    acc0 = settle(acc0, ACTIVATION, FAST)
+    acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + i_split.to(tl.int64) * out_split + o_row.to(tl.int64)[:, None] * out_row

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
@@ -193,21 +193,26 @@ def _ffn_v2(
             p1 = tl.load(p_ptr + o_p1)
     acc0 = tl.zeros([ROWS, R20], tl.float32)
     acc1 = tl.zeros([ROWS, R21 if R21 > 0 else 16], tl.float32)
+    o_inner = tl.arange(0, COLUMNS)
+    if BIAS_1:
+        bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(0, inner, COLUMNS):
         # [ROWS, COLUMNS]
         h = tl.dot(p0, v10_desc.load([i, 0]).T, input_precision=PRECISION)
         if R11 > 0:
             h = tl.dot(p1, v11_desc.load([i, R10]).T, h, input_precision=PRECISION)
         if BIAS_1:
-            o_inner = i + tl.arange(0, COLUMNS)
-            h += tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias.to(tl.float32)[None, :]
+            # Read a step ahead: read when it is needed, it would hold up the step.
+            o_inner += COLUMNS
+            bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = apply(h, ACTIVATION, FAST).to(DTYPE)
         acc0 = tl.dot(h, u20_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R21 > 0:
             acc1 = tl.dot(h, u21_desc.load([i, R20]), acc1, input_precision=PRECISION)
-    z0 = acc0.to(DTYPE)
-    z1 = acc1.to(DTYPE)
+    z0 = settle(acc0, ACTIVATION, FAST).to(DTYPE)
+    z1 = settle(acc1, ACTIVATION, FAST).to(DTYPE)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + o_row.to(tl.int64)[:, None] * out_row

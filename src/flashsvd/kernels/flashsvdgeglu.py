@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
@@ -184,8 +184,14 @@ def _geglu(
             g1 = pg1_desc.load([i_row, RG0])
     acc0 = tl.zeros([ROWS, R20], tl.float32)
     acc1 = tl.zeros([ROWS, R21 if R21 > 0 else 16], tl.float32)
+    # The biases are read a step ahead: read when they are needed, they would hold up the step.
+    o_inner = first + tl.arange(0, COLUMNS)
+    if BIAS_A:
+        bias_a = tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0)
+    if BIAS_G:
+        bias_g = tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(first, last, COLUMNS):
-        o_inner = i + tl.arange(0, COLUMNS)
+        o_inner += COLUMNS
         # [ROWS, COLUMNS]
         h = tl.dot(a0, va0_desc.load([i, 0]).T, input_precision=PRECISION)
         if RA1 > 0:
@@ -194,14 +200,18 @@ def _geglu(
         if RG1 > 0:
             gate = tl.dot(g1, vg1_desc.load([i, RG0]).T, gate, input_precision=PRECISION)
         if BIAS_A:
-            h += tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias_a.to(tl.float32)[None, :]
+            bias_a = tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0)
         if BIAS_G:
-            gate += tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            gate += bias_g.to(tl.float32)[None, :]
+            bias_g = tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = (apply(h, ACTIVATION, FAST) * gate).to(DTYPE)
         acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R21 > 0:
             acc1 = tl.dot(h, u1_desc.load([i, R20]), acc1, input_precision=PRECISION)
+    acc0 = settle(acc0, ACTIVATION, FAST)
+    acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + i_split.to(tl.int64) * out_split + o_row.to(tl.int64)[:, None] * out_row
