@@ -15,6 +15,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.tiles import TilesOption
+
+
+def flashsvd_attention(
+    q: Tensor,
+    p_k: Tensor,
+    p_v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+    tiles: TilesOption = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * Q' P_k^T) P_v of each packed sequence: [T, H, r_k] and [T, H, r_v] -> [T, H, r_v]."""
+    return flash_attention(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale, backend=backend, tiles=tiles, out=out)
+
 
 def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Tensor | None]:
     """The map from P_q to Q': matrix V_q V_k^T [H, r_q, r_k] and offset b_q V_k^T [H, r_k].
