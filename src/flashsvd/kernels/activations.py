@@ -43,9 +43,7 @@ def kernel_name(name: str) -> str:
 
 @triton.jit
 def fast_tanh(x):
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -77,4 +75,3 @@ def apply(x, NAME: tl.constexpr, FAST: tl.constexpr):
             return 0.5 * x * (1.0 + fast_tanh(normal_argument(x)))
         else:
             return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-

@@ -1,13 +1,32 @@
-"""Attention in both directions over packed sequences: only real tokens, told apart by cumulative lengths."""
+"""Attention over packed sequences, streamed through on-chip memory.
+
+    O = softmax(scale * Q K^T) V,   within each sequence        Q [T, H, D_k], K [T, H_kv, D_k], V [T, H_kv, D_v]
+
+The sequences lie one after another on one token axis; `cu_seqlens` [B + 1] says where each begins. Scores and
+probabilities exist a tile at a time (online softmax, Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022).
+Keys and values may be of different widths, and a head of them may serve several heads of queries, so that the same
+kernel runs dense attention and attention in the rank spaces of low-rank factors (`flashsvdattn`).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend
-from flashsvd.kernels.tiles import TilesOption
+from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, rank_tiles, use_triton
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
+from flashsvd.kernels.triton_import import tl, triton
+
+CANDIDATES = (
+    Tiles(128, 64, warps=4, stages=2),
+    Tiles(128, 64, warps=8, stages=3),
+    Tiles(128, 128, warps=8, stages=2),
+    Tiles(64, 64, warps=4, stages=3),
+    Tiles(64, 128, warps=4, stages=2),
+)
 
 
 def flash_attention(
@@ -24,27 +43,370 @@ def flash_attention(
     tiles: TilesOption = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * Q K^T) V of each sequence: q [T, H, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] -> [T, H, Dv]."""
-    result = _padded(q, k, v, cu_seqlens, max_seqlen, scale)
-    return result if out is None else out.copy_(result)
+    """softmax(scale * Q K^T) V within each packed sequence, without a causal mask.
+
+    Args:
+        q: queries, [T, H, D_k].
+        k: keys, [T, H_kv, D_k], H a multiple of H_kv.
+        v: values, [T, H_kv, D_v].
+        cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1]. Tokens after that
+            belong to no sequence; their outputs are not written.
+        max_seqlen: no sequence is longer.
+        window: a token attends to those at most this many positions away; None to all.
+        positions: of each token in its sequence, int32 [T], ascending, where they are not simply counted (a sequence
+            with holes); only `window` asks for them.
+        tiles: `rows` queries and `columns` keys; None takes the table's.
+        out: where to write, [T, H, D_v].
+
+    Returns:
+        [T, H, D_v].
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or the scale or the window is not positive.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    check_attention(q, k, v, cu_seqlens, scale, window)
+    if not use_triton(backend, q):
+        result = flash_attention_reference(
+            q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, positions=positions
+        )
+        return result if out is None else out.copy_(result)
+    if out is None and torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.flashsvd.flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, positions)
+        return compiled
+    return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, tiles, out)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    tokens, batch = q.shape[0], cu_seqlens.shape[0] - 1
-    if tokens == batch * max_seqlen:
-        rows = [x.unflatten(0, (batch, max_seqlen)).transpose(1, 2) for x in (q, k, v)]
-        full: Tensor = F.scaled_dot_product_attention(*rows, scale=scale).transpose(1, 2).flatten(0, 1)
-        return full
-    index = torch.arange(tokens, device=q.device)
-    row = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-    starts = torch.cat([cu_seqlens, cu_seqlens[-1:]])[row]
-    place = row * max_seqlen + (index - starts).clamp_max(max_seqlen - 1)
+def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int | None) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    fits = q.ndim == k.ndim == v.ndim == 3 and q.shape[0] == k.shape[0] and k.shape[:2] == v.shape[:2]
+    if not fits or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)} do not fit")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"dtypes differ: queries {q.dtype}, keys {k.dtype}, values {v.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens is int32 [B + 1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is a positive number, not {scale}")
+    if window is not None and window < 0:
+        raise ValueError(f"window is a number of positions, not {window}")
 
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros((batch + 1) * max_seqlen, *x.shape[1:])
-        return padded.index_copy_(0, place, x).unflatten(0, (batch + 1, max_seqlen)).transpose(1, 2)
 
-    lengths = torch.cat([cu_seqlens.diff(), cu_seqlens.new_ones(1)])
-    mask = torch.arange(max_seqlen, device=q.device) < lengths.clamp_min(1)[:, None]
-    padded = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask[:, None, None], scale=scale)
-    return padded.transpose(1, 2).flatten(0, 1).index_select(0, place)
+def flash_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The same by torch's scaled_dot_product_attention, over padded sequences where their lengths differ."""
+    sequences, tokens = cu_seqlens.shape[0] - 1, q.shape[0]
+    grouped = q.shape[1] != k.shape[1]
+    if tokens == sequences * max_seqlen and positions is None and _all_of(max_seqlen, cu_seqlens):
+        padded = [x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        mask = None
+        if window is not None:
+            steps = torch.arange(max_seqlen, device=q.device)
+            mask = (steps[:, None] - steps).abs() <= window
+        attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).reshape(tokens, q.shape[1], v.shape[2])
+    lengths = cu_seqlens.diff()
+    steps = torch.arange(max_seqlen, device=q.device)
+    real = steps < lengths[:, None]
+    index = (cu_seqlens[:-1, None] + steps)[real]
+    mask = real[:, None, None, :]
+    if window is not None:
+        place = torch.zeros(real.shape, dtype=torch.int32, device=q.device)
+        place[real] = (steps.expand_as(real)[real] if positions is None else positions[index]).int()
+        mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
+    padded = [_scatter(x, real, index) for x in (q, k, v)]
+    attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    out = q.new_zeros(tokens, q.shape[1], v.shape[2])
+    out[index] = attended.transpose(1, 2)[real]
+    return out
+
+
+def _all_of(length: int, cu_seqlens: Tensor) -> bool:
+    """Whether the sequences fill the token axis; with tokens = sequences * longest, only equal ones can."""
+    return int(cu_seqlens[-1]) == length * (cu_seqlens.shape[0] - 1)
+
+
+def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
+    """[T, H, D] -> [B, H, S, D], zeros where there is no token."""
+    padded = x.new_zeros(*real.shape, *x.shape[1:])
+    padded[real] = x[index]
+    return padded.transpose(1, 2)
+
+
+@triton.jit
+def attention_step(
+    s,
+    v0,
+    v1,
+    acc0,
+    acc1,
+    high,
+    total,
+    mask,
+    qk_scale,
+    V1: tl.constexpr,
+    MASKED: tl.constexpr,
+    HOLLOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1]. HOLLOW says
+    # that a row may have no key in the tile.
+    if MASKED:
+        s = tl.where(mask, s, float("-inf"))
+    new = tl.maximum(high, tl.max(s, 1) * qk_scale)
+    base = tl.where(new == float("-inf"), 0.0, new) if HOLLOW else new
+    p = tl.exp2(s * qk_scale - base[:, None])
+    shrink = tl.exp2(high - base)
+    total = total * shrink + tl.sum(p, 1)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if V1 > 0:
+        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, new, total
+
+
+@triton.jit
+def _scores_and_step(
+    q0,
+    q1,
+    k0_desc,
+    k1_desc,
+    v0_desc,
+    v1_desc,
+    acc0,
+    acc1,
+    high,
+    total,
+    place,
+    pos_ptr,
+    start,
+    length,
+    j,
+    i_kv,
+    qk_scale,
+    window,
+    COLUMNS: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    k0 = k0_desc.load([start + j, i_kv, 0]).reshape(COLUMNS, K0)
+    s = tl.dot(q0, k0.T, input_precision=PRECISION)
+    if K1 > 0:
+        k1 = k1_desc.load([start + j, i_kv, K0]).reshape(COLUMNS, K1)
+        s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
+    v0 = v0_desc.load([start + j, i_kv, 0]).reshape(COLUMNS, V0)
+    if V1 > 0:
+        v1 = v1_desc.load([start + j, i_kv, V0]).reshape(COLUMNS, V1)
+    else:
+        v1 = v0
+    o_key = j + tl.arange(0, COLUMNS)
+    mask = (o_key < length)[None, :]
+    if WINDOWED:
+        key_place = o_key
+        if POSITIONS:
+            key_place = tl.load(pos_ptr + start + o_key, mask=o_key < length, other=0)
+        mask = mask & (tl.abs(place[:, None] - key_place[None, :]) <= window)
+    return attention_step(
+        s, v0, v1, acc0, acc1, high, total, mask, qk_scale, V1, MASKED, WINDOWED, PRECISION
+    )
+
+
+@triton.jit
+def _attention(
+    q0_desc,
+    q1_desc,
+    k0_desc,
+    k1_desc,
+    v0_desc,
+    v1_desc,
+    out_ptr,
+    cu_ptr,
+    pos_ptr,
+    row_tiles,
+    heads,
+    group,
+    width_v,
+    out_token,
+    out_head,
+    qk_scale,
+    window,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    i_row = (i_program % row_tiles) * ROWS
+    i_head = (i_program // row_tiles) % heads
+    i_sequence = i_program // row_tiles // heads
+    i_kv = i_head // group
+    start = tl.load(cu_ptr + i_sequence)
+    length = tl.load(cu_ptr + i_sequence + 1) - start
+    if i_row >= length:
+        return
+    # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
+    q0 = q0_desc.load([start + i_row, i_head, 0]).reshape(ROWS, K0)
+    if K1 > 0:
+        q1 = q1_desc.load([start + i_row, i_head, K0]).reshape(ROWS, K1)
+    else:
+        q1 = q0
+    o_row = i_row + tl.arange(0, ROWS)
+    place = o_row
+    if POSITIONS:
+        place = tl.load(pos_ptr + start + o_row, mask=o_row < length, other=0)
+    high = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, V0], tl.float32)
+    acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], tl.float32)
+    if WINDOWED:
+        # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
+        low = tl.maximum(i_row - window, 0) // COLUMNS * COLUMNS
+        whole = low
+        end = tl.minimum(length, i_row + ROWS + window)
+    else:
+        low = 0
+        whole = length // COLUMNS * COLUMNS
+        end = length
+    for j in range(low, whole, COLUMNS):
+        acc0, acc1, high, total = _scores_and_step(
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
+            i_kv, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+        )  # fmt: skip
+    for j in range(whole, end, COLUMNS):
+        acc0, acc1, high, total = _scores_and_step(
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
+            i_kv, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+        )  # fmt: skip
+    m_row = (o_row < length)[:, None]
+    p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
+    out_type = out_ptr.dtype.element_ty
+    scale = 1.0 / total[:, None]
+    o_width = tl.arange(0, V0)[None, :]
+    tl.store(p_out + o_width, (acc0 * scale).to(out_type), mask=m_row & (o_width < width_v))
+    if V1 > 0:
+        o_width = V0 + tl.arange(0, V1)[None, :]
+        tl.store(p_out + o_width, (acc1 * scale).to(out_type), mask=m_row & (o_width < width_v))
+
+
+def default_tiles(q: Tensor, width_k: int, width_v: int, max_seqlen: int) -> Tiles:
+    """The table: what was fastest for a width on a generation of GPUs; never many more rows than a sequence has."""
+    widest = max(width_k, width_v)
+    rows = max(16, min(128, 1 << (max_seqlen - 1).bit_length()))
+    if q.dtype == torch.float32:
+        return Tiles(min(rows, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
+    if generation(q.device) == "hopper":
+        if widest <= 128:
+            return Tiles(rows, 64, warps=8 if rows == 128 and widest > 64 else 4, stages=2)
+        return Tiles(min(rows, 64), 64, warps=4, stages=2)
+    return Tiles(min(rows, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+    tiles: TilesOption,
+    out: Tensor | None,
+) -> Tensor:
+    tokens, heads, width_k = q.shape
+    sequences, width_v = cu_seqlens.shape[0] - 1, v.shape[2]
+    if out is None:
+        out = q.new_empty(tokens, heads, width_v)
+    if out.shape != (tokens, heads, width_v) or out.stride(2) != 1:
+        raise ValueError(f"out is {(tokens, heads, width_v)} with whole rows, not {tuple(out.shape)}")
+    if tokens == 0 or sequences == 0 or max_seqlen == 0:
+        return out
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    (k0, k1), (v0, v1) = rank_tiles(width_k), rank_tiles(width_v)
+    exact = precision(q)
+
+    def run(t: Tiles) -> Tensor:
+        row_tiles = -(-max_seqlen // t.rows)
+        _attention[(row_tiles * heads * sequences,)](
+            descriptor(q, [t.rows, 1, k0]),
+            descriptor(q, [t.rows, 1, k1 or 16]),
+            descriptor(k, [t.columns, 1, k0]),
+            descriptor(k, [t.columns, 1, k1 or 16]),
+            descriptor(v, [t.columns, 1, v0]),
+            descriptor(v, [t.columns, 1, v1 or 16]),
+            out,
+            cu_seqlens,
+            positions,
+            row_tiles,
+            heads,
+            heads // k.shape[1],
+            width_v,
+            out.stride(0),
+            out.stride(1),
+            scale * math.log2(math.e),
+            window or 0,
+            ROWS=t.rows,
+            COLUMNS=t.columns,
+            K0=k0,
+            K1=k1,
+            V0=v0,
+            V1=v1,
+            WINDOWED=window is not None,
+            POSITIONS=positions is not None,
+            PRECISION=exact,
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+        return out
+
+    shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, k.shape[1], width_k, width_v)
+    key = ("attention", q.dtype, *shape, window)
+    return run(choose(tiles, lambda: default_tiles(q, width_k, width_v, max_seqlen), CANDIDATES, key, run, q.device))
+
+
+@torch.library.custom_op("flashsvd::flash_attention", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+) -> Tensor:
+    return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, None, None)
+
+
+@_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])

@@ -5,35 +5,20 @@ cancel in the softmax, so
 
     softmax(scale * Q K^T) V  =  softmax(scale * Q' P_k^T) P_v V_v + b_v,      Q' = P_q (V_q V_k^T) + b_q V_k^T
 
-Q' [B, H, M, r_k] is what `fold_query` makes of the query's factors; P_k [B, H, N, r_k] and P_v [B, H, N, r_v] are the
-rank-space activations of keys and values; V_v and b_v are left to the output projection. This file holds the
-reference; no kernel is shipped for it yet.
+Q' [T, H, r_k] is what `fold_query` makes of the query's factors; P_k [T, H, r_k] and P_v [T, H, r_v] are the
+rank-space activations of keys and values; V_v and b_v are left to the output projection. In the joint layout the
+heads share one factor, P_k [T, 1, r_k] and P_v [T, 1, r_v], and each head's Q' has the whole rank.
+
+What runs is attention with keys and values of the ranks' widths, so the kernel is that of `flash_attn_triton`.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_reference
 from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.tiles import TilesOption
-
-
-def flashsvd_attention(
-    q: Tensor,
-    p_k: Tensor,
-    p_v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    backend: Backend = "auto",
-    tiles: TilesOption = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale * Q' P_k^T) P_v of each packed sequence: [T, H, r_k] and [T, H, r_v] -> [T, H, r_v]."""
-    return flash_attention(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale, backend=backend, tiles=tiles, out=out)
 
 
 def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -49,27 +34,42 @@ def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Te
     return matrix, offset
 
 
-def flashsvd_attention_reference(
-    q: Tensor, p_k: Tensor, p_v: Tensor, scale: float, mask: Tensor | None = None
+def flashsvd_attention(
+    q: Tensor,
+    p_k: Tensor,
+    p_v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+    tiles: TilesOption = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * Q' P_k^T) P_v, computed plainly.
+    """softmax(scale * Q' P_k^T) P_v within each packed sequence.
 
     Args:
-        q: folded queries Q', [B, H, M, r_k].
-        p_k: rank-space keys, [B, H, N, r_k].
-        p_v: rank-space values, [B, H, N, r_v].
+        q: folded queries Q', [T, H, r_k].
+        p_k: rank-space keys, [T, H, r_k], or [T, 1, r_k] where the heads share them.
+        p_v: rank-space values, [T, H, r_v] or [T, 1, r_v], as the keys.
+        cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1].
+        max_seqlen: no sequence is longer.
         scale: the model's own attention scale, 1 / sqrt(head_dim) as a rule; not 1 / sqrt(r).
-        mask: bool, broadcast to [B, H, M, N], True where a query may attend.
+        tiles: `rows` queries and `columns` keys; None takes the table's.
+        out: where to write, [T, H, r_v].
 
     Returns:
-        [B, H, M, r_v].
+        [T, H, r_v].
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or the scale is not positive.
+        BackendError: `backend="triton"` cannot run here.
     """
-    if q.shape[-1] != p_k.shape[-1] or p_k.shape[:-1] != p_v.shape[:-1] or q.shape[:2] != p_k.shape[:2]:
-        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(p_k.shape)}, values {tuple(p_v.shape)} do not fit")
-    scores = scale * (q @ p_k.mT)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1) @ p_v
+    return flash_attention(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale, backend=backend, tiles=tiles, out=out)
+
+
+def flashsvd_attention_reference(
+    q: Tensor, p_k: Tensor, p_v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> Tensor:
+    """The same in plain torch."""
+    return flash_attention_reference(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale)

@@ -20,13 +20,13 @@ from flashsvd.kernels.launch import (
     Backend,
     aligned,
     descriptor,
+    element_type,
     has_fast_tanh,
-    multiprocessors,
     precision,
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
@@ -165,13 +165,6 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     return Tiles(64, 64 if widest <= 128 else 32, warps=4, stages=2)
 
 
-def default_splits(p: Tensor, inner: int, tiles: Tiles) -> int:
-    """As many as keep every multiprocessor busy, each with at least two steps of the walk."""
-    programs = -(-p.shape[0] // tiles.rows)
-    most = max(1, inner // (2 * tiles.columns))
-    return max(1, min(most, multiprocessors(p.device) // programs))
-
-
 def _launch(
     p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str, tiles: TilesOption, splits: int | None
 ) -> Tensor:
@@ -179,22 +172,23 @@ def _launch(
     if tokens == 0:
         return p.new_empty(0, r2)
     p, v1, u2 = aligned(p), aligned(v1), aligned(u2)
+    b1 = None if b1 is None else b1.contiguous()
     (r1a, r1b), (r2a, r2b) = rank_tiles(r1), rank_tiles(r2)
     name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
     def run(t: Tiles) -> Tensor:
-        count = default_splits(p, inner, t) if splits is None else splits
+        count = splits_that_fill(p.device, tokens, inner, t) if splits is None else splits
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)
         out = p.new_empty(count, tokens, r2, dtype=torch.float32 if count > 1 else p.dtype)
         _ffn_v1[(-(-tokens // t.rows), count)](
             descriptor(p, [t.rows, r1a]),
-            descriptor(p, [t.rows, r1b or 16]),
+            descriptor(p, [t.rows, r1b]),
             descriptor(v1, [t.columns, r1a]),
-            descriptor(v1, [t.columns, r1b or 16]),
+            descriptor(v1, [t.columns, r1b]),
             descriptor(u2, [t.columns, r2a]),
-            descriptor(u2, [t.columns, r2b or 16]),
+            descriptor(u2, [t.columns, r2b]),
             b1,
             out,
             tokens,
@@ -213,7 +207,7 @@ def _launch(
             ACTIVATION=name,
             FAST=fast,
             PRECISION=exact,
-            DTYPE=getattr(tl, str(p.dtype).removeprefix("torch.")),
+            DTYPE=element_type(p),
             num_warps=t.warps,
             num_stages=t.stages,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.errors import BackendError
-from flashsvd.kernels.triton_import import MISSING, TensorDescriptor, triton
+from flashsvd.kernels.triton_import import MISSING, TensorDescriptor, tl, triton
 
 Backend = Literal["auto", "torch", "triton"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,9 +78,14 @@ def has_fast_tanh(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
 
 
+def element_type(x: Tensor) -> Any:
+    """Triton's name of the tensor's dtype."""
+    return getattr(tl, str(x.dtype).removeprefix("torch."))
+
+
 def descriptor(x: Tensor, block: list[int]) -> Any:
-    """A tensor descriptor: its loads read tiles of this shape, and zeros outside the tensor."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    """A tensor descriptor: its loads read tiles of this shape, and zeros outside the tensor; None for an empty tile."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if all(block) else None
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from flashsvd.kernels.launch import capability
+from flashsvd.kernels.launch import capability, multiprocessors
 
 Generation = Literal["ampere", "hopper"]
 
@@ -40,6 +40,16 @@ _tuned: dict[Hashable, Tiles] = {}
 def generation(device: torch.device) -> Generation:
     """Which row of a table serves this device: anything before Hopper, and the interpreter, takes Ampere's."""
     return "hopper" if device.type == "cuda" and capability(device) >= (9, 0) else "ampere"
+
+
+def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tiles) -> int:
+    """Among how many programs to share a walk of this length, so that every multiprocessor has one.
+
+    Each takes at least two steps of the walk.
+    """
+    programs = -(-tokens // tiles.rows)
+    most = max(1, walked // (2 * tiles.columns))
+    return max(1, min(most, multiprocessors(device) // programs))
 
 
 def choose(

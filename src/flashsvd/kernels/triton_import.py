@@ -1,4 +1,4 @@
-"""Triton, or where it is not installed a stand-in under which the kernel files still import and their torch paths run."""
+"""Triton, or where it is missing a stand-in under which the kernel files still import and their torch paths run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,300 @@
+"""A whole low-rank feed-forward network in one kernel.
+
+    Y = act((X U_1) V_1 + b_1) U_2 V_2 + b_2
+
+    X [T, H], U_1 [H, r_1], V_1 [r_1, I], b_1 [I], U_2 [I, r_2], V_2 [r_2, O], b_2 [O], Y [T, O]
+
+One program owns a tile of tokens and takes three walks: over H, which leaves P = X U_1 on chip, over I, which turns it
+into the sum act(P V_1 + b_1) U_2, and over O, which lifts that sum and writes Y. Only X is read and Y written; neither
+[T, I] nor the two rank-space activations ever exist in memory. Both are rounded to the input's dtype as the chain of
+separate products rounds them. U_1, V_1 and V_2 are taken as `nn.Linear` stores them, [r_1, H], [I, r_1], [O, r_2].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashsvd.kernels.activations import activation as activation_function
+from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.launch import (
+    Backend,
+    aligned,
+    descriptor,
+    element_type,
+    has_fast_tanh,
+    precision,
+    rank_tiles,
+    use_triton,
+)
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
+from flashsvd.kernels.triton_import import tl, triton
+
+CANDIDATES = (
+    Tiles(128, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=3),
+    Tiles(128, 32, warps=8, stages=2),
+    Tiles(64, 64, warps=4, stages=2),
+    Tiles(64, 64, warps=4, stages=3),
+    Tiles(64, 32, warps=4, stages=2),
+)
+
+
+def flashsvd_ffn_v2(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    backend: Backend = "auto",
+    tiles: TilesOption = None,
+) -> Tensor:
+    """act((X U_1) V_1 + b_1) U_2 V_2 + b_2.
+
+    Args:
+        x: hidden states, [T, H].
+        u1: projection of the first layer, transposed as `nn.Linear` stores it, [r_1, H].
+        v1: lift of the first layer, transposed likewise, [I, r_1].
+        b1: bias of the first layer, [I].
+        u2: projection of the second layer, [I, r_2].
+        v2: lift of the second layer, transposed as `nn.Linear` stores it, [O, r_2].
+        b2: bias of the second layer, [O].
+        tiles: `rows` tokens and `columns` of each walk's step; None takes the table's.
+
+    Returns:
+        [T, O].
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    check_ffn(x, u1, v1, b1, u2, v2, b2, activation)
+    if not use_triton(backend, x):
+        return flashsvd_ffn_v2_reference(x, u1, v1, b1, u2, v2, b2, activation)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.flashsvd.ffn_v2(x, u1, v1, b1, u2, v2, b2, activation)
+        return compiled
+    return _launch(x, u1, v1, b1, u2, v2, b2, activation, tiles)
+
+
+def flashsvd_ffn_v2_reference(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The same in plain torch, one product after the other."""
+    linear = torch.nn.functional.linear
+    hidden = activation_function(activation)(linear(linear(x, u1), v1, b1))
+    return linear(hidden @ u2, v2, b2)
+
+
+def check_ffn(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    activation_function(activation)
+    tensors = {"X": x, "U1": u1, "V1": v1, "b1": b1, "U2": u2, "V2": v2, "b2": b2}
+    given = {name: t for name, t in tensors.items() if t is not None}
+    fits = (
+        all(t.ndim == (1 if name.startswith("b") else 2) for name, t in given.items())
+        and (x.shape[1], u1.shape[0]) == (u1.shape[1], v1.shape[1])
+        and (v1.shape[0], u2.shape[1]) == (u2.shape[0], v2.shape[1])
+        and (b1 is None or b1.shape[0] == v1.shape[0])
+        and (b2 is None or b2.shape[0] == v2.shape[0])
+    )
+    if not fits:
+        raise ValueError(", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items()) + " do not fit")
+    if len({t.dtype for t in given.values()}) > 1:
+        raise ValueError("dtypes differ: " + ", ".join(f"{name} {t.dtype}" for name, t in given.items()))
+
+
+@triton.jit
+def _ffn_v2(
+    x_desc,
+    u10_desc,
+    u11_desc,
+    v10_desc,
+    v11_desc,
+    u20_desc,
+    u21_desc,
+    v20_desc,
+    v21_desc,
+    b1_ptr,
+    b2_ptr,
+    out_ptr,
+    tokens,
+    hidden,
+    inner,
+    width,
+    out_row,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    R10: tl.constexpr,
+    R11: tl.constexpr,
+    R20: tl.constexpr,
+    R21: tl.constexpr,
+    BIAS_1: tl.constexpr,
+    BIAS_2: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    i_row = tl.program_id(0) * ROWS
+    p0 = tl.zeros([ROWS, R10], tl.float32)
+    p1 = tl.zeros([ROWS, R11 if R11 > 0 else 16], tl.float32)
+    for i in range(0, hidden, COLUMNS):
+        # [ROWS, COLUMNS]
+        x = x_desc.load([i_row, i])
+        p0 = tl.dot(x, u10_desc.load([0, i]).T, p0, input_precision=PRECISION)
+        if R11 > 0:
+            p1 = tl.dot(x, u11_desc.load([R10, i]).T, p1, input_precision=PRECISION)
+    # [ROWS, R10] and, where the rank takes two tiles, [ROWS, R11]
+    q0 = p0.to(DTYPE)
+    q1 = p1.to(DTYPE)
+    acc0 = tl.zeros([ROWS, R20], tl.float32)
+    acc1 = tl.zeros([ROWS, R21 if R21 > 0 else 16], tl.float32)
+    for i in range(0, inner, COLUMNS):
+        # [ROWS, COLUMNS]
+        h = tl.dot(q0, v10_desc.load([i, 0]).T, input_precision=PRECISION)
+        if R11 > 0:
+            h = tl.dot(q1, v11_desc.load([i, R10]).T, h, input_precision=PRECISION)
+        if BIAS_1:
+            o_inner = i + tl.arange(0, COLUMNS)
+            h += tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+        # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
+        h = apply(h, ACTIVATION, FAST).to(DTYPE)
+        acc0 = tl.dot(h, u20_desc.load([i, 0]), acc0, input_precision=PRECISION)
+        if R21 > 0:
+            acc1 = tl.dot(h, u21_desc.load([i, R20]), acc1, input_precision=PRECISION)
+    z0 = acc0.to(DTYPE)
+    z1 = acc1.to(DTYPE)
+    o_row = i_row + tl.arange(0, ROWS)
+    m_row = o_row < tokens
+    p_out = out_ptr + o_row.to(tl.int64)[:, None] * out_row
+    for i in range(0, width, COLUMNS):
+        # [ROWS, COLUMNS]
+        y = tl.dot(z0, v20_desc.load([i, 0]).T, input_precision=PRECISION)
+        if R21 > 0:
+            y = tl.dot(z1, v21_desc.load([i, R20]).T, y, input_precision=PRECISION)
+        o_width = i + tl.arange(0, COLUMNS)
+        m_width = o_width < width
+        if BIAS_2:
+            y += tl.load(b2_ptr + o_width, mask=m_width, other=0.0).to(tl.float32)[None, :]
+        tl.store(p_out + o_width[None, :], y.to(DTYPE), mask=m_row[:, None] & m_width[None, :])
+
+
+def default_tiles(x: Tensor, r1: int, r2: int) -> Tiles:
+    """The table: what should be fastest for a rank on a generation of GPUs, by what fits on chip."""
+    widest = max(sum(rank_tiles(r1)), sum(rank_tiles(r2)))
+    if x.dtype == torch.float32:
+        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+    if generation(x.device) == "hopper":
+        if widest <= 256:
+            return Tiles(128, 64, warps=8, stages=2)
+        return Tiles(64, 32, warps=4, stages=2)
+    return Tiles(64, 64 if widest <= 128 else 32, warps=4, stages=2)
+
+
+def _launch(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    tiles: TilesOption,
+) -> Tensor:
+    (tokens, hidden), (inner, r1), (width, r2) = x.shape, v1.shape, v2.shape
+    if tokens == 0:
+        return x.new_empty(0, width)
+    x, u1, v1, u2, v2 = (aligned(t) for t in (x, u1, v1, u2, v2))
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    (r10, r11), (r20, r21) = rank_tiles(r1), rank_tiles(r2)
+    name, fast, exact = kernel_name(activation), has_fast_tanh(x), precision(x)
+
+    def run(t: Tiles) -> Tensor:
+        out = x.new_empty(tokens, width)
+        _ffn_v2[(-(-tokens // t.rows),)](
+            descriptor(x, [t.rows, t.columns]),
+            descriptor(u1, [r10, t.columns]),
+            descriptor(u1, [r11, t.columns]),
+            descriptor(v1, [t.columns, r10]),
+            descriptor(v1, [t.columns, r11]),
+            descriptor(u2, [t.columns, r20]),
+            descriptor(u2, [t.columns, r21]),
+            descriptor(v2, [t.columns, r20]),
+            descriptor(v2, [t.columns, r21]),
+            b1,
+            b2,
+            out,
+            tokens,
+            hidden,
+            inner,
+            width,
+            out.stride(0),
+            ROWS=t.rows,
+            COLUMNS=t.columns,
+            R10=r10,
+            R11=r11,
+            R20=r20,
+            R21=r21,
+            BIAS_1=b1 is not None,
+            BIAS_2=b2 is not None,
+            ACTIVATION=name,
+            FAST=fast,
+            PRECISION=exact,
+            DTYPE=element_type(x),
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+        return out
+
+    key = ("ffn_v2", x.dtype, tokens.bit_length(), hidden, inner, width, r1, r2, name)
+    return run(choose(tiles, lambda: default_tiles(x, r1, r2), CANDIDATES, key, run, x.device))
+
+
+@torch.library.custom_op("flashsvd::ffn_v2", mutates_args=())
+def _op(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return _launch(x, u1, v1, b1, u2, v2, b2, activation, None)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    u1: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    v2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], v2.shape[0])
