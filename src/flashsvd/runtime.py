@@ -42,8 +42,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     Raises:
         BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
     """
-    check_options(backend, graph)
-    check_architecture(getattr(model, "config", None))
+    _check_options(backend, graph)
+    _check_architecture(getattr(model, "config", None))
     if is_packed(model):
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
     if model.training:
@@ -51,8 +51,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)
     architecture.check(base, backend)
-    if graph:
-        _check_graph(next(base.parameters()), backend)
+    _check_device(next(base.parameters()), backend, graph)
     choices = Choices(backend, queued=graph)
     architecture.fuse(base, choices, Graphs() if graph else None)
     model.requires_grad_(False)
@@ -75,30 +74,38 @@ def choices(model: nn.Module) -> dict[str, str]:
     raise BackendError("the model is not optimised, so nothing was picked; call optimize first")
 
 
-def check_options(backend: str, graph: bool = False) -> None:
-    """Raises BackendError where there is no such backend, or it runs no graphs."""
+def check(config: Any, backend: Backend, device: torch.device, graph: bool = False) -> None:
+    """Refuse what `optimize` would refuse, as far as it is known before there is a model.
+
+    Args:
+        config: the model's, of transformers.
+        device: where the model shall run.
+
+    Raises:
+        BackendError: as `optimize` does.
+    """
+    _check_options(backend, graph)
+    _check_architecture(config)
+    # In a dtype that kernels take; the model's own is known once it is loaded.
+    _check_device(torch.empty(0, device=device), backend, graph)
+
+
+def _check_options(backend: str, graph: bool) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
     if graph and backend == "torch":
         raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
 
 
-def check_architecture(config: Any) -> None:
-    """Raises BackendError where there are no fused blocks for models of a transformers config."""
+def _check_architecture(config: Any) -> None:
     model_type = getattr(config, "model_type", None)
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise BackendError(f"there are no fused blocks for {model_type!r}, only for {known}; run the model as it is")
 
 
-def check_device(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises BackendError where a forced backend cannot run on a device in a dtype."""
-    reason = why_not_triton(torch.empty(0, device=device, dtype=dtype)) if backend == "triton" else ""
-    if reason:
+def _check_device(weight: torch.Tensor, backend: Backend, graph: bool) -> None:
+    if backend == "triton" and (reason := why_not_triton(weight)):
         raise BackendError(f"backend triton cannot run here: {reason}; use backend auto or torch")
-
-
-def _check_graph(weight: torch.Tensor, backend: Backend) -> None:
-    reason = why_not_triton(weight) if weight.is_cuda else f"CUDA graphs need a GPU, the model is on {weight.device}"
-    if reason:
-        raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
+    if graph and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
+        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out graph")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
 
-Implementation = Literal["torch", "triton"]
+# `mixed` is torch's product with a kernel after it.
+Implementation = Literal["torch", "triton", "mixed"]
 CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
 
 WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
@@ -72,39 +73,49 @@ class Choices:
         self._table: dict[Case, Choice] = {}
 
     def pick(
-        self, operation: str, shape: str, x: Tensor, run: Callable[[Implementation], object], limit: str = ""
+        self,
+        operation: str,
+        shape: str,
+        x: Tensor,
+        run: Callable[[Implementation], object],
+        candidates: tuple[Implementation, ...] = CANDIDATES,
     ) -> Implementation:
         """The implementation to use for this operation.
 
         Args:
             x: one of its operands, with a row for each token.
             run: computes the operation, and changes no tensor that it is given.
-            limit: why the kernel cannot take these sizes; empty where it can.
         """
         case = Case(operation, shape, bucket(x.shape[0]), x.dtype, x.device)
         if case not in self._table:
-            self._table[case] = self._choose(case, x, run, limit)
+            self._table[case] = self._choose(case, x, run, candidates)
         return self._table[case].picked
 
     def table(self) -> dict[str, str]:
         """What was picked so far, for people."""
         return {str(case): str(choice) for case, choice in self._table.items()}
 
-    def _choose(self, case: Case, x: Tensor, run: Callable[[Implementation], object], limit: str) -> Choice:
+    def _choose(
+        self, case: Case, x: Tensor, run: Callable[[Implementation], object], candidates: tuple[Implementation, ...]
+    ) -> Choice:
         if self.backend != "auto":
-            if self.backend == "triton" and limit:
-                raise BackendError(f"backend triton cannot run {case}: {limit}; use backend auto or torch")
             return Choice(self.backend)
-        if limit or not x.is_cuda or why_not_triton(x):
+        if not x.is_cuda or why_not_triton(x):
             return Choice("torch")
-        times = tuple((name, self._time(run, name)) for name in CANDIDATES)
+        times = tuple((name, self._time(run, name)) for name in candidates)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case, choice)
         return choice
 
     def _time(self, run: Callable[[Implementation], object], name: Implementation) -> float:
-        for _ in range(WARMUP_RUNS):
-            run(name)
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            for _ in range(WARMUP_RUNS):
+                run(name)
+        except OutOfResources:
+            # Its tiles do not fit this GPU's shared memory.
+            return math.inf
         return statistics.median(self._run_once(run, name) for _ in range(TIMED_RUNS))
 
     def _run_once(self, run: Callable[[Implementation], object], name: Implementation) -> float:

@@ -14,7 +14,7 @@ from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.output import PackedOutput
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
-from flashsvd.kernels.launch import LARGEST_RANK
+from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -73,19 +73,20 @@ class PackedFFN(Packed):
         assert self.u2 is not None
         (inner, r1), r2 = self.w1.shape, self.u2.shape[1]
         p = x @ self.u1
-        backend = self.choices.pick(
+        picked = self.choices.pick(
             "ffn core",
             f"{r1} to {inner} to {r2}",
             p,
             lambda name: [self._core(part, name) for part in _parts(p, name)],
         )
-        for part, rows in zip(_parts(p, backend), _parts(x, backend), strict=True):
-            self.output(self._core(part, backend), rows, rows)
+        for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
+            self.output(self._core(part, picked), rows, rows)
         return x
 
-    def _core(self, p: Tensor, backend: Implementation) -> Tensor:
+    def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
         assert self.u2 is not None
         assert isinstance(self.activation, str)
+        backend: Backend = "torch" if implementation == "torch" else "triton"
         return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend=backend)
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -96,9 +97,9 @@ class PackedFFN(Packed):
         return h if self.u2 is None else h @ self.u2
 
 
-def _parts(x: Tensor, backend: Implementation) -> list[Tensor]:
+def _parts(x: Tensor, implementation: Implementation) -> list[Tensor]:
     """The kernel's core holds no activation in memory, so it takes all tokens at once."""
-    step = MATERIALISED_TOKENS if backend == "torch" else len(x)
+    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
     return [x[start : start + step] for start in range(0, len(x), step)]
 
 

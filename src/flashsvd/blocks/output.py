@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.kernels.fused_ln import fused_ln
 from flashsvd.kernels.lift_ln import lift_ln
 
 # How much more work a single product may take than two.
@@ -52,21 +53,17 @@ class PackedOutput(Packed):
         if self.m1 is not None:
             a = a @ self.m1
 
-        def run(backend: Implementation, out: Tensor | None = None) -> Tensor:
-            return lift_ln(
-                a,
-                self.m2,
-                self.bias,
-                residual,
-                self.norm_weight,
-                self.norm_bias,
-                eps=self.eps,
-                backend=backend,
-                out=out,
-            )
+        norm = (residual, self.norm_weight, self.norm_bias)
+
+        def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
+            if implementation == "mixed":
+                product = torch.addmm(self.bias, a, self.m2)
+                return fused_ln(product, *norm, eps=self.eps, backend="triton", out=product if out is None else out)
+            return lift_ln(a, self.m2, self.bias, *norm, eps=self.eps, backend=implementation, out=out)
 
         inner, hidden = self.m2.shape
-        return run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), out)
+        picked = self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run, ("torch", "triton", "mixed"))
+        return run(picked, out)
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:

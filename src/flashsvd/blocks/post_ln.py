@@ -18,6 +18,7 @@ from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.output import PackedOutput, fewer_launches
 from flashsvd.blocks.qkv import ValueLift, pack_qkv
+from flashsvd.blocks.sdpa import sdpa
 from flashsvd.blocks.tokens import Chunk, Tokens
 from flashsvd.kernels.flash_attn_triton import flash_attention
 
@@ -79,11 +80,13 @@ class PostLNBlock(nn.Module):
         """[n, hidden] -> [n, heads * width of a value]."""
         q, k, v = self.qkv(x)
 
-        def run(backend: Implementation) -> Tensor:
-            return flash_attention(q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend=backend)
+        def run(implementation: Implementation) -> Tensor:
+            if implementation == "torch":
+                return sdpa(q, k, v, chunk, self.scale)
+            return flash_attention(q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton")
 
         # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
-        if chunk.on_device:
+        if not chunk.lengths:
             return run("triton").flatten(1)
         heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
         shape = f"{heads} heads of {width} and {value_width}, sequences up to {bucket(chunk.max_seqlen)}"

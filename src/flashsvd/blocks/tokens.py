@@ -13,7 +13,7 @@ from torch import Tensor
 from flashsvd.errors import BackendError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Some whole sequences of a batch, rows `start` to `stop` of its packed tokens.
 
@@ -21,7 +21,7 @@ class Chunk:
         cu_seqlens: int32, where each of the sequences starts within the chunk, and where the last one ends.
         max_seqlen: at least the length of the longest.
         positions: int32 [stop - start], the column of each token in the padded batch.
-        on_device: whether only the device knows the lengths, and the last tokens may belong to no sequence.
+        lengths: of the sequences; empty where only the device knows, and the last tokens may belong to none.
     """
 
     start: int
@@ -29,7 +29,32 @@ class Chunk:
     cu_seqlens: Tensor
     max_seqlen: int
     positions: Tensor
-    on_device: bool = False
+    lengths: tuple[int, ...]
+
+    @property
+    def sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @functools.cached_property
+    def places(self) -> Tensor | None:
+        """int64 [stop - start], the place of each token where every sequence takes `max_seqlen` places; None where
+        they all do.
+        """
+        if min(self.lengths) == self.max_seqlen:
+            return None
+        count = self.stop - self.start
+        missing = self.max_seqlen - self.cu_seqlens.diff()
+        # Before a token lie the gaps that the sequences before its own leave.
+        gaps = (missing.cumsum(0) - missing).repeat_interleave(self.cu_seqlens.diff(), output_size=count)
+        return torch.arange(count, device=gaps.device) + gaps
+
+    @functools.cached_property
+    def key_mask(self) -> Tensor | None:
+        """bool [sequences, 1, 1, max_seqlen], true where `places` puts a token; None where it does everywhere."""
+        if self.places is None:
+            return None
+        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return (columns < self.cu_seqlens.diff()[:, None])[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +128,7 @@ class Tokens:
 
     def _cut(self, most: int) -> Iterator[Chunk]:
         if self.count <= most or not self.lengths:
-            yield Chunk(0, self.count, self.cu_seqlens, self.max_seqlen, self.positions, not self.lengths)
+            yield Chunk(0, self.count, self.cu_seqlens, self.max_seqlen, self.positions, self.lengths)
             return
         share = -(-self.count // -(-self.count // most))
         ends = list(itertools.accumulate(self.lengths))
@@ -114,7 +139,7 @@ class Tokens:
                 lengths = self.lengths[first : row + 1]
                 if end > start:
                     cu_seqlens = self.cu_seqlens[first : row + 2] - self.cu_seqlens[first]
-                    yield Chunk(start, end, cu_seqlens, max(lengths), self.positions[start:end])
+                    yield Chunk(start, end, cu_seqlens, max(lengths), self.positions[start:end], lengths)
                 first, start = row + 1, end
 
 
