@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flashsvd.info import read_info, show_checkpoint_info
     from flashsvd.io import export_dense, load_compressed, save_compressed
     from flashsvd.report import CompressReport
+    from flashsvd.runtime import optimize
 
 _HOMES = {
     "CompressConfig": "flashsvd.compress",
@@ -29,6 +30,7 @@ _HOMES = {
     "FlashSVDError": "flashsvd.errors",
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",
+    "optimize": "flashsvd.runtime",
     "read_info": "flashsvd.info",
     "run_compress": "flashsvd.compress",
     "run_eval": "flashsvd.evaluate",
@@ -45,6 +47,7 @@ __all__ = [
     "__version__",
     "export_dense",
     "load_compressed",
+    "optimize",
     "read_info",
     "run_compress",
     "run_eval",

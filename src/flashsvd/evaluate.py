@@ -7,7 +7,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from flashsvd.device import DTYPES, resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from flashsvd.data import Examples
     from flashsvd.evaluation.job import BatchShape, Job
     from flashsvd.evaluation.subject import Subject
+    from flashsvd.kernels.launch import Backend
     from flashsvd.tasks import Task
+
+BACKENDS = ("auto", "torch", "triton")
 
 log = logging.getLogger("flashsvd")
 
@@ -62,6 +65,12 @@ class EvalConfig:
     max_eval_samples: int | None = option(None, help="evaluate only this many examples or windows, the first ones")
     device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one")
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
+    backend: str | None = option(
+        None,
+        help="run on fused blocks (BERT and RoBERTa): auto takes for each operation what is faster, by measurement; "
+        "torch and triton force one; the default is the plain model",
+        choices=BACKENDS,
+    )
     output: str | None = option(None, help="JSON file to write, such as results/x.json")
 
     def __post_init__(self) -> None:
@@ -80,6 +89,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     Raises:
         FlashSVDError: the config, the checkpoint or the data cannot be used.
     """
+    from flashsvd import runtime
     from flashsvd._version import __version__
     from flashsvd.device import describe_device
     from flashsvd.evaluation.job import WARMUP_FORWARDS, run_job
@@ -90,17 +100,23 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from flashsvd.tasks import get_task
 
     task = get_task(config.task)
+    backend = cast("Backend | None", config.backend)
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if config.output:
         check_file_target(Path(config.output).expanduser())
     data = _load_data(config, task)
     subject = Subject.find(config.checkpoint, task)
+    if backend is not None:
+        runtime.check(subject.config, backend, device)
     shape = _batch_shape(config, task, subject)
     job = _make_job(config, task, data, subject, shape)
 
     log.info("loading %s", config.checkpoint)
     memory = PeakMemory(device)
     model = subject.load(dtype).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    if backend is not None:
+        model = runtime.optimize(model, backend)
     timings = run_job(job, model, device)
     metrics = {name: value if math.isfinite(value) else None for name, value in job.metrics().items()}
     for name in (name for name, value in metrics.items() if value is None):
@@ -126,7 +142,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
         stride=shape.stride,
         padding=shape.padding,
         num_eval_samples=timings.samples,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        backend=backend or "plain",
         device=describe_device(device),
         dtype=str(model.dtype).removeprefix("torch."),
         checkpoint_dir=config.checkpoint,

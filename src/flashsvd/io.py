@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from flashsvd import runtime
+from flashsvd.blocks.packed import refuse_packed
 from flashsvd.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ModelError, first_line, library_errors
+from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
 from flashsvd.fused import dense_bias, dense_matrix
+from flashsvd.kernels.launch import Backend
 from flashsvd.layers import weight_matrix
 from flashsvd.pretrained import load_config, load_model, own_class
 from flashsvd.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
@@ -48,7 +51,9 @@ def save_compressed(
     Raises:
         CheckpointError: the directory exists, holds something else, or cannot be written.
         ModelError: a companion cannot be had.
+        BackendError: the model is optimised, so its factors are gone.
     """
+    refuse_packed(model)
     if isinstance(companions, str):
         companions = find_companions(companions)
     model.config.quantization_config = FlashSVDConfig.of(model)
@@ -63,22 +68,38 @@ def save_compressed(
             _save_state_dict(model, temporary / STATE_DICT_FILE)
 
 
-def load_compressed(directory: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> Any:
+def load_compressed(
+    directory: str | Path,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    optimize: bool = False,
+    backend: Backend = "auto",
+    graph: bool = False,
+) -> Any:
     """Load a compressed checkpoint as the transformers class that saved it, in eval mode.
 
     Args:
         device: `cuda`, `cuda:1` or `cpu`; None leaves the model on the CPU.
         dtype: None keeps the checkpoint's own.
+        optimize: run on fused blocks; `backend` and `graph` say how, as in `flashsvd.optimize`.
 
     Raises:
         CheckpointError: it is no compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
+        BackendError: its architecture has no fused blocks, or the backend cannot run on the device.
     """
     directory = Path(directory).expanduser()
     CompressionInfo.read(directory)
     target = resolve_device(device) if device is not None else None
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
-    model = load_factored(str(directory), _compressed_config(directory), wanted)
-    return model.to(target) if target is not None else model
+    config = _compressed_config(directory)
+    if optimize:
+        runtime.check(config, backend, target or torch.device("cpu"), graph)
+    elif backend != "auto" or graph:
+        raise ConfigError("backend and graph say how fused blocks run; pass optimize=True with them")
+    model = load_factored(str(directory), config, wanted)
+    model = model.to(target) if target is not None else model
+    return runtime.optimize(model, backend, graph) if optimize else model
 
 
 def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) -> Any:

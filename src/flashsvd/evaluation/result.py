@@ -19,6 +19,7 @@ class EvalResult:
         peak_memory_mib: what the model and its forwards took; `memory_definition` says of which memory.
         stride: tokens between the starts of two windows of running text; None for tasks of single texts.
         num_eval_samples: examples, or windows of running text.
+        backend: of the fused blocks that the model ran on; `plain` where it ran on its own modules.
     """
 
     task: str
@@ -40,6 +41,7 @@ class EvalResult:
     padding: str
     num_eval_samples: int
     parameters: int
+    backend: str
     device: str
     dtype: str
     checkpoint_dir: str
@@ -70,8 +72,9 @@ class EvalResult:
             samples = f"{self.num_eval_samples} windows of {self.seq_len} tokens, {self.stride} apart"
             batch = f"{self.batch_size} windows (median)"
             speed = f"{self.tokens_per_second:.0f} tokens/s"
+        blocks = "" if self.backend == "plain" else f", fused blocks ({self.backend})"
         return (
             f"{self.task}: {scores} on {samples}\n"
-            f"{self.method} model of {self.parameters:,} parameters, {self.dtype} on {self.device}: "
+            f"{self.method} model of {self.parameters:,} parameters, {self.dtype} on {self.device}{blocks}: "
             f"{self.latency_ms:.1f} ms a batch of {batch}, {speed}, peak memory {self.peak_memory_mib:.0f} MiB"
         )

@@ -1,0 +1,136 @@
+"""Which implementation of an operation runs: the one asked for, or with `auto` the faster one, by measurement."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flashsvd.kernels.launch import Backend, why_not_triton
+
+log = logging.getLogger("flashsvd")
+
+# `mixed` is torch's product with a kernel after it.
+Implementation = Literal["torch", "triton", "mixed"]
+CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
+
+WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
+# Some 0.2 ms of waiting on the GPU, in which the host queues the calls that are timed after it.
+QUEUE_CYCLES = 400_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice holds for.
+
+    Attributes:
+        operation: `attention`, `ffn core` or `lift + norm`.
+        shape: its sizes other than the number of tokens, for people.
+        tokens: the most tokens of the bucket, a power of two.
+    """
+
+    operation: str
+    shape: str
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.operation}, {self.shape}, up to {self.tokens} tokens, {dtype} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was picked, and the milliseconds that each candidate took; none where there was nothing to choose from."""
+
+    picked: Implementation
+    milliseconds: tuple[tuple[Implementation, float], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.milliseconds:
+            return self.picked
+        return f"{self.picked} ({', '.join(f'{name} {time:.3f} ms' for name, time in self.milliseconds)})"
+
+
+class Choices:
+    """The choices of one model; all its blocks share them.
+
+    Args:
+        backend: `torch` and `triton` leave nothing to choose.
+        queued: whether the model runs in CUDA graphs, where what the host needs to launch a kernel does not count.
+    """
+
+    def __init__(self, backend: Backend, queued: bool = False) -> None:
+        self.backend: Backend = backend
+        self._queued = queued
+        self._table: dict[Case, Choice] = {}
+
+    def pick(
+        self,
+        operation: str,
+        shape: str,
+        x: Tensor,
+        run: Callable[[Implementation], object],
+        candidates: tuple[Implementation, ...] = CANDIDATES,
+    ) -> Implementation:
+        """The implementation to use for this operation.
+
+        Args:
+            x: one of its operands, with a row for each token.
+            run: computes the operation, and changes no tensor that it is given.
+        """
+        case = Case(operation, shape, bucket(x.shape[0]), x.dtype, x.device)
+        if case not in self._table:
+            self._table[case] = self._choose(case, x, run, candidates)
+        return self._table[case].picked
+
+    def table(self) -> dict[str, str]:
+        """What was picked so far, for people."""
+        return {str(case): str(choice) for case, choice in self._table.items()}
+
+    def _choose(
+        self, case: Case, x: Tensor, run: Callable[[Implementation], object], candidates: tuple[Implementation, ...]
+    ) -> Choice:
+        if self.backend != "auto":
+            return Choice(self.backend)
+        if not x.is_cuda or why_not_triton(x):
+            return Choice("torch")
+        times = tuple((name, self._time(run, name)) for name in candidates)
+        choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
+        log.info("%s: %s", case, choice)
+        return choice
+
+    def _time(self, run: Callable[[Implementation], object], name: Implementation) -> float:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            for _ in range(WARMUP_RUNS):
+                run(name)
+        except OutOfResources:
+            # Its tiles do not fit this GPU's shared memory.
+            return math.inf
+        return statistics.median(self._run_once(run, name) for _ in range(TIMED_RUNS))
+
+    def _run_once(self, run: Callable[[Implementation], object], name: Implementation) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        if self._queued:
+            torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(CALLS_A_RUN):
+            run(name)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / CALLS_A_RUN
+
+
+def bucket(size: int) -> int:
+    """The power of two that a size is counted under."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0

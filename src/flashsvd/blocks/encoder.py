@@ -1,0 +1,167 @@
+"""What fused encoders and layers of the BERT shape do, whatever transformers calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.factors import check_linear, read_factors, read_whole
+from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.packed import PackedModule
+from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
+from flashsvd.blocks.refusals import (
+    refuse_backend,
+    refuse_call,
+    refuse_config,
+    refuse_other_class,
+    refuse_scattered,
+    refuse_watched,
+)
+from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.tokens import Tokens
+from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.launch import Backend
+from flashsvd.layers import LowRankLinear
+
+LINEARS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+
+
+class FusedLayer(PackedModule):
+    """Mixed into a layer class: the block in the place of the layer's own modules."""
+
+    block: PostLNBlock
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        tokens: Tokens | None = None,
+        inplace: bool = False,
+        **__: Any,
+    ) -> Tensor:
+        """Packed tokens [T, hidden] in and out, or a padded batch [batch, length, hidden].
+
+        Args:
+            tokens: of the batch; needed where `hidden_states` is packed.
+            inplace: whether packed `hidden_states` may be overwritten.
+        """
+        if hidden_states.ndim == 2:
+            assert tokens is not None
+            packed: Tensor = self.block(hidden_states, tokens, inplace=inplace)
+            return packed
+        tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
+        return run_layers([self.block], hidden_states, tokens)
+
+
+class FusedEncoder(PackedModule):
+    """Mixed into an encoder class: real tokens only between the first layer and the last."""
+
+    config: Any
+    layer: nn.ModuleList
+    graphs: Graphs | None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **options: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        options |= {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
+        refuse_call(hidden_states, self.config, options | {"use_cache": use_cache})
+        tokens = Tokens.of(hidden_states, attention_mask)
+        recorded = options.get("output_hidden_states", self.config.output_hidden_states)
+        last = run_layers(self.layer, hidden_states, tokens, padded=bool(recorded), graphs=self.graphs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Captured graphs read the weights where they were.
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+
+
+def check_encoder(base: Any, encoder_class: type, layer_class: type, backend: Backend) -> None:
+    """Refuse an encoder that could not be fused into the same function.
+
+    Raises:
+        BackendError: saying what stands against it.
+    """
+    encoder = base.encoder
+    refuse_config(base.config)
+    refuse_other_class(encoder, "encoder", encoder_class)
+    for i, layer in enumerate(encoder.layer):
+        refuse_other_class(layer, f"encoder.layer.{i}", layer_class)
+        refuse_watched({f"encoder.layer.{i}.{path}": module for path, module in layer.named_modules() if path})
+        for path in LINEARS:
+            check_linear(layer.get_submodule(path), f"encoder.layer.{i}.{path}")
+        for path in NORMS:
+            refuse_other_class(layer.get_submodule(path), f"encoder.layer.{i}.{path}", nn.LayerNorm)
+    parameters = list(encoder.parameters())
+    refuse_scattered(parameters)
+    limits = (why_no_kernel(layer, base.config) for layer in encoder.layer)
+    refuse_backend(backend, parameters[0], next(filter(None, limits), ""))
+
+
+def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
+    """Turn transformers' encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
+    for layer in encoder.layer:
+        block = PostLNBlock(read_layer(layer, encoder.config), choices).eval()
+        del layer.attention, layer.intermediate, layer.output
+        layer.block = block
+        layer.__class__ = layer_class
+    encoder.graphs = graphs
+    encoder.__class__ = encoder_class
+
+
+def read_layer(layer: Any, config: Any) -> PostLNWeights:
+    """The weights of a BertLayer or one of its shape."""
+    attention = layer.attention.self
+    return PostLNWeights(
+        q=read_factors(attention.query),
+        k=read_factors(attention.key),
+        v=read_factors(attention.value),
+        o=read_whole(layer.attention.output.dense),
+        first=read_whole(layer.intermediate.dense),
+        second=read_whole(layer.output.dense),
+        heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        attention_norm=layer.attention.output.LayerNorm,
+        ffn_norm=layer.output.LayerNorm,
+        activation=_activation(layer, config),
+        dtype=layer.output.LayerNorm.weight.dtype,
+    )
+
+
+def why_no_kernel(layer: Any, config: Any) -> str:
+    """Why the kernels cannot take a layer; empty where they can."""
+    if not isinstance(layer.intermediate.dense, LowRankLinear) or not isinstance(layer.output.dense, LowRankLinear):
+        # Plain products serve here, whatever the backend.
+        return ""
+    return why_not_fused(layer.intermediate.dense.rank, layer.output.dense.rank, _activation(layer, config))
+
+
+def _activation(layer: Any, config: Any) -> Activation:
+    """By its name where kernels know it."""
+    if isinstance(config.hidden_act, str) and config.hidden_act in ACTIVATIONS:
+        return config.hidden_act
+    function: Activation = layer.intermediate.intermediate_act_fn
+    return function

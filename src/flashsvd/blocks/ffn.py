@@ -1,0 +1,111 @@
+"""The packed feed-forward sublayer: LayerNorm(act(x W1 + b1) W2 + b2 + x), with either matrix low-rank or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.blocks.buffers import Packed, widen
+from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.factors import Dense, Joint
+from flashsvd.blocks.output import PackedOutput
+from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
+from flashsvd.kernels.launch import LARGEST_RANK, Backend
+
+# By the name that kernels know it under, or as a function.
+Activation: TypeAlias = str | Callable[[Tensor], Tensor]
+
+# Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
+MATERIALISED_TOKENS = 8192
+
+
+class PackedFFN(Packed):
+    """x [T, hidden] -> [T, hidden], written over x.
+
+    Both matrices low-rank, and an activation that kernels know: P = x U1, then the core act(P V1 + b1) U2, then V2 in
+    the output. Otherwise plain products, dense ones where the layer is.
+    """
+
+    u1: Tensor | None
+    w1: Tensor
+    b1: Tensor
+    u2: Tensor | None
+
+    def __init__(
+        self,
+        first: Dense | Joint,
+        second: Dense | Joint,
+        activation: Activation,
+        norm: nn.LayerNorm,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.choices = choices
+        self.activation = activation
+        self.fused = (
+            isinstance(first, Joint)
+            and isinstance(second, Joint)
+            and not why_not_fused(first.u.shape[1], second.u.shape[1], activation)
+        )
+        # As `nn.Linear` stores it, which is how the core takes V1.
+        if isinstance(first, Joint):
+            self.keep("u1", widen(first.u, 1), dtype)
+            self.keep("w1", widen(first.v, 0).T, dtype)
+        else:
+            self.keep("u1", None, dtype)
+            self.keep("w1", first.matrix.T, dtype)
+        self.keep("b1", first.bias, dtype)
+        self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
+        matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
+        self.output = PackedOutput(None, matrix, second.bias, norm, dtype, choices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            for part in _parts(x, "torch"):
+                self.output(self._plain(part), part, part)
+            return x
+        assert self.u1 is not None
+        assert self.u2 is not None
+        (inner, r1), r2 = self.w1.shape, self.u2.shape[1]
+        p = x @ self.u1
+        picked = self.choices.pick(
+            "ffn core",
+            f"{r1} to {inner} to {r2}",
+            p,
+            lambda name: [self._core(part, name) for part in _parts(p, name)],
+        )
+        for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
+            self.output(self._core(part, picked), rows, rows)
+        return x
+
+    def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
+        assert self.u2 is not None
+        assert isinstance(self.activation, str)
+        backend: Backend = "torch" if implementation == "torch" else "triton"
+        return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend=backend)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        if self.u1 is not None:
+            x = x @ self.u1
+        act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        h = act(torch.addmm(self.b1, x, self.w1.T))
+        return h if self.u2 is None else h @ self.u2
+
+
+def _parts(x: Tensor, implementation: Implementation) -> list[Tensor]:
+    """The kernel's core holds no activation in memory, so it takes all tokens at once."""
+    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
+    return [x[start : start + step] for start in range(0, len(x), step)]
+
+
+def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:
+    """Why the core's kernel cannot take a low-rank network; empty where it can."""
+    if not isinstance(activation, str):
+        return "it has no such activation"
+    largest = max(first_rank, second_rank)
+    return f"a feed-forward rank, {largest}, is above {LARGEST_RANK}" if largest > LARGEST_RANK else ""

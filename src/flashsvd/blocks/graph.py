@@ -1,0 +1,130 @@
+"""CUDA graphs of a stack of layers on packed tokens, for batches whose kernels run shorter than they take to launch.
+
+A graph has fixed shapes, so the number of tokens is rounded up. The surplus tokens come last and belong to no sequence:
+no other token attends to them, and what becomes of them is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.choice import bucket
+from flashsvd.blocks.tokens import Tokens
+from flashsvd.errors import BackendError
+from flashsvd.kernels.launch import why_not_triton
+
+# hidden [T, hidden], tokens, whether hidden may be overwritten -> [T, hidden]
+Forward = Callable[[Tensor, Tokens, bool], Tensor]
+
+# From here on a GPU is kept busy without graphs.
+MOST_TOKENS = 16_384
+# Each takes memory and a moment to capture; shapes beyond so many run without one.
+MOST_GRAPHS = 64
+SHORTEST_BUCKET = 16
+WARMUP_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is good for."""
+
+    tokens: int
+    batch: int
+    max_seqlen: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, hidden: Tensor, tokens: Tokens) -> Shape:
+        longest = max(SHORTEST_BUCKET, bucket(tokens.max_seqlen))
+        return cls(round_up(tokens.count), tokens.batch, longest, hidden.dtype, hidden.device)
+
+
+class Graphs:
+    """The graphs of one stack of layers, which share their memory: only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Shape, _Captured] = {}
+        self._pool: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        # Graphs read the weights of the model that they were captured from.
+        return Graphs()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def forget(self) -> None:
+        """Drop all graphs, whose weights are about to move."""
+        self._captured.clear()
+        self._pool = None
+
+    def take(self, hidden: Tensor, tokens: Tokens) -> bool:
+        """Whether this batch runs as a graph.
+
+        Raises:
+            BackendError: the model was moved to where there are none.
+        """
+        if not hidden.is_cuda or (reason := why_not_triton(hidden)):
+            reason = reason if hidden.is_cuda else f"the model is on {hidden.device.type}"
+            raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
+        if tokens.count > MOST_TOKENS:
+            return False
+        return Shape.of(hidden, tokens) in self._captured or len(self._captured) < MOST_GRAPHS
+
+    def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """What `forward` would return, replayed; captured first where this is the first batch of its shape."""
+        shape = Shape.of(hidden, tokens)
+        if shape not in self._captured:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._captured[shape] = _Captured(shape, forward, hidden, tokens, self._pool)
+        return self._captured[shape].replay(hidden, tokens)
+
+
+class _Captured:
+    """One graph, the memory it reads its batch from, and the one it leaves its result in."""
+
+    def __init__(self, shape: Shape, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
+        # Buffers that may be written to both inside inference mode and outside.
+        with torch.inference_mode(False), torch.no_grad():
+            self._hidden = torch.zeros(shape.tokens, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+            positions = torch.zeros(shape.tokens, dtype=torch.int32, device=hidden.device)
+            cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=hidden.device)
+        self._tokens = Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.max_seqlen, ())
+        self._capture(forward, hidden, tokens, pool)
+
+    def _capture(self, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
+        # What is compiled, measured or allocated once must be so before the capture.
+        side = torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(hidden.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_RUNS):
+                self._load(hidden, tokens)
+                forward(self._hidden, self._tokens, True)
+        torch.cuda.current_stream(hidden.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._result = forward(self._hidden, self._tokens, True)
+
+    def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        self._load(hidden, tokens)
+        self._graph.replay()
+        # A copy, since the next replay writes over it.
+        return self._result[: tokens.count].clone()
+
+    def _load(self, hidden: Tensor, tokens: Tokens) -> None:
+        self._hidden[: tokens.count].copy_(hidden)
+        self._tokens.positions[: tokens.count].copy_(tokens.positions)
+        self._tokens.cu_seqlens.copy_(tokens.cu_seqlens)
+
+
+def round_up(tokens: int) -> int:
+    """The number of tokens of the graph that a batch of so many runs in."""
+    step = 64 if tokens <= 1024 else 512
+    return -(-tokens // step) * step

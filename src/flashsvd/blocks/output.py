@@ -1,0 +1,72 @@
+"""The last product of a post-LN sublayer, with everything after it: LayerNorm(a M + b + residual).
+
+M is one matrix, or a thin and a wide one: of a low-rank layer whichever takes fewer launches for about as much work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.blocks.buffers import Packed, widen
+from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.lift_ln import lift_ln
+
+# How much more work a single product may take than two.
+MORE_WORK = 1.3
+
+
+class PackedOutput(Packed):
+    """a [T, K], residual [T, hidden] -> LayerNorm(a M1 M2 + b + residual) [T, hidden], M1 optional."""
+
+    m1: Tensor | None
+    m2: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    def __init__(
+        self,
+        m1: Tensor | None,
+        m2: Tensor,
+        bias: Tensor,
+        norm: nn.LayerNorm,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.keep("m1", m1 if m1 is None else widen(m1, 1), dtype)
+        self.keep("m2", m2 if m1 is None else widen(m2, 0), dtype)
+        self.keep("bias", bias, dtype)
+        self.keep("norm_weight", norm.weight.detach(), dtype)
+        self.keep("norm_bias", norm.bias.detach(), dtype)
+        self.eps, self.choices = norm.eps, choices
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token takes between the two products."""
+        return 0 if self.m1 is None else self.m1.shape[1]
+
+    def forward(self, a: Tensor, residual: Tensor, out: Tensor) -> Tensor:
+        """Writes into `out`, which may be `residual`."""
+        if self.m1 is not None:
+            a = a @ self.m1
+
+        norm = (residual, self.norm_weight, self.norm_bias)
+
+        def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
+            if implementation == "mixed":
+                product = torch.addmm(self.bias, a, self.m2)
+                return fused_ln(product, *norm, eps=self.eps, backend="triton", out=product if out is None else out)
+            return lift_ln(a, self.m2, self.bias, *norm, eps=self.eps, backend=implementation, out=out)
+
+        inner, hidden = self.m2.shape
+        picked = self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run, ("torch", "triton", "mixed"))
+        return run(picked, out)
+
+
+def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:
+    """M1 [K, r] and M2 [r, hidden] as they are, or as one matrix where that takes hardly more work."""
+    apart, together = m1.numel() + m2.numel(), m1.shape[0] * m2.shape[1]
+    return (None, m1 @ m2) if together <= MORE_WORK * apart else (m1, m2)

@@ -1,0 +1,93 @@
+"""What fused blocks do not do, refused before anything is changed or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.blocks.hooks import foreign_hooks
+from flashsvd.errors import BackendError
+from flashsvd.kernels.launch import Backend, why_not_triton
+
+
+def refuse_config(config: Any) -> None:
+    """Refuse a model that is more than an encoder.
+
+    Raises:
+        BackendError: naming the option of the config.
+    """
+    for name in ("is_decoder", "add_cross_attention", "output_attentions"):
+        if getattr(config, name, False):
+            raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
+
+
+def refuse_other_class(module: nn.Module, path: str, known: type) -> None:
+    """Refuse a module of another class, or whose forward is not its class's.
+
+    Raises:
+        BackendError: naming the module.
+    """
+    if type(module) is not known:
+        raise BackendError(f"{path} is a {type(module).__name__}, not a {known.__name__}; optimize the original model")
+    if "forward" in vars(module):
+        raise BackendError(f"{path} is wrapped by another library; load the model on one device, without wrappers")
+
+
+def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse hooks and wrappers on modules that will be gone.
+
+    Raises:
+        BackendError: naming the module.
+    """
+    for path, module in modules.items():
+        if foreign_hooks(module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
+            raise BackendError(f"{path} has a hook or a wrapper, which would not run in a fused block; remove it")
+
+
+def refuse_scattered(parameters: Iterable[Tensor]) -> None:
+    """Refuse weights of several dtypes or devices, and those that are not there.
+
+    Raises:
+        BackendError: saying where they are.
+    """
+    kinds = {(p.device, p.dtype) for p in parameters}
+    if len(kinds) != 1:
+        listed = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in kinds))
+        raise BackendError(f"the layers' weights are {listed}; load the model in one dtype on one device")
+    ((device, _),) = kinds
+    if device.type == "meta":
+        raise BackendError("the layers' weights are on the meta device; load them before optimize")
+
+
+def refuse_backend(backend: Backend, weight: Tensor, limit: str) -> None:
+    """Refuse a forced backend that cannot run.
+
+    Args:
+        weight: one of the model's.
+        limit: why kernels cannot take the model's layers; empty where they can.
+
+    Raises:
+        BackendError: saying why.
+    """
+    if backend == "triton" and (reason := why_not_triton(weight) or limit):
+        raise BackendError(f"backend triton cannot run this model: {reason}; use backend auto or torch")
+
+
+def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a forward that asks for more than the encoder's output.
+
+    Raises:
+        BackendError: saying what it asks for.
+    """
+    if options.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
+    for name in ("encoder_hidden_states", "past_key_values", "use_cache"):
+        if options.get(name) is not None and options[name] is not False:
+            raise BackendError(f"fused blocks are those of a plain encoder, which takes no {name}; leave it out")
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise BackendError("an optimised model gives no gradients; use torch.inference_mode(), or the plain model")
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        raise BackendError("an optimised model runs in its own dtype, not under autocast; use model.to(torch.bfloat16)")

@@ -1,0 +1,32 @@
+"""RoBERTa with fused blocks: classes that take the place of transformers' encoder and layers.
+
+Subclasses, so that whatever looks for a RobertaLayer, such as the recording of hidden states, still finds one.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.roberta.modeling_roberta import RobertaEncoder, RobertaLayer
+
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.encoder import FusedEncoder, FusedLayer, check_encoder, fuse_encoder
+from flashsvd.blocks.graph import Graphs
+from flashsvd.kernels.launch import Backend
+
+
+class FusedRobertaLayer(FusedLayer, RobertaLayer):  # type: ignore[misc]  # transformers is untyped
+    """A RobertaLayer on packed tokens."""
+
+
+class FusedRobertaEncoder(FusedEncoder, RobertaEncoder):  # type: ignore[misc]  # transformers is untyped
+    """A RobertaEncoder that takes padding out, and puts it back."""
+
+
+def check(base: nn.Module, backend: Backend) -> None:
+    """Raises BackendError where the base model's encoder cannot be fused."""
+    check_encoder(base, RobertaEncoder, RobertaLayer, backend)
+
+
+def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
+    """Turn the encoder of a base model into fused blocks, in place."""
+    fuse_encoder(base.encoder, FusedRobertaEncoder, FusedRobertaLayer, choices, graphs)

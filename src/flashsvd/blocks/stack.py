@@ -1,0 +1,47 @@
+"""The walk through a stack of fused layers: packed, padded where someone watches, replayed where a graph was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.tokens import Tokens
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: Tensor,
+    tokens: Tokens,
+    *,
+    padded: bool = False,
+    graphs: Graphs | None = None,
+) -> Tensor:
+    """hidden_states [batch, length, hidden] through all layers, zeros at padding.
+
+    Args:
+        padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
+            a layer have the same effect.
+    """
+    layers = list(layers)
+    if padded or any_foreign_hooks(layers):
+        for layer in layers:
+            hidden_states = layer(hidden_states, tokens=tokens)
+        return hidden_states
+    if tokens.count == 0:
+        return hidden_states.new_zeros(hidden_states.shape)
+    hidden = tokens.remove_padding(hidden_states).contiguous()
+    # The first layer's input is the caller's, unless padding was taken out of it; any later one is ours to overwrite.
+    owned = tokens.indices is not None
+
+    def forward(hidden: Tensor, tokens: Tokens, owned: bool) -> Tensor:
+        for layer in layers:
+            hidden = layer(hidden, tokens=tokens, inplace=owned)
+            owned = True
+        return hidden
+
+    if graphs is not None and graphs.take(hidden, tokens):
+        return tokens.restore(graphs.run(forward, hidden, tokens))
+    return tokens.restore(forward(hidden, tokens, owned))

@@ -1,0 +1,151 @@
+"""Real tokens only: padding is taken out once before the layers and put back once after them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashsvd.errors import BackendError
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some whole sequences of a batch, rows `start` to `stop` of its packed tokens.
+
+    Attributes:
+        cu_seqlens: int32, where each of the sequences starts within the chunk, and where the last one ends.
+        max_seqlen: at least the length of the longest.
+        positions: int32 [stop - start], the column of each token in the padded batch.
+        lengths: of the sequences; empty where only the device knows, and the last tokens may belong to none.
+    """
+
+    start: int
+    stop: int
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @functools.cached_property
+    def places(self) -> Tensor | None:
+        """int64 [stop - start], the place of each token where every sequence takes `max_seqlen` places; None where
+        they all do.
+        """
+        if min(self.lengths) == self.max_seqlen:
+            return None
+        count = self.stop - self.start
+        missing = self.max_seqlen - self.cu_seqlens.diff()
+        # Before a token lie the gaps that the sequences before its own leave.
+        gaps = (missing.cumsum(0) - missing).repeat_interleave(self.cu_seqlens.diff(), output_size=count)
+        return torch.arange(count, device=gaps.device) + gaps
+
+    @functools.cached_property
+    def key_mask(self) -> Tensor | None:
+        """bool [sequences, 1, 1, max_seqlen], true where `places` puts a token; None where it does everywhere."""
+        if self.places is None:
+            return None
+        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return (columns < self.cu_seqlens.diff()[:, None])[:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Where the real tokens of a padded batch lie.
+
+    Attributes:
+        cu_seqlens: int32 [batch + 1], where each row's tokens start among the packed ones, and where the last ends.
+        max_seqlen: at least the length of the longest row.
+        positions: int32 [T], the column of each token in the padded batch.
+        indices: int64 [T], the place of each token in the flattened batch; None where no padding was removed.
+        lengths: the number of tokens of each row; empty where only the device knows.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor
+    indices: Tensor | None
+    batch: int
+    length: int
+    lengths: tuple[int, ...]
+    _chunks: dict[int, tuple[Chunk, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None) -> Tokens:
+        """The tokens of x [batch, length, ...], real where the mask [batch, length] is true; all of them for None.
+
+        Raises:
+            BackendError: the mask is none of padding.
+        """
+        batch, length = x.shape[:2]
+        if mask is None:
+            return _full(batch, length, x.device)
+        if mask.shape != (batch, length):
+            raise BackendError(
+                f"an optimised model takes an attention mask [batch, length], here [{batch}, {length}], "
+                f"not {list(mask.shape)}; load the checkpoint without optimize for other masks"
+            )
+        mask = mask.to(device=x.device, dtype=torch.bool)
+        counts = mask.sum(1)
+        # The one place where the host waits for the device.
+        lengths = tuple(counts.tolist())
+        if min(lengths, default=length) == length:
+            return _full(batch, length, x.device)
+        indices = mask.flatten().nonzero().squeeze(1)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=x.device)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=cu_seqlens[1:])
+        positions = (indices % length).to(torch.int32)
+        return cls(cu_seqlens, max(lengths), positions, indices, batch, length, lengths)
+
+    @property
+    def count(self) -> int:
+        return self.positions.shape[0]
+
+    def remove_padding(self, x: Tensor) -> Tensor:
+        """[batch, length, ...] -> [T, ...]; a view where nothing is removed."""
+        flat = x.flatten(0, 1)
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """[T, ...] -> [batch, length, ...], zeros at padding; a view where nothing was removed."""
+        if self.indices is not None:
+            y = y.new_zeros(self.batch * self.length, *y.shape[1:]).index_copy_(0, self.indices, y)
+        return y.view(self.batch, self.length, *y.shape[1:])
+
+    def chunks(self, most: int) -> tuple[Chunk, ...]:
+        """Whole sequences together, in order: about equal numbers of tokens, `most` or one sequence at the most."""
+        if most not in self._chunks:
+            self._chunks[most] = tuple(self._cut(most))
+        return self._chunks[most]
+
+    def _cut(self, most: int) -> Iterator[Chunk]:
+        if self.count <= most or not self.lengths:
+            yield Chunk(0, self.count, self.cu_seqlens, self.max_seqlen, self.positions, self.lengths)
+            return
+        share = -(-self.count // -(-self.count // most))
+        ends = list(itertools.accumulate(self.lengths))
+        first = start = 0
+        for row, end in enumerate(ends):
+            following = ends[row + 1] if row + 1 < len(ends) else None
+            if following is None or following - start > share:
+                lengths = self.lengths[first : row + 1]
+                if end > start:
+                    cu_seqlens = self.cu_seqlens[first : row + 2] - self.cu_seqlens[first]
+                    yield Chunk(start, end, cu_seqlens, max(lengths), self.positions[start:end], lengths)
+                first, start = row + 1, end
+
+
+@functools.lru_cache(maxsize=32)
+def _full(batch: int, length: int, device: torch.device) -> Tokens:
+    """Every token is real."""
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    positions = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
+    return Tokens(cu_seqlens, length, positions, None, batch, length, (length,) * batch)

@@ -1,0 +1,111 @@
+"""Fused blocks in place of a model's layers: the same answers for less time and memory.
+
+model = flashsvd.load_compressed("small", device="cuda")
+flashsvd.optimize(model)
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashsvd.blocks import ARCHITECTURES, fused_architecture
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.key_mask import hand_over_key_mask
+from flashsvd.blocks.packed import is_packed, mark_packed
+from flashsvd.errors import BackendError
+from flashsvd.kernels.launch import Backend, why_not_triton
+from flashsvd.models import base_prefix
+
+BACKENDS: tuple[str, ...] = typing.get_args(Backend)
+
+
+def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
+    """Turn a model's layers into fused blocks on packed weights, in place, for inference.
+
+    Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
+    at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
+
+    Args:
+        model: a transformers model in eval mode, on the device and in the dtype that it shall run in.
+        backend: `auto` takes for each operation what is faster, measured on its first inputs of a size; `torch` and
+            `triton` force one.
+        graph: replay batches of up to 16,384 tokens as CUDA graphs, which spares small ones the time to launch kernels.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
+    """
+    _check_options(backend, graph)
+    _check_architecture(getattr(model, "config", None))
+    if is_packed(model):
+        raise BackendError("the model is optimised already; load the checkpoint again for other options")
+    if model.training:
+        raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
+    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    architecture = fused_architecture(model.config.model_type)
+    architecture.check(base, backend)
+    _check_device(next(base.parameters()), backend, graph)
+    choices = Choices(backend, queued=graph)
+    architecture.fuse(base, choices, Graphs() if graph else None)
+    model.requires_grad_(False)
+    hand_over_key_mask(model)
+    for whole in {id(m): m for m in (model, base)}.values():
+        mark_packed(whole)
+    return model
+
+
+def choices(model: nn.Module) -> dict[str, str]:
+    """What `backend="auto"` has picked so far: the operation, its sizes and the most tokens it holds for, and the pick.
+
+    Raises:
+        BackendError: the model is not optimised.
+    """
+    for module in model.modules():
+        found = getattr(module, "choices", None)
+        if isinstance(found, Choices):
+            return found.table()
+    raise BackendError("the model is not optimised, so nothing was picked; call optimize first")
+
+
+def check(config: Any, backend: Backend, device: torch.device, graph: bool = False) -> None:
+    """Refuse what `optimize` would refuse, as far as it is known before there is a model.
+
+    Args:
+        config: the model's, of transformers.
+        device: where the model shall run.
+
+    Raises:
+        BackendError: as `optimize` does.
+    """
+    _check_options(backend, graph)
+    _check_architecture(config)
+    # In a dtype that kernels take; the model's own is known once it is loaded.
+    _check_device(torch.empty(0, device=device), backend, graph)
+
+
+def _check_options(backend: str, graph: bool) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
+    if graph and backend == "torch":
+        raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
+
+
+def _check_architecture(config: Any) -> None:
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise BackendError(f"there are no fused blocks for {model_type!r}, only for {known}; run the model as it is")
+
+
+def _check_device(weight: torch.Tensor, backend: Backend, graph: bool) -> None:
+    if backend == "triton" and (reason := why_not_triton(weight)):
+        raise BackendError(f"backend triton cannot run here: {reason}; use backend auto or torch")
+    if graph and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
+        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out graph")
