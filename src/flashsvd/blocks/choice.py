@@ -16,8 +16,7 @@ from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
 
-# `mixed` is torch's product with a kernel after it.
-Implementation = Literal["torch", "triton", "mixed"]
+Implementation = Literal["torch", "triton"]
 CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
 
 WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
@@ -78,7 +77,6 @@ class Choices:
         shape: str,
         x: Tensor,
         run: Callable[[Implementation], object],
-        candidates: tuple[Implementation, ...] = CANDIDATES,
     ) -> Implementation:
         """The implementation to use for this operation.
 
@@ -88,21 +86,19 @@ class Choices:
         """
         case = Case(operation, shape, bucket(x.shape[0]), x.dtype, x.device)
         if case not in self._table:
-            self._table[case] = self._choose(case, x, run, candidates)
+            self._table[case] = self._choose(case, x, run)
         return self._table[case].picked
 
     def table(self) -> dict[str, str]:
         """What was picked so far, for people."""
         return {str(case): str(choice) for case, choice in self._table.items()}
 
-    def _choose(
-        self, case: Case, x: Tensor, run: Callable[[Implementation], object], candidates: tuple[Implementation, ...]
-    ) -> Choice:
+    def _choose(self, case: Case, x: Tensor, run: Callable[[Implementation], object]) -> Choice:
         if self.backend != "auto":
             return Choice(self.backend)
         if not x.is_cuda or why_not_triton(x):
             return Choice("torch")
-        times = tuple((name, self._time(run, name)) for name in candidates)
+        times = tuple((name, self._time(run, name)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case, choice)
         return choice
