@@ -59,11 +59,13 @@ HEADS = {
         "base": modeling_bert.BertModel,
         "classifier": modeling_bert.BertForSequenceClassification,
         "masked-lm": modeling_bert.BertForMaskedLM,
+        "token-classifier": modeling_bert.BertForTokenClassification,
     },
     "roberta": {
         "base": modeling_roberta.RobertaModel,
         "classifier": modeling_roberta.RobertaForSequenceClassification,
         "masked-lm": modeling_roberta.RobertaForMaskedLM,
+        "token-classifier": modeling_roberta.RobertaForTokenClassification,
     },
     "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
     "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},
