@@ -63,11 +63,13 @@ HEADS = {
         "base": modeling_bert.BertModel,
         "classifier": modeling_bert.BertForSequenceClassification,
         "masked-lm": modeling_bert.BertForMaskedLM,
+        "token-classifier": modeling_bert.BertForTokenClassification,
     },
     "roberta": {
         "base": modeling_roberta.RobertaModel,
         "classifier": modeling_roberta.RobertaForSequenceClassification,
         "masked-lm": modeling_roberta.RobertaForMaskedLM,
+        "token-classifier": modeling_roberta.RobertaForTokenClassification,
     },
     "modernbert": {
         "base": modeling_modernbert.ModernBertModel,

@@ -3,56 +3,485 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.bert import modeling_bert
 
-from conftest import build_model, factor
-from flashsvd import optimize
+from conftest import MakeModel, build_decoder, build_model, factor
+from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
+from flashsvd.blocks.bert import FusedBertLayer
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.key_mask import IMPLEMENTATION
+from flashsvd.blocks.qkv import PackedQKV
+from flashsvd.compression import get_method
+from flashsvd.errors import BackendError, ConfigError
+from flashsvd.factorize import factor_model
+from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, lift_ln
+from flashsvd.models import find_targets
+from flashsvd.ranks import RankChoice
+from flashsvd.storage.metadata import CompressionInfo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+# Heads of 16, wide enough for thinner ranks to stay in rank space.
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def inputs(padding: str | None = "right") -> dict[str, Tensor]:
-    """Four rows of nine tokens, the last with a single real one."""
+    """Four rows of nine tokens; where there is padding, the last has a single real one."""
     ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(1))
     if padding is None:
         return {"input_ids": ids}
     mask = torch.ones_like(ids)
-    if padding == "right":
-        mask[1, 5:], mask[2, 7:], mask[3, 1:] = 0, 0, 0
-    elif padding == "left":
-        mask[1, :4], mask[2, :2], mask[3, :8] = 0, 0, 0
-    else:
-        mask[1, [0, 2, 3, 7]], mask[2, 4], mask[3, [0, 1, 2, 3, 5, 6, 7, 8]] = 0, 0, 0
+    match padding:
+        case "right":
+            mask[1, 5:] = mask[2, 7:] = mask[3, 1:] = 0
+        case "left":
+            mask[1, :4] = mask[2, :2] = mask[3, :8] = 0
+        case "holes":
+            mask[1, [0, 2, 3, 7]] = mask[2, 4] = mask[3, [0, 1, 2, 3, 5, 6, 7, 8]] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def compressed(family: str = "bert", head: str = "base", qkv: str = "joint", **options: Any) -> Any:
+    model = build_model(family, head, **(SIZES | options))
+    if qkv != "dense":
+        factor(model, qkv, ratio=0.6)
+    return model
+
+
+def optimised(plain: Any, backend: Any = "torch") -> Any:
+    return optimize(copy.deepcopy(plain), backend=backend)
+
+
+@torch.inference_mode()
+def run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
+    return model(**batch, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("padding", [None, "right", "left", "holes"])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_optimised_encoder_computes_what_the_plain_one_does(
+def test_real_tokens_get_the_plain_models_states_and_padding_gets_zeros(
     family: str, qkv: str, padding: str | None, dtype: torch.dtype
 ) -> None:
-    plain = build_model(family, "base", hidden_size=64, intermediate_size=96)
-    if qkv != "dense":
-        factor(plain, qkv, ratio=0.6)
-    plain = plain.to(dtype)
+    plain = compressed(family, qkv=qkv).to(dtype)
     batch = inputs(padding)
-    optimised = optimize(copy.deepcopy(plain), backend="torch")
-    with torch.inference_mode():
-        expected, found = plain(**batch).last_hidden_state, optimised(**batch).last_hidden_state
+    expected, found = (run(model, batch).last_hidden_state for model in (plain, optimised(plain)))
     real = batch.get("attention_mask", torch.ones(4, 9)).bool()
     torch.testing.assert_close(found[real], expected[real], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert not found[~real].any()
 
 
-def test_models_with_a_head_answer_the_same() -> None:
-    plain: Any = build_model("bert", "classifier")
-    factor(plain, "joint", ratio=0.6)
-    optimised = optimize(copy.deepcopy(plain))
+@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+@pytest.mark.parametrize("head", ["classifier", "masked-lm", "token-classifier"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_models_with_a_head_answer_the_same(family: str, head: str, qkv: str) -> None:
+    plain, batch = compressed(family, head, qkv).double(), inputs()
+    expected, found = (run(model, batch).logits for model in (plain, optimised(plain)))
+    if head != "classifier":
+        expected, found = (logits[batch["attention_mask"].bool()] for logits in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu", "quick_gelu"])
+def test_any_activation_will_do(hidden_act: str) -> None:
+    plain = compressed(hidden_act=hidden_act).double()
+    expected, found = (run(model, inputs(None)).last_hidden_state for model in (plain, optimised(plain)))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def ranks(name: str) -> int | None:
+    """Unequal ones, and None for what stays dense: of layer 0 K, of layer 1 the first FFN matrix and V."""
+    layer, _, part = name.removeprefix("encoder.layer.").partition(".")
+    if (layer, part) in {("0", "attention.self.key"), ("1", "intermediate.dense"), ("1", "attention.self.value")}:
+        return None
+    return {"attention.self.query": 3, "attention.self.key": 9, "attention.self.value": 12}.get(part, 20)
+
+
+@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+def test_unequal_ranks_and_layers_that_stayed_dense_will_do(qkv: Any) -> None:
+    plain = build_model("bert", "base", **SIZES).double()
+    plan = {target.name: RankChoice(ranks(target.name)) for target in find_targets(plain)}
+    factor_model(plain, find_targets(plain), plan, get_method("standard"), qkv)
+    for padding in (None, "right"):
+        batch = inputs(padding)
+        expected, found = (run(model, batch).last_hidden_state for model in (plain, optimised(plain)))
+        real = batch.get("attention_mask", torch.ones(4, 9)).bool()
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-10, atol=1e-10)
+
+
+def test_per_head_factors_attend_in_their_rank_space() -> None:
+    model = optimised(compressed(qkv="per-head"))
+    packed = [module for module in model.modules() if isinstance(module, PackedQKV)]
+    assert len(packed) == 2
+    assert all(width < SIZES["hidden_size"] for module in packed for width in module.widths)
+
+
+def test_a_row_without_any_token_is_zeros_and_leaves_the_others_alone() -> None:
+    plain, batch = compressed(), inputs()
+    batch["attention_mask"][2] = 0
+    others = torch.tensor([0, 1, 3])
+    model = optimised(plain)
+    found = run(model, batch).last_hidden_state
+    assert not found[2].any()
+    without = {name: tensor[others] for name, tensor in batch.items()}
+    torch.testing.assert_close(found[others], run(model, without).last_hidden_state)
+    batch["attention_mask"][:] = 0
+    assert not run(model, batch).last_hidden_state.any()
+
+
+@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("padding", [None, "holes"])
+def test_hidden_states_are_those_of_the_plain_model(padding: str | None, by: str) -> None:
+    plain, batch = compressed("roberta", "classifier").double(), inputs(padding)
+    model = optimised(plain)
+    without = run(model, batch).logits
+    expected = run(plain, batch, output_hidden_states=True).hidden_states
+    model.config.output_hidden_states = by == "config"
+    found = run(model, batch, **({"output_hidden_states": True} if by == "argument" else {}))
+    real = batch.get("attention_mask", torch.ones(4, 9)).bool()
+    assert len(found.hidden_states) == len(expected) == 3
+    for a, b in zip(found.hidden_states, expected, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.logits, without)
+    # The recorders stay on the layers, and record nothing unless asked.
+    model.config.output_hidden_states = False
+    again = run(model, batch)
+    assert again.hidden_states is None
+    assert torch.equal(again.logits, without)
+
+
+def test_a_hook_on_a_layer_sees_the_padded_batch() -> None:
+    plain, batch = compressed().double(), inputs()
+    model = optimised(plain)
+    expected = run(model, batch).last_hidden_state
+    seen: dict[str, list[Tensor]] = {"plain": [], "optimised": []}
+    for name, watched in (("plain", plain), ("optimised", model)):
+        for layer in watched.encoder.layer:
+            layer.register_forward_hook(lambda _, args, out, name=name: seen[name].extend((args[0], out)))
+    run(plain, batch)
+    assert torch.equal(run(model, batch).last_hidden_state, expected)
+    real = batch["attention_mask"].bool()
+    for a, b in zip(seen["optimised"], seen["plain"], strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_can_be_called_by_itself() -> None:
+    plain, batch = compressed().double(), inputs()
+    x = torch.randn(4, 9, 64, dtype=torch.float64)
+    mask = batch["attention_mask"].bool()
+    expected = plain.encoder.layer[0](x, mask[:, None, None, :])
+    torch.testing.assert_close(optimised(plain).encoder.layer[0](x, mask)[mask], expected[mask])
+
+
+def test_the_embeddings_that_a_caller_passes_in_are_not_written_to() -> None:
+    model = optimised(compressed())
+    embedded = torch.randn(2, 5, 64)
+    before = embedded.clone()
     with torch.inference_mode():
-        torch.testing.assert_close(optimised(**inputs()).logits, plain(**inputs()).logits, rtol=1e-5, atol=1e-5)
+        model.encoder(embedded)
+    assert torch.equal(embedded, before)
+
+
+def test_transformers_still_finds_its_classes() -> None:
+    model = optimised(compressed(head="classifier"))
+    assert isinstance(model, modeling_bert.BertForSequenceClassification)
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert all(isinstance(layer, modeling_bert.BertLayer) for layer in model.bert.encoder.layer)
+
+
+def test_the_factors_are_gone_and_nothing_wants_a_gradient() -> None:
+    plain = compressed(head="classifier")
+    model = optimised(plain)
+    kept = {name for name, _ in model.named_parameters()}
+    assert not any("encoder" in name for name in kept)
+    assert kept < {name for name, _ in plain.named_parameters()}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
+def test_packed_weights_take_about_the_memory_of_the_factors(qkv: str) -> None:
+    plain = compressed(qkv=qkv, hidden_size=128, intermediate_size=256)
+    assert numbers(optimised(plain).encoder) <= 1.3 * numbers(plain.encoder)
+
+
+def test_a_copy_and_another_dtype_compute_the_same() -> None:
+    plain, batch = compressed("bert", "classifier"), inputs()
+    model = optimised(plain)
+    expected = run(model, batch).logits
+    assert torch.equal(run(copy.deepcopy(model), batch).logits, expected)
+    wide = copy.deepcopy(model).double()
+    assert run(wide, batch).logits.dtype == torch.float64
+    torch.testing.assert_close(run(wide, batch).logits.float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run(model.to(torch.bfloat16), batch).logits, run(plain.to(torch.bfloat16), batch).logits, rtol=0.1, atol=0.1
+    )
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    model, batch = optimised(compressed("bert", "classifier")), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(compiled, batch).logits, run(model, batch).logits)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        run(torch.compile(model, backend="eager", fullgraph=True), batch)
+
+
+# What is refused of an optimised model.
+
+
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        (lambda model, _: model.train(), "trained"),
+        (lambda model, _: model.base_model.train(), "trained"),
+        (lambda model, _: nn.ModuleList([model]).train(), "trained"),
+        (lambda model, _: model.state_dict(), "saved"),
+        (lambda model, _: nn.ModuleList([model]).state_dict(), "saved"),
+        (lambda model, path: model.save_pretrained(path), "saved"),
+        (lambda model, path: model.base_model.save_pretrained(path), "saved"),
+        (lambda model, path: save_compressed(model, path, CompressionInfo.read(path.parent / "out")), "saved"),
+        (lambda model, _: model.load_state_dict({}), "given other weights"),
+        (lambda model, _: nn.ModuleList([model]).load_state_dict({}, strict=False), "given other weights"),
+    ],
+)
+def test_what_needs_the_factors_is_refused_and_leaves_no_trace(
+    make_model: MakeModel, tmp_path: Path, use: Callable[[Any, Path], object], what: str
+) -> None:
+    run_compress(CompressConfig(model=str(make_model()), rank=4, output=str(tmp_path / "out")))
+    model = load_compressed(tmp_path / "out", optimize=True)
+    config, expected = model.config.to_json_string(), run(model, inputs()).logits
+    with pytest.raises(BackendError, match=f"an optimised model cannot be {what}; load the checkpoint again"):
+        use(model, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+    assert model.config.to_json_string() == config
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(run(model.eval(), inputs()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"output_attentions": True}, "keeps no attention weights"),
+        ({"encoder_hidden_states": torch.zeros(4, 9, 64)}, "takes no encoder_hidden_states"),
+        ({"attention_mask": torch.ones(4, 1, 9, 9, dtype=torch.bool)}, r"not \[4, 1, 9, 9\]"),
+        ({"attention_mask": torch.ones(4, 9, 9)}, r"not \[4, 9, 9\]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_forward_that_asks_for_more_than_an_encoder_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BackendError, match=why):
+        run(optimised(compressed()), inputs(None), **options)
+
+
+def test_gradients_and_autocast_are_refused() -> None:
+    model = optimised(compressed())
+    embedded = torch.randn(1, 3, 64, requires_grad=True)
+    with pytest.raises(BackendError, match=r"gives no gradients; use torch\.inference_mode"):
+        model(inputs_embeds=embedded)
+    with torch.no_grad():
+        assert not model(inputs_embeds=embedded).last_hidden_state.requires_grad
+    assert not model(**inputs()).last_hidden_state.requires_grad
+    with torch.autocast("cpu"), pytest.raises(BackendError, match="not under autocast"):
+        model(**inputs())
+
+
+# What `optimize` refuses to begin with.
+
+
+def add_hook(model: Any) -> None:
+    model.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
+
+
+def wrap(model: Any) -> None:
+    model.encoder.layer[0].forward = lambda *_: None
+
+
+def replace_linear(model: Any) -> None:
+    class Other(nn.Linear):
+        pass
+
+    model.encoder.layer[0].intermediate.dense = Other(64, 96)
+
+
+def replace_norm(model: Any) -> None:
+    model.encoder.layer[0].output.LayerNorm = nn.RMSNorm(64)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: model.train(), "in training mode"),
+        (lambda model: model.encoder.layer[1].output.double(), "float32 on cpu, float64 on cpu"),
+        (lambda model: model.to("meta"), "meta device"),
+        (lambda model: setattr(model.config, "is_decoder", True), r"config\.is_decoder is set"),
+        (lambda model: setattr(model.config, "add_cross_attention", True), r"config\.add_cross_attention is set"),
+        (add_hook, r"encoder\.layer\.1\.output\.dense has a hook"),
+        (wrap, r"encoder\.layer\.0 is wrapped"),
+        (replace_linear, r"encoder\.layer\.0\.intermediate\.dense \(Other\) is no plain or low-rank linear"),
+        (replace_norm, r"output\.LayerNorm is a RMSNorm"),
+        (lambda model: optimize(model), "optimised already"),
+    ],
+)
+def test_a_model_that_cannot_be_fused_is_refused(change: Callable[[Any], object], why: str) -> None:
+    model = build_model("bert", "base", **SIZES)
+    change(model)
+    with pytest.raises(BackendError, match=why):
+        optimize(model)
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    plain = compressed()
+    add_hook(plain)
+    before = {name: type(module) for name, module in plain.named_modules()}
+    expected = run(plain, inputs()).last_hidden_state
+    with pytest.raises(BackendError):
+        optimize(plain)
+    assert {name: type(module) for name, module in plain.named_modules()} == before
+    assert plain.config._attn_implementation == "sdpa"
+    assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+
+
+def test_eager_attention_that_returns_its_weights_is_refused() -> None:
+    model = build_model("bert", "base", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(BackendError, match=r"config\.output_attentions is set"):
+        optimize(model)
+
+
+def test_other_architectures_are_refused() -> None:
+    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta"):
+        optimize(build_decoder("gpt2"))
+    with pytest.raises(BackendError, match="no fused blocks for None"):
+        optimize(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"backend": "cuda"}, "backend 'cuda' is not known; choose from auto, torch, triton"),
+        ({"graph": True}, "CUDA graphs cannot run here: the model is on cpu; leave out graph"),
+        ({"backend": "torch", "graph": True}, "graph=True needs the attention kernel"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused(options: Any, why: str) -> None:
+    with pytest.raises(BackendError, match=why):
+        optimize(build_model("bert", "base"), **options)
+
+
+def test_triton_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsvd.kernels.launch.interpreting", lambda: False)
+    with pytest.raises(BackendError, match="backend triton cannot run here: the kernels run on a GPU, not on cpu"):
+        optimize(build_model("bert", "base"), backend="triton")
+
+
+def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
+    with pytest.raises(BackendError, match="it has no such activation; use backend auto or torch"):
+        optimize(compressed(hidden_act="quick_gelu"), backend="triton")
+    with pytest.raises(BackendError, match="not float64"):
+        optimize(compressed().double(), backend="triton")
+
+
+# The kernels, in Triton's interpreter.
+
+
+@pytest.mark.parametrize("padding", [None, "holes"])
+@pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
+def test_on_triton_the_answers_are_the_same(qkv: str, padding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for module in (flash_attn_triton, flashsvdffnv1, lift_ln):
+        name, launch = module.__name__.rpartition(".")[2], module._launch
+
+        def counted(*arguments: Any, name: str = name, launch: Any = launch, **options: Any) -> Tensor:
+            launched.append(name)
+            return launch(*arguments, **options)
+
+        monkeypatch.setattr(module, "_launch", counted)
+    plain, batch = compressed(qkv=qkv, hidden_size=32, num_attention_heads=2), inputs(padding)
+    model = optimised(plain, "triton")
+    expected, found = run(plain, batch).last_hidden_state, run(model, batch).last_hidden_state
+    real = batch.get("attention_mask", torch.ones(4, 9)).bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    assert launched.count("flash_attn_triton") == 2
+    assert launched.count("lift_ln") == 4
+    assert launched.count("flashsvdffnv1") == (0 if qkv == "dense" else 2)
+    assert set(runtime.choices(model).values()) == {"triton"}
+
+
+def test_what_was_picked_can_be_asked_for() -> None:
+    model = optimised(compressed(qkv="per-head"), "auto")
+    assert runtime.choices(model) == {}
+    run(model, inputs())
+    picked = runtime.choices(model)
+    assert set(picked.values()) == {"torch"}
+    assert {name.partition(",")[0] for name in picked} == {"attention", "ffn core", "lift + norm"}
+    with pytest.raises(BackendError, match="not optimised, so nothing was picked"):
+        runtime.choices(compressed())
+
+
+def test_the_layers_share_what_was_measured() -> None:
+    model = optimised(compressed())
+    found = {id(module.choices) for module in model.modules() if isinstance(getattr(module, "choices", None), Choices)}
+    assert len(found) == 1
+    assert all(isinstance(layer, FusedBertLayer) for layer in model.encoder.layer)
+
+
+# The attention mask, and what is left of it in configs.
+
+
+def test_no_config_but_the_models_own_changes(tmp_path: Path) -> None:
+    plain = compressed()
+    twin = build_model("bert", "base", **SIZES)
+    plain.config = plain.encoder.config = twin.config
+    model = optimize(plain)
+    assert twin.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == IMPLEMENTATION
+    assert model.encoder.config is model.config
+    model.config.save_pretrained(tmp_path)
+    assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
+    assert json.loads(twin.config.to_json_string()).keys() == json.loads(model.config.to_json_string()).keys()
+
+
+def test_a_plain_model_under_an_optimised_ones_config_is_never_silently_wrong(tmp_path: Path) -> None:
+    plain = compressed(qkv="dense")
+    plain.save_pretrained(tmp_path)
+    config = optimised(plain).config
+    assert modeling_bert.BertModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    other = modeling_bert.BertModel.from_pretrained(tmp_path, config=config)
+    with pytest.raises(BackendError, match="is that of optimised models"):
+        run(other, inputs())
+    other.set_attn_implementation("sdpa")
+    torch.testing.assert_close(run(other, inputs()).last_hidden_state, run(plain, inputs()).last_hidden_state)
+
+
+# Checkpoints.
+
+
+def test_a_checkpoint_loads_onto_fused_blocks(make_model: MakeModel, tmp_path: Path) -> None:
+    run_compress(CompressConfig(model=str(make_model()), rank=4, output=str(tmp_path / "out")))
+    plain, fused = load_compressed(tmp_path / "out"), load_compressed(tmp_path / "out", optimize=True, backend="torch")
+    assert set(runtime.choices(fused)) == set()
+    torch.testing.assert_close(run(fused, inputs()).logits, run(plain, inputs()).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="pass optimize=True"):
+        load_compressed(tmp_path / "out", backend="torch")
+
+
+def test_a_backend_that_cannot_run_is_refused_before_the_weights_are_read(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_compress(CompressConfig(model=str(make_model()), rank=4, output=str(tmp_path / "out")))
+    monkeypatch.setattr("flashsvd.io.load_factored", None)
+    with pytest.raises(BackendError, match="CUDA graphs cannot run here"):
+        load_compressed(tmp_path / "out", optimize=True, graph=True)

@@ -96,12 +96,16 @@ class Choices:
     def _choose(self, case: Case, x: Tensor, run: Callable[[Implementation], object]) -> Choice:
         if self.backend != "auto":
             return Choice(self.backend)
-        if not x.is_cuda or why_not_triton(x):
+        if not self._can_measure(x):
             return Choice("torch")
         times = tuple((name, self._time(run, name)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case, choice)
         return choice
+
+    @staticmethod
+    def _can_measure(x: Tensor) -> bool:
+        return x.is_cuda and not why_not_triton(x)
 
     def _time(self, run: Callable[[Implementation], object], name: Implementation) -> float:
         from triton.runtime.errors import OutOfResources

@@ -15,9 +15,9 @@ from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.refusals import (
-    refuse_backend,
     refuse_call,
     refuse_config,
+    refuse_limit,
     refuse_other_class,
     refuse_scattered,
     refuse_watched,
@@ -115,10 +115,9 @@ def check_encoder(base: Any, encoder_class: type, layer_class: type, backend: Ba
             check_linear(layer.get_submodule(path), f"encoder.layer.{i}.{path}")
         for path in NORMS:
             refuse_other_class(layer.get_submodule(path), f"encoder.layer.{i}.{path}", nn.LayerNorm)
-    parameters = list(encoder.parameters())
-    refuse_scattered(parameters)
-    limits = (why_no_kernel(layer, base.config) for layer in encoder.layer)
-    refuse_backend(backend, parameters[0], next(filter(None, limits), ""))
+    refuse_scattered(encoder.parameters())
+    for layer in encoder.layer:
+        refuse_limit(backend, why_no_kernel(layer, base.config))
 
 
 def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.hooks import foreign_hooks
 from flashsvd.errors import BackendError
-from flashsvd.kernels.launch import Backend, why_not_triton
+from flashsvd.kernels.launch import Backend
 
 
 def refuse_config(config: Any) -> None:
@@ -62,18 +62,17 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
         raise BackendError("the layers' weights are on the meta device; load them before optimize")
 
 
-def refuse_backend(backend: Backend, weight: Tensor, limit: str) -> None:
-    """Refuse a forced backend that cannot run.
+def refuse_limit(backend: Backend, limit: str) -> None:
+    """Refuse to force kernels on layers that they cannot take.
 
     Args:
-        weight: one of the model's.
-        limit: why kernels cannot take the model's layers; empty where they can.
+        limit: why they cannot; empty where they can.
 
     Raises:
         BackendError: saying why.
     """
-    if backend == "triton" and (reason := why_not_triton(weight) or limit):
-        raise BackendError(f"backend triton cannot run this model: {reason}; use backend auto or torch")
+    if backend == "triton" and limit:
+        raise BackendError(f"backend triton cannot run this model: {limit}; use backend auto or torch")
 
 
 def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""What `auto` picks, and what it says of it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from flashsvd.blocks.choice import Choices, Implementation, bucket
+
+
+def never(_: Implementation) -> None:
+    raise AssertionError("nothing is to be measured here")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_forced_backend_is_taken_without_measuring(backend: Implementation) -> None:
+    choices = Choices(backend)
+    assert choices.pick("attention", "2 heads", torch.zeros(5, 4), never) == backend
+    assert choices.table() == {"attention, 2 heads, up to 8 tokens, float32 on cpu": backend}
+
+
+def test_on_the_cpu_auto_is_torch() -> None:
+    assert Choices("auto").pick("attention", "2 heads", torch.zeros(5, 4), never) == "torch"
+
+
+def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured: list[str] = []
+    times = {"torch": 3.0, "triton": 1.0, "mixed": 2.0}
+
+    def time(_: object, __: object, name: str) -> float:
+        measured.append(name)
+        return times[name]
+
+    monkeypatch.setattr(Choices, "_time", time)
+    monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    choices = Choices("auto")
+    with caplog.at_level(logging.INFO, logger="flashsvd"):
+        assert (
+            choices.pick("lift + norm", "8 to 32", torch.zeros(33, 4), never, ("torch", "triton", "mixed")) == "triton"
+        )
+        assert choices.pick("lift + norm", "8 to 32", torch.zeros(64, 4), never) == "triton"
+        times["triton"] = 9.0
+        assert choices.pick("lift + norm", "8 to 32", torch.zeros(65, 4), never) == "torch"
+        assert choices.pick("lift + norm", "8 to 48", torch.zeros(33, 4), never) == "torch"
+    assert measured == ["torch", "triton", "mixed", "torch", "triton", "torch", "triton"]
+    said = "lift + norm, 8 to 32, up to 64 tokens, float32 on cpu"
+    assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms, mixed 2.000 ms)"
+    assert caplog.messages[0] == f"{said}: {choices.table()[said]}"
+    assert len(caplog.messages) == 3
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [bucket(size) for size in (0, 1, 2, 3, 4, 5, 64, 65)] == [0, 1, 2, 4, 4, 8, 64, 128]

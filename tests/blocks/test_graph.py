@@ -1,0 +1,75 @@
+"""CUDA graphs: what can be tested of them without a GPU, which is what a graph runs and when."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_model, factor
+from flashsvd import optimize
+from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, round_up
+from flashsvd.blocks.tokens import Tokens
+from flashsvd.errors import BackendError
+
+
+def test_token_counts_are_rounded_up_to_few_sizes() -> None:
+    assert [round_up(tokens) for tokens in (1, 64, 65, 1024, 1025, 1536, 1537)] == [64, 64, 128, 1024, 1536, 1536, 2048]
+    assert round_up(MOST_TOKENS) == MOST_TOKENS
+
+
+def test_batches_of_one_shape_share_a_graph() -> None:
+    def shape(lengths: list[int]) -> Shape:
+        mask = torch.arange(40) < torch.tensor(lengths)[:, None]
+        hidden = torch.zeros(len(lengths), 40, 8)
+        tokens = Tokens.of(hidden, mask)
+        return Shape.of(tokens.remove_padding(hidden), tokens)
+
+    assert shape([20, 33]) == shape([22, 40]) == shape([34, 1])
+    assert len({shape([20, 33]), shape([20, 16]), shape([20, 33, 1]), shape([40, 40])}) == 4
+
+
+def test_a_model_that_was_moved_off_the_gpu_says_so() -> None:
+    x = torch.zeros(2, 3, 8)
+    tokens = Tokens.of(x, None)
+    with pytest.raises(BackendError, match="graph=True cannot run here: the model is on cpu"):
+        Graphs().take(tokens.remove_padding(x), tokens)
+
+
+def test_a_copy_of_a_model_captures_its_own() -> None:
+    graphs = Graphs()
+    graphs._captured = {"any": "graph"}  # type: ignore[dict-item]
+    assert len(copy.deepcopy(graphs)) == 0
+    assert len(graphs) == 1
+    graphs.forget()
+    assert len(graphs) == 0
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("fresh_memory_is_nan")
+@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+def test_surplus_tokens_change_nothing(qkv: str) -> None:
+    """What a graph runs: more tokens than there are, of which only the device knows the sequences' lengths."""
+    model: Any = build_model("bert", "base", hidden_size=32, num_attention_heads=2)
+    factor(model, qkv, ratio=0.6)
+    optimize(model, backend="triton")
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    hidden = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    tokens = Tokens.of(hidden, mask)
+    packed = tokens.remove_padding(hidden)
+    padded = torch.cat([packed, torch.full((3, 32), 1e3)])
+    positions = torch.cat([tokens.positions, torch.zeros(3, dtype=torch.int32)])
+    captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, ())
+    with torch.inference_mode():
+        for layer in model.encoder.layer:
+            packed, padded = layer(packed, tokens=tokens), layer(padded, tokens=captured, inplace=True)
+    torch.testing.assert_close(padded[:8], packed, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,87 @@
+"""Padding taken out and put back, and whole sequences cut into chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashsvd.blocks.tokens import Tokens
+from flashsvd.errors import BackendError
+
+MASKS = st.integers(1, 6).flatmap(
+    lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=6)
+)
+
+
+def batch_like(mask: Tensor) -> Tensor:
+    """Numbers that tell every token from every other, from 1 on."""
+    return torch.arange(1, mask.numel() * 2 + 1, dtype=torch.float32).view(*mask.shape, 2)
+
+
+@given(MASKS)
+def test_real_tokens_come_back_where_they_were_and_padding_as_zeros(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    x = batch_like(mask)
+    tokens = Tokens.of(x, mask)
+    packed = tokens.remove_padding(x)
+    assert torch.equal(packed, x[mask])
+    assert torch.equal(tokens.restore(packed), x * mask[..., None])
+
+
+@given(MASKS)
+def test_the_map_says_where_each_row_begins_and_which_column_each_token_had(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    tokens = Tokens.of(batch_like(mask), mask)
+    lengths = mask.sum(1)
+    assert tokens.cu_seqlens.dtype == tokens.positions.dtype == torch.int32
+    assert tokens.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
+    assert tokens.positions.tolist() == mask.nonzero()[:, 1].tolist()
+    assert tokens.lengths == tuple(lengths.tolist())
+    assert tokens.max_seqlen == int(lengths.max())
+
+
+@given(MASKS, st.integers(1, 12))
+def test_chunks_are_whole_sequences_in_order(rows: list[list[bool]], most: int) -> None:
+    mask = torch.tensor(rows)
+    tokens = Tokens.of(batch_like(mask), mask)
+    chunks = tokens.chunks(most)
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(tokens.count))
+    starts = set(tokens.cu_seqlens.tolist())
+    for chunk in chunks:
+        bounds = [chunk.start + bound for bound in chunk.cu_seqlens.tolist()]
+        assert set(bounds) <= starts
+        assert (bounds[0], bounds[-1]) == (chunk.start, chunk.stop)
+        assert max(chunk.lengths) <= chunk.max_seqlen
+        assert torch.equal(chunk.positions, tokens.positions[chunk.start : chunk.stop])
+        assert chunk.stop - chunk.start <= most or len([n for n in chunk.lengths if n]) == 1
+
+
+@given(MASKS)
+def test_places_put_every_sequence_at_the_start_of_a_row_of_its_own(rows: list[list[bool]]) -> None:
+    mask = torch.tensor(rows)
+    (chunk,) = Tokens.of(batch_like(mask), mask).chunks(1000)
+    expected = [row * chunk.max_seqlen + column for row, n in enumerate(chunk.lengths) for column in range(n)]
+    places = torch.arange(chunk.stop) if chunk.places is None else chunk.places
+    assert places.tolist() == expected
+    if chunk.key_mask is None:
+        assert set(chunk.lengths) == {chunk.max_seqlen}
+    else:
+        assert chunk.key_mask.flatten().nonzero().flatten().tolist() == expected
+
+
+def test_nothing_is_copied_where_nothing_is_padding() -> None:
+    x = torch.randn(3, 4, 2)
+    for mask in (None, torch.ones(3, 4, dtype=torch.bool)):
+        tokens = Tokens.of(x, mask)
+        assert tokens.indices is None
+        assert tokens.remove_padding(x).data_ptr() == x.data_ptr()
+        assert tokens.restore(tokens.remove_padding(x)).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (1, 4), (2, 3), (2, 4, 4)])
+def test_a_mask_that_is_none_of_padding_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BackendError, match=r"takes an attention mask \[batch, length\], here \[2, 4\], not \["):
+        Tokens.of(torch.zeros(2, 4, 8), torch.ones(shape, dtype=torch.bool))
