@@ -26,6 +26,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -221,7 +222,7 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else out.sum(0).to(p.dtype)
+        return out[0] if count == 1 else add_partials(out, p.dtype)
 
     key = ("ffn_v1", p.dtype, tokens.bit_length(), inner, r1, r2, name)
     return run(choose(tiles, lambda: default_tiles(p, r1, r2), CANDIDATES, key, run, p.device))
