@@ -32,7 +32,7 @@ from flashsvd.kernels.flash_attn_triton import (
     side_by_side,
     width_tiles,
 )
-from flashsvd.kernels.launch import Backend, aligned, descriptor, element_type, precision, use_triton
+from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -200,83 +200,75 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton.jit
-def _lift_tiles(v0_desc, v1_desc, i_head, rank, R0: tl.constexpr, R1: tl.constexpr, HALF: tl.constexpr):
-    # The two column halves of a head's V, each in the one or two tiles that hold its rows.
-    # Rows beyond the head's are its neighbour's; zeros take out what P has there.
-    m0 = (tl.arange(0, R0) < rank)[:, None]
-    v00 = tl.where(m0, v0_desc.load([i_head * rank, 0]), 0.0)
-    v01 = tl.where(m0, v0_desc.load([i_head * rank, HALF]), 0.0)
+def _lift_tiles(v_ptr, i_head, rank, R0: tl.constexpr, R1: tl.constexpr, D: tl.constexpr):
+    # A head's V in the one or two tiles that hold its rows. Zeros below them take out what P has beyond its head's
+    # columns. Loads by pointers are under way together; by descriptors, outside of a loop, they would not be.
+    o_head = tl.arange(0, D)[None, :]
+    o_rank = tl.arange(0, R0)[:, None]
+    p_v = v_ptr + i_head.to(tl.int64) * rank * D
+    v0 = tl.load(p_v + o_rank * D + o_head, mask=o_rank < rank, other=0.0)
+    v1 = v0
     if R1 > 0:
-        m1 = (R0 + tl.arange(0, R1) < rank)[:, None]
-        v10 = tl.where(m1, v1_desc.load([i_head * rank + R0, 0]), 0.0)
-        v11 = tl.where(m1, v1_desc.load([i_head * rank + R0, HALF]), 0.0)
-    else:
-        v10 = v00
-        v11 = v01
-    return v00, v01, v10, v11
+        o_rank = R0 + tl.arange(0, R1)[:, None]
+        v1 = tl.load(p_v + o_rank * D + o_head, mask=o_rank < rank, other=0.0)
+    return v0, v1
 
 
 @triton.jit
-def _bias_halves(b_ptr, i_head, HALF: tl.constexpr, BIAS: tl.constexpr):
-    o_half = tl.arange(0, HALF)
+def _bias(b_ptr, i_head, D: tl.constexpr, BIAS: tl.constexpr):
     if BIAS:
-        b0 = tl.load(b_ptr + i_head * (2 * HALF) + o_half).to(tl.float32)
-        b1 = tl.load(b_ptr + i_head * (2 * HALF) + HALF + o_half).to(tl.float32)
+        return tl.load(b_ptr + i_head * D + tl.arange(0, D)).to(tl.float32)
     else:
-        b0 = tl.zeros([HALF], tl.float32)
-        b1 = b0
-    return b0, b1
+        return tl.zeros([D], tl.float32)
+
+
+@triton.jit
+def _gather(table_ptr, place, m_place, HALF: tl.constexpr):
+    o_table = place[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    return tl.load(table_ptr + o_table, mask=m_place[:, None], other=0.0)
 
 
 @triton.jit
 def _lift_and_rotate(
     p0,
     p1,
-    v00,
-    v01,
-    v10,
-    v11,
-    b0,
-    b1,
-    cos_ptr,
-    sin_ptr,
-    place,
-    m_place,
-    table_row,
-    HALF: tl.constexpr,
+    v0,
+    v1,
+    b,
+    cos,
+    sin,
+    N: tl.constexpr,
+    D: tl.constexpr,
     R1: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # P [N, R0 | R1] and the halves of V to the halves of R(P V + b), each [N, HALF], in the dtype of P.
-    x0 = tl.dot(p0, v00, input_precision=PRECISION)
-    x1 = tl.dot(p0, v01, input_precision=PRECISION)
+    # P [N, R0 | R1] and V [R0 | R1, D] to R(P V + b) [N, D], in the dtype of P; cos, sin [N, D / 2].
+    x = tl.dot(p0, v0, input_precision=PRECISION)
     if R1 > 0:
-        x0 = tl.dot(p1, v10, x0, input_precision=PRECISION)
-        x1 = tl.dot(p1, v11, x1, input_precision=PRECISION)
+        x = tl.dot(p1, v1, x, input_precision=PRECISION)
     if BIAS:
-        x0 += b0[None, :]
-        x1 += b1[None, :]
-    o_table = place[:, None] * table_row + tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + o_table, mask=m_place[:, None], other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + o_table, mask=m_place[:, None], other=0.0).to(tl.float32)
-    return (x0 * cos - x1 * sin).to(p0.dtype), (x1 * cos + x0 * sin).to(p0.dtype)
+        x += b[None, :]
+    # A thread of a product holds both numbers of a pair, so none of this moves them.
+    x1, x2 = x.reshape(N, 2, D // 2).permute(0, 2, 1).split()
+    cos = cos.to(tl.float32)
+    sin = sin.to(tl.float32)
+    turned = tl.join((x1 * cos - x2 * sin).to(p0.dtype), (x2 * cos + x1 * sin).to(p0.dtype))
+    return turned.permute(0, 2, 1).reshape(N, D)
 
 
 @triton.jit
 def _keys_and_step(
-    q0,
-    q1,
-    v00,
-    v01,
-    v10,
-    v11,
-    b0,
-    b1,
+    q,
+    lift0,
+    lift1,
+    b,
     k0_desc,
     k1_desc,
     v0_desc,
     v1_desc,
+    cos_desc,
+    sin_desc,
     cos_ptr,
     sin_ptr,
     acc0,
@@ -290,11 +282,10 @@ def _keys_and_step(
     j,
     column_k,
     column_v,
-    table_row,
     qk_scale,
     window,
     COLUMNS: tl.constexpr,
-    HALF: tl.constexpr,
+    D: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
     V0: tl.constexpr,
@@ -307,17 +298,18 @@ def _keys_and_step(
 ):
     o_key = j + tl.arange(0, COLUMNS)
     m_key = o_key < length
-    key_place = o_key
     if POSITIONS:
         key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+        cos = _gather(cos_ptr, key_place, m_key, D // 2)
+        sin = _gather(sin_ptr, key_place, m_key, D // 2)
+    else:
+        key_place = o_key
+        cos = cos_desc.load([j, 0])
+        sin = sin_desc.load([j, 0])
     p0 = k0_desc.load([start + j, column_k])
     p1 = k1_desc.load([start + j, column_k + K0]) if K1 > 0 else p0
-    # [COLUMNS, HALF] each
-    k0, k1 = _lift_and_rotate(
-        p0, p1, v00, v01, v10, v11, b0, b1, cos_ptr, sin_ptr, key_place, m_key, table_row, HALF, K1, BIAS, PRECISION
-    )
-    s = tl.dot(q0, k0.T, input_precision=PRECISION)
-    s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
+    k = _lift_and_rotate(p0, p1, lift0, lift1, b, cos, sin, COLUMNS, D, K1, BIAS, PRECISION)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
     v0 = v0_desc.load([start + j, column_v])
     v1 = v1_desc.load([start + j, column_v + V0]) if V1 > 0 else v0
     return attention_step(
@@ -333,12 +325,12 @@ def _rope_attention(
     k1_desc,
     v0_desc,
     v1_desc,
-    lift_q0_desc,
-    lift_q1_desc,
-    lift_k0_desc,
-    lift_k1_desc,
+    lift_q_ptr,
+    lift_k_ptr,
     b_q_ptr,
     b_k_ptr,
+    cos_desc,
+    sin_desc,
     cos_ptr,
     sin_ptr,
     out_ptr,
@@ -353,14 +345,13 @@ def _rope_attention(
     pitch_q,
     pitch_k,
     pitch_v,
-    table_row,
     out_token,
     out_head,
     qk_scale,
     window,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HALF: tl.constexpr,
+    D: tl.constexpr,
     Q0: tl.constexpr,
     Q1: tl.constexpr,
     K0: tl.constexpr,
@@ -387,17 +378,16 @@ def _rope_attention(
     place = o_row
     if POSITIONS:
         place = tl.load(pos_ptr + start + o_row, mask=m_row, other=0)
+    lift_q0, lift_q1 = _lift_tiles(lift_q_ptr, i_head, rank_q, Q0, Q1, D)
+    lift_k0, lift_k1 = _lift_tiles(lift_k_ptr, i_kv, rank_k, K0, K1, D)
+    cos = _gather(cos_ptr, place, m_row, D // 2)
+    sin = _gather(sin_ptr, place, m_row, D // 2)
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
     p0 = q0_desc.load([start + i_row, i_head * pitch_q])
     p1 = q1_desc.load([start + i_row, i_head * pitch_q + Q0]) if Q1 > 0 else p0
-    v00, v01, v10, v11 = _lift_tiles(lift_q0_desc, lift_q1_desc, i_head, rank_q, Q0, Q1, HALF)
-    b0, b1 = _bias_halves(b_q_ptr, i_head, HALF, BIAS_Q)
-    # [ROWS, HALF] each
-    q0, q1 = _lift_and_rotate(
-        p0, p1, v00, v01, v10, v11, b0, b1, cos_ptr, sin_ptr, place, m_row, table_row, HALF, Q1, BIAS_Q, PRECISION
-    )
-    v00, v01, v10, v11 = _lift_tiles(lift_k0_desc, lift_k1_desc, i_kv, rank_k, K0, K1, HALF)
-    b0, b1 = _bias_halves(b_k_ptr, i_kv, HALF, BIAS_K)
+    b = _bias(b_q_ptr, i_head, D, BIAS_Q)
+    q = _lift_and_rotate(p0, p1, lift_q0, lift_q1, b, cos, sin, ROWS, D, Q1, BIAS_Q, PRECISION)
+    b = _bias(b_k_ptr, i_kv, D, BIAS_K)
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
@@ -405,15 +395,15 @@ def _rope_attention(
     low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
-            q0, q1, v00, v01, v10, v11, b0, b1, k0_desc, k1_desc, v0_desc, v1_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v, table_row,
-            qk_scale, window, COLUMNS, HALF, K0, K1, V0, V1, BIAS_K, False, WINDOWED, POSITIONS, PRECISION,
+            q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
+            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
-            q0, q1, v00, v01, v10, v11, b0, b1, k0_desc, k1_desc, v0_desc, v1_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v, table_row,
-            qk_scale, window, COLUMNS, HALF, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
+            q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
+            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
     out_type = out_ptr.dtype.element_ty
@@ -463,11 +453,10 @@ def _launch(
     # Shared activations begin at the same column for every head.
     pitch_q, pitch_k, pitch_v = (0 if p.shape[1] == 1 else p.shape[2] for p in (p_q, p_k, p_v))
     p_q, p_k, p_v = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
-    v_q, v_k = aligned(v_q.flatten(0, 1)), aligned(v_k.flatten(0, 1))
+    v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
     b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
-    cos, sin = cos.contiguous(), sin.contiguous()
     (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
-    half, exact = head_dim // 2, precision(p_q)
+    exact = precision(p_q)
 
     def run(t: Tiles) -> Tensor:
         row_tiles = -(-max_seqlen // t.rows)
@@ -478,12 +467,12 @@ def _launch(
             descriptor(p_k, [t.columns, k1]),
             descriptor(p_v, [t.columns, v0]),
             descriptor(p_v, [t.columns, v1]),
-            descriptor(v_q, [q0, half]),
-            descriptor(v_q, [q1, half]),
-            descriptor(v_k, [k0, half]),
-            descriptor(v_k, [k1, half]),
+            v_q,
+            v_k,
             b_q,
             b_k,
+            descriptor(cos, [t.columns, head_dim // 2]) if positions is None else None,
+            descriptor(sin, [t.columns, head_dim // 2]) if positions is None else None,
             cos,
             sin,
             out,
@@ -498,14 +487,13 @@ def _launch(
             pitch_q,
             pitch_k,
             pitch_v,
-            half,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
             window or 0,
             ROWS=t.rows,
             COLUMNS=t.columns,
-            HALF=half,
+            D=head_dim,
             Q0=q0,
             Q1=q1,
             K0=k0,
