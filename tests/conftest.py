@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-# Both must be set before transformers, which imports triton and the hub client, is imported.
+import torch
+
+# All must be set before transformers, which imports triton and the hub client, is imported; torch imports neither.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
     BertConfig,
     BertTokenizer,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -30,6 +33,7 @@ from transformers.models.bert import modeling_bert
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.modernbert import modeling_modernbert
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
@@ -67,6 +71,11 @@ HEADS = {
         "masked-lm": modeling_roberta.RobertaForMaskedLM,
         "token-classifier": modeling_roberta.RobertaForTokenClassification,
     },
+    "modernbert": {
+        "base": modeling_modernbert.ModernBertModel,
+        "classifier": modeling_modernbert.ModernBertForSequenceClassification,
+        "masked-lm": modeling_modernbert.ModernBertForMaskedLM,
+    },
     "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
     "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},
     "mistral": {"base": modeling_mistral.MistralModel, "causal-lm": modeling_mistral.MistralForCausalLM},
@@ -76,11 +85,29 @@ HEADS = {
 CONFIGS = {
     "bert": BertConfig,
     "roberta": RobertaConfig,
+    "modernbert": ModernBertConfig,
     "gpt2": GPT2Config,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+}
+
+# The second layer is a local one: a token sees three to each side of it.
+MODERNBERT: dict[str, Any] = {
+    "local_attention": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "cls_token_id": 2,
+    "eos_token_id": 3,
+    "sep_token_id": 3,
+}
+BIASES = {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "roberta": ("roberta", {}),
+    "modernbert": ("modernbert", MODERNBERT),
+    "modernbert with biases": ("modernbert", MODERNBERT | BIASES),
 }
 
 # Decoders that generate 128 tokens and never stop early; two of them share their embedding with the output layer.
@@ -113,10 +140,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 MakeModel = Callable[..., Path]
 
 
-def build_model(family: str = "bert", head: str = "classifier", **options: Any) -> Any:
-    """A small random model; its biases and head norms are random too, so that a lost one shows."""
+def build_model(name: str = "bert", head: str = "classifier", **options: Any) -> Any:
+    """A small random model, one of the `ENCODERS` or of a family's class.
+
+    Its biases and head norms are random too, so that a lost one shows.
+    """
+    family, own = ENCODERS.get(name, (name, {}))
     torch.manual_seed(0)
-    model = HEADS[family][head](CONFIGS[family](**(SIZES | options))).eval()
+    model = HEADS[family][head](CONFIGS[family](**(SIZES | own | options))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -130,6 +161,11 @@ def build_decoder(name: str, head: str = "causal-lm", **options: Any) -> Any:
     """One of the `DECODERS`, small and random."""
     family, own = DECODERS[name]
     return build_model(family, head, **(own | options))
+
+
+def build(name: str, head: str | None = None) -> Any:
+    """One of the `ENCODERS`, a masked language model by default, or of the `DECODERS`, a causal one."""
+    return build_model(name, head or "masked-lm") if name in ENCODERS else build_decoder(name, head or "causal-lm")
 
 
 def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:

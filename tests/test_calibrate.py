@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import build_decoder, build_model
+from conftest import ENCODERS, build, build_decoder, build_model
 from flashsvd.calibrate import collect_statistics, key
 from flashsvd.calibration_data import CalibrationBatch, Draw, masked_batches, text_batches, window_batches
 from flashsvd.errors import DataError, ModelError
@@ -52,9 +52,10 @@ def collect(model: Any, batches: list[CalibrationBatch], *needs: Any, **options:
     return {name: value for part in parts for name, value in part.items()}
 
 
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_activation_statistics_are_those_of_the_real_tokens(side: str) -> None:
-    model, batches = build_model(), padded_batches(side=side)
+def test_activation_statistics_are_those_of_the_real_tokens(side: str, name: str) -> None:
+    model, batches = build_model(name), padded_batches(side=side)
     found = collect(model, batches, "covariance", "mean_abs")
     for target in find_targets(model):
         x = inputs_of(model, target.module, batches)
@@ -63,10 +64,10 @@ def test_activation_statistics_are_those_of_the_real_tokens(side: str) -> None:
         assert found[key("covariance", target)].dtype == torch.float64
 
 
-def test_layers_that_read_the_same_activations_share_their_statistics() -> None:
-    model = build_decoder("llama")
-    found = collect(model, padded_batches(), "covariance")
-    # Of each layer: one for q, k, v, one for o, one for gate and up, one for down.
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+def test_layers_that_read_the_same_activations_share_their_statistics(name: str) -> None:
+    found = collect(build(name), padded_batches(), "covariance")
+    # Of each layer: one for q, k, v, one for their output, one for the gated pair, one for what comes after it.
     assert len(found) == 2 * 4
 
 
@@ -80,10 +81,10 @@ def test_wide_inputs_are_summed_in_blocks() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "qwen2"])
 def test_row_gradients_sum_the_squared_gradients_of_each_batch_by_row_and_head(name: str) -> None:
-    if name == "bert":
-        model, batches = build_model(), padded_batches()
+    if name in ENCODERS:
+        model, batches = build_model(name), padded_batches()
     else:
         model = build_decoder(name)
         ids = [torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
-from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
+from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
 from flashsvd.errors import BackendError, CheckpointError, ConfigError
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.result import EvalResult
@@ -37,12 +38,13 @@ def write_task_data(task: Task, directory: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.head == "classifier"], ids=lambda t: t.name)
-def test_scores_are_those_of_a_plain_loop(make_model: MakeModel, tmp_path: Path, task: Task) -> None:
-    source = make_model(num_labels=task.num_labels)
+def test_scores_are_those_of_a_plain_loop(make_model: MakeModel, tmp_path: Path, task: Task, name: str) -> None:
+    source = make_model(name, num_labels=task.num_labels)
     data = write_task_data(task, tmp_path)
     result = run_eval(EvalConfig(checkpoint=str(source), task=task.name, data=str(data), seq_len=32, batch_size=4))
-    model, tokenizer = build_model(num_labels=task.num_labels), build_tokenizer()
+    model, tokenizer = build_model(name, num_labels=task.num_labels), build_tokenizer()
     predictions, labels = [], []
     for line in data.read_text().splitlines()[1:]:
         *texts, label = line.split("\t")
@@ -90,20 +92,47 @@ def test_classes_in_another_order_are_mapped_by_name(make_model: MakeModel, tmp_
     assert scores[0].metrics == scores[1].metrics
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("head", ["base", "classifier"])
-def test_similarity_is_the_cosine_of_mean_token_states(make_model: MakeModel, tmp_path: Path, head: str) -> None:
-    source = make_model("bert", head)
+@pytest.mark.parametrize("padding", ["longest", "max"])
+def test_similarity_is_the_cosine_of_mean_token_states(
+    make_model: MakeModel, tmp_path: Path, name: str, head: str, padding: str
+) -> None:
+    source = make_model(name, head)
     data = write_task_data(TASKS["similarity"], tmp_path)
-    result = run_eval(EvalConfig(checkpoint=str(source), task="similarity", data=str(data), seq_len=32, batch_size=4))
-    model, tokenizer = build_model("bert", head).base_model, build_tokenizer()
-    cosines, labels = [], []
+    options = {"task": "similarity", "data": str(data), "seq_len": 32, "batch_size": 4, "padding": padding}
+    result = run_eval(EvalConfig(checkpoint=str(source), **options))
+    assert result.metrics == pytest.approx(plain_similarity(build_model(name, head).base_model, data), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("head", ["base", "classifier"])
+def test_a_compressed_sentence_encoder_is_scored_likewise(
+    make_model: MakeModel, tmp_path: Path, name: str, head: str
+) -> None:
+    data, output = write_task_data(TASKS["similarity"], tmp_path), tmp_path / "out"
+    common = {"task": "similarity", "device": "cpu"}
+    run_compress(
+        CompressConfig(
+            model=str(make_model(name, head)), method="fwsvd", ratio=0.5, calib_data=str(data), output=str(output),
+            **common,
+        )
+    )  # fmt: skip
+    result = run_eval(EvalConfig(checkpoint=str(output), data=str(data), seq_len=32, padding="max", **common))
+    assert result.metrics == pytest.approx(plain_similarity(load_compressed(output), data), abs=1e-4)
+    assert (result.method, result.ratio) == ("fwsvd", 0.5)
+
+
+def plain_similarity(model: Any, data: Path) -> dict[str, float]:
+    """The metrics of cosines of mean token states, one text at a time and nothing padded."""
+    tokenizer, cosines, labels = build_tokenizer(), [], []
     for line in data.read_text().splitlines()[1:]:
         *texts, label = line.split("\t")
         with torch.inference_mode():
             a, b = (model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in texts)
         cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
         labels.append(float(label))
-    assert result.metrics == pytest.approx(compute_metrics(("spearmanr", "pearson"), cosines, labels), abs=1e-4)
+    return compute_metrics(("spearmanr", "pearson"), cosines, labels)
 
 
 @pytest.mark.parametrize("padding", ["longest", "max"])

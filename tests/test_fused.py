@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from conftest import build_decoder, build_model
+from conftest import build, build_decoder, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
 from flashsvd.compression import get_method
 from flashsvd.errors import CheckpointError, ModelError
@@ -25,13 +25,37 @@ from flashsvd.models import Part, find_targets
 from flashsvd.ranks import RankChoice
 from flashsvd.storage.metadata import CompressionInfo
 
-C_ATTN = "transformer.h.0.attn.c_attn"
 NAMES = ("q", "k", "v")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A module of several parts in a model, and one of the parts."""
+
+    model: str
+    path: str
+    names: tuple[str, ...]
+    part: str
+
+    def build(self) -> Any:
+        return build(self.model)
+
+
+PLACES = {
+    "Conv1D": Place("gpt2", "transformer.h.0.attn.c_attn", NAMES, "k"),
+    "Linear of Q, K, V": Place("modernbert with biases", "model.layers.0.attn.Wqkv", NAMES, "v"),
+    "Linear of a gated pair": Place("modernbert with biases", "model.layers.1.mlp.Wi", ("input", "gate"), "input"),
+}
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    return PLACES[request.param]
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    build_decoder("gpt2").save_pretrained(tmp_path / "dense")
+def checkpoint(place: Place, tmp_path: Path) -> Path:
+    place.build().save_pretrained(tmp_path / "dense")
     run_compress(CompressConfig(model=str(tmp_path / "dense"), ratio=0.5, output=str(tmp_path / "out")))
     return tmp_path / "out"
 
@@ -121,51 +145,59 @@ def plan_where(model: Any, rank: int, dense: tuple[str, ...]) -> dict[str, RankC
     return {t.name: RankChoice(None if t.name.endswith(dense) else rank) for t in find_targets(model)}
 
 
-def test_a_module_whose_parts_all_stay_dense_is_left_alone() -> None:
-    model = build_decoder("gpt2")
-    before = model.transformer.h[0].attn.c_attn
-    factor_model(
-        model, find_targets(model), plan_where(model, 4, ("c_attn.q", "c_attn.k", "c_attn.v")), get_method("svd")
-    )
-    assert model.transformer.h[0].attn.c_attn is before
-    assert torch.equal(before.weight, build_decoder("gpt2").transformer.h[0].attn.c_attn.weight)
-    assert isinstance(model.transformer.h[0].attn.c_proj, LowRankLinear)
+def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None:
+    model = place.build()
+    before, others = model.get_submodule(place.path), {t.module for t in find_targets(model)} - {place.path}
+    plan = plan_where(model, 4, tuple(f"{place.path}.{name}" for name in place.names))
+    factor_model(model, find_targets(model), plan, get_method("svd"))
+    assert model.get_submodule(place.path) is before
+    assert torch.equal(before.weight, place.build().get_submodule(place.path).weight)
+    assert all(isinstance(model.get_submodule(path), (LowRankLinear, FusedProjections)) for path in others)
 
 
-def test_some_targets_alone_can_be_factored() -> None:
-    model, dense = build_decoder("gpt2"), build_decoder("gpt2")
-    values = [target for target in find_targets(model) if target.name.endswith("c_attn.v")]
-    factor_model(model, values, {target.name: RankChoice(4) for target in values}, get_method("standard"))
-    fused, original = model.get_submodule(C_ATTN), dense.get_submodule(C_ATTN)
-    assert [type(part) for part in fused.children()] == [nn.Linear, nn.Linear, LowRankLinear]
-    assert torch.equal(fused.k.weight, original.weight[:, 32:64].T)
-    assert torch.equal(fused.k.bias, original.bias[32:64])
+def test_some_targets_alone_can_be_factored(place: Place) -> None:
+    model, original = place.build(), place.build().get_submodule(place.path)
+    chosen = [target for target in find_targets(model) if target.name == f"{place.path}.{place.part}"]
+    factor_model(model, chosen, {target.name: RankChoice(4) for target in chosen}, get_method("standard"))
+    parts = dict(model.get_submodule(place.path).named_children())
+    assert tuple(parts) == place.names
+    assert isinstance(parts.pop(place.part), LowRankLinear)
+    for name, part in parts.items():
+        share = dense_share(original, place.names.index(name), len(place.names))
+        assert type(part) is nn.Linear
+        assert torch.equal(part.weight, share.weight)
+        assert torch.equal(part.bias, share.bias)
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
-def test_a_checkpoint_with_a_part_that_stayed_dense_round_trips(checkpoint: Path, tmp_path: Path, qkv: str) -> None:
-    model = build_decoder("gpt2")
-    factor_model(model, find_targets(model), plan_where(model, 4, ("c_attn.k",)), get_method("standard"), qkv)
+def test_a_checkpoint_with_a_part_that_stayed_dense_round_trips(
+    place: Place, checkpoint: Path, tmp_path: Path, qkv: str
+) -> None:
+    model, kept = place.build(), f"{place.path}.{place.part}"
+    factor_model(model, find_targets(model), plan_where(model, 4, (kept,)), get_method("standard"), qkv)
     save_compressed(model, tmp_path / "mixed", CompressionInfo.read(checkpoint))
     tokens = torch.arange(2, 9)[None]
-    for loaded in (load_compressed(tmp_path / "mixed"), AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")):
-        assert type(loaded.get_submodule(f"{C_ATTN}.k")) is nn.Linear
-        assert type(loaded.get_submodule(f"{C_ATTN}.q")) is type(model.get_submodule(f"{C_ATTN}.q"))
+    for loaded in (load_compressed(tmp_path / "mixed"), type(model).from_pretrained(tmp_path / "mixed")):
+        assert type(loaded.get_submodule(kept)) is nn.Linear
+        assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
         state, expected = loaded.state_dict(), model.state_dict()
         assert set(state) == set(expected)
         assert all(torch.equal(state[name], expected[name]) for name in expected)
         with torch.inference_mode():
             assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     export_dense(tmp_path / "mixed", tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").get_submodule(C_ATTN)
-    assert torch.equal(exported.weight[:, 32:64], build_decoder("gpt2").get_submodule(C_ATTN).weight[:, 32:64])
+    exported = type(model).from_pretrained(tmp_path / "exported").get_submodule(place.path)
+    original, index, count = place.build().get_submodule(place.path), place.names.index(place.part), len(place.names)
+    assert type(exported) is type(original)
+    assert torch.equal(dense_share(exported, index, count).weight, dense_share(original, index, count).weight)
 
 
-@pytest.mark.parametrize("name", [f"{C_ATTN}.k.u.weight", f"{C_ATTN}.v.v.weight", f"{C_ATTN}.q.v.bias"])
+@pytest.mark.parametrize("factor", ["u.weight", "v.weight", "v.bias"])
 @pytest.mark.parametrize("tensor", [None, torch.zeros(3, 5)], ids=["missing", "misshapen"])
 def test_a_missing_or_misshapen_factor_of_a_part_is_refused_by_name(
-    checkpoint: Path, name: str, tensor: torch.Tensor | None
+    place: Place, checkpoint: Path, factor: str, tensor: torch.Tensor | None
 ) -> None:
+    name = f"{place.path}.{place.part}.{factor}"
     tensors = load_file(checkpoint / "model.safetensors")
     assert tensors.pop(name) is not None
     save_file(
@@ -174,21 +206,22 @@ def test_a_missing_or_misshapen_factor_of_a_part_is_refused_by_name(
     with pytest.raises(CheckpointError, match=name):
         load_compressed(checkpoint)
     with pytest.raises(CheckpointError, match=name):
-        AutoModelForCausalLM.from_pretrained(checkpoint)
+        type(place.build()).from_pretrained(checkpoint)
 
 
-def test_the_fused_weight_beside_its_parts_is_refused_by_name(checkpoint: Path) -> None:
-    tensors = load_file(checkpoint / "model.safetensors") | {f"{C_ATTN}.weight": torch.zeros(32, 96)}
+def test_the_fused_weight_beside_its_parts_is_refused_by_name(place: Place, checkpoint: Path) -> None:
+    name, shape = f"{place.path}.weight", place.build().get_submodule(place.path).weight.shape
+    tensors = load_file(checkpoint / "model.safetensors") | {name: torch.zeros(shape)}
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"holds the tensor {C_ATTN}\.weight, which the model has no place for"):
+    with pytest.raises(CheckpointError, match=f"holds the tensor {name}, which the model has no place for"):
         load_compressed(checkpoint)
 
 
-def test_more_parts_than_the_columns_divide_into_are_refused_by_name(checkpoint: Path) -> None:
+def test_more_parts_than_the_columns_divide_into_are_refused_by_name(place: Place, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["modules"][C_ATTN] = {"parts": [{"name": f"p{i}", "rank": 2} for i in range(7)]}
+    config["quantization_config"]["modules"][place.path] = {"parts": [{"name": f"p{i}", "rank": 2} for i in range(7)]}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=rf"describes {C_ATTN} as .* 96 columns do not make 7 equal parts"):
+    with pytest.raises(CheckpointError, match=f"describes {place.path} as .* 96 columns do not make 7 equal parts"):
         load_compressed(checkpoint)
 
 

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from conftest import HEADS, MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, FlashSVDError, export_dense, load_compressed, run_compress, run_eval
@@ -50,19 +55,28 @@ def assert_one_line(refused: pytest.ExceptionInfo[FlashSVDError]) -> None:
     assert "\n" not in str(refused.value).strip()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
+MALFORMED: dict[str, list[dict[str, Any]]] = {
+    "bert": [
         {"hidden_size": "abc"}, {"hidden_size": None}, {"num_attention_heads": 5}, {"num_attention_heads": 0},
         {"hidden_act": "nope"}, {"num_hidden_layers": 0}, {"architectures": [5]}, {"architectures": ["logging"]},
         {"architectures": ["pipeline"]}, {"architectures": ["AutoModel"]}, {"architectures": ["BertConfig"]},
         {"architectures": ["GPT2LMHeadModel"]}, {"architectures": "BertModel"}, {"architectures": {"a": 1}},
         {"quantization_config": "flashsvd"}, {"quantization_config": {}}, {"vocab_size": -1},
     ],
-    ids=str,
-)  # fmt: skip
-def test_a_malformed_config_is_one_line(make_model: MakeModel, tmp_path: Path, config: dict[str, object]) -> None:
-    source = make_model()
+    "modernbert": [
+        {"num_attention_heads": 5}, {"intermediate_size": 7}, {"layer_types": ["full_attention"]}, {"mlp_bias": True},
+        {"layer_types": ["full_attention", "chunked_attention"]}, {"rope_parameters": {"full_attention": None}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [(name, config) for name, configs in MALFORMED.items() for config in configs], ids=str
+)
+def test_a_malformed_config_is_one_line(
+    make_model: MakeModel, tmp_path: Path, name: str, config: dict[str, object]
+) -> None:
+    source = make_model(name)
     edit(source / "config.json", lambda data: data.update(config))
     with pytest.raises(FlashSVDError) as refused:
         run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(tmp_path / "out")))
@@ -279,15 +293,14 @@ def test_legacy_names_of_layer_norms_go_all_the_way(
 # Heads.
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("labels", [2, 5])
 def test_the_head_of_a_token_classifier_is_not_taken_for_a_sequence_classifiers(
-    make_model: MakeModel, tmp_path: Path, labels: int
+    make_model: MakeModel, tmp_path: Path, name: str, labels: int
 ) -> None:
-    from transformers.models.bert.modeling_bert import BertForTokenClassification
-
-    source = make_model()
+    source = make_model(name)
     torch.manual_seed(3)
-    other = BertForTokenClassification(build_model(num_labels=labels).config)
+    other = AutoModelForTokenClassification.from_config(build_model(name, num_labels=labels).config)
     other.save_pretrained(source)
     report = run_compress(
         CompressConfig(model=str(source), task="sst2", ratio=0.5, output=str(tmp_path / "out"), seed=1)

@@ -54,10 +54,11 @@ def compress(source: Path, output: Path, **options: Any) -> CompressionInfo:
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 @pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_every_method_compresses_a_classifier(
-    make_model: MakeModel, sentences: Path, tmp_path: Path, method: str, qkv: str
+    make_model: MakeModel, sentences: Path, tmp_path: Path, name: str, method: str, qkv: str
 ) -> None:
-    info = compress(make_model(), tmp_path / "out", method=method, qkv=qkv, task="sst2", calib_data=str(sentences))
+    info = compress(make_model(name), tmp_path / "out", method=method, qkv=qkv, task="sst2", calib_data=str(sentences))
     assert info.method == method
     assert info.parameters["target_compressed"] <= 0.5 * info.parameters["target_dense"]
     load_compressed(tmp_path / "out")
@@ -315,11 +316,12 @@ def test_masking_needs_a_mask_token(make_model: MakeModel, text: Path, tmp_path:
         compress(source, tmp_path / "out", method="fwsvd", calib_data=str(text))
 
 
-def test_gradients_need_a_loss(make_model: MakeModel, text: Path, tmp_path: Path) -> None:
-    source = make_model("bert", "base")
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_gradients_need_a_loss(make_model: MakeModel, text: Path, tmp_path: Path, name: str) -> None:
+    source = make_model(name, "base")
     with pytest.raises(ConfigError, match=r"fwsvd differentiates a loss, and .* has none by itself; pass --task"):
         compress(source, tmp_path / "out", method="fwsvd", calib_data=str(text))
-    info = compress(make_model("bert", "masked-lm", name="mlm"), tmp_path / "out", method="fwsvd", calib_data=str(text))
+    info = compress(make_model(name, "masked-lm", name="mlm"), tmp_path / "out", method="fwsvd", calib_data=str(text))
     assert info.calibration is not None
     assert info.calibration["kind"] == "masked-lm"
 

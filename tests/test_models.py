@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import DECODERS, build_decoder, build_model
+from conftest import DECODERS, build, build_decoder
 from flashsvd.models import ARCHITECTURES, Target, find_targets
 
-MODELS = [("bert", "classifier"), ("roberta", "masked-lm"), *((name, "causal-lm") for name in DECODERS)]
-
-
-def build(name: str, head: str) -> Any:
-    return build_decoder(name, head) if name in DECODERS else build_model(name, head)
+MODELS = [
+    ("bert", "classifier"),
+    ("roberta", "masked-lm"),
+    ("modernbert", "masked-lm"),
+    ("modernbert with biases", "classifier"),
+    *((name, "causal-lm") for name in DECODERS),
+]
 
 
 @pytest.mark.parametrize(("name", "head"), MODELS)
@@ -61,4 +63,4 @@ def test_a_target_reads_a_stream_of_its_own_unless_told() -> None:
 def test_the_longest_sequence_is_what_the_config_has_positions_for(name: str, head: str) -> None:
     model = build(name, head)
     longest = ARCHITECTURES[model.config.model_type].max_length(model.config)
-    assert longest == {"bert": 40, "roberta": 38}.get(name, 160)
+    assert longest == (160 if name in DECODERS else 38 if name == "roberta" else 40)

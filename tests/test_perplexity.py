@@ -254,10 +254,11 @@ def test_the_text_is_one_sequence_with_the_tokenizers_own_special_tokens() -> No
     assert read_tokens(tokenizer, "5 6 7", vocabulary=10, source="x").tolist() == [1, 5, 6, 7]
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("head", ["masked-lm", "base", "classifier"])
-def test_an_encoder_has_no_perplexity(make_model: MakeModel, text_file: Path, head: str) -> None:
-    with pytest.raises(ModelError, match="a bert model is no causal language model; choose another --task"):
-        evaluate(make_model("bert", head), text_file, seq_len=16)
+def test_an_encoder_has_no_perplexity(make_model: MakeModel, text_file: Path, name: str, head: str) -> None:
+    with pytest.raises(ModelError, match=f"a {name} model is no causal language model; choose another --task"):
+        evaluate(make_model(name, head), text_file, seq_len=16)
 
 
 def test_a_decoder_without_its_head_has_none_either(make_lm: MakeLM, text_file: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import build_decoder, build_model
+from conftest import ENCODERS, build_decoder, build_model
 from flashsvd.calibration_data import CalibrationBatch
 from flashsvd.compression import METHODS, Method, RankProblem, Statistics
 from flashsvd.compression.adasvd import choose_ranks as learn_ranks
@@ -110,15 +110,15 @@ def test_sensitivity_is_the_loss_with_one_matrix_truncated() -> None:
 def batches_for(model: Any) -> list[CalibrationBatch]:
     ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    labels = torch.tensor([0, 1, 1, 0]) if model.config.model_type == "bert" else ids
+    labels = torch.tensor([0, 1, 1, 0]) if model.config.model_type.endswith("bert") else ids
     return [CalibrationBatch((inputs,), labels)]
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama"])
 @pytest.mark.parametrize("with_loss", [True, False])
 def test_a_masked_model_computes_the_truncated_one(name: str, qkv: Any, with_loss: bool) -> None:
-    model = build_model() if name == "bert" else build_decoder(name)
+    model = build_model(name) if name in ENCODERS else build_decoder(name)
     targets, batches = find_targets(model), batches_for(model)
     shapes = matrix_shapes(model, targets, qkv)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import HEADS, SIZES, MakeModel, build_decoder
+from conftest import HEADS, SIZES, MakeModel, build
 from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.factorize import factor_model
@@ -30,9 +30,11 @@ def test_a_stored_weight_is_the_loaded_one(make_model: MakeModel, saved: str, lo
         assert read.data_ptr() != model.get_parameter(f"{target.module}.weight").data_ptr()
 
 
-def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_path: Path) -> None:
-    build_decoder("gpt2").save_pretrained(tmp_path)
-    damaged = HEADS["gpt2"]["causal-lm"].from_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["gpt2", "modernbert"])
+def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_path: Path, name: str) -> None:
+    whole = build(name)
+    whole.save_pretrained(tmp_path)
+    damaged = type(whole).from_pretrained(tmp_path)
     stored = StoredWeights(str(tmp_path), damaged)
     targets = find_targets(damaged)
     for target in targets:
@@ -40,7 +42,6 @@ def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_pat
         damaged.get_parameter(f"{target.module}.weight").detach().view(-1)[256:-256] = 0
     plan = {target.name: RankChoice(4) for target in targets}
     factor_model(damaged, targets, plan, get_method("standard"), read_weight=stored.read)
-    whole = build_decoder("gpt2")
     factor_model(whole, targets, plan, get_method("standard"))
     assert all(torch.equal(a, b) for a, b in zip(damaged.parameters(), whole.parameters(), strict=True))
 

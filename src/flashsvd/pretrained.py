@@ -111,14 +111,17 @@ def _has_another_head(config: Any, model_class: Any) -> bool:
 def _renew_head(model: Any) -> list[str]:
     """Give the head fresh weights, as transformers would have; returns their names."""
     prefix = base_prefix(model)
-    for path, module in model.named_modules():
-        if path and not f"{path}.".startswith(prefix):
-            for parameter in module.parameters(recurse=False):
-                # Memory of its own: that of a file may not be written to.
-                parameter.data = torch.empty_like(parameter)
-                parameter._is_hf_initialized = False
+    kept = (prefix, *(f"{path}." for path in architecture_of(model.config).shared_head))
+    renewed = {name: p for name, p in model.named_parameters() if not name.startswith(kept)}
+    for parameter in renewed.values():
+        # Memory of its own: that of a file may not be written to.
+        parameter.data = torch.empty_like(parameter)
+        parameter._is_hf_initialized = False
+    # Children first, since a module may give its children's weights another scale than they have by themselves.
+    for path, module in reversed(list(model.named_modules())):
+        if not f"{path}.".startswith(kept):
             model._init_weights(module)
-    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+    return list(renewed)
 
 
 def own_class(config: Any) -> Any:

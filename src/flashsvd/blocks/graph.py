@@ -31,18 +31,25 @@ WARMUP_RUNS = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """What a graph is good for."""
+    """What a graph is good for.
+
+    Attributes:
+        full: whether no token is padding; the sequences' lengths are then the graph's own, and nothing is rounded up.
+    """
 
     tokens: int
     batch: int
     max_seqlen: int
+    full: bool
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, hidden: Tensor, tokens: Tokens) -> Shape:
+        if tokens.indices is None:
+            return cls(tokens.count, tokens.batch, tokens.max_seqlen, True, hidden.dtype, hidden.device)
         longest = max(SHORTEST_BUCKET, bucket(tokens.max_seqlen))
-        return cls(round_up(tokens.count), tokens.batch, longest, hidden.dtype, hidden.device)
+        return cls(round_up(tokens.count), tokens.batch, longest, False, hidden.dtype, hidden.device)
 
 
 class Graphs:
@@ -94,9 +101,8 @@ class _Captured:
         # Buffers that may be written to both inside inference mode and outside.
         with torch.inference_mode(False), torch.no_grad():
             self._hidden = torch.zeros(shape.tokens, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-            positions = torch.zeros(shape.tokens, dtype=torch.int32, device=hidden.device)
-            cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=hidden.device)
-        self._tokens = Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.max_seqlen, ())
+            self._tokens = tokens if shape.full else _places(shape)
+        self._full = shape.full
         self._capture(forward, hidden, tokens, pool)
 
     def _capture(self, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
@@ -120,8 +126,17 @@ class _Captured:
 
     def _load(self, hidden: Tensor, tokens: Tokens) -> None:
         self._hidden[: tokens.count].copy_(hidden)
+        if self._full:
+            return
         self._tokens.positions[: tokens.count].copy_(tokens.positions)
         self._tokens.cu_seqlens.copy_(tokens.cu_seqlens)
+
+
+def _places(shape: Shape) -> Tokens:
+    """Tokens of which only the device knows where their sequences lie."""
+    positions = torch.zeros(shape.tokens, dtype=torch.int32, device=shape.device)
+    cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=shape.device)
+    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.max_seqlen, ())
 
 
 def round_up(tokens: int) -> int:

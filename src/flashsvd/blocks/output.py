@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation
 from flashsvd.kernels.fused_ln import fused_ln
-from flashsvd.kernels.lift_ln import lift_ln
 
 # How much more work a single product may take than two.
 MORE_WORK = 1.3
@@ -53,17 +52,22 @@ class PackedOutput(Packed):
         if self.m1 is not None:
             a = a @ self.m1
 
-        norm = (residual, self.norm_weight, self.norm_bias)
-
         def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
-            if implementation == "mixed":
-                product = torch.addmm(self.bias, a, self.m2)
-                return fused_ln(product, *norm, eps=self.eps, backend="triton", out=product if out is None else out)
-            return lift_ln(a, self.m2, self.bias, *norm, eps=self.eps, backend=implementation, out=out)
+            # The product is added to the residual where it is made, which leaves its bias to the norm.
+            total = torch.addmm(residual, a, self.m2, out=out)
+            return fused_ln(
+                total,
+                None,
+                self.norm_weight,
+                self.norm_bias,
+                eps=self.eps,
+                shift=self.bias,
+                backend=implementation,
+                out=total,
+            )
 
         inner, hidden = self.m2.shape
-        picked = self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run, ("torch", "triton", "mixed"))
-        return run(picked, out)
+        return run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), out)
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -192,6 +192,8 @@ def _scores_and_step(
     length,
     j,
     i_kv,
+    pitch_k,
+    pitch_v,
     qk_scale,
     window,
     COLUMNS: tl.constexpr,
@@ -204,16 +206,13 @@ def _scores_and_step(
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    k0 = k0_desc.load([start + j, i_kv, 0]).reshape(COLUMNS, K0)
+    k0 = k0_desc.load([start + j, i_kv * pitch_k])
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if K1 > 0:
-        k1 = k1_desc.load([start + j, i_kv, K0]).reshape(COLUMNS, K1)
+        k1 = k1_desc.load([start + j, i_kv * pitch_k + K0])
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, i_kv, 0]).reshape(COLUMNS, V0)
-    if V1 > 0:
-        v1 = v1_desc.load([start + j, i_kv, V0]).reshape(COLUMNS, V1)
-    else:
-        v1 = v0
+    v0 = v0_desc.load([start + j, i_kv * pitch_v])
+    v1 = v1_desc.load([start + j, i_kv * pitch_v + V0]) if V1 > 0 else v0
     o_key = j + tl.arange(0, COLUMNS)
     mask = (o_key < length)[None, :]
     if WINDOWED:
@@ -221,9 +220,7 @@ def _scores_and_step(
         if POSITIONS:
             key_place = tl.load(pos_ptr + start + o_key, mask=o_key < length, other=0)
         mask = mask & (tl.abs(place[:, None] - key_place[None, :]) <= window)
-    return attention_step(
-        s, v0, v1, acc0, acc1, high, total, mask, qk_scale, V1, MASKED, WINDOWED, PRECISION
-    )
+    return attention_step(s, v0, v1, acc0, acc1, high, total, mask, qk_scale, V1, MASKED, WINDOWED, PRECISION)
 
 
 @triton.jit
@@ -240,7 +237,11 @@ def _attention(
     row_tiles,
     heads,
     group,
+    width_k,
     width_v,
+    pitch_q,
+    pitch_k,
+    pitch_v,
     out_token,
     out_head,
     qk_scale,
@@ -265,9 +266,13 @@ def _attention(
     if i_row >= length:
         return
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
-    q0 = q0_desc.load([start + i_row, i_head, 0]).reshape(ROWS, K0)
+    # Columns beyond the head's are its neighbour's; zeros in Q take them out of the scores.
+    q0 = q0_desc.load([start + i_row, i_head * pitch_q])
+    if K1 == 0:
+        q0 = tl.where((tl.arange(0, K0) < width_k)[None, :], q0, 0.0)
     if K1 > 0:
-        q1 = q1_desc.load([start + i_row, i_head, K0]).reshape(ROWS, K1)
+        q1 = q1_desc.load([start + i_row, i_head * pitch_q + K0])
+        q1 = tl.where((K0 + tl.arange(0, K1) < width_k)[None, :], q1, 0.0)
     else:
         q1 = q0
     o_row = i_row + tl.arange(0, ROWS)
@@ -290,12 +295,12 @@ def _attention(
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     m_row = (o_row < length)[:, None]
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
@@ -315,10 +320,26 @@ def default_tiles(q: Tensor, width_k: int, width_v: int, max_seqlen: int) -> Til
     if q.dtype == torch.float32:
         return Tiles(min(rows, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
     if generation(q.device) == "hopper":
+        if widest <= 32:
+            return Tiles(rows, 64, warps=4, stages=3)
         if widest <= 128:
-            return Tiles(rows, 64, warps=8 if rows == 128 and widest > 64 else 4, stages=2)
+            return Tiles(min(rows, 64), 64, warps=4, stages=3 if widest <= 64 else 2)
         return Tiles(min(rows, 64), 64, warps=4, stages=2)
     return Tiles(min(rows, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+
+
+def width_tiles(width: int) -> tuple[int, int]:
+    """As `rank_tiles`, but one tile up to 64: two narrow products take longer than one wider one."""
+    return (max(16, 1 << (width - 1).bit_length()), 0) if width <= 64 else rank_tiles(width)
+
+
+def _side_by_side(x: Tensor) -> tuple[Tensor, int]:
+    """The heads [T, H, D] as columns of one matrix, and how many columns after one head the next begins."""
+    if x.shape[1] > 1 and x.stride(1) < x.shape[2]:
+        x = x.contiguous()
+    x = aligned(x)
+    pitch = x.stride(1) if x.shape[1] > 1 else x.shape[2]
+    return x.as_strided((x.shape[0], (x.shape[1] - 1) * pitch + x.shape[2]), (x.stride(0), 1)), pitch
 
 
 def _launch(
@@ -335,32 +356,37 @@ def _launch(
 ) -> Tensor:
     tokens, heads, width_k = q.shape
     sequences, width_v = cu_seqlens.shape[0] - 1, v.shape[2]
+    group = heads // k.shape[1]
     if out is None:
         out = q.new_empty(tokens, heads, width_v)
     if out.shape != (tokens, heads, width_v) or out.stride(2) != 1:
         raise ValueError(f"out is {(tokens, heads, width_v)} with whole rows, not {tuple(out.shape)}")
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    (k0, k1), (v0, v1) = rank_tiles(width_k), rank_tiles(width_v)
+    (q, pitch_q), (k, pitch_k), (v, pitch_v) = _side_by_side(q), _side_by_side(k), _side_by_side(v)
+    (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
 
     def run(t: Tiles) -> Tensor:
         row_tiles = -(-max_seqlen // t.rows)
         _attention[(row_tiles * heads * sequences,)](
-            descriptor(q, [t.rows, 1, k0]),
-            descriptor(q, [t.rows, 1, k1 or 16]),
-            descriptor(k, [t.columns, 1, k0]),
-            descriptor(k, [t.columns, 1, k1 or 16]),
-            descriptor(v, [t.columns, 1, v0]),
-            descriptor(v, [t.columns, 1, v1 or 16]),
+            descriptor(q, [t.rows, k0]),
+            descriptor(q, [t.rows, k1]) if k1 else None,
+            descriptor(k, [t.columns, k0]),
+            descriptor(k, [t.columns, k1]) if k1 else None,
+            descriptor(v, [t.columns, v0]),
+            descriptor(v, [t.columns, v1]) if v1 else None,
             out,
             cu_seqlens,
             positions,
             row_tiles,
             heads,
-            heads // k.shape[1],
+            group,
+            width_k,
             width_v,
+            pitch_q,
+            pitch_k,
+            pitch_v,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
@@ -379,7 +405,7 @@ def _launch(
         )
         return out
 
-    shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, k.shape[1], width_k, width_v)
+    shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, group, width_k, width_v)
     key = ("attention", q.dtype, *shape, window)
     return run(choose(tiles, lambda: default_tiles(q, width_k, width_v, max_seqlen), CANDIDATES, key, run, q.device))
 

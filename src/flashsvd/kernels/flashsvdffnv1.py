@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
@@ -26,13 +26,15 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation, splits_that_fill
+from flashsvd.kernels.partial_sums import add_partials
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
     Tiles(128, 64, warps=8, stages=3),
     Tiles(128, 128, warps=8, stages=2),
+    Tiles(128, 32, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=2),
     Tiles(64, 128, warps=4, stages=2),
 )
@@ -123,25 +125,34 @@ def _ffn_v1(
     i_split = tl.program_id(1)
     first = i_split * inner_per_split
     last = tl.minimum(first + inner_per_split, inner)
+    # At least one step: ptxas otherwise makes the products of some ranks wait for each other.
+    tl.assume(first < last)
     # [ROWS, R1A] and, where the rank takes two tiles, [ROWS, R1B]
     p0 = p0_desc.load([i_row, 0])
     if R1B > 0:
         p1 = p1_desc.load([i_row, R1A])
     acc0 = tl.zeros([ROWS, R2A], tl.float32)
     acc1 = tl.zeros([ROWS, R2B if R2B > 0 else 16], tl.float32)
+    # The bias is read a step ahead: read when it is needed, it would hold up the step.
+    o_inner = first + tl.arange(0, COLUMNS)
+    if BIAS:
+        bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(first, last, COLUMNS):
         # [ROWS, COLUMNS]
         h = tl.dot(p0, v0_desc.load([i, 0]).T, input_precision=PRECISION)
         if R1B > 0:
             h = tl.dot(p1, v1_desc.load([i, R1A]).T, h, input_precision=PRECISION)
         if BIAS:
-            o_inner = i + tl.arange(0, COLUMNS)
-            h += tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias.to(tl.float32)[None, :]
+            o_inner += COLUMNS
+            bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = apply(h, ACTIVATION, FAST).to(DTYPE)
         acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R2B > 0:
             acc1 = tl.dot(h, u1_desc.load([i, R2A]), acc1, input_precision=PRECISION)
+    acc0 = settle(acc0, ACTIVATION, FAST)
+    acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + i_split.to(tl.int64) * out_split + o_row.to(tl.int64)[:, None] * out_row
@@ -154,15 +165,15 @@ def _ffn_v1(
 
 
 def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
-    """The table: what was fastest for a rank on a generation of GPUs."""
+    """The table: what is fastest for a rank, among what fits into shared memory and registers."""
     widest = max(sum(rank_tiles(r1)), sum(rank_tiles(r2)))
     if p.dtype == torch.float32:
-        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+        return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        if widest <= 256:
-            return Tiles(128, 64, warps=8, stages=2)
-        return Tiles(64, 32, warps=4, stages=2)
-    return Tiles(64, 64 if widest <= 128 else 32, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=2) if widest <= 256 else Tiles(64, 32, warps=8, stages=2)
+    if widest <= 128:
+        return Tiles(64, 64, warps=4, stages=2)
+    return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
 def _launch(
@@ -211,7 +222,7 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else out.sum(0).to(p.dtype)
+        return out[0] if count == 1 else add_partials(out, p.dtype)
 
     key = ("ffn_v1", p.dtype, tokens.bit_length(), inner, r1, r2, name)
     return run(choose(tiles, lambda: default_tiles(p, r1, r2), CANDIDATES, key, run, p.device))

@@ -5,9 +5,10 @@
     X [T, H], U_1 [H, r_1], V_1 [r_1, I], b_1 [I], U_2 [I, r_2], V_2 [r_2, O], b_2 [O], Y [T, O]
 
 One program owns a tile of tokens and takes three walks: over H, which leaves P = X U_1 on chip, over I, which turns it
-into the sum act(P V_1 + b_1) U_2, and over O, which lifts that sum and writes Y. Only X is read and Y written; neither
-[T, I] nor the two rank-space activations ever exist in memory. Both are rounded to the input's dtype as the chain of
-separate products rounds them. U_1, V_1 and V_2 are taken as `nn.Linear` stores them, [r_1, H], [I, r_1], [O, r_2].
+into the sum act(P V_1 + b_1) U_2, and over O, which lifts that sum and writes Y. No [T, I] tensor ever exists, nor, up
+to a rank of 160, any in rank space; a wider P is written once and read back by the program that wrote it, from cache.
+Both rank-space activations are rounded to the input's dtype, as the chain of separate products rounds them. U_1, V_1
+and V_2 are taken as `nn.Linear` stores them, [r_1, H], [I, r_1], [O, r_2].
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
     descriptor,
     element_type,
     has_fast_tanh,
+    multiprocessors,
     precision,
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
@@ -38,6 +40,9 @@ CANDIDATES = (
     Tiles(64, 64, warps=4, stages=3),
     Tiles(64, 32, warps=4, stages=2),
 )
+
+# Above this rank P and the sum that it is turned into no longer share the registers of a multiprocessor.
+WIDEST_IN_REGISTERS = 160
 
 
 def flashsvd_ffn_v2(
@@ -137,6 +142,7 @@ def _ffn_v2(
     v21_desc,
     b1_ptr,
     b2_ptr,
+    p_ptr,
     out_ptr,
     tokens,
     hidden,
@@ -151,40 +157,62 @@ def _ffn_v2(
     R21: tl.constexpr,
     BIAS_1: tl.constexpr,
     BIAS_2: tl.constexpr,
+    THROUGH_MEMORY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     i_row = tl.program_id(0) * ROWS
-    p0 = tl.zeros([ROWS, R10], tl.float32)
-    p1 = tl.zeros([ROWS, R11 if R11 > 0 else 16], tl.float32)
+    # Walks of at least one step: without the first, ptxas makes the products of the walk over `hidden` wait in turn.
+    tl.assume(hidden > 0)
+    tl.assume(inner > 0)
+    tl.assume(width > 0)
+    sum0 = tl.zeros([ROWS, R10], tl.float32)
+    sum1 = tl.zeros([ROWS, R11 if R11 > 0 else 16], tl.float32)
     for i in range(0, hidden, COLUMNS):
         # [ROWS, COLUMNS]
         x = x_desc.load([i_row, i])
-        p0 = tl.dot(x, u10_desc.load([0, i]).T, p0, input_precision=PRECISION)
+        sum0 = tl.dot(x, u10_desc.load([0, i]).T, sum0, input_precision=PRECISION)
         if R11 > 0:
-            p1 = tl.dot(x, u11_desc.load([R10, i]).T, p1, input_precision=PRECISION)
+            sum1 = tl.dot(x, u11_desc.load([R10, i]).T, sum1, input_precision=PRECISION)
     # [ROWS, R10] and, where the rank takes two tiles, [ROWS, R11]
-    q0 = p0.to(DTYPE)
-    q1 = p1.to(DTYPE)
+    p0 = sum0.to(DTYPE)
+    p1 = sum1.to(DTYPE)
+    if THROUGH_MEMORY:
+        # What was computed stays in registers, what was loaded goes to shared memory, which is where a wide P fits.
+        o_program = i_row.to(tl.int64) * (R10 + R11)
+        o_p0 = o_program + tl.arange(0, ROWS)[:, None] * R10 + tl.arange(0, R10)[None, :]
+        tl.store(p_ptr + o_p0, p0)
+        if R11 > 0:
+            o_p1 = o_program + ROWS * R10 + tl.arange(0, ROWS)[:, None] * R11 + tl.arange(0, R11)[None, :]
+            tl.store(p_ptr + o_p1, p1)
+        tl.debug_barrier()
+        p0 = tl.load(p_ptr + o_p0)
+        if R11 > 0:
+            p1 = tl.load(p_ptr + o_p1)
     acc0 = tl.zeros([ROWS, R20], tl.float32)
     acc1 = tl.zeros([ROWS, R21 if R21 > 0 else 16], tl.float32)
+    o_inner = tl.arange(0, COLUMNS)
+    if BIAS_1:
+        bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(0, inner, COLUMNS):
         # [ROWS, COLUMNS]
-        h = tl.dot(q0, v10_desc.load([i, 0]).T, input_precision=PRECISION)
+        h = tl.dot(p0, v10_desc.load([i, 0]).T, input_precision=PRECISION)
         if R11 > 0:
-            h = tl.dot(q1, v11_desc.load([i, R10]).T, h, input_precision=PRECISION)
+            h = tl.dot(p1, v11_desc.load([i, R10]).T, h, input_precision=PRECISION)
         if BIAS_1:
-            o_inner = i + tl.arange(0, COLUMNS)
-            h += tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias.to(tl.float32)[None, :]
+            # Read a step ahead: read when it is needed, it would hold up the step.
+            o_inner += COLUMNS
+            bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = apply(h, ACTIVATION, FAST).to(DTYPE)
         acc0 = tl.dot(h, u20_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R21 > 0:
             acc1 = tl.dot(h, u21_desc.load([i, R20]), acc1, input_precision=PRECISION)
-    z0 = acc0.to(DTYPE)
-    z1 = acc1.to(DTYPE)
+    z0 = settle(acc0, ACTIVATION, FAST).to(DTYPE)
+    z1 = settle(acc1, ACTIVATION, FAST).to(DTYPE)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + o_row.to(tl.int64)[:, None] * out_row
@@ -201,15 +229,19 @@ def _ffn_v2(
 
 
 def default_tiles(x: Tensor, r1: int, r2: int) -> Tiles:
-    """The table: what should be fastest for a rank on a generation of GPUs, by what fits on chip."""
+    """The table: what should be fastest for a rank, among what fits into shared memory and registers."""
     widest = max(sum(rank_tiles(r1)), sum(rank_tiles(r2)))
     if x.dtype == torch.float32:
-        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+        return fp32_tiles(widest)
     if generation(x.device) == "hopper":
-        if widest <= 256:
-            return Tiles(128, 64, warps=8, stages=2)
-        return Tiles(64, 32, warps=4, stages=2)
-    return Tiles(64, 64 if widest <= 128 else 32, warps=4, stages=2)
+        if widest > 256:
+            return Tiles(64, 32, warps=8, stages=2)
+        # No split of the walk fills the GPU here, only more programs do.
+        few = x.shape[0] <= 64 * multiprocessors(x.device)
+        return Tiles(64, 64, warps=4, stages=2) if few else Tiles(128, 64, warps=8, stages=2)
+    if widest <= 128:
+        return Tiles(64, 64, warps=4, stages=2)
+    return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
 def _launch(
@@ -229,11 +261,14 @@ def _launch(
     x, u1, v1, u2, v2 = (aligned(t) for t in (x, u1, v1, u2, v2))
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     (r10, r11), (r20, r21) = rank_tiles(r1), rank_tiles(r2)
+    through_memory = r10 + r11 > WIDEST_IN_REGISTERS
     name, fast, exact = kernel_name(activation), has_fast_tanh(x), precision(x)
 
     def run(t: Tiles) -> Tensor:
+        programs = -(-tokens // t.rows)
         out = x.new_empty(tokens, width)
-        _ffn_v2[(-(-tokens // t.rows),)](
+        scratch = x.new_empty(programs * t.rows, r10 + r11) if through_memory else None
+        _ffn_v2[(programs,)](
             descriptor(x, [t.rows, t.columns]),
             descriptor(u1, [r10, t.columns]),
             descriptor(u1, [r11, t.columns]),
@@ -245,6 +280,7 @@ def _launch(
             descriptor(v2, [t.columns, r21]),
             b1,
             b2,
+            scratch,
             out,
             tokens,
             hidden,
@@ -259,6 +295,7 @@ def _launch(
             R21=r21,
             BIAS_1=b1 is not None,
             BIAS_2=b2 is not None,
+            THROUGH_MEMORY=through_memory,
             ACTIVATION=name,
             FAST=fast,
             PRECISION=exact,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.activations import apply, kernel_name
+from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
@@ -30,7 +30,8 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation, splits_that_fill
+from flashsvd.kernels.partial_sums import add_partials
+from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
@@ -168,6 +169,8 @@ def _geglu(
     i_split = tl.program_id(1)
     first = i_split * inner_per_split
     last = tl.minimum(first + inner_per_split, inner)
+    # At least one step: ptxas otherwise makes the products of some ranks wait for each other.
+    tl.assume(first < last)
     # [ROWS, RA0], [ROWS, RG0] and, where a rank takes two tiles, [ROWS, RA1], [ROWS, RG1]
     a0 = pa0_desc.load([i_row, 0])
     if RA1 > 0:
@@ -182,8 +185,14 @@ def _geglu(
             g1 = pg1_desc.load([i_row, RG0])
     acc0 = tl.zeros([ROWS, R20], tl.float32)
     acc1 = tl.zeros([ROWS, R21 if R21 > 0 else 16], tl.float32)
+    # The biases are read a step ahead: read when they are needed, they would hold up the step.
+    o_inner = first + tl.arange(0, COLUMNS)
+    if BIAS_A:
+        bias_a = tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0)
+    if BIAS_G:
+        bias_g = tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(first, last, COLUMNS):
-        o_inner = i + tl.arange(0, COLUMNS)
+        o_inner += COLUMNS
         # [ROWS, COLUMNS]
         h = tl.dot(a0, va0_desc.load([i, 0]).T, input_precision=PRECISION)
         if RA1 > 0:
@@ -192,14 +201,18 @@ def _geglu(
         if RG1 > 0:
             gate = tl.dot(g1, vg1_desc.load([i, RG0]).T, gate, input_precision=PRECISION)
         if BIAS_A:
-            h += tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            h += bias_a.to(tl.float32)[None, :]
+            bias_a = tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0)
         if BIAS_G:
-            gate += tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0).to(tl.float32)[None, :]
+            gate += bias_g.to(tl.float32)[None, :]
+            bias_g = tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
         h = (apply(h, ACTIVATION, FAST) * gate).to(DTYPE)
         acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
         if R21 > 0:
             acc1 = tl.dot(h, u1_desc.load([i, R20]), acc1, input_precision=PRECISION)
+    acc0 = settle(acc0, ACTIVATION, FAST)
+    acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + i_split.to(tl.int64) * out_split + o_row.to(tl.int64)[:, None] * out_row
@@ -211,16 +224,18 @@ def _geglu(
         tl.store(p_out + o_rank[None, :], acc1.to(out_type), mask=m_row[:, None] & (o_rank < rank_out)[None, :])
 
 
-def default_tiles(p: Tensor, r_a: int, r_g: int, r2: int) -> Tiles:
-    """The table: what should be fastest for a rank on a generation of GPUs, by what fits on chip."""
+def default_tiles(p: Tensor, r_a: int, r_g: int, r2: int, same_p: bool) -> Tiles:
+    """The table: what should be fastest for a rank, among what fits into shared memory and registers."""
     widest = max(sum(rank_tiles(r)) for r in (r_a, r_g, r2))
     if p.dtype == torch.float32:
-        return Tiles(32 if widest > 128 else 64, 32, warps=4, stages=1 if widest > 128 else 2)
+        return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        if widest <= 128:
+        if widest <= 160:
             return Tiles(128, 64, warps=8, stages=2)
-        return Tiles(64, 32, warps=4, stages=2)
-    return Tiles(64, 64 if widest <= 64 else 32, warps=4, stages=2)
+        return Tiles(128, 32, warps=8, stages=3 if same_p else 2) if widest <= 256 else Tiles(64, 16, warps=8, stages=2)
+    if widest <= 128:
+        return Tiles(64, 64 if widest <= 64 else 32, warps=4, stages=2)
+    return Tiles(64, 32, warps=8, stages=2) if widest <= 256 else Tiles(32, 16, warps=8, stages=2)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -295,10 +310,10 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else out.sum(0).to(p_a.dtype)
+        return out[0] if count == 1 else add_partials(out, p_a.dtype)
 
     key = ("geglu", p_a.dtype, tokens.bit_length(), inner, r_a, r_g, r2, same_p, name)
-    return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2), CANDIDATES, key, run, p_a.device))
+    return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2, same_p), CANDIDATES, key, run, p_a.device))
 
 
 @torch.library.custom_op("flashsvd::geglu", mutates_args=())

@@ -1,11 +1,13 @@
 """Residual and layer normalisation in one pass.
 
-    Y = (S - mean(S)) / sqrt(var(S) + eps) * w + b,      S = X + R
+    Y = (S - mean(S)) / sqrt(var(S) + eps) * w + b,      S = X + R + d
 
-    X, R [T, H], w, b [H], Y [T, H]; mean and variance over each row of S
+    X, R [T, H], w, b, d [H], Y [T, H]; mean and variance over each row of S
 
-One program owns a row: it reads X and R once, keeps S on chip in fp32, takes the mean and then the variance about it,
-and writes Y once. S itself is written too where the model goes on adding to it (pre-norm).
+One program owns a few rows: it reads X and R once, keeps S on chip in fp32, takes the mean and then the variance about
+it, and writes Y once. S itself is written too where the model goes on adding to it (pre-norm). The shift d is the bias
+of the product before, where that product was added to the residual by the library that multiplied, which then has no
+place for a bias.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ def fused_ln(
     bias: Tensor | None,
     *,
     eps: float,
+    shift: Tensor | None = None,
     backend: Backend = "auto",
     out: Tensor | None = None,
     sum_out: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(x + residual) * weight + bias.
+    """LayerNorm(x + residual + shift) * weight + bias.
 
     Statistics are taken of the unrounded sum.
 
@@ -37,8 +40,9 @@ def fused_ln(
         residual: what is added to x first, [T, H].
         weight: [H].
         bias: [H].
+        shift: added to every row before it is normalised, [H].
         out: where the result goes, [T, H]; may be x or residual itself.
-        sum_out: where x + residual goes, [T, H]; may be x or residual itself, but not `out`.
+        sum_out: where x + residual + shift goes, [T, H]; may be x or residual itself, but not `out`.
 
     Returns:
         [T, H]; `out` where it is given.
@@ -47,21 +51,22 @@ def fused_ln(
         ValueError: the shapes or dtypes do not fit together, or an output's rows are not contiguous.
         BackendError: `backend="triton"` cannot run here.
     """
-    check_ln(x, residual, weight, bias, out, sum_out)
+    check_ln(x, residual, weight, bias, shift, out, sum_out)
     if not use_triton(backend, x):
-        return _write_reference(x, residual, weight, bias, eps, out, sum_out)
+        return _write_reference(x, residual, weight, bias, shift, eps, out, sum_out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch = torch.ops.flashsvd.fused_ln if torch.compiler.is_compiling() else _launch
-    launch(x, residual, weight, bias, eps, out, sum_out)
+    launch(x, residual, weight, bias, shift, eps, out, sum_out)
     return out
 
 
 def fused_ln_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch: the normalised rows and the sum."""
     total = x if residual is None else x + residual
+    total = total if shift is None else total + shift
     return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 
@@ -70,11 +75,12 @@ def _write_reference(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     out: Tensor | None,
     sum_out: Tensor | None,
 ) -> Tensor:
-    normalised, total = fused_ln_reference(x, residual, weight, bias, eps)
+    normalised, total = fused_ln_reference(x, residual, weight, bias, shift, eps)
     if sum_out is not None:
         sum_out.copy_(total)
     return normalised if out is None else out.copy_(normalised)
@@ -85,12 +91,13 @@ def check_ln(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
     out: Tensor | None,
     sum_out: Tensor | None,
 ) -> None:
     """Raises ValueError where the operands do not fit together."""
     rows = {"x": x, "residual": residual, "out": out, "sum_out": sum_out}
-    vectors = {"weight": weight, "bias": bias}
+    vectors = {"weight": weight, "bias": bias, "shift": shift}
     given = {name: t for name, t in (rows | vectors).items() if t is not None}
     if x.ndim != 2 or any(t.shape != (x.shape[1:] if name in vectors else x.shape) for name, t in given.items()):
         raise ValueError(", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items()) + " do not fit")
@@ -99,8 +106,8 @@ def check_ln(
     for name, t in (("out", out), ("sum_out", sum_out)):
         if t is not None and t.stride(1) != 1:
             raise ValueError(f"rows of {name} are not contiguous: strides {t.stride()}")
-    if out is not None and sum_out is not None and out.data_ptr() == sum_out.data_ptr() and out.numel() > 0:
-        raise ValueError("out and sum_out share memory")
+    if out is not None and out is sum_out:
+        raise ValueError("out and sum_out are the same tensor")
 
 
 @triton.jit
@@ -109,40 +116,49 @@ def _fused_ln(
     residual_ptr,
     weight_ptr,
     bias_ptr,
+    shift_ptr,
     out_ptr,
     sum_ptr,
     eps,
+    tokens,
     size,
     x_row,
     residual_row,
     out_row,
     sum_row,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    SHIFT: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_column = tl.arange(0, BLOCK)
-    mask = o_column < size
-    # [BLOCK]
-    s = tl.load(x_ptr + i_row * x_row + o_column, mask=mask, other=0.0).to(tl.float32)
+    m_column = o_column < size
+    mask = (o_row < tokens)[:, None] & m_column[None, :]
+    rows, columns = o_row.to(tl.int64)[:, None], o_column[None, :]
+    # [ROWS, BLOCK]
+    s = tl.load(x_ptr + rows * x_row + columns, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
-        s += tl.load(residual_ptr + i_row * residual_row + o_column, mask=mask, other=0.0).to(tl.float32)
+        s += tl.load(residual_ptr + rows * residual_row + columns, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        s += tl.load(shift_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     if SUM:
-        tl.store(sum_ptr + i_row * sum_row + o_column, s.to(sum_ptr.dtype.element_ty), mask=mask)
-    centred = tl.where(mask, s - tl.sum(s, 0) / size, 0.0)
-    variance = tl.sum(centred * centred, 0) / size
-    y = centred / tl.sqrt(variance + eps) * tl.load(weight_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + rows * sum_row + columns, s.to(sum_ptr.dtype.element_ty), mask=mask)
+    centred = tl.where(m_column[None, :], s - (tl.sum(s, 1) / size)[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / size + eps)
+    y = centred * scale[:, None] * tl.load(weight_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        y += tl.load(bias_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
-    # Written last, after all of the row was read, so that x or residual may be overwritten.
-    tl.store(out_ptr + i_row * out_row + o_column, y.to(out_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(bias_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    # Written last, after all of the rows were read, so that x or residual may be overwritten.
+    tl.store(out_ptr + rows * out_row + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def default_warps(block: int) -> int:
-    """The table: 8 numbers a thread, within what a program may have."""
-    return max(1, min(16, block // 256))
+def default_rows(tokens: int, block: int) -> tuple[int, int]:
+    """The table: rows and warps of a program. Many tokens take several rows of up to 1024 numbers at a time."""
+    rows = 4 if tokens >= 4096 and block <= 1024 else 1
+    return rows, max(1, min(16, rows * block // 1024, 4)) if rows > 1 else max(1, min(16, block // 256))
 
 
 def _launch(
@@ -150,6 +166,7 @@ def _launch(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     out: Tensor,
     sum_out: Tensor | None,
@@ -159,26 +176,31 @@ def _launch(
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    weight, bias, shift = (v if v is None else v.contiguous() for v in (weight, bias, shift))
     block = triton.next_power_of_2(size)
-    _fused_ln[(tokens,)](
+    rows, warps = default_rows(tokens, block)
+    _fused_ln[(triton.cdiv(tokens, rows),)](
         x,
         residual,
         weight,
         bias,
+        shift,
         out,
         sum_out,
         eps,
+        tokens,
         size,
         x.stride(0),
         0 if residual is None else residual.stride(0),
         out.stride(0),
         0 if sum_out is None else sum_out.stride(0),
+        ROWS=rows,
         BLOCK=block,
         RESIDUAL=residual is not None,
         BIAS=bias is not None,
+        SHIFT=shift is not None,
         SUM=sum_out is not None,
-        num_warps=default_warps(block),
+        num_warps=warps,
     )
 
 
@@ -188,11 +210,12 @@ def _op(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     out: Tensor,
     sum_out: Tensor | None,
 ) -> None:
-    _launch(x, residual, weight, bias, eps, out, sum_out)
+    _launch(x, residual, weight, bias, shift, eps, out, sum_out)
 
 
 @_op.register_fake
@@ -201,6 +224,7 @@ def _(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     out: Tensor,
     sum_out: Tensor | None,

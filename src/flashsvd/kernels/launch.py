@@ -21,6 +21,8 @@ SMALLEST_TILE = 16
 LARGEST_RANK = 512
 
 
+# torch.compile cannot trace into what asks Triton or the driver, but may take the answer for constant.
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
     return not MISSING and bool(triton.knobs.runtime.interpret)
@@ -56,9 +58,14 @@ def use_triton(backend: Backend, x: Tensor) -> bool:
     return True
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU, asked once."""
+    return _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

@@ -42,6 +42,13 @@ def generation(device: torch.device) -> Generation:
     return "hopper" if device.type == "cuda" and capability(device) >= (9, 0) else "ampere"
 
 
+def fp32_tiles(widest: int) -> Tiles:
+    """Every feed-forward kernel's row of the table for fp32, whose products and their operands fill the registers."""
+    if widest <= 128:
+        return Tiles(64, 32, warps=8, stages=2)
+    return Tiles(32, 32 if widest <= 256 else 16, warps=8, stages=1)
+
+
 def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tiles) -> int:
     """Among how many programs to share a walk of this length, so that every multiprocessor has one.
 

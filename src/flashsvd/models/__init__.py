@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flashsvd.errors import ModelError
-from flashsvd.models import bert, gpt2, llama, roberta
+from flashsvd.models import bert, gpt2, llama, modernbert, roberta
 from flashsvd.models.architecture import Architecture, Part, Target
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -16,6 +16,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for architecture in (
         bert.ARCHITECTURE,
         roberta.ARCHITECTURE,
+        modernbert.ARCHITECTURE,
         gpt2.ARCHITECTURE,
         *llama.ARCHITECTURES,
     )

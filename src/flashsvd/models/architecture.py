@@ -71,11 +71,13 @@ class Architecture:
         model_type: `config.model_type` in transformers.
         targets: yields the projections to factor of a base model (one without its head), in forward order.
         max_length: the longest sequence a config of this family has positions for.
+        shared_head: modules that the heads of this family have in common: trained under one, they serve another.
     """
 
     model_type: str
     targets: Callable[[nn.Module], Iterator[Target]]
     max_length: Callable[[Any], int]
+    shared_head: tuple[str, ...] = ()
 
 
 def position_count(config: Any) -> int:

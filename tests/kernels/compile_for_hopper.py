@@ -1,0 +1,76 @@
+"""Prints the bytes of shared memory that each kernel takes on a Hopper GPU with the table's tiles, without having one.
+
+Runs in a process of its own, since Triton's interpreter, once chosen, replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, flashsvdgeglu
+from flashsvd.kernels.triton_import import TensorDescriptor
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Compiler:
+    """Stands in for a kernel: compiles what would be launched, and remembers what that takes."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.shared = 0
+
+    def __getitem__(self, grid: object) -> Compiler:
+        return self
+
+    def __call__(self, *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+        named = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
+        signature = {name: "constexpr" if name in constants else kind(value) for name, value in named.items()}
+        fixed = {name: named[name] for name, type_name in signature.items() if type_name == "constexpr"}
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        source = ASTSource(self.kernel, signature, fixed)
+        self.shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+def kind(argument: Any) -> str:
+    """What Triton calls the type of an argument."""
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{TYPES[argument.base.dtype]}{argument.block_shape}>".replace(" ", "")
+    if isinstance(argument, Tensor):
+        return f"*{TYPES[argument.dtype]}"
+    return "constexpr" if argument is None else "i32"
+
+
+def shared_memory(module: Any, kernel: str, operands: list[Tensor], *options: Any) -> int:
+    compiler = Compiler(getattr(module, kernel))
+    with patch.object(module, kernel, compiler), patch.object(module, "generation", return_value="hopper"):
+        module._launch(*operands, "gelu", None, *options)
+    return compiler.shared
+
+
+def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    p, q, lift, down, bias = zeros(1, rank), zeros(1, rank), zeros(64, rank), zeros(64, rank), zeros(64)
+    x, narrow, wide = zeros(1000, 64), zeros(rank, 64), zeros(64, rank)
+    return {
+        "v1": shared_memory(flashsvdffnv1, "_ffn_v1", [p, lift, bias, down], 1),
+        "geglu": shared_memory(flashsvdgeglu, "_geglu", [p, q, lift, lift, down, bias, bias], 1),
+        "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", [p, p, lift, lift, down, bias, bias], 1),
+        "v2": shared_memory(flashsvdffnv2, "_ffn_v2", [x, narrow, lift, bias, down, wide, bias]),
+    }
+
+
+if __name__ == "__main__":
+    dtype_name, *ranks = sys.argv[1:]
+    print(json.dumps({rank: main(getattr(torch, dtype_name), int(rank)) for rank in ranks}))
