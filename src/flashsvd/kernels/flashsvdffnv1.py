@@ -170,7 +170,15 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     if p.dtype == torch.float32:
         return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        return Tiles(128, 64, warps=8, stages=2) if widest <= 256 else Tiles(64, 32, warps=8, stages=2)
+        if widest > 256:
+            return Tiles(64, 32, warps=8, stages=2)
+        # Few tokens take short tiles, narrow ranks for longer: two of their programs fit on a multiprocessor.
+        tokens = p.shape[0]
+        if tokens <= 256:
+            return Tiles(32, 64, warps=4, stages=2)
+        if tokens <= (4096 if widest <= 128 else 1024):
+            return Tiles(64, 64, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
@@ -188,7 +196,11 @@ def _launch(
     name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
     def run(t: Tiles) -> Tensor:
-        count = splits_that_fill(p.device, tokens, inner, t) if splits is None else splits
+        count = (
+            splits_that_fill(p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 else 1)
+            if splits is None
+            else splits
+        )
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)
