@@ -20,6 +20,9 @@ from flashsvd.kernels.launch import Backend, aligned, descriptor, multiprocessor
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
+# Further from every position than any window reaches.
+NOWHERE = tl.constexpr(-(2**30))
+
 CANDIDATES = (
     Tiles(128, 64, warps=4, stages=2),
     Tiles(128, 64, warps=8, stages=3),
@@ -149,14 +152,26 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
-    # The keys that ROWS queries from i_row on attend to: from the first to the end of the whole tiles, and to the last.
-    low = 0
-    end = length
+    # The keys that ROWS queries from i_row on attend to: the first, the end of the tiles that need no mask, the end.
     if WINDOWED:
         # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
         low = tl.maximum(i_row - window, 0)
-        end = tl.minimum(length, i_row + ROWS + window)
-    return low, low + (end - low) // COLUMNS * COLUMNS, end
+        return low, low, tl.minimum(length, i_row + ROWS + window)
+    else:
+        return 0, length // COLUMNS * COLUMNS, length
+
+
+@triton.jit
+def key_tile(j, end, start, pos_ptr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, POSITIONS: tl.constexpr):
+    # Where the tile of keys from j on begins, which of them it is to add, and their positions. A tile that would reach
+    # beyond the end begins earlier instead, since no mask takes out a NaN among the values that may lie there.
+    first = tl.minimum(j, end - COLUMNS) if MASKED else j
+    o_key = first + tl.arange(0, COLUMNS)
+    m_key = o_key >= j
+    place = o_key
+    if POSITIONS:
+        place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+    return first, m_key, place
 
 
 @triton.jit
@@ -174,18 +189,16 @@ def attention_step(
     qk_scale,
     window,
     V1: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1].
-    if LAST:
-        # The tile reaches beyond the sequence, where anything may lie, even what times zero is not zero.
-        s = tl.where(m_key[None, :], s, float("-inf"))
-        v0 = tl.where(m_key[:, None], v0, 0.0)
-        v1 = tl.where(m_key[:, None], v1, 0.0)
     if WINDOWED:
+        key_place = tl.where(m_key, key_place, NOWHERE)
         s = tl.where(tl.abs(place[:, None] - key_place[None, :]) <= window, s, float("-inf"))
+    elif MASKED:
+        s = tl.where(m_key[None, :], s, float("-inf"))
     new = tl.maximum(high, tl.max(s, 1) * qk_scale)
     # In a window's tiles a row may have no key.
     base = tl.where(new == float("-inf"), 0.0, new) if WINDOWED else new
@@ -214,7 +227,7 @@ def _scores_and_step(
     place,
     pos_ptr,
     start,
-    length,
+    end,
     j,
     i_kv,
     width_k,
@@ -226,25 +239,21 @@ def _scores_and_step(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    k0 = k0_desc.load([start + j, i_kv * width_k])
+    first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
+    k0 = k0_desc.load([start + first, i_kv * width_k])
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if K1 > 0:
-        k1 = k1_desc.load([start + j, i_kv * width_k + K0])
+        k1 = k1_desc.load([start + first, i_kv * width_k + K0])
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, i_kv * width_v])
-    v1 = v1_desc.load([start + j, i_kv * width_v + V0]) if V1 > 0 else v0
-    o_key = j + tl.arange(0, COLUMNS)
-    m_key = o_key < length
-    key_place = o_key
-    if POSITIONS:
-        key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+    v0 = v0_desc.load([start + first, i_kv * width_v])
+    v1 = v1_desc.load([start + first, i_kv * width_v + V0]) if V1 > 0 else v0
     return attention_step(
-        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, LAST, WINDOWED, PRECISION
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
     )
 
 
@@ -308,12 +317,12 @@ def _attention(
     low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
             i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
             i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     m_row = (o_row < length)[:, None]

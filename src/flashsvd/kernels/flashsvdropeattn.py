@@ -28,6 +28,7 @@ from flashsvd.kernels.flash_attn_triton import (
     check_out,
     check_sequences,
     flash_attention_reference,
+    key_tile,
     keys_in_reach,
     side_by_side,
     width_tiles,
@@ -229,31 +230,23 @@ def _gather(table_ptr, place, m_place, HALF: tl.constexpr):
 
 
 @triton.jit
-def _lift_and_rotate(
-    p0,
-    p1,
-    v0,
-    v1,
-    b,
-    cos,
-    sin,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    R1: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # P [N, R0 | R1] and V [R0 | R1, D] to R(P V + b) [N, D], in the dtype of P; cos, sin [N, D / 2].
+def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    # P V + b of P [N, R0 | R1], V [R0 | R1, D]
     x = tl.dot(p0, v0, input_precision=PRECISION)
     if R1 > 0:
         x = tl.dot(p1, v1, x, input_precision=PRECISION)
     if BIAS:
         x += b[None, :]
-    # A thread of a product holds both numbers of a pair, so none of this moves them.
+    return x
+
+
+@triton.jit
+def _rotate(x, cos, sin, N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    # R(x) of x [N, D]; cos, sin [N, D / 2]. A thread of a product holds both numbers of a pair: nothing moves.
     x1, x2 = x.reshape(N, 2, D // 2).permute(0, 2, 1).split()
     cos = cos.to(tl.float32)
     sin = sin.to(tl.float32)
-    turned = tl.join((x1 * cos - x2 * sin).to(p0.dtype), (x2 * cos + x1 * sin).to(p0.dtype))
+    turned = tl.join((x1 * cos - x2 * sin).to(DTYPE), (x2 * cos + x1 * sin).to(DTYPE))
     return turned.permute(0, 2, 1).reshape(N, D)
 
 
@@ -278,7 +271,7 @@ def _keys_and_step(
     place,
     pos_ptr,
     start,
-    length,
+    end,
     j,
     column_k,
     column_v,
@@ -291,29 +284,27 @@ def _keys_and_step(
     V0: tl.constexpr,
     V1: tl.constexpr,
     BIAS: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_key = j + tl.arange(0, COLUMNS)
-    m_key = o_key < length
+    first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
+    p0 = k0_desc.load([start + first, column_k])
+    p1 = k1_desc.load([start + first, column_k + K0]) if K1 > 0 else p0
+    k = _lift(p0, p1, lift0, lift1, b, K1, BIAS, PRECISION)
     if POSITIONS:
-        key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
         cos = _gather(cos_ptr, key_place, m_key, D // 2)
         sin = _gather(sin_ptr, key_place, m_key, D // 2)
     else:
-        key_place = o_key
-        cos = cos_desc.load([j, 0])
-        sin = sin_desc.load([j, 0])
-    p0 = k0_desc.load([start + j, column_k])
-    p1 = k1_desc.load([start + j, column_k + K0]) if K1 > 0 else p0
-    k = _lift_and_rotate(p0, p1, lift0, lift1, b, cos, sin, COLUMNS, D, K1, BIAS, PRECISION)
+        cos = cos_desc.load([first, 0])
+        sin = sin_desc.load([first, 0])
+    k = _rotate(k, cos, sin, COLUMNS, D, p0.dtype)
     s = tl.dot(q, k.T, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, column_v])
-    v1 = v1_desc.load([start + j, column_v + V0]) if V1 > 0 else v0
+    v0 = v0_desc.load([start + first, column_v])
+    v1 = v1_desc.load([start + first, column_v + V0]) if V1 > 0 else v0
     return attention_step(
-        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, LAST, WINDOWED, PRECISION
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
     )
 
 
@@ -386,7 +377,8 @@ def _rope_attention(
     p0 = q0_desc.load([start + i_row, i_head * pitch_q])
     p1 = q1_desc.load([start + i_row, i_head * pitch_q + Q0]) if Q1 > 0 else p0
     b = _bias(b_q_ptr, i_head, D, BIAS_Q)
-    q = _lift_and_rotate(p0, p1, lift_q0, lift_q1, b, cos, sin, ROWS, D, Q1, BIAS_Q, PRECISION)
+    q = _lift(p0, p1, lift_q0, lift_q1, b, Q1, BIAS_Q, PRECISION)
+    q = _rotate(q, cos, sin, ROWS, D, p0.dtype)
     b = _bias(b_k_ptr, i_kv, D, BIAS_K)
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -396,13 +388,13 @@ def _rope_attention(
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
             qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
             qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
