@@ -115,13 +115,13 @@ def flash_attention_reference(
     sequences, tokens = cu_seqlens.shape[0] - 1, q.shape[0]
     grouped = q.shape[1] != k.shape[1]
     if tokens == sequences * max_seqlen and positions is None and _all_of(max_seqlen, cu_seqlens):
-        padded = [x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         mask = None
         if window is not None:
             steps = torch.arange(max_seqlen, device=q.device)
             mask = (steps[:, None] - steps).abs() <= window
-        attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return attended.transpose(1, 2).reshape(tokens, q.shape[1], v.shape[2])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).reshape(tokens, *attended.shape[1::2])
     lengths = cu_seqlens.diff()
     steps = torch.arange(max_seqlen, device=q.device)
     real = steps < lengths[:, None]
@@ -131,9 +131,9 @@ def flash_attention_reference(
         place = torch.zeros(real.shape, dtype=torch.int32, device=q.device)
         place[real] = (steps.expand_as(real)[real] if positions is None else positions[index]).int()
         mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
-    padded = [_scatter(x, real, index) for x in (q, k, v)]
-    attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out = q.new_zeros(tokens, q.shape[1], v.shape[2])
+    q, k, v = (_scatter(x, real, index) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out[index] = attended.transpose(1, 2)[real]
     return out
 
