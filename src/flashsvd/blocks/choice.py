@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
@@ -100,6 +101,11 @@ class Choices:
             return Choice(self.backend)
         if not self._can_measure(x):
             return Choice("torch")
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                f"nothing was measured yet for {case}, and inside a graph that someone else captures nothing can be; "
+                "run the model once on such a batch before, or optimize with graph=True, backend='torch' or 'triton'"
+            )
         times = tuple((name, self._time(run, name, case.tokens)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case, choice)

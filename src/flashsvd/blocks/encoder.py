@@ -23,7 +23,7 @@ from flashsvd.blocks.refusals import (
     refuse_watched,
 )
 from flashsvd.blocks.stack import run_layers
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.tokens import Chunk, Tokens
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.launch import Backend
 from flashsvd.layers import LowRankLinear
@@ -49,19 +49,16 @@ class FusedLayer(PackedModule):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
-        tokens: Tokens | None = None,
-        inplace: bool = False,
+        tokens: Tokens | Chunk | None = None,
         **__: Any,
     ) -> Tensor:
-        """Packed tokens [T, hidden] in and out, or a padded batch [batch, length, hidden].
+        """A chunk of packed tokens [n, hidden], overwritten, or a padded batch [batch, length, hidden].
 
         Args:
-            tokens: of the batch; needed where `hidden_states` is packed.
-            inplace: whether packed `hidden_states` may be overwritten.
+            tokens: of the chunk, or of the batch; needed for a chunk.
         """
-        if hidden_states.ndim == 2:
-            assert tokens is not None
-            packed: Tensor = self.block(hidden_states, tokens, inplace=inplace)
+        if isinstance(tokens, Chunk):
+            packed: Tensor = self.block(hidden_states, tokens)
             return packed
         tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
         return run_layers([self.block], hidden_states, tokens)

@@ -67,7 +67,7 @@ class PackedFFN(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             for part in _parts(x, "torch"):
-                self.output(self._plain(part), part, part)
+                self.output(self._plain(part), part)
             return x
         assert self.u1 is not None
         assert self.u2 is not None
@@ -80,7 +80,7 @@ class PackedFFN(Packed):
             lambda name: [self._core(part, name) for part in _parts(p, name)],
         )
         for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
-            self.output(self._core(part, picked), rows, rows)
+            self.output(self._core(part, picked), rows)
         return x
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:

@@ -18,8 +18,8 @@ from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import why_not_triton
 
-# hidden [T, hidden], tokens, whether hidden may be overwritten -> [T, hidden]
-Forward = Callable[[Tensor, Tokens, bool], Tensor]
+# hidden [T, hidden], tokens; works in place
+Forward = Callable[[Tensor, Tokens], None]
 
 # Beyond, a GPU is kept busy without graphs, which would hold the memory of a second batch.
 MOST_TOKENS = 65_536
@@ -85,7 +85,7 @@ class Graphs:
         return Shape.of(hidden, tokens) in self._captured or len(self._captured) < MOST_GRAPHS
 
     def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """What `forward` would return, replayed; captured first where this is the first batch of its shape."""
+        """What `forward` would make of `hidden`, replayed; captured first where this is the first batch of its shape."""
         shape = Shape.of(hidden, tokens)
         if shape not in self._captured:
             if self._pool is None:
@@ -95,7 +95,7 @@ class Graphs:
 
 
 class _Captured:
-    """One graph, the memory it reads its batch from, and the one it leaves its result in."""
+    """One graph, and the memory that it reads its batch from and leaves its result in."""
 
     def __init__(self, shape: Shape, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
         # Buffers that may be written to both inside inference mode and outside.
@@ -112,17 +112,17 @@ class _Captured:
         with torch.cuda.stream(side):
             for _ in range(WARMUP_RUNS):
                 self._load(hidden, tokens)
-                forward(self._hidden, self._tokens, True)
+                forward(self._hidden, self._tokens)
         torch.cuda.current_stream(hidden.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._result = forward(self._hidden, self._tokens, True)
+            forward(self._hidden, self._tokens)
 
     def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         self._load(hidden, tokens)
         self._graph.replay()
         # A copy, since the next replay writes over it.
-        return self._result[: tokens.count].clone()
+        return self._hidden[: tokens.count].clone()
 
     def _load(self, hidden: Tensor, tokens: Tokens) -> None:
         self._hidden[: tokens.count].copy_(hidden)

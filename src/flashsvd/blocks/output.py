@@ -42,13 +42,8 @@ class PackedOutput(Packed):
         self.keep("norm_bias", norm.bias.detach(), dtype)
         self.eps, self.choices = norm.eps, choices
 
-    @property
-    def width(self) -> int:
-        """Numbers that a token takes between the two products."""
-        return 0 if self.m1 is None else self.m1.shape[1]
-
-    def forward(self, a: Tensor, residual: Tensor, out: Tensor) -> Tensor:
-        """Writes into `out`, which may be `residual`."""
+    def forward(self, a: Tensor, residual: Tensor) -> None:
+        """Writes over `residual`."""
         if self.m1 is not None:
             a = a @ self.m1
 
@@ -67,7 +62,7 @@ class PackedOutput(Packed):
             )
 
         inner, hidden = self.m2.shape
-        return run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), out)
+        run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), residual)
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:

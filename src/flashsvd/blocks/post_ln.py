@@ -1,9 +1,6 @@
 """The fused block of a post-LN layer: attention and feed-forward network on packed tokens.
 
-    x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
-
-The attention sublayer takes whole sequences a chunk at a time, so that queries, keys and values of a large batch never
-exist all at once.
+x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
 """
 
 from __future__ import annotations
@@ -19,11 +16,8 @@ from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.output import PackedOutput, fewer_launches
 from flashsvd.blocks.qkv import ValueLift, pack_qkv
 from flashsvd.blocks.sdpa import sdpa
-from flashsvd.blocks.tokens import Chunk, Tokens
+from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flash_attn_triton import flash_attention
-
-# Fewer tokens than this do not fill a GPU.
-SMALLEST_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -56,25 +50,11 @@ class PostLNBlock(nn.Module):
         self.attention_output = PackedOutput(m1, m2, bias, w.attention_norm, w.dtype, choices)
         self.ffn = PackedFFN(w.first, w.second, w.activation, w.ffn_norm, w.dtype, choices)
 
-    def forward(self, hidden: Tensor, tokens: Tokens, *, inplace: bool = False) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden].
-
-        Args:
-            inplace: whether `hidden` may be overwritten by the result.
-        """
-        out = hidden if inplace else torch.empty_like(hidden)
-        for chunk in tokens.chunks(self._chunk_tokens(hidden)):
-            rows = slice(chunk.start, chunk.stop)
-            x = hidden[rows]
-            self.attention_output(self._attend(x, chunk), x, out[rows])
-        result: Tensor = self.ffn(out)
+    def forward(self, hidden: Tensor, tokens: Chunk) -> Tensor:
+        """hidden [n, hidden], overwritten by the result."""
+        self.attention_output(self._attend(hidden, tokens), hidden)
+        result: Tensor = self.ffn(hidden)
         return result
-
-    def _chunk_tokens(self, hidden: Tensor) -> int:
-        """As many as keep what exists while attending within 5/4 of the hidden state's memory: few, long launches."""
-        context = self.qkv.widths[2]
-        width = self.qkv.width + context + self.attention_output.width
-        return max(SMALLEST_CHUNK, hidden.numel() * 5 // (4 * width))
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""
