@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
-from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.errors import BackendError, CheckpointError, ConfigError
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.tasks import TASKS, Task
@@ -159,6 +159,36 @@ def test_json_has_the_keys_users_know_for_dense_and_compressed(
         assert result["tokens_per_second"] > result["samples_per_second"]
         assert result["stride"] is None
         assert result["latency_percentiles_ms"]["p50"] <= result["latency_percentiles_ms"]["p99"]
+
+
+def test_on_fused_blocks_the_score_is_the_same(make_model: MakeModel, tmp_path: Path) -> None:
+    source, output = make_model("roberta", num_labels=1), tmp_path / "out"
+    run_compress(CompressConfig(model=str(source), ratio=0.6, task="stsb", output=str(output)))
+    data = write_task_data(TASKS["stsb"], tmp_path)
+    for checkpoint in (source, output):
+        options = {"checkpoint": str(checkpoint), "task": "stsb", "data": str(data), "seq_len": 32, "batch_size": 4}
+        plain, fused = (run_eval(EvalConfig(**options, backend=backend)) for backend in (None, "torch"))
+        assert fused.metrics == pytest.approx(plain.metrics, abs=1e-5)
+        assert (plain.backend, fused.backend) == ("plain", "torch")
+        assert fused.parameters == plain.parameters
+        assert "fused blocks (torch)" in str(fused)
+        assert "fused blocks" not in str(plain)
+
+
+def test_a_backend_that_cannot_run_is_refused_before_the_model_is_loaded(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+    monkeypatch.setattr("flashsvd.kernels.launch.interpreting", lambda: False)
+    data = write_task_data(TASKS["sst2"], tmp_path)
+    with pytest.raises(BackendError, match="backend triton cannot run here: the kernels run on a GPU, not on cpu"):
+        run_eval(EvalConfig(str(make_model()), "sst2", data=str(data), device="cpu", backend="triton"))
+    text = tmp_path / "x.txt"
+    text.write_text("a man eats . " * 20)
+    with pytest.raises(BackendError, match="no fused blocks for 'gpt2'"):
+        run_eval(EvalConfig(str(make_model("gpt2", "causal-lm")), "perplexity", data=str(text), backend="auto"))
+    with pytest.raises(ConfigError, match="--backend 'cuda' is not known"):
+        EvalConfig(str(make_model()), "sst2", backend="cuda")
 
 
 def test_an_undefined_metric_is_null(make_model: MakeModel, tmp_path: Path) -> None:

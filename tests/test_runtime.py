@@ -22,7 +22,7 @@ from flashsvd.blocks.qkv import PackedQKV
 from flashsvd.compression import get_method
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.factorize import factor_model
-from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, lift_ln
+from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, fused_ln
 from flashsvd.models import find_targets
 from flashsvd.ranks import RankChoice
 from flashsvd.storage.metadata import CompressionInfo
@@ -401,7 +401,7 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
 def test_on_triton_the_answers_are_the_same(qkv: str, padding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    for module in (flash_attn_triton, flashsvdffnv1, lift_ln):
+    for module in (flash_attn_triton, flashsvdffnv1, fused_ln):
         name, launch = module.__name__.rpartition(".")[2], module._launch
 
         def counted(*arguments: Any, name: str = name, launch: Any = launch, **options: Any) -> Tensor:
@@ -415,7 +415,7 @@ def test_on_triton_the_answers_are_the_same(qkv: str, padding: str | None, monke
     real = batch.get("attention_mask", torch.ones(4, 9)).bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
     assert launched.count("flash_attn_triton") == 2
-    assert launched.count("lift_ln") == 4
+    assert launched.count("fused_ln") == 4
     assert launched.count("flashsvdffnv1") == (0 if qkv == "dense" else 2)
     assert set(runtime.choices(model).values()) == {"triton"}
 

@@ -29,9 +29,9 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured: list[str] = []
-    times = {"torch": 3.0, "triton": 1.0, "mixed": 2.0}
+    times = {"torch": 3.0, "triton": 1.0}
 
-    def time(_: object, __: object, name: str) -> float:
+    def time(_: object, __: object, name: str, ___: int) -> float:
         measured.append(name)
         return times[name]
 
@@ -39,16 +39,14 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
     monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
     choices = Choices("auto")
     with caplog.at_level(logging.INFO, logger="flashsvd"):
-        assert (
-            choices.pick("lift + norm", "8 to 32", torch.zeros(33, 4), never, ("torch", "triton", "mixed")) == "triton"
-        )
+        assert choices.pick("lift + norm", "8 to 32", torch.zeros(33, 4), never) == "triton"
         assert choices.pick("lift + norm", "8 to 32", torch.zeros(64, 4), never) == "triton"
         times["triton"] = 9.0
         assert choices.pick("lift + norm", "8 to 32", torch.zeros(65, 4), never) == "torch"
         assert choices.pick("lift + norm", "8 to 48", torch.zeros(33, 4), never) == "torch"
-    assert measured == ["torch", "triton", "mixed", "torch", "triton", "torch", "triton"]
+    assert measured == ["torch", "triton"] * 3
     said = "lift + norm, 8 to 32, up to 64 tokens, float32 on cpu"
-    assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms, mixed 2.000 ms)"
+    assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms)"
     assert caplog.messages[0] == f"{said}: {choices.table()[said]}"
     assert len(caplog.messages) == 3
 

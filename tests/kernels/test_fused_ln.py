@@ -67,7 +67,7 @@ def test_the_sum_is_stored_too(residual: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_result_goes_where_it_is_told(backend: str) -> None:
     given = operands(5, 40)
-    expected, total = fused_ln_reference(*given, EPS)
+    expected, total = fused_ln_reference(*given, None, EPS)
     # Rows of outputs may be strided.
     out, sum_out = poisoned(torch.empty(5, 56))[:, :40], poisoned(torch.empty(5, 48))[:, :40]
     out, sum_out = out.to(DEVICE), sum_out.to(DEVICE)
@@ -82,7 +82,7 @@ def test_the_result_goes_where_it_is_told(backend: str) -> None:
 def test_results_may_take_the_place_of_their_operands(swapped: bool, backend: str) -> None:
     x, residual, weight, bias = operands(5, 40)
     assert residual is not None
-    expected, total = fused_ln_reference(x, residual, weight, bias, EPS)
+    expected, total = fused_ln_reference(x, residual, weight, bias, None, EPS)
     out, sum_out = (residual, x) if swapped else (x, residual)
     fused_ln(x, residual, weight, bias, eps=EPS, backend=backend, out=out, sum_out=sum_out)
     torch.testing.assert_close(out, expected)
@@ -103,7 +103,7 @@ def test_no_tokens() -> None:
 def test_in_a_compiled_graph() -> None:
     x, residual, weight, bias = operands(5, 40)
     assert residual is not None
-    expected, total = fused_ln_reference(x, residual, weight, bias, EPS)
+    expected, total = fused_ln_reference(x, residual, weight, bias, None, EPS)
 
     def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         sum_out = torch.empty_like(x)
@@ -115,8 +115,8 @@ def test_in_a_compiled_graph() -> None:
     torch.testing.assert_close(residual, expected)
     assert torch.equal(sum_out, total)
     op = torch.ops.flashsvd.fused_ln.default
-    torch.library.opcheck(op, (x, residual, weight, bias, EPS, torch.empty_like(x), torch.empty_like(x)))
-    torch.library.opcheck(op, (x, None, weight, None, EPS, torch.empty_like(x), None))
+    torch.library.opcheck(op, (x, residual, weight, bias, bias, EPS, torch.empty_like(x), torch.empty_like(x)))
+    torch.library.opcheck(op, (x, None, weight, None, None, EPS, torch.empty_like(x), None))
 
 
 @pytest.mark.parametrize("wrong", ["x", "residual", "weight", "bias", "out", "sum_out"])

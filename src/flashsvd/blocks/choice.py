@@ -20,8 +20,10 @@ Implementation = Literal["torch", "triton"]
 CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
 
 WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
-# Some 0.2 ms of waiting on the GPU, in which the host queues the calls that are timed after it.
-QUEUE_CYCLES = 400_000
+# Some 1.5 ms of waiting on the GPU, in which the host queues the calls that are timed after it.
+QUEUE_CYCLES = 2_500_000
+# With so many tokens the GPU is behind the host anyway, so that only its own time counts.
+QUEUED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Choices:
             return Choice(self.backend)
         if not self._can_measure(x):
             return Choice("torch")
-        times = tuple((name, self._time(run, name)) for name in CANDIDATES)
+        times = tuple((name, self._time(run, name, case.tokens)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case, choice)
         return choice
@@ -107,8 +109,10 @@ class Choices:
     def _can_measure(x: Tensor) -> bool:
         return x.is_cuda and not why_not_triton(x)
 
-    def _time(self, run: Callable[[Implementation], object], name: Implementation) -> float:
+    def _time(self, run: Callable[[Implementation], object], name: Implementation, tokens: int) -> float:
         from triton.runtime.errors import OutOfResources
+
+        queued = self._queued or tokens >= QUEUED_TOKENS
 
         try:
             for _ in range(WARMUP_RUNS):
@@ -116,12 +120,12 @@ class Choices:
         except OutOfResources:
             # Its tiles do not fit this GPU's shared memory.
             return math.inf
-        return statistics.median(self._run_once(run, name) for _ in range(TIMED_RUNS))
+        return statistics.median(self._run_once(run, name, queued) for _ in range(TIMED_RUNS))
 
-    def _run_once(self, run: Callable[[Implementation], object], name: Implementation) -> float:
+    def _run_once(self, run: Callable[[Implementation], object], name: Implementation, queued: bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-        if self._queued:
+        if queued:
             torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(CALLS_A_RUN):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, rank_tiles, use_triton
+from flashsvd.kernels.launch import Backend, aligned, descriptor, multiprocessors, precision, rank_tiles, use_triton
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -115,13 +115,13 @@ def flash_attention_reference(
     sequences, tokens = cu_seqlens.shape[0] - 1, q.shape[0]
     grouped = q.shape[1] != k.shape[1]
     if tokens == sequences * max_seqlen and positions is None and _all_of(max_seqlen, cu_seqlens):
-        padded = [x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         mask = None
         if window is not None:
             steps = torch.arange(max_seqlen, device=q.device)
             mask = (steps[:, None] - steps).abs() <= window
-        attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return attended.transpose(1, 2).reshape(tokens, q.shape[1], v.shape[2])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).reshape(tokens, *attended.shape[1::2])
     lengths = cu_seqlens.diff()
     steps = torch.arange(max_seqlen, device=q.device)
     real = steps < lengths[:, None]
@@ -131,9 +131,9 @@ def flash_attention_reference(
         place = torch.zeros(real.shape, dtype=torch.int32, device=q.device)
         place[real] = (steps.expand_as(real)[real] if positions is None else positions[index]).int()
         mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
-    padded = [_scatter(x, real, index) for x in (q, k, v)]
-    attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out = q.new_zeros(tokens, q.shape[1], v.shape[2])
+    q, k, v = (_scatter(x, real, index) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out[index] = attended.transpose(1, 2)[real]
     return out
 
@@ -336,19 +336,19 @@ def _attention(
         tl.store(p_out + o_width, (acc1 * scale).to(out_type), mask=m_row & (o_width < width_v))
 
 
-def default_tiles(q: Tensor, width_k: int, width_v: int, max_seqlen: int) -> Tiles:
+def default_tiles(q: Tensor, widest: int, sequences: int, max_seqlen: int, windowed: bool) -> Tiles:
     """The table: what was fastest for a width on a generation of GPUs; never many more rows than a sequence has."""
-    widest = max(width_k, width_v)
-    rows = max(16, min(128, 1 << (max_seqlen - 1).bit_length()))
+    longest = max(16, 1 << (max_seqlen - 1).bit_length())
     if q.dtype == torch.float32:
-        return Tiles(min(rows, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
-    if generation(q.device) == "hopper":
-        if widest <= 32:
-            return Tiles(rows, 64, warps=4, stages=3)
-        if widest <= 128:
-            return Tiles(min(rows, 64), 64, warps=4, stages=3 if widest <= 64 else 2)
-        return Tiles(min(rows, 64), 64, warps=4, stages=2)
-    return Tiles(min(rows, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+        return Tiles(min(longest, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
+    if generation(q.device) != "hopper":
+        return Tiles(min(longest, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+    # Few programs take few rows each, so that there are more of them.
+    if widest <= 64 and sequences * q.shape[1] * -(-max_seqlen // 64) < multiprocessors(q.device):
+        return Tiles(16, 128, warps=4, stages=2)
+    tall = widest <= 16 or 64 < widest <= 96
+    deep = widest <= 128 and max_seqlen > 128 and not windowed
+    return Tiles(min(longest, 128 if tall and not windowed else 64), 64, warps=4, stages=3 if deep else 2)
 
 
 def width_tiles(width: int) -> tuple[int, int]:
@@ -428,7 +428,11 @@ def _launch(
 
     shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, group, width_k, width_v)
     key = ("attention", q.dtype, *shape, window)
-    return run(choose(tiles, lambda: default_tiles(q, width_k, width_v, max_seqlen), CANDIDATES, key, run, q.device))
+
+    def table() -> Tiles:
+        return default_tiles(q, max(width_k, width_v), sequences, max_seqlen, window is not None)
+
+    return run(choose(tiles, table, CANDIDATES, key, run, q.device))
 
 
 @torch.library.custom_op("flashsvd::flash_attention", mutates_args=())

@@ -26,6 +26,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -169,7 +170,15 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     if p.dtype == torch.float32:
         return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        return Tiles(128, 64, warps=8, stages=2) if widest <= 256 else Tiles(64, 32, warps=8, stages=2)
+        if widest > 256:
+            return Tiles(64, 32, warps=8, stages=2)
+        # Few tokens take short tiles, narrow ranks for longer: two of their programs fit on a multiprocessor.
+        tokens = p.shape[0]
+        if tokens <= 256:
+            return Tiles(32, 64, warps=4, stages=2)
+        if tokens <= (4096 if widest <= 128 else 1024):
+            return Tiles(64, 64, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
@@ -187,7 +196,11 @@ def _launch(
     name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
     def run(t: Tiles) -> Tensor:
-        count = splits_that_fill(p.device, tokens, inner, t) if splits is None else splits
+        count = (
+            splits_that_fill(p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 else 1)
+            if splits is None
+            else splits
+        )
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)
@@ -221,7 +234,7 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else out.sum(0).to(p.dtype)
+        return out[0] if count == 1 else add_partials(out, p.dtype)
 
     key = ("ffn_v1", p.dtype, tokens.bit_length(), inner, r1, r2, name)
     return run(choose(tiles, lambda: default_tiles(p, r1, r2), CANDIDATES, key, run, p.device))

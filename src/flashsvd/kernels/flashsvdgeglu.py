@@ -30,6 +30,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -309,7 +310,7 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else out.sum(0).to(p_a.dtype)
+        return out[0] if count == 1 else add_partials(out, p_a.dtype)
 
     key = ("geglu", p_a.dtype, tokens.bit_length(), inner, r_a, r_g, r2, same_p, name)
     return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2, same_p), CANDIDATES, key, run, p_a.device))

@@ -176,7 +176,8 @@ def _launch(
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    weight, bias, shift = (v if v is None else v.contiguous() for v in (weight, bias, shift))
+    weight = weight.contiguous()
+    bias, shift = (v if v is None else v.contiguous() for v in (bias, shift))
     block = triton.next_power_of_2(size)
     rows, warps = default_rows(tokens, block)
     _fused_ln[(triton.cdiv(tokens, rows),)](
