@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.choice import Choices, Implementation, bucket
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.output import PackedOutput, fewer_launches
@@ -21,6 +21,8 @@ from flashsvd.blocks.qkv import ValueLift, pack_qkv
 from flashsvd.blocks.sdpa import sdpa
 from flashsvd.blocks.tokens import Chunk, Tokens
 from flashsvd.kernels.flash_attn_triton import flash_attention
+
+ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
 
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192
@@ -90,9 +92,8 @@ class PostLNBlock(nn.Module):
         # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
         if not chunk.lengths:
             return run("triton", _context_of_surplus(q, v)).flatten(1)
-        heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-        shape = f"{heads} heads of {width} and {value_width}, sequences up to {bucket(chunk.max_seqlen)}"
-        return run(self.choices.pick("attention", shape, q, run)).flatten(1)
+        sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
+        return run(self.choices.pick(ATTENTION, sizes, q, run)).flatten(1)
 
 
 def _context_of_surplus(q: Tensor, v: Tensor) -> Tensor:
