@@ -21,8 +21,8 @@ from flashsvd.kernels.launch import why_not_triton
 # hidden [T, hidden], tokens, whether hidden may be overwritten -> [T, hidden]
 Forward = Callable[[Tensor, Tokens, bool], Tensor]
 
-# From here on a GPU is kept busy without graphs.
-MOST_TOKENS = 16_384
+# Beyond, a GPU is kept busy without graphs, which would hold the memory of a second batch.
+MOST_TOKENS = 65_536
 # Each takes memory and a moment to capture; shapes beyond so many run without one.
 MOST_GRAPHS = 64
 SHORTEST_BUCKET = 16

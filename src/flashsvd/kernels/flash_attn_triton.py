@@ -84,6 +84,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
         raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)} do not fit")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"dtypes differ: queries {q.dtype}, keys {k.dtype}, values {v.dtype}")
+    check_sequences(cu_seqlens, scale, window)
+
+
+def check_sequences(cu_seqlens: Tensor, scale: float, window: int | None) -> None:
+    """Raises ValueError where these cannot be."""
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens is int32 [B + 1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if not (math.isfinite(scale) and scale > 0):
@@ -143,6 +148,18 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 
 @triton.jit
+def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
+    # The keys that ROWS queries from i_row on attend to: from the first to the end of the whole tiles, and to the last.
+    low = 0
+    end = length
+    if WINDOWED:
+        # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
+        low = tl.maximum(i_row - window, 0)
+        end = tl.minimum(length, i_row + ROWS + window)
+    return low, low + (end - low) // COLUMNS * COLUMNS, end
+
+
+@triton.jit
 def attention_step(
     s,
     v0,
@@ -151,19 +168,27 @@ def attention_step(
     acc1,
     high,
     total,
-    mask,
+    m_key,
+    place,
+    key_place,
     qk_scale,
+    window,
     V1: tl.constexpr,
-    MASKED: tl.constexpr,
-    HOLLOW: tl.constexpr,
+    LAST: tl.constexpr,
+    WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1]. HOLLOW says
-    # that a row may have no key in the tile.
-    if MASKED:
-        s = tl.where(mask, s, float("-inf"))
+    # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1].
+    if LAST:
+        # The tile reaches beyond the sequence, where anything may lie, even what times zero is not zero.
+        s = tl.where(m_key[None, :], s, float("-inf"))
+        v0 = tl.where(m_key[:, None], v0, 0.0)
+        v1 = tl.where(m_key[:, None], v1, 0.0)
+    if WINDOWED:
+        s = tl.where(tl.abs(place[:, None] - key_place[None, :]) <= window, s, float("-inf"))
     new = tl.maximum(high, tl.max(s, 1) * qk_scale)
-    base = tl.where(new == float("-inf"), 0.0, new) if HOLLOW else new
+    # In a window's tiles a row may have no key.
+    base = tl.where(new == float("-inf"), 0.0, new) if WINDOWED else new
     p = tl.exp2(s * qk_scale - base[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
@@ -192,8 +217,8 @@ def _scores_and_step(
     length,
     j,
     i_kv,
-    pitch_k,
-    pitch_v,
+    width_k,
+    width_v,
     qk_scale,
     window,
     COLUMNS: tl.constexpr,
@@ -201,26 +226,26 @@ def _scores_and_step(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    MASKED: tl.constexpr,
+    LAST: tl.constexpr,
     WINDOWED: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    k0 = k0_desc.load([start + j, i_kv * pitch_k])
+    k0 = k0_desc.load([start + j, i_kv * width_k])
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if K1 > 0:
-        k1 = k1_desc.load([start + j, i_kv * pitch_k + K0])
+        k1 = k1_desc.load([start + j, i_kv * width_k + K0])
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, i_kv * pitch_v])
-    v1 = v1_desc.load([start + j, i_kv * pitch_v + V0]) if V1 > 0 else v0
+    v0 = v0_desc.load([start + j, i_kv * width_v])
+    v1 = v1_desc.load([start + j, i_kv * width_v + V0]) if V1 > 0 else v0
     o_key = j + tl.arange(0, COLUMNS)
-    mask = (o_key < length)[None, :]
-    if WINDOWED:
-        key_place = o_key
-        if POSITIONS:
-            key_place = tl.load(pos_ptr + start + o_key, mask=o_key < length, other=0)
-        mask = mask & (tl.abs(place[:, None] - key_place[None, :]) <= window)
-    return attention_step(s, v0, v1, acc0, acc1, high, total, mask, qk_scale, V1, MASKED, WINDOWED, PRECISION)
+    m_key = o_key < length
+    key_place = o_key
+    if POSITIONS:
+        key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+    return attention_step(
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, LAST, WINDOWED, PRECISION
+    )
 
 
 @triton.jit
@@ -239,9 +264,6 @@ def _attention(
     group,
     width_k,
     width_v,
-    pitch_q,
-    pitch_k,
-    pitch_v,
     out_token,
     out_head,
     qk_scale,
@@ -267,11 +289,11 @@ def _attention(
         return
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
     # Columns beyond the head's are its neighbour's; zeros in Q take them out of the scores.
-    q0 = q0_desc.load([start + i_row, i_head * pitch_q])
+    q0 = q0_desc.load([start + i_row, i_head * width_k])
     if K1 == 0:
         q0 = tl.where((tl.arange(0, K0) < width_k)[None, :], q0, 0.0)
     if K1 > 0:
-        q1 = q1_desc.load([start + i_row, i_head * pitch_q + K0])
+        q1 = q1_desc.load([start + i_row, i_head * width_k + K0])
         q1 = tl.where((K0 + tl.arange(0, K1) < width_k)[None, :], q1, 0.0)
     else:
         q1 = q0
@@ -283,24 +305,16 @@ def _attention(
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], tl.float32)
-    if WINDOWED:
-        # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
-        low = tl.maximum(i_row - window, 0) // COLUMNS * COLUMNS
-        whole = low
-        end = tl.minimum(length, i_row + ROWS + window)
-    else:
-        low = 0
-        whole = length // COLUMNS * COLUMNS
-        end = length
+    low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     m_row = (o_row < length)[:, None]
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
@@ -333,13 +347,15 @@ def width_tiles(width: int) -> tuple[int, int]:
     return (max(16, 1 << (width - 1).bit_length()), 0) if width <= 64 else rank_tiles(width)
 
 
-def _side_by_side(x: Tensor) -> tuple[Tensor, int]:
-    """The heads [T, H, D] as columns of one matrix, and how many columns after one head the next begins."""
-    if x.shape[1] > 1 and x.stride(1) < x.shape[2]:
-        x = x.contiguous()
-    x = aligned(x)
-    pitch = x.stride(1) if x.shape[1] > 1 else x.shape[2]
-    return x.as_strided((x.shape[0], (x.shape[1] - 1) * pitch + x.shape[2]), (x.stride(0), 1)), pitch
+def side_by_side(x: Tensor) -> Tensor:
+    """The heads [T, H, D] as columns of one matrix [T, H D], which a descriptor can describe."""
+    return aligned(x.flatten(1))
+
+
+def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where a kernel cannot write its result."""
+    if out.shape != shape or out.stride(-1) != 1:
+        raise ValueError(f"out is {shape} with whole rows, not {tuple(out.shape)} with strides {out.stride()}")
 
 
 def _launch(
@@ -359,11 +375,10 @@ def _launch(
     group = heads // k.shape[1]
     if out is None:
         out = q.new_empty(tokens, heads, width_v)
-    if out.shape != (tokens, heads, width_v) or out.stride(2) != 1:
-        raise ValueError(f"out is {(tokens, heads, width_v)} with whole rows, not {tuple(out.shape)}")
+    check_out(out, (tokens, heads, width_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    (q, pitch_q), (k, pitch_k), (v, pitch_v) = _side_by_side(q), _side_by_side(k), _side_by_side(v)
+    q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)
     (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
 
@@ -384,9 +399,6 @@ def _launch(
             group,
             width_k,
             width_v,
-            pitch_q,
-            pitch_k,
-            pitch_v,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
