@@ -82,25 +82,16 @@ class PostLNBlock(nn.Module):
         """[n, hidden] -> [n, heads * width of a value]."""
         q, k, v = self.qkv(x)
 
-        def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
+        def run(implementation: Implementation) -> Tensor:
             if implementation == "torch":
                 return sdpa(q, k, v, chunk, self.scale)
-            return flash_attention(
-                q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton", out=out
-            )
+            return flash_attention(q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton")
 
         # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
         if not chunk.lengths:
-            return run("triton", _context_of_surplus(q, v)).flatten(1)
+            return run("triton").flatten(1)
         sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
         return run(self.choices.pick(ATTENTION, sizes, q, run)).flatten(1)
-
-
-def _context_of_surplus(q: Tensor, v: Tensor) -> Tensor:
-    """Where attention may write: zeros, since the kernel leaves out tokens of no sequence. What they hold must stay
-    finite, because tiles of the last sequence's keys and values reach into them, with weight zero.
-    """
-    return v.new_zeros(*q.shape[:2], v.shape[2])
 
 
 def fold_output(lift: ValueLift, o: Dense | Joint, heads: int) -> tuple[Tensor | None, Tensor, Tensor]:
