@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.output import PackedOutput
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
+
+CORE = Operation("ffn core", "{} to {} to {}")
 
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -74,8 +76,8 @@ class PackedFFN(Packed):
         (inner, r1), r2 = self.w1.shape, self.u2.shape[1]
         p = x @ self.u1
         picked = self.choices.pick(
-            "ffn core",
-            f"{r1} to {inner} to {r2}",
+            CORE,
+            (r1, inner, r2),
             p,
             lambda name: [self._core(part, name) for part in _parts(p, name)],
         )

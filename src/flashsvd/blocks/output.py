@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.kernels.fused_ln import fused_ln
+
+LIFT_AND_NORM = Operation("lift + norm", "{} to {}")
 
 # How much more work a single product may take than two.
 MORE_WORK = 1.3
@@ -62,7 +64,7 @@ class PackedOutput(Packed):
             )
 
         inner, hidden = self.m2.shape
-        run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), residual)
+        run(self.choices.pick(LIFT_AND_NORM, (inner, hidden), a, run), residual)
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:

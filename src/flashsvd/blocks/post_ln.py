@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.choice import Choices, Implementation, bucket
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.output import PackedOutput, fewer_launches
@@ -18,6 +18,8 @@ from flashsvd.blocks.qkv import ValueLift, pack_qkv
 from flashsvd.blocks.sdpa import sdpa
 from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flash_attn_triton import flash_attention
+
+ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
 
 
 @dataclass(frozen=True)
@@ -60,26 +62,16 @@ class PostLNBlock(nn.Module):
         """[n, hidden] -> [n, heads * width of a value]."""
         q, k, v = self.qkv(x)
 
-        def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
+        def run(implementation: Implementation) -> Tensor:
             if implementation == "torch":
                 return sdpa(q, k, v, chunk, self.scale)
-            return flash_attention(
-                q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton", out=out
-            )
+            return flash_attention(q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton")
 
         # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
         if not chunk.lengths:
-            return run("triton", _context_of_surplus(q, v)).flatten(1)
-        heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-        shape = f"{heads} heads of {width} and {value_width}, sequences up to {bucket(chunk.max_seqlen)}"
-        return run(self.choices.pick("attention", shape, q, run)).flatten(1)
-
-
-def _context_of_surplus(q: Tensor, v: Tensor) -> Tensor:
-    """Where attention may write: zeros, since the kernel leaves out tokens of no sequence. What they hold must stay
-    finite, because tiles of the last sequence's keys and values reach into them, with weight zero.
-    """
-    return v.new_zeros(*q.shape[:2], v.shape[2])
+            return run("triton").flatten(1)
+        sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
+        return run(self.choices.pick(ATTENTION, sizes, q, run)).flatten(1)
 
 
 def fold_output(lift: ValueLift, o: Dense | Joint, heads: int) -> tuple[Tensor | None, Tensor, Tensor]:
