@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
+from flashsvd.errors import BackendError
 
 ATTENTION = Operation("attention", "{} heads")
 LIFT = Operation("lift + norm", "{} to {}")
@@ -40,6 +41,7 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
 
     monkeypatch.setattr(Choices, "_time", time)
     monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: False))
     choices = Choices("auto")
     with caplog.at_level(logging.INFO, logger="flashsvd"):
         assert choices.pick(LIFT, (8, 32), torch.zeros(33, 4), never) == "triton"
@@ -52,6 +54,13 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
     assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms)"
     assert caplog.messages[0] == f"{said}: {choices.table()[said]}"
     assert len(caplog.messages) == 3
+
+
+def test_while_someone_captures_a_graph_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: True))
+    with pytest.raises(BackendError, match="nothing was measured yet for lift .* run the model on such a batch first"):
+        Choices("auto").pick(LIFT, (8, 32), torch.zeros(33, 4), never)
 
 
 def test_buckets_are_powers_of_two() -> None:

@@ -110,10 +110,10 @@ class Choices:
             return Choice(self.backend)
         if not self._can_measure(x):
             return Choice("torch")
-        if torch.cuda.is_current_stream_capturing():
+        if self._capturing():
             raise BackendError(
-                f"nothing was measured yet for {case.describe()}, and inside a graph that someone else captures nothing can be; "
-                "run the model once on such a batch before, or optimize with graph=True, backend='torch' or 'triton'"
+                f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
+                "run the model on such a batch first, or optimize with graph=True or a backend of torch or triton"
             )
         times = tuple((name, self._time(run, name, case.tokens)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
@@ -123,6 +123,10 @@ class Choices:
     @staticmethod
     def _can_measure(x: Tensor) -> bool:
         return x.is_cuda and not why_not_triton(x)
+
+    @staticmethod
+    def _capturing() -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def _time(self, run: Callable[[Implementation], object], name: Implementation, tokens: int) -> float:
         from triton.runtime.errors import OutOfResources
