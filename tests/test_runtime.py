@@ -434,7 +434,7 @@ def test_what_was_picked_can_be_asked_for() -> None:
     run(model, inputs())
     picked = runtime.choices(model)
     assert set(picked.values()) == {"torch"}
-    assert {name.partition(",")[0] for name in picked} == {"attention", "ffn core", "lift + norm"}
+    assert {name.partition(",")[0] for name in picked} == {"attention", "ffn core", "norm"}
     with pytest.raises(BackendError, match="not optimised, so nothing was picked"):
         runtime.choices(compressed())
 

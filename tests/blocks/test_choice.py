@@ -59,7 +59,7 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
 def test_while_someone_captures_a_graph_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
     monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: True))
-    with pytest.raises(BackendError, match="nothing was measured yet for lift .* run the model on such a batch first"):
+    with pytest.raises(BackendError, match=r"nothing was measured yet for lift .* run the model on such a batch first"):
         Choices("auto").pick(LIFT, (8, 32), torch.zeros(33, 4), never)
 
 

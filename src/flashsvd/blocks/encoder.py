@@ -23,7 +23,7 @@ from flashsvd.blocks.refusals import (
     refuse_watched,
 )
 from flashsvd.blocks.stack import run_layers
-from flashsvd.blocks.tokens import Chunk, Tokens
+from flashsvd.blocks.tokens import Tokens
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.launch import Backend
 from flashsvd.layers import LowRankLinear
@@ -49,15 +49,16 @@ class FusedLayer(PackedModule):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
-        tokens: Tokens | Chunk | None = None,
+        tokens: Tokens | None = None,
         **__: Any,
     ) -> Tensor:
-        """A chunk of packed tokens [n, hidden], overwritten, or a padded batch [batch, length, hidden].
+        """Packed tokens [T, hidden], overwritten by the result, or a padded batch [batch, length, hidden].
 
         Args:
-            tokens: of the chunk, or of the batch; needed for a chunk.
+            tokens: of the batch; needed where `hidden_states` is packed.
         """
-        if isinstance(tokens, Chunk):
+        if hidden_states.ndim == 2:
+            assert tokens is not None
             packed: Tensor = self.block(hidden_states, tokens)
             return packed
         tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens

@@ -69,7 +69,8 @@ class PackedFFN(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             for part in _parts(x, "torch"):
-                self.output(self._plain(part), part)
+                self.output.add(self._plain(part), part)
+            self.output.norm(x)
             return x
         assert self.u1 is not None
         assert self.u2 is not None
@@ -82,7 +83,8 @@ class PackedFFN(Packed):
             lambda name: [self._core(part, name) for part in _parts(p, name)],
         )
         for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
-            self.output(self._core(part, picked), rows)
+            self.output.add(self._core(part, picked), rows)
+        self.output.norm(x)
         return x
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:

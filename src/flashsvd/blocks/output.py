@@ -12,14 +12,14 @@ from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.kernels.fused_ln import fused_ln
 
-LIFT_AND_NORM = Operation("lift + norm", "{} to {}")
+NORM = Operation("norm", "{}")
 
 # How much more work a single product may take than two.
 MORE_WORK = 1.3
 
 
 class PackedOutput(Packed):
-    """a [T, K], residual [T, hidden] -> LayerNorm(a M1 M2 + b + residual) [T, hidden], M1 optional."""
+    """`add`, of as many rows at a time as there are, then `norm` of all of them, both over what they are given."""
 
     m1: Tensor | None
     m2: Tensor
@@ -44,27 +44,26 @@ class PackedOutput(Packed):
         self.keep("norm_bias", norm.bias.detach(), dtype)
         self.eps, self.choices = norm.eps, choices
 
-    def forward(self, a: Tensor, residual: Tensor) -> None:
-        """Writes over `residual`."""
-        if self.m1 is not None:
-            a = a @ self.m1
+    def add(self, a: Tensor, residual: Tensor) -> None:
+        """residual += a M1 M2. The bias is left to the norm, since a product that adds has no place for it."""
+        torch.addmm(residual, a if self.m1 is None else a @ self.m1, self.m2, out=residual)
+
+    def norm(self, x: Tensor) -> None:
+        """x <- LayerNorm(x + b)."""
 
         def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
-            # The product is added to the residual where it is made, which leaves its bias to the norm.
-            total = torch.addmm(residual, a, self.m2, out=out)
             return fused_ln(
-                total,
+                x,
                 None,
                 self.norm_weight,
                 self.norm_bias,
                 eps=self.eps,
                 shift=self.bias,
                 backend=implementation,
-                out=total,
+                out=out,
             )
 
-        inner, hidden = self.m2.shape
-        run(self.choices.pick(LIFT_AND_NORM, (inner, hidden), a, run), residual)
+        run(self.choices.pick(NORM, (x.shape[1],), x, run), x)
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:

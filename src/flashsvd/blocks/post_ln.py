@@ -16,8 +16,12 @@ from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.output import PackedOutput, fewer_launches
 from flashsvd.blocks.qkv import ValueLift, pack_qkv
 from flashsvd.blocks.sdpa import sdpa
-from flashsvd.blocks.tokens import Chunk
+from flashsvd.blocks.tokens import Chunk, Tokens
 from flashsvd.kernels.flash_attn_triton import flash_attention
+
+# Fewer tokens than this do not fill a GPU.
+SMALLEST_CHUNK = 8192
+ROOM = 1.25
 
 ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
 
@@ -52,11 +56,18 @@ class PostLNBlock(nn.Module):
         self.attention_output = PackedOutput(m1, m2, bias, w.attention_norm, w.dtype, choices)
         self.ffn = PackedFFN(w.first, w.second, w.activation, w.ffn_norm, w.dtype, choices)
 
-    def forward(self, hidden: Tensor, tokens: Chunk) -> Tensor:
-        """hidden [n, hidden], overwritten by the result."""
-        self.attention_output(self._attend(hidden, tokens), hidden)
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """hidden [T, hidden], overwritten by the result."""
+        for chunk in tokens.chunks(self._chunk_tokens(hidden)):
+            rows = hidden[chunk.start : chunk.stop]
+            self.attention_output.add(self._attend(rows, chunk), rows)
+        self.attention_output.norm(hidden)
         result: Tensor = self.ffn(hidden)
         return result
+
+    def _chunk_tokens(self, hidden: Tensor) -> int:
+        """As many as keep attention's activations within ROOM times the hidden state's memory."""
+        return max(SMALLEST_CHUNK, int(ROOM * hidden.numel()) // (self.qkv.width + self.qkv.widths[2]))
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""

@@ -70,6 +70,11 @@ class PackedQKV(Packed):
         for name, part in zip(("lift_q", "lift_k", "lift_v"), parts, strict=True):
             self.keep(name, part.matrix if part.u is None else widen(part.matrix, 0), dtype)
 
+    @property
+    def width(self) -> int:
+        """Numbers that a token takes on its way to attention."""
+        return sum(self.widths) + (0 if self.direct else sum(self.ranks))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = torch.addmm(self.bias, x, self.matrix) if self.direct else self._lifted(x)
         q, k, v = (part.view(x.shape[0], self.heads, -1) for part in out.split_with_sizes(self.widths, 1))

@@ -1,8 +1,4 @@
-"""The walk through a stack of fused layers: packed, padded where someone watches, replayed where a graph was taken.
-
-A large batch goes through all layers a chunk of whole sequences at a time. Sequences do not see each other, and what
-exists between two layers' products then exists of a chunk only, much of it in the GPU's cache.
-"""
+"""The walk through a stack of fused layers: packed, padded where someone watches, replayed where a graph was taken."""
 
 from __future__ import annotations
 
@@ -14,11 +10,6 @@ from torch import Tensor, nn
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
 from flashsvd.blocks.tokens import Tokens
-from flashsvd.kernels.launch import multiprocessors
-
-SMALLEST_CHUNK = 8192
-# Rows of a tile of the feed-forward core: a chunk of so many for each multiprocessor keeps all of them busy once.
-TILE_ROWS = 128
 
 
 def run_layers(
@@ -45,9 +36,8 @@ def run_layers(
     hidden = tokens.remove_padding(hidden_states)
 
     def walk(hidden: Tensor, tokens: Tokens) -> None:
-        for chunk in tokens.chunks(chunk_tokens(hidden.device)):
-            for layer in layers:
-                layer(hidden[chunk.start : chunk.stop], tokens=chunk)
+        for layer in layers:
+            layer(hidden, tokens=tokens)
 
     if graphs is not None and graphs.take(hidden, tokens):
         return tokens.restore(graphs.run(walk, hidden, tokens))
@@ -56,8 +46,3 @@ def run_layers(
         hidden = hidden.clone(memory_format=torch.contiguous_format)
     walk(hidden, tokens)
     return tokens.restore(hidden)
-
-
-def chunk_tokens(device: torch.device) -> int:
-    """How many tokens go through the layers at once."""
-    return max(SMALLEST_CHUNK, TILE_ROWS * multiprocessors(device))
