@@ -186,12 +186,14 @@ def flashsvd_rope_attention_reference(
     positions: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch, with Q and K in memory."""
-    place = positions
-    if place is None:
-        # Counted within the sequence; 0 for tokens of none.
-        steps = torch.arange(p_q.shape[0], device=p_q.device)
+    steps = torch.arange(p_q.shape[0], device=p_q.device)
+    if positions is None:
         i_sequence = torch.bucketize(steps, cu_seqlens[1:], right=True).clamp(max=max(0, cu_seqlens.shape[0] - 2))
-        place = (steps - cu_seqlens[i_sequence]) * (steps < cu_seqlens[-1])
+        place = steps - cu_seqlens[i_sequence]
+    else:
+        place = positions
+    # Tokens of no sequence may have any.
+    place = place.where(steps < cu_seqlens[-1], 0)
     cos, sin = cos[place], sin[place]
     q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
     v = p_v.expand(-1, v_k.shape[0], -1)
@@ -464,9 +466,8 @@ def _launch(
     check_out(out, (tokens, heads, rank_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    # Shared activations begin at the same column for every head.
-    pitch_q, pitch_k, pitch_v = (0 if p.shape[1] == 1 else p.shape[2] for p in (p_q, p_k, p_v))
-    p_q, p_k, p_v = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
+    shared_q, shared_k, shared_v = (p.shape[1] == 1 for p in (p_q, p_k, p_v))
+    (p_q, pitch_q), (p_k, pitch_k), (p_v, pitch_v) = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
     b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
     (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
@@ -498,9 +499,9 @@ def _launch(
             rank_q,
             rank_k,
             rank_v,
-            pitch_q,
-            pitch_k,
-            pitch_v,
+            0 if shared_q else pitch_q,
+            0 if shared_k else pitch_k,
+            0 if shared_v else pitch_v,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
