@@ -68,7 +68,7 @@ def test_surplus_tokens_change_nothing(qkv: str) -> None:
     packed = tokens.remove_padding(hidden)
     padded = torch.cat([packed, torch.full((3, 32), 1e3)])
     positions = torch.cat([tokens.positions, torch.zeros(3, dtype=torch.int32)])
-    captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, ())
+    captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, (), False)
     with torch.inference_mode():
         for layer in model.encoder.layer:
             packed, padded = layer(packed, tokens=tokens), layer(padded, tokens=captured, inplace=True)

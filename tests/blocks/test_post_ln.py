@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd.blocks import ffn, post_ln
+from flashsvd.blocks import chunks
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
@@ -84,7 +84,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
     whole = block(hidden, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
-    monkeypatch.setattr(ffn, "MATERIALISED_TOKENS", most)
+    monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", most)
     block.qkv.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     torch.testing.assert_close(block(hidden, tokens), whole, rtol=1e-12, atol=1e-12)
     assert sum(sizes) == tokens.count
@@ -93,7 +93,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
 
 def test_chunks_keep_what_attends_within_five_quarters_of_the_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
     block = build_block()
-    monkeypatch.setattr(post_ln, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1)
     hidden = random(1000, HIDDEN)
     # Q, K, V and their rank space; what attention makes of them; the output's rank space.
     width = 3 * HIDDEN + 2 * 8 + HIDDEN + 8

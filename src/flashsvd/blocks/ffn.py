@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.chunks import materialised_parts
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.output import PackedOutput
 from flashsvd.kernels.activations import ACTIVATIONS
@@ -18,9 +19,6 @@ from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
-
-# Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
-MATERIALISED_TOKENS = 8192
 
 
 class PackedFFN(Packed):
@@ -66,7 +64,7 @@ class PackedFFN(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
-            for part in _parts(x, "torch"):
+            for part in materialised_parts(x, "torch"):
                 self.output(self._plain(part), part, part)
             return x
         assert self.u1 is not None
@@ -77,9 +75,9 @@ class PackedFFN(Packed):
             "ffn core",
             f"{r1} to {inner} to {r2}",
             p,
-            lambda name: [self._core(part, name) for part in _parts(p, name)],
+            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
         )
-        for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
+        for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
             self.output(self._core(part, picked), rows, rows)
         return x
 
@@ -95,12 +93,6 @@ class PackedFFN(Packed):
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         h = act(torch.addmm(self.b1, x, self.w1.T))
         return h if self.u2 is None else h @ self.u2
-
-
-def _parts(x: Tensor, implementation: Implementation) -> list[Tensor]:
-    """The kernel's core holds no activation in memory, so it takes all tokens at once."""
-    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
-    return [x[start : start + step] for start in range(0, len(x), step)]
 
 
 def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:

@@ -1,27 +1,18 @@
-"""The last product of a post-LN sublayer, with everything after it: LayerNorm(a M + b + residual).
-
-M is one matrix, or a thin and a wide one: of a low-rank layer whichever takes fewer launches for about as much work.
-"""
+"""The last product of a post-LN sublayer, with everything after it: LayerNorm(a M + b + residual)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.residual import PackedResidual
 from flashsvd.kernels.fused_ln import fused_ln
 
-# How much more work a single product may take than two.
-MORE_WORK = 1.3
 
-
-class PackedOutput(Packed):
+class PackedOutput(PackedResidual):
     """a [T, K], residual [T, hidden] -> LayerNorm(a M1 M2 + b + residual) [T, hidden], M1 optional."""
 
-    m1: Tensor | None
-    m2: Tensor
-    bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
 
@@ -34,23 +25,14 @@ class PackedOutput(Packed):
         dtype: torch.dtype,
         choices: Choices,
     ) -> None:
-        super().__init__()
-        self.keep("m1", m1 if m1 is None else widen(m1, 1), dtype)
-        self.keep("m2", m2 if m1 is None else widen(m2, 0), dtype)
-        self.keep("bias", bias, dtype)
+        super().__init__(m1, m2, bias, dtype)
         self.keep("norm_weight", norm.weight.detach(), dtype)
         self.keep("norm_bias", norm.bias.detach(), dtype)
         self.eps, self.choices = norm.eps, choices
 
-    @property
-    def width(self) -> int:
-        """Numbers that a token takes between the two products."""
-        return 0 if self.m1 is None else self.m1.shape[1]
-
     def forward(self, a: Tensor, residual: Tensor, out: Tensor) -> Tensor:
         """Writes into `out`, which may be `residual`."""
-        if self.m1 is not None:
-            a = a @ self.m1
+        a = self.thin(a)
 
         def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
             # The product is added to the residual where it is made, which leaves its bias to the norm.
@@ -68,9 +50,3 @@ class PackedOutput(Packed):
 
         inner, hidden = self.m2.shape
         return run(self.choices.pick("lift + norm", f"{inner} to {hidden}", a, run), out)
-
-
-def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:
-    """M1 [K, r] and M2 [r, hidden] as they are, or as one matrix where that takes hardly more work."""
-    apart, together = m1.numel() + m2.numel(), m1.shape[0] * m2.shape[1]
-    return (None, m1 @ m2) if together <= MORE_WORK * apart else (m1, m2)

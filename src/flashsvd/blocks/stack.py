@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.tokens import Tokens
+
+
+class FusedStack(PackedModule):
+    """Mixed into the class of a module that walks through fused layers."""
+
+    graphs: Graphs | None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Captured graphs read the weights where they were.
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def run_layers(
@@ -17,6 +31,7 @@ def run_layers(
     tokens: Tokens,
     *,
     padded: bool = False,
+    owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros at padding.
@@ -24,6 +39,7 @@ def run_layers(
     Args:
         padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        owned: whether the hidden states may be overwritten.
     """
     layers = list(layers)
     if padded or any_foreign_hooks(layers):
@@ -34,7 +50,7 @@ def run_layers(
         return hidden_states.new_zeros(hidden_states.shape)
     hidden = tokens.remove_padding(hidden_states).contiguous()
     # The first layer's input is the caller's, unless padding was taken out of it; any later one is ours to overwrite.
-    owned = tokens.indices is not None
+    owned = owned or tokens.indices is not None
 
     def forward(hidden: Tensor, tokens: Tokens, owned: bool) -> Tensor:
         for layer in layers:
