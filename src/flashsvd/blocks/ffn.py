@@ -10,19 +10,17 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
+from flashsvd.blocks.chunks import materialised_parts
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.output import PackedOutput
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
-CORE = Operation("ffn core", "{} to {} to {}")
-
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
-# Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
-MATERIALISED_TOKENS = 8192
+CORE = Operation("ffn core", "{} to {} to {}")
 
 
 class PackedFFN(Packed):
@@ -68,7 +66,7 @@ class PackedFFN(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
-            for part in _parts(x, "torch"):
+            for part in materialised_parts(x, "torch"):
                 self.output.add(self._plain(part), part)
             self.output.norm(x)
             return x
@@ -80,9 +78,9 @@ class PackedFFN(Packed):
             CORE,
             (r1, inner, r2),
             p,
-            lambda name: [self._core(part, name) for part in _parts(p, name)],
+            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
         )
-        for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
+        for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
             self.output.add(self._core(part, picked), rows)
         self.output.norm(x)
         return x
@@ -99,12 +97,6 @@ class PackedFFN(Packed):
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         h = act(torch.addmm(self.b1, x, self.w1.T))
         return h if self.u2 is None else h @ self.u2
-
-
-def _parts(x: Tensor, implementation: Implementation) -> list[Tensor]:
-    """The kernel's core holds no activation in memory, so it takes all tokens at once."""
-    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
-    return [x[start : start + step] for start in range(0, len(x), step)]
 
 
 def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:

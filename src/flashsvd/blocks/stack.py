@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.tokens import Tokens
+
+CONTIGUOUS = torch.contiguous_format
+
+
+class FusedStack(PackedModule):
+    """Mixed into the class of a module that walks through fused layers."""
+
+    graphs: Graphs | None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Captured graphs read the weights where they were.
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def run_layers(
@@ -18,6 +34,7 @@ def run_layers(
     tokens: Tokens,
     *,
     padded: bool = False,
+    owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros at padding.
@@ -25,6 +42,7 @@ def run_layers(
     Args:
         padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        owned: whether the hidden states may be overwritten.
     """
     layers = list(layers)
     if padded or any_foreign_hooks(layers):
@@ -41,8 +59,7 @@ def run_layers(
 
     if graphs is not None and graphs.take(hidden, tokens):
         return tokens.restore(graphs.run(walk, hidden, tokens))
-    if tokens.indices is None:
-        # It is the caller's, and the layers work in place.
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    # Without padding to take out it is the caller's yet, and the layers work in place.
+    hidden = hidden.contiguous() if owned or tokens.indices is not None else hidden.clone(memory_format=CONTIGUOUS)
     walk(hidden, tokens)
     return tokens.restore(hidden)
