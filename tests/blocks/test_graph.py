@@ -18,7 +18,12 @@ from flashsvd.errors import BackendError
 
 def test_token_counts_are_rounded_up_to_few_sizes() -> None:
     assert [round_up(tokens) for tokens in (1, 64, 65, 1024, 1025, 1536, 1537)] == [64, 64, 128, 1024, 1536, 1536, 2048]
-    assert round_up(MOST_TOKENS) == MOST_TOKENS
+    assert [round_up(tokens) for tokens in (16_000, 16_385, 20_000, MOST_TOKENS)] == [
+        16_384,
+        18_432,
+        20_480,
+        MOST_TOKENS,
+    ]
 
 
 def test_batches_of_one_shape_share_a_graph() -> None:
@@ -30,6 +35,18 @@ def test_batches_of_one_shape_share_a_graph() -> None:
 
     assert shape([20, 33]) == shape([22, 40]) == shape([34, 1])
     assert len({shape([20, 33]), shape([20, 16]), shape([20, 33, 1]), shape([40, 40])}) == 4
+
+
+def test_graphs_of_about_one_size_read_from_the_same_memory() -> None:
+    def shape(tokens: int, dtype: torch.dtype = torch.float32) -> Shape:
+        return Shape(tokens, 2, 16, False, True, 16, dtype, torch.device("cpu"))
+
+    graphs = Graphs()
+    assert graphs._input(shape(1536), 8).shape == (1536, 8)
+    places = {graphs._input(shape(tokens), 8).data_ptr() for tokens in (1536, 2048)}
+    assert len(places) == 1
+    assert graphs._input(shape(512), 8).data_ptr() not in places
+    assert graphs._input(shape(2048, torch.float16), 8).dtype == torch.float16
 
 
 def test_a_model_that_was_moved_off_the_gpu_says_so() -> None:
@@ -66,10 +83,11 @@ def test_surplus_tokens_change_nothing(qkv: str) -> None:
     hidden = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
     tokens = Tokens.of(hidden, mask)
     packed = tokens.remove_padding(hidden)
-    padded = torch.cat([packed, torch.full((3, 32), 1e3)])
+    padded = torch.cat([packed, torch.full((3, 32), torch.nan)])
     positions = torch.cat([tokens.positions, torch.zeros(3, dtype=torch.int32)])
     captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, (), False)
     with torch.inference_mode():
         for layer in model.encoder.layer:
-            packed, padded = layer(packed, tokens=tokens), layer(padded, tokens=captured, inplace=True)
+            layer(packed, tokens=tokens)
+            layer(padded, tokens=captured)
     torch.testing.assert_close(padded[:8], packed, rtol=1e-5, atol=1e-5)

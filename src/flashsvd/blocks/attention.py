@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashsvd.blocks.choice import Choices, Implementation, bucket
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.sdpa import sdpa
 from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.launch import use_triton
+
+ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
 
 
 def attend(
@@ -21,7 +23,7 @@ def attend(
     """
     window = chunk.window(window)
 
-    def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
+    def run(implementation: Implementation) -> Tensor:
         if implementation == "torch":
             return sdpa(q, k, v, chunk, scale, window)
         return flash_attention(
@@ -34,20 +36,13 @@ def attend(
             window=window,
             positions=None if window is None else chunk.explicit_positions,
             backend="triton",
-            out=out,
         )
 
     # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
     if not chunk.lengths:
-        return run("triton", context_of_surplus(q, v.shape[2]))
+        return run("triton")
     # SDPA takes a window as a mask of all pairs, which no fast kernel of it does, and which may be too large to try.
     if window is not None and choices.backend == "auto" and use_triton("auto", q):
         return run("triton")
-    heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-    shape = f"{heads} heads of {width} and {value_width}, sequences up to {bucket(chunk.max_seqlen)}"
-    return run(choices.pick("attention", shape, q, run))
-
-
-def context_of_surplus(q: Tensor, value_width: int) -> Tensor:
-    """Where attention may write: zeros, since the kernel leaves out tokens of no sequence."""
-    return q.new_zeros(*q.shape[:2], value_width)
+    sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
+    return run(choices.pick(ATTENTION, sizes, q, run))

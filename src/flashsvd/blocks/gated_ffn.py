@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.chunks import chunk_tokens, equal_parts, materialised_parts
 from flashsvd.blocks.factors import Dense, Joint, present
 from flashsvd.blocks.ffn import Activation, why_not_fused
@@ -19,6 +19,8 @@ from flashsvd.blocks.residual import PackedResidual
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.launch import Backend
+
+CORE = Operation("gated ffn core", "{} and {} to {} to {}")
 
 
 class PackedGatedFFN(Packed):
@@ -69,7 +71,7 @@ class PackedGatedFFN(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             for rows in materialised_parts(x, "torch"):
-                self.output(self._plain(self.norm(rows)), rows, rows)
+                self.output(self._plain(self.norm(rows)), rows)
             return x
         assert self.u2 is not None
         # Meanwhile a token takes its norm, its two ranks, and the second layer's.
@@ -78,15 +80,15 @@ class PackedGatedFFN(Packed):
             p = self.norm(rows) @ self.u
             picked = self._pick(p)
             for part, target in zip(materialised_parts(p, picked), materialised_parts(rows, picked), strict=True):
-                self.output(self._core(part, picked), target, target)
+                self.output(self._core(part, picked), target)
         return x
 
     def _pick(self, p: Tensor) -> Implementation:
         assert self.u2 is not None
         (inner, r2), r_a, r_g = self.u2.shape, self.v_a.shape[1], self.v_g.shape[1]
         return self.choices.pick(
-            "gated ffn core",
-            f"{r_a} and {r_g} to {inner} to {r2}",
+            CORE,
+            (r_a, r_g, inner, r2),
             p,
             lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
         )

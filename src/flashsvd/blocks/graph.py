@@ -18,8 +18,8 @@ from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import why_not_triton
 
-# hidden [T, hidden], tokens, whether hidden may be overwritten -> [T, hidden]
-Forward = Callable[[Tensor, Tokens, bool], Tensor]
+# hidden [T, hidden], tokens; works in place
+Forward = Callable[[Tensor, Tokens], None]
 
 # Beyond, a GPU is kept busy without graphs, which would hold the memory of a second batch.
 MOST_TOKENS = 65_536
@@ -63,6 +63,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Shape, _Captured] = {}
+        self._inputs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._pool: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
@@ -75,6 +76,7 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
+        self._inputs.clear()
         self._pool = None
 
     def take(self, hidden: Tensor, tokens: Tokens) -> bool:
@@ -91,24 +93,38 @@ class Graphs:
         return Shape.of(hidden, tokens) in self._captured or len(self._captured) < MOST_GRAPHS
 
     def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """What `forward` would return, replayed; captured first where this is the first batch of its shape."""
+        """What `forward` would make of `hidden`, replayed; captured first at the first batch of its shape."""
         shape = Shape.of(hidden, tokens)
         if shape not in self._captured:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._captured[shape] = _Captured(shape, forward, hidden, tokens, self._pool)
+            own = self._input(shape, hidden.shape[1])
+            self._captured[shape] = _Captured(shape, forward, own, hidden, tokens, self._pool)
         return self._captured[shape].replay(hidden, tokens)
+
+    def _input(self, shape: Shape, width: int) -> Tensor:
+        """Where the graphs of a shape, and those of about its size, read their batch from."""
+        rows = bucket(shape.tokens)
+        key = (rows, shape.dtype, shape.device)
+        # It may then be written to both inside inference mode and outside.
+        with torch.inference_mode(False), torch.no_grad():
+            if key not in self._inputs:
+                self._inputs[key] = torch.zeros(rows, width, dtype=shape.dtype, device=shape.device)
+            return self._inputs[key][: shape.tokens]
 
 
 class _Captured:
-    """One graph, the memory it reads its batch from, and the one it leaves its result in."""
+    """One graph, the memory that it reads its batch from, and leaves its result in.
 
-    def __init__(self, shape: Shape, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
-        # Buffers that may be written to both inside inference mode and outside.
-        with torch.inference_mode(False), torch.no_grad():
-            self._hidden = torch.zeros(shape.tokens, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    Args:
+        own: [shape.tokens, hidden], the memory to read hidden states from; the graph writes over it.
+        hidden, tokens: a batch of the shape.
+    """
+
+    def __init__(self, shape: Shape, forward: Forward, own: Tensor, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
+        self._hidden, self._full = own, shape.full
+        with torch.inference_mode(False):
             self._tokens = tokens if shape.full else _places(shape)
-        self._full = shape.full
         self._capture(forward, hidden, tokens, pool)
 
     def _capture(self, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
@@ -118,17 +134,17 @@ class _Captured:
         with torch.cuda.stream(side):
             for _ in range(WARMUP_RUNS):
                 self._load(hidden, tokens)
-                forward(self._hidden, self._tokens, True)
+                forward(self._hidden, self._tokens)
         torch.cuda.current_stream(hidden.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._result = forward(self._hidden, self._tokens, True)
+            forward(self._hidden, self._tokens)
 
     def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         self._load(hidden, tokens)
         self._graph.replay()
         # A copy, since the next replay writes over it.
-        return self._result[: tokens.count].clone()
+        return self._hidden[: tokens.count].clone()
 
     def _load(self, hidden: Tensor, tokens: Tokens) -> None:
         self._hidden[: tokens.count].copy_(hidden)
@@ -147,5 +163,5 @@ def _places(shape: Shape) -> Tokens:
 
 def round_up(tokens: int) -> int:
     """The number of tokens of the graph that a batch of so many runs in."""
-    step = 64 if tokens <= 1024 else 512
+    step = 64 if tokens <= 1024 else 512 if tokens <= 16_384 else 2048
     return -(-tokens // step) * step

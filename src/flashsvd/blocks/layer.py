@@ -14,12 +14,8 @@ from flashsvd.blocks.tokens import Tokens
 class Block(Protocol):
     """What a layer computes."""
 
-    def __call__(self, hidden: Tensor, tokens: Tokens, *, inplace: bool = False) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden].
-
-        Args:
-            inplace: whether `hidden` may be overwritten by the result.
-        """
+    def __call__(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """hidden [T, hidden], overwritten by the result."""
 
 
 class FusedLayer(PackedModule):
@@ -33,18 +29,16 @@ class FusedLayer(PackedModule):
         attention_mask: Tensor | None = None,
         *_: Any,
         tokens: Tokens | None = None,
-        inplace: bool = False,
         **__: Any,
     ) -> Tensor:
-        """Packed tokens [T, hidden] in and out, or a padded batch [batch, length, hidden].
+        """Packed tokens [T, hidden], overwritten by the result, or a padded batch [batch, length, hidden].
 
         Args:
             tokens: of the batch; needed where `hidden_states` is packed.
-            inplace: whether packed `hidden_states` may be overwritten.
         """
         block: Block = self.block
         if hidden_states.ndim == 2:
             assert tokens is not None
-            return block(hidden_states, tokens, inplace=inplace)
+            return block(hidden_states, tokens)
         tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
         return run_layers([self.block], hidden_states, tokens)

@@ -62,21 +62,15 @@ class PreLNBlock(nn.Module):
         norm = PackedNorm(w.ffn_norm, w.dtype, choices)
         self.ffn = PackedGatedFFN(norm, w.activated, w.gate, w.second, w.activation, w.dtype, choices)
 
-    def forward(self, hidden: Tensor, tokens: Tokens, *, inplace: bool = False) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden].
-
-        Args:
-            inplace: whether `hidden` may be overwritten by the result.
-        """
-        out = hidden if inplace else torch.empty_like(hidden)
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """hidden [T, hidden], overwritten by the result."""
         for chunk in tokens.chunks(self._chunk_tokens(hidden)):
-            rows = slice(chunk.start, chunk.stop)
-            x = hidden[rows]
-            n = x if self.attention_norm is None else self.attention_norm(x)
-            self.attention_output(self.attention(n, chunk), x, out[rows])
-        result: Tensor = self.ffn(out)
+            rows = hidden[chunk.start : chunk.stop]
+            n = rows if self.attention_norm is None else self.attention_norm(rows)
+            self.attention_output(self.attention(n, chunk), rows)
+        result: Tensor = self.ffn(hidden)
         return result
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
         normed = 0 if self.attention_norm is None else hidden.shape[1]
-        return chunk_tokens(hidden, normed + self.attention.width + self.attention_output.width)
+        return chunk_tokens(hidden, normed + self.attention.width)

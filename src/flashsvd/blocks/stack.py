@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.graph import Graphs
@@ -48,16 +49,16 @@ def run_layers(
         return hidden_states
     if tokens.count == 0:
         return hidden_states.new_zeros(hidden_states.shape)
-    hidden = tokens.remove_padding(hidden_states).contiguous()
-    # The first layer's input is the caller's, unless padding was taken out of it; any later one is ours to overwrite.
-    owned = owned or tokens.indices is not None
+    hidden = tokens.remove_padding(hidden_states)
 
-    def forward(hidden: Tensor, tokens: Tokens, owned: bool) -> Tensor:
+    def walk(hidden: Tensor, tokens: Tokens) -> None:
         for layer in layers:
-            hidden = layer(hidden, tokens=tokens, inplace=owned)
-            owned = True
-        return hidden
+            layer(hidden, tokens=tokens)
 
     if graphs is not None and graphs.take(hidden, tokens):
-        return tokens.restore(graphs.run(forward, hidden, tokens))
-    return tokens.restore(forward(hidden, tokens, owned))
+        return tokens.restore(graphs.run(walk, hidden, tokens))
+    if tokens.indices is None and not (owned and hidden.is_contiguous()):
+        # It is the caller's, and the layers work in place.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    walk(hidden, tokens)
+    return tokens.restore(hidden)

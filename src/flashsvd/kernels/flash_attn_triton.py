@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend, aligned, descriptor, multiprocessors, precision, rank_tiles, use_triton
+from flashsvd.kernels.launch import (
+    ALIGNMENT,
+    Backend,
+    aligned,
+    descriptor,
+    multiprocessors,
+    precision,
+    rank_tiles,
+    use_triton,
+)
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -230,8 +239,8 @@ def _scores_and_step(
     end,
     j,
     i_kv,
-    width_k,
-    width_v,
+    pitch_k,
+    pitch_v,
     qk_scale,
     window,
     COLUMNS: tl.constexpr,
@@ -245,13 +254,13 @@ def _scores_and_step(
     PRECISION: tl.constexpr,
 ):
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
-    k0 = k0_desc.load([start + first, i_kv * width_k])
+    k0 = k0_desc.load([start + first, i_kv * pitch_k])
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if K1 > 0:
-        k1 = k1_desc.load([start + first, i_kv * width_k + K0])
+        k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
-    v0 = v0_desc.load([start + first, i_kv * width_v])
-    v1 = v1_desc.load([start + first, i_kv * width_v + V0]) if V1 > 0 else v0
+    v0 = v0_desc.load([start + first, i_kv * pitch_v])
+    v1 = v1_desc.load([start + first, i_kv * pitch_v + V0]) if V1 > 0 else v0
     return attention_step(
         s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
     )
@@ -271,7 +280,8 @@ def _attention(
     row_tiles,
     heads,
     group,
-    width_k,
+    pitch_k,
+    pitch_v,
     width_v,
     out_token,
     out_head,
@@ -298,12 +308,12 @@ def _attention(
         return
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
     # Columns beyond the head's are its neighbour's; zeros in Q take them out of the scores.
-    q0 = q0_desc.load([start + i_row, i_head * width_k])
+    q0 = q0_desc.load([start + i_row, i_head * pitch_k])
     if K1 == 0:
-        q0 = tl.where((tl.arange(0, K0) < width_k)[None, :], q0, 0.0)
+        q0 = tl.where((tl.arange(0, K0) < pitch_k)[None, :], q0, 0.0)
     if K1 > 0:
-        q1 = q1_desc.load([start + i_row, i_head * width_k + K0])
-        q1 = tl.where((K0 + tl.arange(0, K1) < width_k)[None, :], q1, 0.0)
+        q1 = q1_desc.load([start + i_row, i_head * pitch_k + K0])
+        q1 = tl.where((K0 + tl.arange(0, K1) < pitch_k)[None, :], q1, 0.0)
     else:
         q1 = q0
     o_row = i_row + tl.arange(0, ROWS)
@@ -318,12 +328,12 @@ def _attention(
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
-            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
             q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
-            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     m_row = (o_row < length)[:, None]
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
@@ -356,9 +366,16 @@ def width_tiles(width: int) -> tuple[int, int]:
     return (max(16, 1 << (width - 1).bit_length()), 0) if width <= 64 else rank_tiles(width)
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """The heads [T, H, D] as columns of one matrix [T, H D], which a descriptor can describe."""
-    return aligned(x.flatten(1))
+def side_by_side(x: Tensor) -> tuple[Tensor, int]:
+    """The heads [T, H, D] as columns of one matrix that a descriptor can describe, and how many each takes.
+
+    That is D, or slightly more, zeros, where a head would begin at an address that no tile may begin at.
+    """
+    step = ALIGNMENT // x.element_size()
+    missing = -x.shape[2] % step if x.shape[1] > 1 else 0
+    if missing:
+        x = F.pad(x, (0, missing))
+    return aligned(x.flatten(1)), x.shape[2]
 
 
 def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
@@ -387,7 +404,7 @@ def _launch(
     check_out(out, (tokens, heads, width_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)
+    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(q), side_by_side(k), side_by_side(v)
     (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
 
@@ -406,7 +423,8 @@ def _launch(
             row_tiles,
             heads,
             group,
-            width_k,
+            pitch_k,
+            pitch_v,
             width_v,
             out.stride(0),
             out.stride(1),

@@ -11,9 +11,8 @@ R turns each pair of numbers (x_i, x_{i + D/2}) of a head by an angle that grows
 
 It lies between the two lifts, so they do not fold into one matrix as in `flashsvdattn`. Neither Q nor K is ever in
 memory: one program lifts and rotates its tile of queries once, keeps its head's V_k on chip, and lifts and rotates the
-keys a tile at a time. The halves of K are products with the two column halves of V_k, so that no number has to change
-its place, and the scores are Q_1 K_1^T + Q_2 K_2^T. Values stay in rank space; V_v is left to the output projection.
-In the joint layout the heads share one rank-space activation, P [T, 1, r].
+keys a tile at a time. Values stay in rank space; V_v is left to the output projection. In the joint layout the heads
+share one rank-space activation, P [T, 1, r].
 """
 
 from __future__ import annotations
@@ -39,13 +38,18 @@ from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
 CANDIDATES = (
-    Tiles(128, 64, warps=8, stages=2),
-    Tiles(128, 32, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=2),
-    Tiles(64, 32, warps=4, stages=2),
     Tiles(64, 64, warps=4, stages=3),
+    Tiles(64, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=3),
+    Tiles(128, 128, warps=8, stages=2),
 )
 HEAD_DIMS = (32, 64, 128)
+# Of queries and keys, whose lifts of a head stay on chip.
+LARGEST_LIFTED_RANK = 256
+# What a program may take, in bytes, less some for barriers.
+HOPPER_SHARED_MEMORY = 226 * 1024
 
 
 def flashsvd_rope_attention(
@@ -72,7 +76,7 @@ def flashsvd_rope_attention(
 
     Args:
         p_q: rank-space queries, [T, H, r_q], or [T, 1, r_q] where the heads share them.
-        v_q: lift of the queries, [H, r_q, D]; D is 32, 64 or 128.
+        v_q: lift of the queries, [H, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256.
         p_k: rank-space keys, [T, H_kv, r_k] or [T, 1, r_k], H a multiple of H_kv.
         v_k: lift of the keys, [H_kv, r_k, D].
         p_v: rank-space values, [T, H_kv, r_v] or [T, 1, r_v].
@@ -103,8 +107,7 @@ def flashsvd_rope_attention(
             scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions,
         )  # fmt: skip
         return result if out is None else out.copy_(result)
-    if v_q.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"the kernel takes heads of {HEAD_DIMS}, not {v_q.shape[2]}; use backend torch")
+    check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]))
     if out is None and torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.rope_attention(
             p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions
@@ -155,6 +158,17 @@ def check_rope_attention(
     check_sequences(cu_seqlens, scale, window)
 
 
+def check_fits(head_dim: int, rank: int) -> None:
+    """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
+    if rank > LARGEST_LIFTED_RANK:
+        raise ValueError(
+            f"rank {rank} of queries or keys is above {LARGEST_LIFTED_RANK}, the largest whose lift stays on chip; "
+            f"use backend torch"
+        )
+
+
 def flashsvd_rope_attention_reference(
     p_q: Tensor,
     v_q: Tensor,
@@ -173,12 +187,14 @@ def flashsvd_rope_attention_reference(
     positions: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch, with Q and K in memory."""
-    place = positions
-    if place is None:
-        # Counted within the sequence; 0 for tokens of none.
-        steps = torch.arange(p_q.shape[0], device=p_q.device)
+    steps = torch.arange(p_q.shape[0], device=p_q.device)
+    if positions is None:
         i_sequence = torch.bucketize(steps, cu_seqlens[1:], right=True).clamp(max=max(0, cu_seqlens.shape[0] - 2))
-        place = (steps - cu_seqlens[i_sequence]) * (steps < cu_seqlens[-1])
+        place = steps - cu_seqlens[i_sequence]
+    else:
+        place = positions
+    # Tokens of no sequence may have any.
+    place = place.where(steps < cu_seqlens[-1], 0)
     cos, sin = cos[place], sin[place]
     q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
     v = p_v.expand(-1, v_k.shape[0], -1)
@@ -400,14 +416,22 @@ def _rope_attention(
         tl.store(p_out + o_rank, (acc1 * scale).to(out_type), mask=m_row[:, None] & (o_rank < rank_v))
 
 
-def default_tiles(p: Tensor, widest: int, max_seqlen: int) -> Tiles:
-    """The table, by the widest of the ranks and the head: what fits into shared memory and registers."""
-    rows = max(16, min(128, 1 << (max_seqlen - 1).bit_length()))
+def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: int, max_seqlen: int) -> Tiles:
+    """The table: what fits into shared memory and registers; `widest` is the largest of the ranks and the head."""
+    rows = max(16, min(64, 1 << (max_seqlen - 1).bit_length()))
     if p.dtype == torch.float32:
-        return Tiles(min(rows, 32), 32 if widest <= 128 else 16, warps=4, stages=1)
+        return Tiles(min(rows, 32), 32, warps=8, stages=1) if widest <= 128 else Tiles(16, 16, warps=8, stages=1)
     if generation(p.device) == "hopper":
-        return Tiles(min(rows, 64), 64, warps=4, stages=2)
-    return Tiles(min(rows, 64), 32, warps=4, stages=2 if widest <= 128 else 1)
+        # Fewer columns would not fill the tensor cores' instruction when keys are lifted.
+        columns = 32 if rows <= 32 else 64
+        kept = rank_k * head_dim + 3 * columns * head_dim
+        stages = 2 if 2 * (kept + 2 * columns * (rank_k + rank_v)) <= HOPPER_SHARED_MEMORY else 1
+        return Tiles(rows, columns, warps=4 if widest <= 192 else 8, stages=stages)
+    if widest <= 64:
+        return Tiles(rows, 32, warps=4, stages=2)
+    if widest <= 192:
+        return Tiles(rows if widest <= 128 else min(rows, 32), 32, warps=8, stages=1)
+    return Tiles(rows, 16, warps=8, stages=1)
 
 
 def _launch(
@@ -435,9 +459,8 @@ def _launch(
     check_out(out, (tokens, heads, rank_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    # Shared activations begin at the same column for every head.
-    pitch_q, pitch_k, pitch_v = (0 if p.shape[1] == 1 else p.shape[2] for p in (p_q, p_k, p_v))
-    p_q, p_k, p_v = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
+    shared_q, shared_k, shared_v = (p.shape[1] == 1 for p in (p_q, p_k, p_v))
+    (p_q, pitch_q), (p_k, pitch_k), (p_v, pitch_v) = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
     b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
     (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
@@ -469,9 +492,9 @@ def _launch(
             rank_q,
             rank_k,
             rank_v,
-            pitch_q,
-            pitch_k,
-            pitch_v,
+            0 if shared_q else pitch_q,
+            0 if shared_k else pitch_k,
+            0 if shared_v else pitch_v,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
@@ -497,8 +520,11 @@ def _launch(
 
     shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, kv_heads, head_dim, rank_q, rank_k, rank_v)
     key = ("rope_attention", p_q.dtype, *shape, window)
-    widest = max(rank_q, rank_k, rank_v, head_dim)
-    return run(choose(tiles, lambda: default_tiles(p_q, widest, max_seqlen), CANDIDATES, key, run, p_q.device))
+
+    def table() -> Tiles:
+        return default_tiles(p_q, head_dim, k0 + k1, v0 + v1, max(q0 + q1, k0 + k1, v0 + v1, head_dim), max_seqlen)
+
+    return run(choose(tiles, table, CANDIDATES, key, run, p_q.device))
 
 
 @torch.library.custom_op("flashsvd::rope_attention", mutates_args=())

@@ -133,7 +133,9 @@ def _fused_ln(
     SHIFT: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # From the last row to the first: the product before wrote the last rows last, and they are in the cache yet; the
+    # product after reads the first rows first.
+    o_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     o_column = tl.arange(0, BLOCK)
     m_column = o_column < size
     mask = (o_row < tokens)[:, None] & m_column[None, :]
