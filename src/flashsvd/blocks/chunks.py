@@ -8,13 +8,14 @@ from flashsvd.blocks.choice import Implementation
 
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192
+ROOM = 1.25
 # Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
 MATERIALISED_TOKENS = 8192
 
 
 def chunk_tokens(hidden: Tensor, width: int) -> int:
-    """As many tokens as keep `width` numbers of each within 5/4 of the hidden state's memory: few, long launches."""
-    return max(SMALLEST_CHUNK, hidden.numel() * 5 // (4 * width))
+    """As many as keep `width` numbers of each within ROOM times the hidden state's memory: few, long launches."""
+    return max(SMALLEST_CHUNK, int(ROOM * hidden.numel()) // width)
 
 
 def equal_parts(x: Tensor, most: int) -> list[Tensor]:

@@ -12,15 +12,16 @@ from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.chunks import materialised_parts
 from flashsvd.blocks.factors import Dense, Joint
-from flashsvd.blocks.output import PackedOutput
+from flashsvd.blocks.norm import PackedNorm
+from flashsvd.blocks.residual import PackedResidual
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
+CORE = Operation("ffn core", "{} to {} to {}")
+
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
-
-CORE = Operation("ffn core", "{} to {} to {}")
 
 
 class PackedFFN(Packed):
@@ -62,13 +63,14 @@ class PackedFFN(Packed):
         self.keep("b1", first.bias, dtype)
         self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
         matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
-        self.output = PackedOutput(None, matrix, second.bias, norm, dtype, choices)
+        self.output = PackedResidual(None, matrix, None, dtype)
+        self.norm = PackedNorm(norm, dtype, choices, shift=second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
             for part in materialised_parts(x, "torch"):
-                self.output.add(self._plain(part), part)
-            self.output.norm(x)
+                self.output(self._plain(part), part)
+            self.norm(x, out=x)
             return x
         assert self.u1 is not None
         assert self.u2 is not None
@@ -81,8 +83,8 @@ class PackedFFN(Packed):
             lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
         )
         for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
-            self.output.add(self._core(part, picked), rows)
-        self.output.norm(x)
+            self.output(self._core(part, picked), rows)
+        self.norm(x, out=x)
         return x
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:

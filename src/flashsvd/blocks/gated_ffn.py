@@ -20,7 +20,7 @@ from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.launch import Backend
 
-GATED_CORE = Operation("gated ffn core", "{} and {} to {} to {}")
+CORE = Operation("gated ffn core", "{} and {} to {} to {}")
 
 
 class PackedGatedFFN(Packed):
@@ -87,7 +87,7 @@ class PackedGatedFFN(Packed):
         assert self.u2 is not None
         (inner, r2), r_a, r_g = self.u2.shape, self.v_a.shape[1], self.v_g.shape[1]
         return self.choices.pick(
-            GATED_CORE,
+            CORE,
             (r_a, r_g, inner, r2),
             p,
             lambda name: [self._core(part, name) for part in materialised_parts(p, name)],

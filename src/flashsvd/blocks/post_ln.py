@@ -1,9 +1,6 @@
 """The fused block of a post-LN layer: attention and feed-forward network on packed tokens.
 
-    x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
-
-Attention takes whole sequences a chunk at a time, since queries, keys and values take more memory than all else.
-Everything after it takes all tokens at once, in few launches.
+x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
 """
 
 from __future__ import annotations
@@ -19,8 +16,9 @@ from flashsvd.blocks.chunks import chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.fold import fold_output
-from flashsvd.blocks.output import PackedOutput
+from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.qkv import pack_qkv
+from flashsvd.blocks.residual import PackedResidual
 from flashsvd.blocks.tokens import Chunk, Tokens
 
 
@@ -51,21 +49,22 @@ class PostLNBlock(nn.Module):
         self.scale, self.choices = w.scale, choices
         self.qkv, lift = pack_qkv(w.q, w.k, w.v, w.heads, w.dtype)
         m1, m2, bias = fold_output(lift, w.o, w.heads)
-        self.attention_output = PackedOutput(m1, m2, bias, w.attention_norm, w.dtype, choices)
+        self.attention_output = PackedResidual(m1, m2, None, w.dtype)
+        self.attention_norm = PackedNorm(w.attention_norm, w.dtype, choices, shift=bias)
         self.ffn = PackedFFN(w.first, w.second, w.activation, w.ffn_norm, w.dtype, choices)
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """hidden [T, hidden], overwritten by the result."""
         for chunk in tokens.chunks(self._chunk_tokens(hidden)):
             rows = hidden[chunk.start : chunk.stop]
-            self.attention_output.add(self._attend(rows, chunk), rows)
-        self.attention_output.norm(hidden)
+            self.attention_output(self._attend(rows, chunk), rows)
+        self.attention_norm(hidden, out=hidden)
         result: Tensor = self.ffn(hidden)
         return result
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
         context = self.qkv.widths[2]
-        return chunk_tokens(hidden, self.qkv.width + context + self.attention_output.width)
+        return chunk_tokens(hidden, self.qkv.width + context)
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""

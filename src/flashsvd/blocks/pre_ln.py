@@ -73,4 +73,4 @@ class PreLNBlock(nn.Module):
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
         normed = 0 if self.attention_norm is None else hidden.shape[1]
-        return chunk_tokens(hidden, normed + self.attention.width + self.attention_output.width)
+        return chunk_tokens(hidden, normed + self.attention.width)

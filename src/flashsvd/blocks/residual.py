@@ -1,4 +1,4 @@
-"""The last product of a sublayer, added to the residual where it is made: residual + a M + b.
+"""The last product of a sublayer, added to the residual where it is made: residual += a M + b.
 
 M is one matrix, or a thin and a wide one: of a low-rank layer whichever takes fewer launches for about as much work.
 """
@@ -13,29 +13,20 @@ from flashsvd.blocks.factors import present
 
 
 class PackedResidual(Packed):
-    """residual [T, hidden] += a M1 M2 + b, with a [T, K] and M1 optional."""
+    """residual [T, hidden] += a M1 M2 + b, M1 and b optional, of a [T, K]."""
 
     m1: Tensor | None
     m2: Tensor
     bias: Tensor | None
 
-    def __init__(self, m1: Tensor | None, m2: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, m1: Tensor | None, m2: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.keep("m1", m1 if m1 is None else widen(m1, 1), dtype)
         self.keep("m2", m2 if m1 is None else widen(m2, 0), dtype)
-        self.keep("bias", present(bias), dtype)
-
-    @property
-    def width(self) -> int:
-        """Numbers that a token takes between the two products."""
-        return 0 if self.m1 is None else self.m1.shape[1]
-
-    def add(self, a: Tensor, residual: Tensor) -> None:
-        """residual += a M1 M2, without b: a product that adds has no place for a second summand."""
-        torch.addmm(residual, a if self.m1 is None else a @ self.m1, self.m2, out=residual)
+        self.keep("bias", None if bias is None else present(bias), dtype)
 
     def forward(self, a: Tensor, residual: Tensor) -> None:
-        """residual += a M1 M2 + b; most models that add like this have no bias."""
-        self.add(a, residual)
+        torch.addmm(residual, a if self.m1 is None else a @ self.m1, self.m2, out=residual)
+        # A product that adds has no place for it.
         if self.bias is not None:
-            residual.add_(self.bias)
+            residual += self.bias

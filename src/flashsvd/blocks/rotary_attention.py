@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.attention import attend, context_of_surplus
+from flashsvd.blocks.attention import attend
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.factors import Factors, PerHead, present
@@ -26,9 +26,8 @@ from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import HEAD_DIMS, flashsvd_rope_attention
 from flashsvd.kernels.rotary import rotate_heads
 
-ROTARY_ATTENTION = Operation(
-    "rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}, {} to each side"
-)
+GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
+LOCAL = Operation(GLOBAL.name, GLOBAL.sizes + ", {} to each side")
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,11 @@ class StreamedRotary(Packed):
 
         if not self.streams:
             return run("torch")
-        heads, span = self.rotary.heads, bucket(chunk.max_seqlen)
-        reach = chunk.window(self.rotary.window)
-        sizes = (heads, p_q.shape[2], p_k.shape[2], self.head_dim, v.shape[2], span, span if reach is None else reach)
-        return run(self.choices.pick(ROTARY_ATTENTION, sizes, p_q, run))
+        sizes = (self.rotary.heads, p_q.shape[2], p_k.shape[2], self.head_dim, v.shape[2], bucket(chunk.max_seqlen))
+        window = chunk.window(self.rotary.window)
+        if window is None:
+            return run(self.choices.pick(GLOBAL, sizes, p_q, run))
+        return run(self.choices.pick(LOCAL, (*sizes, window), p_q, run))
 
     def _stream(self, p_q: Tensor, p_k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
         cos, sin = self.rotary.tables(chunk.span, v)
@@ -128,7 +128,6 @@ class StreamedRotary(Packed):
             window=chunk.window(self.rotary.window),
             positions=chunk.explicit_positions,
             backend="triton",
-            out=None if chunk.lengths else context_of_surplus(p_q, v.shape[2]),
         )
         return attended.flatten(1)
 

@@ -13,8 +13,6 @@ from flashsvd.blocks.hooks import any_foreign_hooks
 from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.tokens import Tokens
 
-CONTIGUOUS = torch.contiguous_format
-
 
 class FusedStack(PackedModule):
     """Mixed into the class of a module that walks through fused layers."""
@@ -59,7 +57,8 @@ def run_layers(
 
     if graphs is not None and graphs.take(hidden, tokens):
         return tokens.restore(graphs.run(walk, hidden, tokens))
-    # Without padding to take out it is the caller's yet, and the layers work in place.
-    hidden = hidden.contiguous() if owned or tokens.indices is not None else hidden.clone(memory_format=CONTIGUOUS)
+    if tokens.indices is None and not (owned and hidden.is_contiguous()):
+        # It is the caller's, and the layers work in place.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     walk(hidden, tokens)
     return tokens.restore(hidden)

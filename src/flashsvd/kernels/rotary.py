@@ -23,7 +23,7 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, back
     """R(x), written over x; computed in fp32 and rounded once.
 
     Args:
-        x: [T, H, D]; its rows, of all heads of a token, may be strided.
+        x: [T, H, D]; tokens and heads may be strided.
         cos: of the angles by position, [P, D / 2], fp32 or the dtype of x. There is a row for every position.
         sin: likewise.
         positions: of each token, int32 [T].
@@ -32,7 +32,7 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, back
         x itself.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together, or the heads of a token are not contiguous.
+        ValueError: the shapes or dtypes do not fit together, or the numbers of a head are not contiguous.
         BackendError: `backend="triton"` cannot run here.
     """
     check_rotary(x, cos, sin, positions)
@@ -64,8 +64,8 @@ def check_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None
         raise ValueError(f"cos and sin are both fp32 or {x.dtype}, not {cos.dtype} and {sin.dtype}")
     if positions.shape != x.shape[:1] or positions.dtype != torch.int32:
         raise ValueError(f"positions are int32 {(x.shape[0],)}, not {positions.dtype} {tuple(positions.shape)}")
-    if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
-        raise ValueError(f"the heads of a token are not contiguous: x has strides {x.stride()}")
+    if x.stride(2) != 1:
+        raise ValueError(f"the numbers of a head are not contiguous: x has strides {x.stride()}")
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def _rotate_heads(
     heads,
     half,
     x_token,
+    x_head,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -91,7 +92,7 @@ def _rotate_heads(
     o_table = place[:, None] * half + o_pair
     cos = tl.load(cos_ptr + o_table, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + o_table, mask=mask, other=0.0).to(tl.float32)
-    p_row = x_ptr + i_token.to(tl.int64) * x_token + (o_row % heads) * 2 * half
+    p_row = x_ptr + i_token.to(tl.int64) * x_token + (o_row % heads) * x_head
     p_first = p_row[:, None] + o_pair
     x1 = tl.load(p_first, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(p_first + half, mask=mask, other=0.0).to(tl.float32)
@@ -116,6 +117,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
         heads,
         half,
         x.stride(0),
+        x.stride(1),
         ROWS=rows,
         HALF=block,
         num_warps=4,
