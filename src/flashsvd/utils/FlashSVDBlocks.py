@@ -1,4 +1,4 @@
-"""The fused blocks under the import path existing users know; `flashsvd.optimize` builds them and puts them in place."""
+"""The fused blocks under the import path existing users know; `flashsvd.optimize` builds and installs them."""
 
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
