@@ -29,6 +29,9 @@ from flashsvd.kernels.flashsvdropeattn import (
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
 
+# Rows beyond a sequence have no sum to divide by; the interpreter says so, and they are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 PLACES = 300
 
 
