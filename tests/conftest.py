@@ -77,6 +77,7 @@ HEADS = {
         "base": modeling_modernbert.ModernBertModel,
         "classifier": modeling_modernbert.ModernBertForSequenceClassification,
         "masked-lm": modeling_modernbert.ModernBertForMaskedLM,
+        "token-classifier": modeling_modernbert.ModernBertForTokenClassification,
     },
     "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
     "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},

@@ -370,7 +370,7 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta"):
+    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, modernbert"):
         optimize(build_decoder("gpt2"))
     with pytest.raises(BackendError, match="no fused blocks for None"):
         optimize(nn.Linear(2, 2))

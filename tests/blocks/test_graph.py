@@ -39,7 +39,7 @@ def test_batches_of_one_shape_share_a_graph() -> None:
 
 def test_graphs_of_about_one_size_read_from_the_same_memory() -> None:
     def shape(tokens: int, dtype: torch.dtype = torch.float32) -> Shape:
-        return Shape(tokens, 2, 16, False, dtype, torch.device("cpu"))
+        return Shape(tokens, 2, 16, False, True, 16, dtype, torch.device("cpu"))
 
     graphs = Graphs()
     assert graphs._input(shape(1536), 8).shape == (1536, 8)
@@ -85,7 +85,7 @@ def test_surplus_tokens_change_nothing(qkv: str) -> None:
     packed = tokens.remove_padding(hidden)
     padded = torch.cat([packed, torch.full((3, 32), torch.nan)])
     positions = torch.cat([tokens.positions, torch.zeros(3, dtype=torch.int32)])
-    captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, ())
+    captured = Tokens(tokens.cu_seqlens, 16, positions, None, 3, 16, (), False)
     with torch.inference_mode():
         for layer in model.encoder.layer:
             layer(packed, tokens=tokens)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd.blocks import ffn, post_ln
+from flashsvd.blocks import chunks
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
@@ -81,7 +81,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
     whole = run_layers([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
-    monkeypatch.setattr(ffn, "MATERIALISED_TOKENS", most)
+    monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", most)
     block.qkv.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     torch.testing.assert_close(run_layers([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
     assert sum(sizes) == tokens.count
@@ -97,8 +97,8 @@ def test_the_batch_that_goes_in_stays_as_it_is() -> None:
 
 def test_chunks_keep_attention_within_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block = build_block()
-    monkeypatch.setattr(post_ln, "SMALLEST_CHUNK", 1)
-    monkeypatch.setattr(post_ln, "ROOM", 5.0)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(chunks, "ROOM", 5.0)
     hidden = random(1000, HIDDEN)
     # Q, K, V and their rank space; what attention makes of them.
     width = 3 * HIDDEN + 2 * 8 + HIDDEN

@@ -35,21 +35,27 @@ class Shape:
 
     Attributes:
         full: whether no token is padding; the sequences' lengths are then the graph's own, and nothing is rounded up.
+        counted: whether all padding is on the right; kernels then count positions themselves.
+        length: of the padded batch.
     """
 
     tokens: int
     batch: int
     max_seqlen: int
     full: bool
+    counted: bool
+    length: int
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, hidden: Tensor, tokens: Tokens) -> Shape:
         if tokens.indices is None:
-            return cls(tokens.count, tokens.batch, tokens.max_seqlen, True, hidden.dtype, hidden.device)
-        longest = max(SHORTEST_BUCKET, bucket(tokens.max_seqlen))
-        return cls(round_up(tokens.count), tokens.batch, longest, False, hidden.dtype, hidden.device)
+            longest = tokens.max_seqlen
+            return cls(tokens.count, tokens.batch, longest, True, True, longest, hidden.dtype, hidden.device)
+        longest, length = (max(SHORTEST_BUCKET, bucket(size)) for size in (tokens.max_seqlen, tokens.span))
+        count = round_up(tokens.count)
+        return cls(count, tokens.batch, longest, False, tokens.counted, length, hidden.dtype, hidden.device)
 
 
 class Graphs:
@@ -152,7 +158,7 @@ def _places(shape: Shape) -> Tokens:
     """Tokens of which only the device knows where their sequences lie."""
     positions = torch.zeros(shape.tokens, dtype=torch.int32, device=shape.device)
     cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=shape.device)
-    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.max_seqlen, ())
+    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.length, (), shape.counted)
 
 
 def round_up(tokens: int) -> int:

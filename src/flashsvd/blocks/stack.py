@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.tokens import Tokens
+
+
+class FusedStack(PackedModule):
+    """Mixed into the class of a module that walks through fused layers."""
+
+    graphs: Graphs | None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Captured graphs read the weights where they were.
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def run_layers(
@@ -18,6 +32,7 @@ def run_layers(
     tokens: Tokens,
     *,
     padded: bool = False,
+    owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros at padding.
@@ -25,6 +40,7 @@ def run_layers(
     Args:
         padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        owned: whether the hidden states may be overwritten.
     """
     layers = list(layers)
     if padded or any_foreign_hooks(layers):
@@ -41,7 +57,7 @@ def run_layers(
 
     if graphs is not None and graphs.take(hidden, tokens):
         return tokens.restore(graphs.run(walk, hidden, tokens))
-    if tokens.indices is None:
+    if tokens.indices is None and not (owned and hidden.is_contiguous()):
         # It is the caller's, and the layers work in place.
         hidden = hidden.clone(memory_format=torch.contiguous_format)
     walk(hidden, tokens)

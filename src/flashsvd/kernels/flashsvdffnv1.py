@@ -28,7 +28,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
@@ -93,7 +93,7 @@ def check_ffn(p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: 
         raise ValueError(f"dtypes differ: P {p.dtype}, V1 {v1.dtype}, U2 {u2.dtype}")
 
 
-@triton.jit
+@kernel("tokens", "out_split", "inner_per_split")
 def _ffn_v1(
     p0_desc,
     p1_desc,

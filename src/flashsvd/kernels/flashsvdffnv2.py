@@ -30,7 +30,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
@@ -129,7 +129,7 @@ def check_ffn(
         raise ValueError("dtypes differ: " + ", ".join(f"{name} {t.dtype}" for name, t in given.items()))
 
 
-@triton.jit
+@kernel("tokens")
 def _ffn_v2(
     x_desc,
     u10_desc,

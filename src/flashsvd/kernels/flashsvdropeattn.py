@@ -33,6 +33,7 @@ from flashsvd.kernels.flash_attn_triton import (
     width_tiles,
 )
 from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
+from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -209,14 +210,6 @@ def lift(p: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
     """P V + b of every head: p [T, H, r] or [T, 1, r], v [H, r, D], b [H, D] -> [T, H, D]."""
     lifted = (p.transpose(0, 1) @ v).transpose(0, 1)
     return lifted if b is None else lifted + b
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R(x) of heads x [T, H, D], computed in fp32 at least and rounded once; cos, sin [T, D / 2]."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(exact).chunk(2, dim=-1)
-    cos, sin = cos.to(exact)[:, None], sin.to(exact)[:, None]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.launch import Backend, use_triton
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
 def fused_ln(
@@ -110,7 +110,7 @@ def check_ln(
         raise ValueError("out and sum_out are the same tensor")
 
 
-@triton.jit
+@kernel("tokens")
 def _fused_ln(
     x_ptr,
     residual_ptr,
