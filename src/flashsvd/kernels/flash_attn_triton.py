@@ -27,7 +27,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Further from every position than any window reaches.
 NOWHERE = tl.constexpr(-(2**30))
@@ -268,7 +268,7 @@ def _scores_and_step(
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _attention(
     q0_desc,
     q1_desc,

@@ -35,7 +35,7 @@ from flashsvd.kernels.flash_attn_triton import (
 from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
 from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 CANDIDATES = (
     Tiles(64, 64, warps=4, stages=2),
@@ -320,7 +320,7 @@ def _keys_and_step(
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _rope_attention(
     q0_desc,
     q1_desc,
