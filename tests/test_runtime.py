@@ -285,6 +285,7 @@ def test_what_needs_the_factors_is_refused_and_leaves_no_trace(
     [
         ({"output_attentions": True}, "keeps no attention weights"),
         ({"encoder_hidden_states": torch.zeros(4, 9, 64)}, "takes no encoder_hidden_states"),
+        ({"is_causal": True}, "takes no is_causal"),
         ({"attention_mask": torch.ones(4, 1, 9, 9, dtype=torch.bool)}, r"not \[4, 1, 9, 9\]"),
         ({"attention_mask": torch.ones(4, 9, 9)}, r"not \[4, 9, 9\]"),
     ],
@@ -336,6 +337,7 @@ def replace_norm(model: Any) -> None:
         (lambda model: model.encoder.layer[1].output.double(), "float32 on cpu, float64 on cpu"),
         (lambda model: model.to("meta"), "meta device"),
         (lambda model: setattr(model.config, "is_decoder", True), r"config\.is_decoder is set"),
+        (lambda model: setattr(model.config, "is_causal", True), r"config\.is_causal is set"),
         (lambda model: setattr(model.config, "add_cross_attention", True), r"config\.add_cross_attention is set"),
         (add_hook, r"encoder\.layer\.1\.output\.dense has a hook"),
         (wrap, r"encoder\.layer\.0 is wrapped"),

@@ -271,6 +271,13 @@ def test_a_hook_on_a_layer_sees_the_padded_batch() -> None:
         torch.testing.assert_close(a[real], b[real], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+def test_what_was_first_run_in_inference_mode_runs_outside_of_it(qkv: str) -> None:
+    model, batch = optimised(compressed(qkv=qkv)), inputs("holes")
+    expected = run(model, batch).last_hidden_state
+    assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
 def test_what_others_hold_of_the_embeddings_is_not_written_to() -> None:
     model = optimised(compressed())
     embedded, kept = torch.randn(2, LENGTH, 64), []

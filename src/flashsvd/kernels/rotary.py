@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.launch import Backend, use_triton
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Pairs of numbers that a program turns: sixteen for each thread.
 PAIRS = 2048
@@ -68,7 +68,7 @@ def check_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None
         raise ValueError(f"the numbers of a head are not contiguous: x has strides {x.stride()}")
 
 
-@triton.jit
+@kernel("rows")
 def _rotate_heads(
     x_ptr,
     cos_ptr,
