@@ -2,8 +2,9 @@
 
     python benchmark/benchmark_flashsvdffn.py [--only core,whole,geglu]
 
-`core`: from rank space to rank space, `act(P V1 + b1) U2`, beside two products with GELU between them and beside a whole
-dense network. `whole`: from hidden state to hidden state, all in one kernel (v2) or the core between two products (v1).
+`core`: from rank space to rank space, `act(P V1 + b1) U2`, beside two products with GELU between them and beside a
+whole dense network. `whole`: from hidden state to hidden state, all in one kernel (v2) or the core between two
+products (v1).
 TFLOP/s count the ranks as they are, not the tiles that hold them.
 """
 

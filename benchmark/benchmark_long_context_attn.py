@@ -3,8 +3,8 @@
     python benchmark/benchmark_long_context_attn.py [--only full,window,rope-full,rope-window]
 
 `full` and `window` (64 positions to each side): rank-space attention. The `rope` cases turn queries and keys by their
-positions, so the kernel lifts keys as it goes. A band mask for SDPA is made beforehand: it costs neither time nor memory
-here. TFLOP/s count the two products of attention over the pairs that see each other.
+positions, so the kernel lifts keys as it goes. A band mask for SDPA is made beforehand: it costs neither time nor
+memory here. TFLOP/s count the two products of attention over the pairs that see each other.
 """
 
 from __future__ import annotations
