@@ -65,6 +65,7 @@ class Graphs:
         self._captured: dict[Shape, _Captured] = {}
         self._inputs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -77,7 +78,7 @@ class Graphs:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
         self._inputs.clear()
-        self._pool = None
+        self._pool = self._stream = None
 
     def take(self, hidden: Tensor, tokens: Tokens) -> bool:
         """Whether this batch runs as a graph.
@@ -98,8 +99,13 @@ class Graphs:
         if shape not in self._captured:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
+                self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
             own = self._input(shape, hidden.shape[1])
-            self._captured[shape] = _Captured(shape, forward, own, hidden, tokens, self._pool)
+            captured = _Captured(shape, own, self._pool, self._stream)
+            captured.capture(forward, hidden, tokens)
+            self._captured[shape] = captured
         return self._captured[shape].replay(hidden, tokens)
 
     def _input(self, shape: Shape, width: int) -> Tensor:
@@ -114,30 +120,29 @@ class Graphs:
 
 
 class _Captured:
-    """One graph, the memory that it reads its batch from, and leaves its result in.
+    """One graph, and the memory that it reads its batch from and leaves its result in.
 
     Args:
-        own: [shape.tokens, hidden], the memory to read hidden states from; the graph writes over it.
-        hidden, tokens: a batch of the shape.
+        own: [shape.tokens, hidden], that memory.
     """
 
-    def __init__(self, shape: Shape, forward: Forward, own: Tensor, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
-        self._hidden, self._full = own, shape.full
-        with torch.inference_mode(False):
-            self._tokens = tokens if shape.full else _places(shape)
-        self._capture(forward, hidden, tokens, pool)
+    def __init__(self, shape: Shape, own: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._shape, self._hidden, self._pool, self._stream = shape, own, pool, stream
+        self._graph = torch.cuda.CUDAGraph()
 
-    def _capture(self, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
+    def capture(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> None:
+        """Record what `forward` does with a batch of the shape."""
+        with torch.inference_mode(False):
+            self._tokens = tokens if self._shape.full else _places(self._shape)
+        current = torch.cuda.current_stream(hidden.device)
+        self._stream.wait_stream(current)
         # What is compiled, measured or allocated once must be so before the capture.
-        side = torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(hidden.device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(self._stream):
             for _ in range(WARMUP_RUNS):
                 self._load(hidden, tokens)
                 forward(self._hidden, self._tokens)
-        torch.cuda.current_stream(hidden.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        current.wait_stream(self._stream)
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
             forward(self._hidden, self._tokens)
 
     def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
@@ -148,7 +153,7 @@ class _Captured:
 
     def _load(self, hidden: Tensor, tokens: Tokens) -> None:
         self._hidden[: tokens.count].copy_(hidden)
-        if self._full:
+        if self._shape.full:
             return
         self._tokens.positions[: tokens.count].copy_(tokens.positions)
         self._tokens.cu_seqlens.copy_(tokens.cu_seqlens)
