@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint types layers bench clean
+.PHONY: demo test lint types layers bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,11 @@ layers: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmark/benchmark_main_job.py
+
+bench-gpu: $(VENV)/.ready
+	for script in encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn; do \
+		$(BIN)/python benchmark/benchmark_$$script.py || exit; \
+	done
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

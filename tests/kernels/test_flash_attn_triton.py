@@ -14,6 +14,9 @@ from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
 
+# Rows beyond a sequence have no sum to divide by; the interpreter says so, and they are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 LENGTHS = [(1,), (3, 0, 1), (63,), (65, 3), (100, 1)]
 SCALE = 0.3
 

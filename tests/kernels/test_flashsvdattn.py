@@ -15,6 +15,9 @@ from flashsvd.kernels.flashsvdattn import flashsvd_attention, flashsvd_attention
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
 
+# Rows beyond a sequence have no sum to divide by; the interpreter says so, and they are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 HEADS, HEAD_DIM = 3, 8
 SCALE = HEAD_DIM**-0.5
 LENGTHS = [(1,), (3, 5), (63, 65), (1, 0, 20)]

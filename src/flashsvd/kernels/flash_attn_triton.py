@@ -27,7 +27,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Further from every position than any window reaches.
 NOWHERE = tl.constexpr(-(2**30))
@@ -38,6 +38,8 @@ CANDIDATES = (
     Tiles(128, 128, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=3),
     Tiles(64, 128, warps=4, stages=2),
+    Tiles(64, 64, warps=8, stages=2),
+    Tiles(64, 32, warps=8, stages=2),
 )
 
 
@@ -266,7 +268,7 @@ def _scores_and_step(
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _attention(
     q0_desc,
     q1_desc,
@@ -353,6 +355,9 @@ def default_tiles(q: Tensor, widest: int, sequences: int, max_seqlen: int, windo
         return Tiles(min(longest, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
     if generation(q.device) != "hopper":
         return Tiles(min(longest, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+    if widest > 256:
+        # More columns would not fit into shared memory, fewer warps not into the registers.
+        return Tiles(min(longest, 64), 32, warps=8, stages=2)
     # Few programs take few rows each, so that there are more of them.
     if widest <= 64 and sequences * q.shape[1] * -(-max_seqlen // 64) < multiprocessors(q.device):
         return Tiles(16, 128, warps=4, stages=2)

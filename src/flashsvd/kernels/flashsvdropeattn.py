@@ -35,7 +35,7 @@ from flashsvd.kernels.flash_attn_triton import (
 from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
 from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 CANDIDATES = (
     Tiles(64, 64, warps=4, stages=2),
@@ -46,8 +46,9 @@ CANDIDATES = (
     Tiles(128, 128, warps=8, stages=2),
 )
 HEAD_DIMS = (32, 64, 128)
-# Of queries and keys, whose lifts of a head stay on chip.
+# Of queries and keys, whose lifts of a head lie on chip side by side, each at most so many bytes.
 LARGEST_LIFTED_RANK = 256
+LARGEST_LIFT = 96 * 1024
 # What a program may take, in bytes, less some for barriers.
 HOPPER_SHARED_MEMORY = 226 * 1024
 
@@ -76,7 +77,8 @@ def flashsvd_rope_attention(
 
     Args:
         p_q: rank-space queries, [T, H, r_q], or [T, 1, r_q] where the heads share them.
-        v_q: lift of the queries, [H, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256.
+        v_q: lift of the queries, [H, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256 (in fp32
+            with D = 128, 192).
         p_k: rank-space keys, [T, H_kv, r_k] or [T, 1, r_k], H a multiple of H_kv.
         v_k: lift of the keys, [H_kv, r_k, D].
         p_v: rank-space values, [T, H_kv, r_v] or [T, 1, r_v].
@@ -107,7 +109,7 @@ def flashsvd_rope_attention(
             scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions,
         )  # fmt: skip
         return result if out is None else out.copy_(result)
-    check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]))
+    check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]), v_q.dtype)
     if out is None and torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.rope_attention(
             p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions
@@ -158,14 +160,15 @@ def check_rope_attention(
     check_sequences(cu_seqlens, scale, window)
 
 
-def check_fits(head_dim: int, rank: int) -> None:
+def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:
     """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
-    if rank > LARGEST_LIFTED_RANK:
+    largest = min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
+    if rank > largest:
         raise ValueError(
-            f"rank {rank} of queries or keys is above {LARGEST_LIFTED_RANK}, the largest whose lift stays on chip; "
-            f"use backend torch"
+            f"rank {rank} of queries or keys is above {largest}, the largest whose lift of heads of {head_dim} stays "
+            f"on chip; use backend torch"
         )
 
 
@@ -317,7 +320,7 @@ def _keys_and_step(
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _rope_attention(
     q0_desc,
     q1_desc,
@@ -420,7 +423,8 @@ def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: in
     """The table: what fits into shared memory and registers; `widest` is the largest of the ranks and the head."""
     rows = max(16, min(64, 1 << (max_seqlen - 1).bit_length()))
     if p.dtype == torch.float32:
-        return Tiles(min(rows, 32), 32, warps=8, stages=1) if widest <= 128 else Tiles(16, 16, warps=8, stages=1)
+        side = 32 if widest <= 128 and head_dim <= 64 else 16
+        return Tiles(min(rows, side), side, warps=8, stages=1)
     if generation(p.device) == "hopper":
         # Fewer columns would not fill the tensor cores' instruction when keys are lifted.
         columns = 32 if rows <= 32 else 64

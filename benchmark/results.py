@@ -1,0 +1,139 @@
+"""What a benchmark leaves behind: rows, and the CSV that keeps them under the GPU's name."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Status = Literal["ok", "refused", "skipped", "failed", "quoted"]
+RESULTS = Path(__file__).parent / "results"
+FLOATS = ("ms", "tflops", "mib", "mib_call", "setup_s", "first_s", "capture_s", "error", "plain_error")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What was measured on; the commit is empty where git cannot say it."""
+
+    gpu: str
+    torch: str
+    triton: str
+    transformers: str
+    commit: str
+
+    @classmethod
+    def of(cls, device: torch.device, commit: str = "") -> Environment:
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return cls(gpu, *(_version(name) for name in ("torch", "triton", "transformers")), commit or git_commit())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case.
+
+    Attributes:
+        shapes: the sizes, as `B=64 S=512`.
+        status: `ok`; `refused`, which failed its check and was not timed; `skipped`, `failed`, each with a reason in
+            `note`; `quoted`, which is somebody else's figure.
+        mib: peak above what was allocated before the first call: what stays for later calls counts, such as the whole
+            memory of captured graphs.
+        mib_call: peak of a later call above what was allocated before that call.
+        setup_s, first_s, capture_s: making the variant, its first call (which compiles, measures, captures), and
+            where it has graphs, capturing them once everything is compiled and measured.
+        timing: `events` around each run, `graph` where many runs were replayed as one CUDA graph, or `wall`.
+        error: against fp64, the largest as a share of the largest number; `plain_error` is that of plain torch.
+        speedups: `baseline=times` for each named baseline.
+    """
+
+    case: str
+    shapes: str
+    variant: str
+    status: Status
+    dtype: str = ""
+    ms: float | None = None
+    tflops: float | None = None
+    mib: float | None = None
+    mib_call: float | None = None
+    setup_s: float | None = None
+    first_s: float | None = None
+    capture_s: float | None = None
+    runs: int = 0
+    timing: str = ""
+    error: float | None = None
+    plain_error: float | None = None
+    speedups: str = ""
+    note: str = ""
+    gpu: str = ""
+    torch: str = ""
+    triton: str = ""
+    transformers: str = ""
+    commit: str = ""
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        return dict(pair.split("=", 1) for pair in self.shapes.split())
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def csv_file(script: str, gpu: str, directory: Path = RESULTS) -> Path:
+    """Where a script's rows on a GPU go: `benchmark_encoder.py` on an H200 writes `encoder_nvidia-h200.csv`."""
+    return directory / f"{script.removeprefix('benchmark_')}_{slug(gpu)}.csv"
+
+
+def slug(name: str) -> str:
+    """A device's name as a part of file names."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_rows(file: Path) -> list[Row]:
+    with file.open(newline="") as handle:
+        return [_parse(record) for record in csv.DictReader(handle)]
+
+
+def write_rows(rows: list[Row], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
+
+
+def merge(earlier: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows, and those of cases that were only measured earlier; ratios of one case stay those of one run."""
+    measured = {(row.case, row.shapes) for row in rows}
+    return [row for row in earlier if (row.case, row.shapes) not in measured] + rows
+
+
+def git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _text(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _parse(record: dict[str, str]) -> Row:
+    values: dict[str, Any] = dict(record)
+    values |= {name: float(record[name]) if record[name] else None for name in FLOATS}
+    return Row(**values | {"runs": int(record["runs"])})
