@@ -431,6 +431,10 @@ def add_hook_to_a_part(model: Any) -> None:
     model.layers[1].attn.Wqkv.q.register_forward_hook(lambda *_: None)
 
 
+def add_hook_to_the_tables(model: Any) -> None:
+    model.rotary_emb.register_forward_hook(lambda *_: None)
+
+
 def wrap(model: Any) -> None:
     model.forward = lambda *_: None
 
@@ -455,6 +459,7 @@ def turn_dynamically(model: Any) -> None:
         (lambda model: setattr(model.config, "is_causal", True), r"config\.is_causal is set"),
         (add_hook, r"layers\.1\.mlp has a hook"),
         (add_hook_to_a_part, r"layers\.1\.attn\.Wqkv\.q has a hook"),
+        (add_hook_to_the_tables, "rotary_emb has a hook"),
         (wrap, "the model is wrapped by another library"),
         (replace_linear, r"layers\.2\.mlp\.Wi \(Other\) is no plain or low-rank linear"),
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),

@@ -117,6 +117,7 @@ def check(base: Any, backend: Backend) -> None:
     refuse_config(base.config)
     refuse_other_class(base, "the model", ModernBertModel)
     refuse_other_class(base.rotary_emb, "rotary_emb", ModernBertRotaryEmbedding)
+    refuse_watched({"rotary_emb": base.rotary_emb})
     refuse_other_class(base.final_norm, "final_norm", nn.LayerNorm)
     for i, layer in enumerate(base.layers):
         _check_layer(layer, f"layers.{i}")
