@@ -113,10 +113,9 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
 
     def check(operands: Tensor, pick: Callable[[Tensor], Tensor]) -> Check:
         def attended(dtype: torch.dtype) -> Tensor:
-            parts = (
-                operands[row * length : row * length + n].to(dtype).permute(1, 2, 0, 3)[:, None] for row, n in places
-            )
-            return torch.cat([attend(q, k, v, o.scale, None)[0].transpose(0, 1) for q, k, v in parts])
+            # [n, 3, H, D] -> [3, 1, H, n, D] of each sequence
+            whole = (operands[row * length :][:n].to(dtype).permute(1, 2, 0, 3)[:, None] for row, n in places)
+            return torch.cat([attend(q, k, v, o.scale, None)[0].transpose(0, 1) for q, k, v in whole])
 
         return Check(attended(torch.float64), attended(operands.dtype), pick)
 
