@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint types layers bench clean
+.PHONY: demo test lint types layers bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,14 @@ layers: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmark/benchmark_main_job.py
+
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python benchmark/benchmark_encoder.py
+	$(BIN)/python benchmark/benchmark_flashsvdffn.py
+	$(BIN)/python benchmark/benchmark_flashsvdattn_ranks.py
+	$(BIN)/python benchmark/benchmark_long_context_attn.py
+	$(BIN)/python benchmark/benchmark_long_context_ffn.py
+	$(BIN)/python benchmark/table.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -29,7 +29,6 @@ from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
 from harness import Case, Prepared, Settings, Variant, finish, parse, run
 from plot import lines
 
-HEADS = 12
 WINDOW = 64
 # Of a head, at half the parameters: of BERT-base, and of ModernBERT-base.
 RANK, ROPE_RANK = 40, 32
@@ -53,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    lengths = settings.pick(LENGTHS, (1024, 8192), (48,))
-    batches = settings.pick(BATCHES, BATCHES[:1], ((1, 48), (2, 48)))
+    lengths = settings.pick(LENGTHS, (1024, 8192), (24,))
+    batches = settings.pick(BATCHES, BATCHES[:1], ((1, 24), (2, 24)))
     shapes = [(batch, length) for batch, longest in batches for length in lengths if length <= longest]
-    for window, name in ((None, "full"), (16 if settings.sizes == "tiny" else WINDOW, "window")):
+    for window, name in ((None, "full"), (6 if settings.sizes == "tiny" else WINDOW, "window")):
         for batch, length in shapes:
             yield rank_space_case(name, batch, length, window)
         for batch, length in shapes:
@@ -65,7 +64,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def rank_space_case(name: str, batch: int, length: int, window: int | None) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
-        o = Operands.random(settings, batch, length, HEADS, RANK, window)
+        o = Operands.random(settings, batch, length, RANK, window)
         yield from dense_variants(o)
         _, k, v = o.p
         check, flops = o.check(folded_parts), o.flops(RANK)
@@ -95,7 +94,7 @@ def rank_space_case(name: str, batch: int, length: int, window: int | None) -> C
 
 def rope_case(name: str, batch: int, length: int, window: int | None) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
-        o = Operands.random(settings, batch, length, HEADS, ROPE_RANK, window)
+        o = Operands.random(settings, batch, length, ROPE_RANK, window)
         rotation = Rotation.of(o)
         q, k, v = (x.contiguous() for x in o.lifted())
         mask = o.mask()
