@@ -27,11 +27,9 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmark/benchmark_main_job.py
 
 bench-gpu: $(VENV)/.ready
-	$(BIN)/python benchmark/benchmark_encoder.py
-	$(BIN)/python benchmark/benchmark_flashsvdffn.py
-	$(BIN)/python benchmark/benchmark_flashsvdattn_ranks.py
-	$(BIN)/python benchmark/benchmark_long_context_attn.py
-	$(BIN)/python benchmark/benchmark_long_context_ffn.py
+	for script in encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn; do \
+		$(BIN)/python benchmark/benchmark_$$script.py || exit; \
+	done
 	$(BIN)/python benchmark/table.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -197,10 +197,15 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
     for case in cases:
         if settings.only and not case.name.startswith(settings.only):
             continue
-        rows += [dataclasses.replace(row, **vars(environment)) for row in run_case(case, settings)]
+        rows += [_on(environment, row) for row in run_case(case, settings)]
         write_rows(merge(earlier, rows), file)
     print(f"\n{file}: {len(rows)} rows of this run")
     return file, rows
+
+
+def _on(environment: Environment, row: Row) -> Row:
+    """The row with what it was measured on; figures from elsewhere keep their own."""
+    return row if row.status == "quoted" else dataclasses.replace(row, **vars(environment))
 
 
 def finish(rows: list[Row]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 
+# Read when tqdm and the hub client are imported: by torch the one, by transformers the other.
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 
-# All must be set before transformers, which imports triton and the hub client, is imported; torch imports neither.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TQDM_DISABLE"] = "1"
+# Read when triton is imported, by transformers. Where there is a GPU, kernels are compiled and run on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -75,6 +77,7 @@ HEADS = {
         "base": modeling_modernbert.ModernBertModel,
         "classifier": modeling_modernbert.ModernBertForSequenceClassification,
         "masked-lm": modeling_modernbert.ModernBertForMaskedLM,
+        "token-classifier": modeling_modernbert.ModernBertForTokenClassification,
     },
     "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
     "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},

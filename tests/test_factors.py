@@ -1,4 +1,4 @@
-"""Factor algebra: the standard factorisation, the low-rank layers, and rank-space attention."""
+"""Factor algebra: the standard factorisation and the low-rank layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from flashsvd.compression import get_method
 from flashsvd.compression.weighted import weighted_svd
 from flashsvd.errors import CheckpointError
-from flashsvd.kernels.flashsvdattn import flashsvd_attention_reference, fold_query
 from flashsvd.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
 
 
@@ -99,36 +98,3 @@ def test_a_layer_made_from_a_dense_one_keeps_its_bias_dtype_and_mode(heads: int 
 def test_a_layer_description_that_is_none_is_refused(data: Any) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json describes a\.b as"):
         LayerSpec.from_json("a.b", data)
-
-
-@pytest.mark.parametrize("lengths", [(1, 1), (3, 5), (63, 65)])
-@pytest.mark.parametrize("side", ["right", "left", "none"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_rank_space_attention_is_attention_on_lifted_heads(lengths: tuple[int, int], side: str, bias: bool) -> None:
-    batch, heads, head_dim, (r_q, r_k, r_v) = 2, 3, 8, (5, 4, 6)
-    queries, keys = lengths
-    p_q, p_k, p_v = (random(batch, heads, n, r, seed=r) for n, r in ((queries, r_q), (keys, r_k), (keys, r_v)))
-    v_q, v_k, v_v = (random(heads, r, head_dim, seed=10 + r) for r in (r_q, r_k, r_v))
-    b_q, b_k, b_v = (random(heads, head_dim, seed=20 + i) if bias else None for i in range(3))
-    mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
-    if side == "right":
-        mask[0, ..., 1:] = False
-    elif side == "left":
-        mask[0, ..., : keys - 1] = False
-
-    def lift(p: torch.Tensor, v: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        return p @ v if b is None else p @ v + b[:, None, :]
-
-    scale = head_dim**-0.5
-    expected = nn.functional.scaled_dot_product_attention(
-        lift(p_q, v_q, b_q), lift(p_k, v_k, b_k), lift(p_v, v_v, b_v), attn_mask=mask, scale=scale
-    )
-    matrix, offset = fold_query(v_q, b_q, v_k)
-    folded = p_q @ matrix if offset is None else p_q @ matrix + offset[:, None, :]
-    attended = flashsvd_attention_reference(folded, p_k, p_v, scale, mask)
-    torch.testing.assert_close(lift(attended, v_v, b_v), expected)
-
-
-def test_rank_space_attention_refuses_shapes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        flashsvd_attention_reference(random(1, 2, 3, 4), random(1, 2, 3, 5), random(1, 2, 3, 4), 1.0)

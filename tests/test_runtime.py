@@ -181,6 +181,14 @@ def test_a_layer_can_be_called_by_itself() -> None:
     torch.testing.assert_close(optimised(plain).encoder.layer[0](x, mask)[mask], expected[mask])
 
 
+def test_what_was_first_run_in_inference_mode_runs_outside_of_it() -> None:
+    model = optimised(compressed())
+    embedded = torch.randn(7, 11, 64)
+    with torch.inference_mode():
+        expected = model.encoder(embedded).last_hidden_state
+    assert torch.equal(model.encoder(embedded).last_hidden_state, expected)
+
+
 def test_the_embeddings_that_a_caller_passes_in_are_not_written_to() -> None:
     model = optimised(compressed())
     embedded = torch.randn(2, 5, 64)
@@ -277,6 +285,7 @@ def test_what_needs_the_factors_is_refused_and_leaves_no_trace(
     [
         ({"output_attentions": True}, "keeps no attention weights"),
         ({"encoder_hidden_states": torch.zeros(4, 9, 64)}, "takes no encoder_hidden_states"),
+        ({"is_causal": True}, "takes no is_causal"),
         ({"attention_mask": torch.ones(4, 1, 9, 9, dtype=torch.bool)}, r"not \[4, 1, 9, 9\]"),
         ({"attention_mask": torch.ones(4, 9, 9)}, r"not \[4, 9, 9\]"),
     ],
@@ -328,6 +337,7 @@ def replace_norm(model: Any) -> None:
         (lambda model: model.encoder.layer[1].output.double(), "float32 on cpu, float64 on cpu"),
         (lambda model: model.to("meta"), "meta device"),
         (lambda model: setattr(model.config, "is_decoder", True), r"config\.is_decoder is set"),
+        (lambda model: setattr(model.config, "is_causal", True), r"config\.is_causal is set"),
         (lambda model: setattr(model.config, "add_cross_attention", True), r"config\.add_cross_attention is set"),
         (add_hook, r"encoder\.layer\.1\.output\.dense has a hook"),
         (wrap, r"encoder\.layer\.0 is wrapped"),
@@ -362,7 +372,7 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta"):
+    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, modernbert"):
         optimize(build_decoder("gpt2"))
     with pytest.raises(BackendError, match="no fused blocks for None"):
         optimize(nn.Linear(2, 2))
@@ -426,7 +436,7 @@ def test_what_was_picked_can_be_asked_for() -> None:
     run(model, inputs())
     picked = runtime.choices(model)
     assert set(picked.values()) == {"torch"}
-    assert {name.partition(",")[0] for name in picked} == {"attention", "ffn core", "lift + norm"}
+    assert {name.partition(",")[0] for name in picked} == {"attention", "ffn core", "norm"}
     with pytest.raises(BackendError, match="not optimised, so nothing was picked"):
         runtime.choices(compressed())
 

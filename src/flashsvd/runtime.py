@@ -34,7 +34,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         model: a transformers model in eval mode, on the device and in the dtype that it shall run in.
         backend: `auto` takes for each operation what is faster, measured on its first inputs of a size; `torch` and
             `triton` force one.
-        graph: replay batches of up to 16,384 tokens as CUDA graphs, which spares small ones the time to launch kernels.
+        graph: replay batches of up to 65,536 tokens as CUDA graphs, which spares small ones the time to launch kernels.
 
     Returns:
         The model itself.

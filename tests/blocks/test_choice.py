@@ -7,7 +7,11 @@ import logging
 import pytest
 import torch
 
-from flashsvd.blocks.choice import Choices, Implementation, bucket
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
+from flashsvd.errors import BackendError
+
+ATTENTION = Operation("attention", "{} heads")
+LIFT = Operation("lift + norm", "{} to {}")
 
 
 def never(_: Implementation) -> None:
@@ -17,12 +21,12 @@ def never(_: Implementation) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_forced_backend_is_taken_without_measuring(backend: Implementation) -> None:
     choices = Choices(backend)
-    assert choices.pick("attention", "2 heads", torch.zeros(5, 4), never) == backend
+    assert choices.pick(ATTENTION, (2,), torch.zeros(5, 4), never) == backend
     assert choices.table() == {"attention, 2 heads, up to 8 tokens, float32 on cpu": backend}
 
 
 def test_on_the_cpu_auto_is_torch() -> None:
-    assert Choices("auto").pick("attention", "2 heads", torch.zeros(5, 4), never) == "torch"
+    assert Choices("auto").pick(ATTENTION, (2,), torch.zeros(5, 4), never) == "torch"
 
 
 def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of_tokens(
@@ -37,18 +41,26 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
 
     monkeypatch.setattr(Choices, "_time", time)
     monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: False))
     choices = Choices("auto")
     with caplog.at_level(logging.INFO, logger="flashsvd"):
-        assert choices.pick("lift + norm", "8 to 32", torch.zeros(33, 4), never) == "triton"
-        assert choices.pick("lift + norm", "8 to 32", torch.zeros(64, 4), never) == "triton"
+        assert choices.pick(LIFT, (8, 32), torch.zeros(33, 4), never) == "triton"
+        assert choices.pick(LIFT, (8, 32), torch.zeros(64, 4), never) == "triton"
         times["triton"] = 9.0
-        assert choices.pick("lift + norm", "8 to 32", torch.zeros(65, 4), never) == "torch"
-        assert choices.pick("lift + norm", "8 to 48", torch.zeros(33, 4), never) == "torch"
+        assert choices.pick(LIFT, (8, 32), torch.zeros(65, 4), never) == "torch"
+        assert choices.pick(LIFT, (8, 48), torch.zeros(33, 4), never) == "torch"
     assert measured == ["torch", "triton"] * 3
     said = "lift + norm, 8 to 32, up to 64 tokens, float32 on cpu"
     assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms)"
     assert caplog.messages[0] == f"{said}: {choices.table()[said]}"
     assert len(caplog.messages) == 3
+
+
+def test_while_someone_captures_a_graph_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: True))
+    with pytest.raises(BackendError, match=r"nothing was measured yet for lift .* run the model on such a batch first"):
+        Choices("auto").pick(LIFT, (8, 32), torch.zeros(33, 4), never)
 
 
 def test_buckets_are_powers_of_two() -> None:

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd.blocks import ffn, post_ln
+from flashsvd.blocks import chunks
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
+from flashsvd.blocks.stack import run_layers
 from flashsvd.blocks.tokens import Tokens
 
 HEADS, HIDDEN, INNER = 2, 32, 48
@@ -66,14 +67,9 @@ def ragged() -> tuple[Tensor, Tokens]:
     return tokens.remove_padding(x), tokens
 
 
-def test_a_block_writes_over_its_input_only_where_it_may(ragged: tuple[Tensor, Tokens]) -> None:
+def test_a_block_writes_over_its_input(ragged: tuple[Tensor, Tokens]) -> None:
     block, (hidden, tokens) = build_block(), ragged
-    before = hidden.clone()
-    result = block(hidden, tokens)
-    assert torch.equal(hidden, before)
-    inplace = block(hidden, tokens, inplace=True)
-    assert inplace.data_ptr() == hidden.data_ptr()
-    assert torch.equal(inplace, result)
+    assert block(hidden, tokens).data_ptr() == hidden.data_ptr()
 
 
 @pytest.mark.parametrize("most", [1, 3, 7, 9])
@@ -81,23 +77,33 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
     ragged: tuple[Tensor, Tokens], monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     block, (hidden, tokens) = build_block(), ragged
-    whole = block(hidden, tokens)
+    batch = tokens.restore(hidden)
+    whole = run_layers([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
-    monkeypatch.setattr(ffn, "MATERIALISED_TOKENS", most)
+    monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", most)
     block.qkv.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    torch.testing.assert_close(block(hidden, tokens), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run_layers([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
     assert sum(sizes) == tokens.count
     assert len(sizes) == len(tokens.chunks(most)) > 1
 
 
-def test_chunks_keep_what_attends_within_five_quarters_of_the_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_that_goes_in_stays_as_it_is() -> None:
+    block, batch = build_block(), random(2, 5, HIDDEN)
+    before = batch.clone()
+    run_layers([block], batch, Tokens.of(batch, None))
+    assert torch.equal(batch, before)
+
+
+def test_chunks_keep_attention_within_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     block = build_block()
-    monkeypatch.setattr(post_ln, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(chunks, "ROOM", 5.0)
     hidden = random(1000, HIDDEN)
-    # Q, K, V and their rank space; what attention makes of them; the output's rank space.
-    width = 3 * HIDDEN + 2 * 8 + HIDDEN + 8
-    assert block._chunk_tokens(hidden) * width <= hidden.numel() * 5 / 4 < (block._chunk_tokens(hidden) + 1) * width
+    # Q, K, V and their rank space; what attention makes of them.
+    width = 3 * HIDDEN + 2 * 8 + HIDDEN
+    chunk = block._chunk_tokens(hidden)
+    assert chunk * width <= 5 * hidden.numel() < (chunk + 1) * width
 
 
 CASES: list[tuple[str, Callable[[int, int], Any], Callable[[int, int], Any], Activation]] = [

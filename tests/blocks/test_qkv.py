@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.factors import Dense, Factors, Joint, PerHead
-from flashsvd.blocks.output import fewer_launches
-from flashsvd.blocks.post_ln import fold_output
+from flashsvd.blocks.fold import fewer_launches, fold_output
 from flashsvd.blocks.qkv import pack_qkv
 
 HEADS, HEAD_DIM, HIDDEN, TOKENS = 3, 16, 40, 5

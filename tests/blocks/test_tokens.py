@@ -72,6 +72,30 @@ def test_places_put_every_sequence_at_the_start_of_a_row_of_its_own(rows: list[l
         assert chunk.key_mask.flatten().nonzero().flatten().tolist() == expected
 
 
+@given(MASKS, st.integers(1, 12), st.integers(0, 6))
+def test_a_chunk_knows_who_sees_whom_through_a_window_of_columns(rows: list[list[bool]], most: int, reach: int) -> None:
+    padding = torch.tensor(rows)
+    tokens = Tokens.of(batch_like(padding), padding)
+    assert tokens.counted == all(row == sorted(row, reverse=True) for row in rows)
+    for chunk in tokens.chunks(most):
+        columns, longest = chunk.positions, chunk.max_seqlen
+        places = torch.arange(len(columns)) if chunk.places is None else chunk.places
+        row, column = places.div(max(1, longest), rounding_mode="floor"), places % max(1, longest)
+        mask = chunk.mask(reach)
+        assert mask is not None
+        seen = mask.expand(chunk.sequences, 1, longest, longest)[row[:, None], 0, column[:, None], column]
+        near = (columns[:, None] - columns).abs() <= reach
+        together = row[:, None] == row
+        assert torch.equal(seen & together, near & together)
+        assert (chunk.explicit_positions is None) == tokens.counted
+        if tokens.counted:
+            assert torch.equal(columns, column)
+        assert max(columns.tolist(), default=-1) < chunk.span
+        # A window that reaches everyone is none.
+        assert (chunk.window(reach) is None) == (reach >= chunk.span - 1)
+        assert chunk.window(None) is None
+
+
 def test_nothing_is_copied_where_nothing_is_padding() -> None:
     x = torch.randn(3, 4, 2)
     for mask in (None, torch.ones(3, 4, dtype=torch.bool)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conftest import build_model, factor
 from flashsvd import optimize, runtime
-from flashsvd.blocks.graph import MOST_TOKENS
+from flashsvd.blocks.graph import MOST_TOKENS, Graphs
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import interpreting
 
@@ -26,21 +26,25 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 520,
     "initializer_range": 0.02,
 }
+# Global, local, local: a token sees 64 to each side.
+MODERNBERT: dict[str, Any] = {"intermediate_size": 1152, "local_attention": 128}
+FAMILIES = ["bert", "roberta", "modernbert", "modernbert with biases"]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def compressed(family: str = "bert", qkv: str = "per-head", dtype: torch.dtype = torch.bfloat16) -> Any:
-    model = build_model(family, "base", **SIZES)
+    model = build_model(family, "base", **(SIZES | (MODERNBERT if family.startswith("modernbert") else {})))
     if qkv != "dense":
         factor(model, qkv, ratio=0.5)
     return model.to("cuda", dtype)
 
 
-def batch(rows: int, length: int, *, ragged: bool = True) -> dict[str, Tensor]:
+def batch(rows: int, length: int, *, ragged: bool = True, left: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     ids = torch.randint(5, 1000, (rows, length), generator=generator)
     lengths = torch.randint(1, length + 1, (rows, 1), generator=generator) if ragged else torch.full((rows, 1), length)
     mask = torch.arange(length) < lengths
+    mask = mask.flip(1) if left else mask
     return {"input_ids": ids.cuda(), "attention_mask": mask.long().cuda()}
 
 
@@ -48,6 +52,11 @@ def batch(rows: int, length: int, *, ragged: bool = True) -> dict[str, Tensor]:
 def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     states: Tensor = model(**inputs).last_hidden_state
     return states[inputs["attention_mask"].bool()]
+
+
+def graphs_of(model: Any) -> Graphs:
+    found: Graphs = (model.encoder if hasattr(model, "encoder") else model).graphs
+    return found
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -58,7 +67,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_answers_are_those_of_the_plain_model(family: str, qkv: str, backend: Any, dtype: torch.dtype) -> None:
     plain = compressed(family, qkv, dtype)
     model = optimize(copy.deepcopy(plain), backend=backend)
@@ -78,10 +87,11 @@ def test_auto_measures_each_bucket_once_and_says_so() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
-def test_graphs_give_what_the_blocks_give(qkv: str, backend: Any) -> None:
-    plain = compressed("bert", qkv)
+@pytest.mark.parametrize("family", ["bert", "modernbert", "modernbert with biases"])
+def test_graphs_give_what_the_blocks_give(family: str, qkv: str, backend: Any) -> None:
+    plain = compressed(family, qkv)
     model = optimize(copy.deepcopy(plain), backend=backend, graph=True)
-    graphs = model.encoder.graphs
+    graphs = graphs_of(model)
     for _ in range(2):
         for rows, length, ragged in ((1, 7, False), (8, 128, True), (8, 128, False), (7, 128, True), (33, 30, True)):
             inputs = batch(rows, length, ragged=ragged)
@@ -91,8 +101,19 @@ def test_graphs_give_what_the_blocks_give(qkv: str, backend: Any) -> None:
     assert len(graphs) == captured
 
 
-def test_a_replay_leaves_earlier_results_alone() -> None:
-    model = optimize(compressed(), graph=True)
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
+def test_padding_on_the_left_moves_windows_and_positions(qkv: str, graph: bool) -> None:
+    plain = compressed("modernbert", qkv)
+    model = optimize(copy.deepcopy(plain), backend="triton", graph=graph)
+    for rows, length in ((8, 128), (5, 400), (5, 300), (8, 128)):
+        inputs = batch(rows, length, left=True)
+        assert_same(run(model, inputs), run(plain, inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_replay_leaves_earlier_results_alone(family: str) -> None:
+    model = optimize(compressed(family), graph=True)
     first = batch(4, 64, ragged=False)
     second = {**first, "input_ids": first["input_ids"].flip(0)}
     a = run(model, first)
@@ -103,8 +124,9 @@ def test_a_replay_leaves_earlier_results_alone() -> None:
     assert not torch.equal(a, b)
 
 
-def test_graphs_work_inside_and_outside_of_inference_mode() -> None:
-    model, inputs = optimize(compressed(), graph=True), batch(4, 64)
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_graphs_work_inside_and_outside_of_inference_mode(family: str) -> None:
+    model, inputs = optimize(compressed(family), graph=True), batch(4, 64)
     expected = run(model, inputs)
     with torch.no_grad():
         found = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
@@ -116,14 +138,15 @@ def test_large_batches_run_without_a_graph() -> None:
     model = optimize(copy.deepcopy(plain), graph=True)
     inputs = batch(MOST_TOKENS // 512 + 1, 512, ragged=False)
     assert_same(run(model, inputs), run(plain, inputs))
-    assert len(model.encoder.graphs) == 0
+    assert len(graphs_of(model)) == 0
 
 
-def test_moving_a_model_drops_its_graphs() -> None:
-    model, inputs = optimize(compressed(), graph=True), batch(4, 64)
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_moving_a_model_drops_its_graphs(family: str) -> None:
+    model, inputs = optimize(compressed(family), graph=True), batch(4, 64)
     run(model, inputs)
     model.to(torch.float16)
-    assert len(model.encoder.graphs) == 0
+    assert len(graphs_of(model)) == 0
     assert run(model, inputs).dtype == torch.float16
     with pytest.raises(BackendError, match="the model is on cpu"):
         model.cpu()(**{name: tensor.cpu() for name, tensor in inputs.items()})

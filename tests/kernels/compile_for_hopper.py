@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, flashsvdgeglu
+from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, flashsvdffnv2, flashsvdgeglu, flashsvdropeattn
 from flashsvd.kernels.triton_import import TensorDescriptor
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
 
 class Compiler:
@@ -47,13 +48,15 @@ def kind(argument: Any) -> str:
         return f"tensordesc<{TYPES[argument.base.dtype]}{argument.block_shape}>".replace(" ", "")
     if isinstance(argument, Tensor):
         return f"*{TYPES[argument.dtype]}"
+    if isinstance(argument, float):
+        return "fp32"
     return "constexpr" if argument is None else "i32"
 
 
-def shared_memory(module: Any, kernel: str, operands: list[Tensor], *options: Any) -> int:
+def shared_memory(module: Any, kernel: str, *arguments: Any) -> int:
     compiler = Compiler(getattr(module, kernel))
     with patch.object(module, kernel, compiler), patch.object(module, "generation", return_value="hopper"):
-        module._launch(*operands, "gelu", None, *options)
+        module._launch(*arguments)
     return compiler.shared
 
 
@@ -63,12 +66,28 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
 
     p, q, lift, down, bias = zeros(1, rank), zeros(1, rank), zeros(64, rank), zeros(64, rank), zeros(64)
     x, narrow, wide = zeros(1000, 64), zeros(rank, 64), zeros(64, rank)
+    ffn, tail = [p, lift, bias, down], ["gelu", None, 1]
+    sequences = [torch.zeros(2, dtype=torch.int32), 1000]
     return {
-        "v1": shared_memory(flashsvdffnv1, "_ffn_v1", [p, lift, bias, down], 1),
-        "geglu": shared_memory(flashsvdgeglu, "_geglu", [p, q, lift, lift, down, bias, bias], 1),
-        "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", [p, p, lift, lift, down, bias, bias], 1),
-        "v2": shared_memory(flashsvdffnv2, "_ffn_v2", [x, narrow, lift, bias, down, wide, bias]),
+        "v1": shared_memory(flashsvdffnv1, "_ffn_v1", *ffn, *tail),
+        "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, lift, lift, down, bias, bias, *tail),
+        "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, p, lift, lift, down, bias, bias, *tail),
+        "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, lift, bias, down, wide, bias, *tail[:-1]),
+        "attention": shared_memory(
+            flash_attn_triton, "_attention", *[zeros(1, 1, rank)] * 3, *sequences, 1.0, None, None, None, None
+        ),
+        "rotary attention": rotary(zeros, rank, 128, sequences),
     }
+
+
+def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: list[Any]) -> int:
+    """At the widest rank of values, queries and keys stay at the widest that the kernel takes of them."""
+    lifted = min(rank, flashsvdropeattn.LARGEST_LIFTED_RANK)
+    p, v, table = zeros(1, 1, lifted), zeros(1, lifted, head_dim), torch.zeros(1000, head_dim // 2)
+    operands = [p, v, p, v, zeros(1, 1, rank), table, table]
+    return shared_memory(
+        flashsvdropeattn, "_rope_attention", *operands, *sequences, 1.0, None, None, None, None, None, None
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from flashsvd.blocks.graph import Graphs
 from flashsvd.kernels.launch import Backend
 
 # By `config.model_type`.
-ARCHITECTURES = {"bert": "flashsvd.blocks.bert", "roberta": "flashsvd.blocks.roberta"}
+ARCHITECTURES = {
+    "bert": "flashsvd.blocks.bert",
+    "roberta": "flashsvd.blocks.roberta",
+    "modernbert": "flashsvd.blocks.modernbert",
+}
 
 
 class FusedArchitecture(Protocol):

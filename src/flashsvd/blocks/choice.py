@@ -7,11 +7,12 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
@@ -26,25 +27,33 @@ QUEUE_CYCLES = 2_500_000
 QUEUED_TOKENS = 4096
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a choice holds for.
+class Operation(NamedTuple):
+    """Something that has more than one implementation.
 
     Attributes:
-        operation: `attention`, `ffn core` or `lift + norm`.
-        shape: its sizes other than the number of tokens, for people.
+        sizes: how to tell people its sizes other than the number of tokens, such as `{} to {}`.
+    """
+
+    name: str
+    sizes: str
+
+
+class Case(NamedTuple):
+    """What a choice holds for; a plain tuple, since every operation of every layer looks one up.
+
+    Attributes:
         tokens: the most tokens of the bucket, a power of two.
     """
 
-    operation: str
-    shape: str
+    operation: Operation
+    sizes: tuple[int, ...]
     tokens: int
     dtype: torch.dtype
     device: torch.device
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.operation}, {self.shape}, up to {self.tokens} tokens, {dtype} on {self.device}"
+    def describe(self) -> str:
+        sizes, dtype = self.operation.sizes.format(*self.sizes), str(self.dtype).removeprefix("torch.")
+        return f"{self.operation.name}, {sizes}, up to {self.tokens} tokens, {dtype} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,8 @@ class Choices:
 
     def pick(
         self,
-        operation: str,
-        shape: str,
+        operation: Operation,
+        sizes: tuple[int, ...],
         x: Tensor,
         run: Callable[[Implementation], object],
     ) -> Implementation:
@@ -86,28 +95,38 @@ class Choices:
             x: one of its operands, with a row for each token.
             run: computes the operation, and changes no tensor that it is given.
         """
-        case = Case(operation, shape, bucket(x.shape[0]), x.dtype, x.device)
-        if case not in self._table:
-            self._table[case] = self._choose(case, x, run)
-        return self._table[case].picked
+        case = Case(operation, sizes, bucket(x.shape[0]), x.dtype, x.device)
+        choice = self._table.get(case)
+        if choice is None:
+            choice = self._table[case] = self._choose(case, x, run)
+        return choice.picked
 
     def table(self) -> dict[str, str]:
         """What was picked so far, for people."""
-        return {str(case): str(choice) for case, choice in self._table.items()}
+        return {case.describe(): str(choice) for case, choice in self._table.items()}
 
     def _choose(self, case: Case, x: Tensor, run: Callable[[Implementation], object]) -> Choice:
         if self.backend != "auto":
             return Choice(self.backend)
         if not self._can_measure(x):
             return Choice("torch")
+        if self._capturing():
+            raise BackendError(
+                f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
+                "run the model on such a batch first, or optimize with graph=True or a backend of torch or triton"
+            )
         times = tuple((name, self._time(run, name, case.tokens)) for name in CANDIDATES)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
-        log.info("%s: %s", case, choice)
+        log.info("%s: %s", case.describe(), choice)
         return choice
 
     @staticmethod
     def _can_measure(x: Tensor) -> bool:
         return x.is_cuda and not why_not_triton(x)
+
+    @staticmethod
+    def _capturing() -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def _time(self, run: Callable[[Implementation], object], name: Implementation, tokens: int) -> float:
         from triton.runtime.errors import OutOfResources

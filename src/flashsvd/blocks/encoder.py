@@ -12,7 +12,6 @@ from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
 from flashsvd.blocks.ffn import Activation, why_not_fused
 from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.refusals import (
     refuse_call,
@@ -22,7 +21,7 @@ from flashsvd.blocks.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.stack import FusedStack, run_layers
 from flashsvd.blocks.tokens import Tokens
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.launch import Backend
@@ -39,40 +38,11 @@ LINEARS = (
 NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 
 
-class FusedLayer(PackedModule):
-    """Mixed into a layer class: the block in the place of the layer's own modules."""
-
-    block: PostLNBlock
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *_: Any,
-        tokens: Tokens | None = None,
-        inplace: bool = False,
-        **__: Any,
-    ) -> Tensor:
-        """Packed tokens [T, hidden] in and out, or a padded batch [batch, length, hidden].
-
-        Args:
-            tokens: of the batch; needed where `hidden_states` is packed.
-            inplace: whether packed `hidden_states` may be overwritten.
-        """
-        if hidden_states.ndim == 2:
-            assert tokens is not None
-            packed: Tensor = self.block(hidden_states, tokens, inplace=inplace)
-            return packed
-        tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
-        return run_layers([self.block], hidden_states, tokens)
-
-
-class FusedEncoder(PackedModule):
+class FusedEncoder(FusedStack):
     """Mixed into an encoder class: real tokens only between the first layer and the last."""
 
     config: Any
     layer: nn.ModuleList
-    graphs: Graphs | None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -91,12 +61,6 @@ class FusedEncoder(PackedModule):
         recorded = options.get("output_hidden_states", self.config.output_hidden_states)
         last = run_layers(self.layer, hidden_states, tokens, padded=bool(recorded), graphs=self.graphs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
-
-    def _apply(self, *arguments: Any, **options: Any) -> Any:
-        # Captured graphs read the weights where they were.
-        if self.graphs is not None:
-            self.graphs.forget()
-        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def check_encoder(base: Any, encoder_class: type, layer_class: type, backend: Backend) -> None:

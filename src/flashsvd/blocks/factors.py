@@ -32,6 +32,10 @@ class Joint:
     bias: Tensor
 
     @property
+    def rank(self) -> int:
+        return self.u.shape[1]
+
+    @property
     def matrix(self) -> Tensor:
         return self.u @ self.v
 
@@ -71,6 +75,11 @@ def read_whole(module: nn.Module) -> Dense | Joint:
     """The same where heads mean nothing: per-head factors are multiplied out."""
     factors = read_factors(module)
     return Dense(factors.matrix, factors.bias) if isinstance(factors, PerHead) else factors
+
+
+def present(bias: Tensor) -> Tensor | None:
+    """The bias, or None where it adds nothing."""
+    return bias if bool(bias.any()) else None
 
 
 def check_linear(module: nn.Module, name: str) -> None:

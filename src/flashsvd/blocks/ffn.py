@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation
+from flashsvd.blocks.choice import Choices, Implementation, Operation
+from flashsvd.blocks.chunks import materialised_parts
 from flashsvd.blocks.factors import Dense, Joint
-from flashsvd.blocks.output import PackedOutput
+from flashsvd.blocks.norm import PackedNorm
+from flashsvd.blocks.residual import PackedResidual
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
+CORE = Operation("ffn core", "{} to {} to {}")
+
 # By the name that kernels know it under, or as a function.
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
-
-# Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
-MATERIALISED_TOKENS = 8192
 
 
 class PackedFFN(Packed):
@@ -62,25 +63,28 @@ class PackedFFN(Packed):
         self.keep("b1", first.bias, dtype)
         self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
         matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
-        self.output = PackedOutput(None, matrix, second.bias, norm, dtype, choices)
+        self.output = PackedResidual(None, matrix, None, dtype)
+        self.norm = PackedNorm(norm, dtype, choices, shift=second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused:
-            for part in _parts(x, "torch"):
-                self.output(self._plain(part), part, part)
+            for part in materialised_parts(x, "torch"):
+                self.output(self._plain(part), part)
+            self.norm(x, out=x)
             return x
         assert self.u1 is not None
         assert self.u2 is not None
         (inner, r1), r2 = self.w1.shape, self.u2.shape[1]
         p = x @ self.u1
         picked = self.choices.pick(
-            "ffn core",
-            f"{r1} to {inner} to {r2}",
+            CORE,
+            (r1, inner, r2),
             p,
-            lambda name: [self._core(part, name) for part in _parts(p, name)],
+            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
         )
-        for part, rows in zip(_parts(p, picked), _parts(x, picked), strict=True):
-            self.output(self._core(part, picked), rows, rows)
+        for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
+            self.output(self._core(part, picked), rows)
+        self.norm(x, out=x)
         return x
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
@@ -95,12 +99,6 @@ class PackedFFN(Packed):
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         h = act(torch.addmm(self.b1, x, self.w1.T))
         return h if self.u2 is None else h @ self.u2
-
-
-def _parts(x: Tensor, implementation: Implementation) -> list[Tensor]:
-    """The kernel's core holds no activation in memory, so it takes all tokens at once."""
-    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
-    return [x[start : start + step] for start in range(0, len(x), step)]
 
 
 def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:

@@ -18,8 +18,8 @@ from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import why_not_triton
 
-# hidden [T, hidden], tokens, whether hidden may be overwritten -> [T, hidden]
-Forward = Callable[[Tensor, Tokens, bool], Tensor]
+# hidden [T, hidden], tokens; works in place
+Forward = Callable[[Tensor, Tokens], None]
 
 # Beyond, a GPU is kept busy without graphs, which would hold the memory of a second batch.
 MOST_TOKENS = 65_536
@@ -35,21 +35,27 @@ class Shape:
 
     Attributes:
         full: whether no token is padding; the sequences' lengths are then the graph's own, and nothing is rounded up.
+        counted: whether all padding is on the right; kernels then count positions themselves.
+        length: of the padded batch.
     """
 
     tokens: int
     batch: int
     max_seqlen: int
     full: bool
+    counted: bool
+    length: int
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, hidden: Tensor, tokens: Tokens) -> Shape:
         if tokens.indices is None:
-            return cls(tokens.count, tokens.batch, tokens.max_seqlen, True, hidden.dtype, hidden.device)
-        longest = max(SHORTEST_BUCKET, bucket(tokens.max_seqlen))
-        return cls(round_up(tokens.count), tokens.batch, longest, False, hidden.dtype, hidden.device)
+            longest = tokens.max_seqlen
+            return cls(tokens.count, tokens.batch, longest, True, True, longest, hidden.dtype, hidden.device)
+        longest, length = (max(SHORTEST_BUCKET, bucket(size)) for size in (tokens.max_seqlen, tokens.span))
+        count = round_up(tokens.count)
+        return cls(count, tokens.batch, longest, False, tokens.counted, length, hidden.dtype, hidden.device)
 
 
 class Graphs:
@@ -57,7 +63,9 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Shape, _Captured] = {}
+        self._inputs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -69,7 +77,8 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
-        self._pool = None
+        self._inputs.clear()
+        self._pool = self._stream = None
 
     def take(self, hidden: Tensor, tokens: Tokens) -> bool:
         """Whether this batch runs as a graph.
@@ -85,48 +94,66 @@ class Graphs:
         return Shape.of(hidden, tokens) in self._captured or len(self._captured) < MOST_GRAPHS
 
     def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """What `forward` would return, replayed; captured first where this is the first batch of its shape."""
+        """What `forward` would make of `hidden`, replayed; captured first at the first batch of its shape."""
         shape = Shape.of(hidden, tokens)
         if shape not in self._captured:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._captured[shape] = _Captured(shape, forward, hidden, tokens, self._pool)
+            if self._stream is None:
+                # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
+                self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
+            own = self._input(shape, hidden.shape[1])
+            captured = _Captured(shape, own, self._pool, self._stream)
+            captured.capture(forward, hidden, tokens)
+            self._captured[shape] = captured
         return self._captured[shape].replay(hidden, tokens)
+
+    def _input(self, shape: Shape, width: int) -> Tensor:
+        """Where the graphs of a shape, and those of about its size, read their batch from."""
+        rows = bucket(shape.tokens)
+        key = (rows, shape.dtype, shape.device)
+        # It may then be written to both inside inference mode and outside.
+        with torch.inference_mode(False), torch.no_grad():
+            if key not in self._inputs:
+                self._inputs[key] = torch.zeros(rows, width, dtype=shape.dtype, device=shape.device)
+            return self._inputs[key][: shape.tokens]
 
 
 class _Captured:
-    """One graph, the memory it reads its batch from, and the one it leaves its result in."""
+    """One graph, and the memory that it reads its batch from and leaves its result in.
 
-    def __init__(self, shape: Shape, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
-        # Buffers that may be written to both inside inference mode and outside.
-        with torch.inference_mode(False), torch.no_grad():
-            self._hidden = torch.zeros(shape.tokens, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-            self._tokens = tokens if shape.full else _places(shape)
-        self._full = shape.full
-        self._capture(forward, hidden, tokens, pool)
+    Args:
+        own: [shape.tokens, hidden], that memory.
+    """
 
-    def _capture(self, forward: Forward, hidden: Tensor, tokens: Tokens, pool: Any) -> None:
+    def __init__(self, shape: Shape, own: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._shape, self._hidden, self._pool, self._stream = shape, own, pool, stream
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> None:
+        """Record what `forward` does with a batch of the shape."""
+        with torch.inference_mode(False):
+            self._tokens = tokens if self._shape.full else _places(self._shape)
+        current = torch.cuda.current_stream(hidden.device)
+        self._stream.wait_stream(current)
         # What is compiled, measured or allocated once must be so before the capture.
-        side = torch.cuda.Stream(hidden.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(hidden.device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(self._stream):
             for _ in range(WARMUP_RUNS):
                 self._load(hidden, tokens)
-                forward(self._hidden, self._tokens, True)
-        torch.cuda.current_stream(hidden.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._result = forward(self._hidden, self._tokens, True)
+                forward(self._hidden, self._tokens)
+        current.wait_stream(self._stream)
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+            forward(self._hidden, self._tokens)
 
     def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         self._load(hidden, tokens)
         self._graph.replay()
         # A copy, since the next replay writes over it.
-        return self._result[: tokens.count].clone()
+        return self._hidden[: tokens.count].clone()
 
     def _load(self, hidden: Tensor, tokens: Tokens) -> None:
         self._hidden[: tokens.count].copy_(hidden)
-        if self._full:
+        if self._shape.full:
             return
         self._tokens.positions[: tokens.count].copy_(tokens.positions)
         self._tokens.cu_seqlens.copy_(tokens.cu_seqlens)
@@ -136,10 +163,10 @@ def _places(shape: Shape) -> Tokens:
     """Tokens of which only the device knows where their sequences lie."""
     positions = torch.zeros(shape.tokens, dtype=torch.int32, device=shape.device)
     cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=shape.device)
-    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.max_seqlen, ())
+    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.length, (), shape.counted)
 
 
 def round_up(tokens: int) -> int:
     """The number of tokens of the graph that a batch of so many runs in."""
-    step = 64 if tokens <= 1024 else 512
+    step = 64 if tokens <= 1024 else 512 if tokens <= 16_384 else 2048
     return -(-tokens // step) * step

@@ -13,8 +13,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def foreign_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The module's hooks other than transformers' recorders, which stay in place for good once they were needed."""
-    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", None) != RECORDER]
+    found: list[Callable[..., Any]] = []
+    # Asked of every layer at every call, and most have none.
+    for name in HOOKS:
+        if hooks := module.__dict__[name]:
+            found += [hook for hook in hooks.values() if getattr(hook, "__module__", None) != RECORDER]
+    return found
 
 
 def any_foreign_hooks(modules: Iterable[nn.Module]) -> bool:

@@ -46,14 +46,19 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def mark_packed(model: nn.Module) -> None:
-    """Make a transformers model refuse what its blocks cannot do, before anything else happens to it.
+    """Make a transformers model refuse what its blocks cannot do, before anything else happens to it."""
+    mix_in(model, PackedModel)
+
+
+def mix_in(model: nn.Module, mixin: type) -> None:
+    """Give a transformers model the methods of another class before its own.
 
     transformers finds what it knows of a class, such as which outputs can be recorded, by the class's full name; so the
     subclass goes by the same one.
     """
     base = type(model)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    model.__class__ = type(base.__name__, (PackedModel, base), names)
+    model.__class__ = type(base.__name__, (mixin, base), names)
 
 
 def _refuse(what: str) -> NoReturn:

@@ -1,9 +1,6 @@
 """The fused block of a post-LN layer: attention and feed-forward network on packed tokens.
 
-    x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
-
-The attention sublayer takes whole sequences a chunk at a time, so that queries, keys and values of a large batch never
-exist all at once.
+x <- LayerNorm(attention(x) Wo + bo + x);  x <- LayerNorm(ffn(x) + x)
 """
 
 from __future__ import annotations
@@ -13,17 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.choice import Choices, Implementation, bucket
+from flashsvd.blocks.attention import attend
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.chunks import chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.ffn import Activation, PackedFFN
-from flashsvd.blocks.output import PackedOutput, fewer_launches
-from flashsvd.blocks.qkv import ValueLift, pack_qkv
-from flashsvd.blocks.sdpa import sdpa
+from flashsvd.blocks.fold import fold_output
+from flashsvd.blocks.norm import PackedNorm
+from flashsvd.blocks.qkv import pack_qkv
+from flashsvd.blocks.residual import PackedResidual
 from flashsvd.blocks.tokens import Chunk, Tokens
-from flashsvd.kernels.flash_attn_triton import flash_attention
-
-# Fewer tokens than this do not fill a GPU.
-SMALLEST_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -53,62 +49,24 @@ class PostLNBlock(nn.Module):
         self.scale, self.choices = w.scale, choices
         self.qkv, lift = pack_qkv(w.q, w.k, w.v, w.heads, w.dtype)
         m1, m2, bias = fold_output(lift, w.o, w.heads)
-        self.attention_output = PackedOutput(m1, m2, bias, w.attention_norm, w.dtype, choices)
+        self.attention_output = PackedResidual(m1, m2, None, w.dtype)
+        self.attention_norm = PackedNorm(w.attention_norm, w.dtype, choices, shift=bias)
         self.ffn = PackedFFN(w.first, w.second, w.activation, w.ffn_norm, w.dtype, choices)
 
-    def forward(self, hidden: Tensor, tokens: Tokens, *, inplace: bool = False) -> Tensor:
-        """hidden [T, hidden] -> [T, hidden].
-
-        Args:
-            inplace: whether `hidden` may be overwritten by the result.
-        """
-        out = hidden if inplace else torch.empty_like(hidden)
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """hidden [T, hidden], overwritten by the result."""
         for chunk in tokens.chunks(self._chunk_tokens(hidden)):
-            rows = slice(chunk.start, chunk.stop)
-            x = hidden[rows]
-            self.attention_output(self._attend(x, chunk), x, out[rows])
-        result: Tensor = self.ffn(out)
+            rows = hidden[chunk.start : chunk.stop]
+            self.attention_output(self._attend(rows, chunk), rows)
+        self.attention_norm(hidden, out=hidden)
+        result: Tensor = self.ffn(hidden)
         return result
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
-        """As many as keep what exists while attending within 5/4 of the hidden state's memory: few, long launches."""
         context = self.qkv.widths[2]
-        width = self.qkv.width + context + self.attention_output.width
-        return max(SMALLEST_CHUNK, hidden.numel() * 5 // (4 * width))
+        return chunk_tokens(hidden, self.qkv.width + context)
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""
         q, k, v = self.qkv(x)
-
-        def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
-            if implementation == "torch":
-                return sdpa(q, k, v, chunk, self.scale)
-            return flash_attention(
-                q, k, v, chunk.cu_seqlens, chunk.max_seqlen, scale=self.scale, backend="triton", out=out
-            )
-
-        # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
-        if not chunk.lengths:
-            return run("triton", _context_of_surplus(q, v)).flatten(1)
-        heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-        shape = f"{heads} heads of {width} and {value_width}, sequences up to {bucket(chunk.max_seqlen)}"
-        return run(self.choices.pick("attention", shape, q, run)).flatten(1)
-
-
-def _context_of_surplus(q: Tensor, v: Tensor) -> Tensor:
-    """Where attention may write: zeros, since the kernel leaves out tokens of no sequence. What they hold must stay
-    finite, because tiles of the last sequence's keys and values reach into them, with weight zero.
-    """
-    return v.new_zeros(*q.shape[:2], v.shape[2])
-
-
-def fold_output(lift: ValueLift, o: Dense | Joint, heads: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The output projection behind attention: M1 or None, M2, and the bias, with the value's lift and bias in them."""
-    bias = lift.bias @ o.matrix + o.bias
-    wide = o.u if isinstance(o, Joint) else o.matrix
-    if lift.matrices is not None:
-        # Each head's V times the rows of the output projection that take this head.
-        wide = (lift.matrices @ wide.reshape(heads, -1, wide.shape[1])).flatten(0, 1)
-    if isinstance(o, Joint):
-        return *fewer_launches(wide, o.v), bias
-    return None, wide, bias
+        return attend(q, k, v, chunk, self.scale, self.choices).flatten(1)

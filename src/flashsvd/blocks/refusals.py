@@ -19,7 +19,7 @@ def refuse_config(config: Any) -> None:
     Raises:
         BackendError: naming the option of the config.
     """
-    for name in ("is_decoder", "add_cross_attention", "output_attentions"):
+    for name in ("is_decoder", "is_causal", "add_cross_attention", "output_attentions"):
         if getattr(config, name, False):
             raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
 
@@ -83,10 +83,25 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
     """
     if options.get("output_attentions", getattr(config, "output_attentions", False)):
         raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
-    for name in ("encoder_hidden_states", "past_key_values", "use_cache"):
+    for name in ("encoder_hidden_states", "past_key_values", "use_cache", "is_causal"):
         if options.get(name) is not None and options[name] is not False:
             raise BackendError(f"fused blocks are those of a plain encoder, which takes no {name}; leave it out")
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise BackendError("an optimised model gives no gradients; use torch.inference_mode(), or the plain model")
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise BackendError("an optimised model runs in its own dtype, not under autocast; use model.to(torch.bfloat16)")
+
+
+def refuse_positions(position_ids: Tensor | None, length: int) -> None:
+    """Refuse positions other than the columns, by which rotary tables and windows go here.
+
+    Raises:
+        BackendError: there are some.
+    """
+    if position_ids is None:
+        return
+    columns = torch.arange(length, device=position_ids.device)
+    if position_ids.shape[-1] != length or not bool((position_ids == columns).all()):
+        raise BackendError(
+            "fused blocks count positions from 0 in each row; leave position_ids out, or use the plain model"
+        )

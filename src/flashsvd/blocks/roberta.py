@@ -9,8 +9,9 @@ from torch import nn
 from transformers.models.roberta.modeling_roberta import RobertaEncoder, RobertaLayer
 
 from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.encoder import FusedEncoder, FusedLayer, check_encoder, fuse_encoder
+from flashsvd.blocks.encoder import FusedEncoder, check_encoder, fuse_encoder
 from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.layer import FusedLayer
 from flashsvd.kernels.launch import Backend
 
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.tokens import Tokens
+
+
+class FusedStack(PackedModule):
+    """Mixed into the class of a module that walks through fused layers."""
+
+    graphs: Graphs | None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Captured graphs read the weights where they were.
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
 
 def run_layers(
@@ -17,6 +32,7 @@ def run_layers(
     tokens: Tokens,
     *,
     padded: bool = False,
+    owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros at padding.
@@ -24,6 +40,7 @@ def run_layers(
     Args:
         padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        owned: whether the hidden states may be overwritten.
     """
     layers = list(layers)
     if padded or any_foreign_hooks(layers):
@@ -32,16 +49,16 @@ def run_layers(
         return hidden_states
     if tokens.count == 0:
         return hidden_states.new_zeros(hidden_states.shape)
-    hidden = tokens.remove_padding(hidden_states).contiguous()
-    # The first layer's input is the caller's, unless padding was taken out of it; any later one is ours to overwrite.
-    owned = tokens.indices is not None
+    hidden = tokens.remove_padding(hidden_states)
 
-    def forward(hidden: Tensor, tokens: Tokens, owned: bool) -> Tensor:
+    def walk(hidden: Tensor, tokens: Tokens) -> None:
         for layer in layers:
-            hidden = layer(hidden, tokens=tokens, inplace=owned)
-            owned = True
-        return hidden
+            layer(hidden, tokens=tokens)
 
     if graphs is not None and graphs.take(hidden, tokens):
-        return tokens.restore(graphs.run(forward, hidden, tokens))
-    return tokens.restore(forward(hidden, tokens, owned))
+        return tokens.restore(graphs.run(walk, hidden, tokens))
+    if tokens.indices is None and not (owned and hidden.is_contiguous()):
+        # It is the caller's, and the layers work in place.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    walk(hidden, tokens)
+    return tokens.restore(hidden)

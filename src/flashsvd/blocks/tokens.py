@@ -22,6 +22,8 @@ class Chunk:
         max_seqlen: at least the length of the longest.
         positions: int32 [stop - start], the column of each token in the padded batch.
         lengths: of the sequences; empty where only the device knows, and the last tokens may belong to none.
+        counted: whether the positions of each sequence are 0, 1, 2, ...
+        span: all positions lie below it.
     """
 
     start: int
@@ -30,10 +32,21 @@ class Chunk:
     max_seqlen: int
     positions: Tensor
     lengths: tuple[int, ...]
+    counted: bool
+    span: int
 
     @property
     def sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def explicit_positions(self) -> Tensor | None:
+        """The positions; None where kernels can count them."""
+        return None if self.counted else self.positions
+
+    def window(self, reach: int | None) -> int | None:
+        """The same reach, None where it takes in every token of a sequence."""
+        return None if reach is None or reach >= self.span - 1 else reach
 
     @functools.cached_property
     def places(self) -> Tensor | None:
@@ -56,6 +69,23 @@ class Chunk:
         columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
         return (columns < self.cu_seqlens.diff()[:, None])[:, None, None]
 
+    def mask(self, window: int | None) -> Tensor | None:
+        """bool [sequences or 1, 1, max_seqlen or 1, max_seqlen], whether a token attends to another."""
+        if window is None:
+            return self.key_mask
+        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)[None]
+        if not self.counted:
+            columns = spread(self.positions, self)
+        near = (columns[:, None, :, None] - columns[:, None, None, :]).abs() <= window
+        return near if self.key_mask is None else near & self.key_mask
+
+
+def spread(x: Tensor, chunk: Chunk) -> Tensor:
+    """[n, ...] -> [sequences, longest, ...], zeros behind shorter sequences."""
+    if chunk.places is not None:
+        x = x.new_zeros(chunk.sequences * chunk.max_seqlen, *x.shape[1:]).index_copy_(0, chunk.places, x)
+    return x.view(chunk.sequences, chunk.max_seqlen, *x.shape[1:])
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -67,6 +97,7 @@ class Tokens:
         positions: int32 [T], the column of each token in the padded batch.
         indices: int64 [T], the place of each token in the flattened batch; None where no padding was removed.
         lengths: the number of tokens of each row; empty where only the device knows.
+        counted: whether the tokens of each row stand in its first columns, all padding behind them.
     """
 
     cu_seqlens: Tensor
@@ -76,6 +107,7 @@ class Tokens:
     batch: int
     length: int
     lengths: tuple[int, ...]
+    counted: bool
     _chunks: dict[int, tuple[Chunk, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -88,26 +120,33 @@ class Tokens:
         batch, length = x.shape[:2]
         if mask is None:
             return _full(batch, length, x.device)
-        if mask.shape != (batch, length):
+        if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+            given = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise BackendError(
                 f"an optimised model takes an attention mask [batch, length], here [{batch}, {length}], "
-                f"not {list(mask.shape)}; load the checkpoint without optimize for other masks"
+                f"not {given}; load the checkpoint without optimize for other masks"
             )
         mask = mask.to(device=x.device, dtype=torch.bool)
         counts = mask.sum(1)
+        ends = (mask * torch.arange(1, length + 1, device=x.device)).amax(1) if length else counts
         # The one place where the host waits for the device.
-        lengths = tuple(counts.tolist())
+        lengths, last = (tuple(row) for row in torch.stack([counts, ends]).tolist())
         if min(lengths, default=length) == length:
             return _full(batch, length, x.device)
         indices = mask.flatten().nonzero().squeeze(1)
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=x.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=cu_seqlens[1:])
         positions = (indices % length).to(torch.int32)
-        return cls(cu_seqlens, max(lengths), positions, indices, batch, length, lengths)
+        return cls(cu_seqlens, max(lengths), positions, indices, batch, length, lengths, lengths == last)
 
     @property
     def count(self) -> int:
         return self.positions.shape[0]
+
+    @property
+    def span(self) -> int:
+        """All positions lie below it."""
+        return self.max_seqlen if self.counted else self.length
 
     def remove_padding(self, x: Tensor) -> Tensor:
         """[batch, length, ...] -> [T, ...]; a view where nothing is removed."""
@@ -128,7 +167,16 @@ class Tokens:
 
     def _cut(self, most: int) -> Iterator[Chunk]:
         if self.count <= most or not self.lengths:
-            yield Chunk(0, self.count, self.cu_seqlens, self.max_seqlen, self.positions, self.lengths)
+            yield Chunk(
+                0,
+                self.count,
+                self.cu_seqlens,
+                self.max_seqlen,
+                self.positions,
+                self.lengths,
+                self.counted,
+                self.span,
+            )
             return
         share = -(-self.count // -(-self.count // most))
         ends = list(itertools.accumulate(self.lengths))
@@ -139,7 +187,10 @@ class Tokens:
                 lengths = self.lengths[first : row + 1]
                 if end > start:
                     cu_seqlens = self.cu_seqlens[first : row + 2] - self.cu_seqlens[first]
-                    yield Chunk(start, end, cu_seqlens, max(lengths), self.positions[start:end], lengths)
+                    longest = max(lengths)
+                    span = longest if self.counted else self.length
+                    positions = self.positions[start:end]
+                    yield Chunk(start, end, cu_seqlens, longest, positions, lengths, self.counted, span)
                 first, start = row + 1, end
 
 
@@ -148,4 +199,4 @@ def _full(batch: int, length: int, device: torch.device) -> Tokens:
     """Every token is real."""
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     positions = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
-    return Tokens(cu_seqlens, length, positions, None, batch, length, (length,) * batch)
+    return Tokens(cu_seqlens, length, positions, None, batch, length, (length,) * batch, True)

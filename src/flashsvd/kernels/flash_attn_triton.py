@@ -16,9 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, rank_tiles, use_triton
+from flashsvd.kernels.launch import (
+    ALIGNMENT,
+    Backend,
+    aligned,
+    descriptor,
+    multiprocessors,
+    precision,
+    rank_tiles,
+    use_triton,
+)
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
+
+# Further from every position than any window reaches.
+NOWHERE = tl.constexpr(-(2**30))
 
 CANDIDATES = (
     Tiles(128, 64, warps=4, stages=2),
@@ -26,6 +38,8 @@ CANDIDATES = (
     Tiles(128, 128, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=3),
     Tiles(64, 128, warps=4, stages=2),
+    Tiles(64, 64, warps=8, stages=2),
+    Tiles(64, 32, warps=8, stages=2),
 )
 
 
@@ -112,13 +126,13 @@ def flash_attention_reference(
     sequences, tokens = cu_seqlens.shape[0] - 1, q.shape[0]
     grouped = q.shape[1] != k.shape[1]
     if tokens == sequences * max_seqlen and positions is None and _all_of(max_seqlen, cu_seqlens):
-        padded = [x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         mask = None
         if window is not None:
             steps = torch.arange(max_seqlen, device=q.device)
             mask = (steps[:, None] - steps).abs() <= window
-        attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return attended.transpose(1, 2).reshape(tokens, q.shape[1], v.shape[2])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).reshape(tokens, *attended.shape[1::2])
     lengths = cu_seqlens.diff()
     steps = torch.arange(max_seqlen, device=q.device)
     real = steps < lengths[:, None]
@@ -128,9 +142,9 @@ def flash_attention_reference(
         place = torch.zeros(real.shape, dtype=torch.int32, device=q.device)
         place[real] = (steps.expand_as(real)[real] if positions is None else positions[index]).int()
         mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
-    padded = [_scatter(x, real, index) for x in (q, k, v)]
-    attended = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out = q.new_zeros(tokens, q.shape[1], v.shape[2])
+    q, k, v = (_scatter(x, real, index) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out[index] = attended.transpose(1, 2)[real]
     return out
 
@@ -149,14 +163,26 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
-    # The keys that ROWS queries from i_row on attend to: from the first to the end of the whole tiles, and to the last.
-    low = 0
-    end = length
+    # The keys that ROWS queries from i_row on attend to: the first, the end of the tiles that need no mask, the end.
     if WINDOWED:
         # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
         low = tl.maximum(i_row - window, 0)
-        end = tl.minimum(length, i_row + ROWS + window)
-    return low, low + (end - low) // COLUMNS * COLUMNS, end
+        return low, low, tl.minimum(length, i_row + ROWS + window)
+    else:
+        return 0, length // COLUMNS * COLUMNS, length
+
+
+@triton.jit
+def key_tile(j, end, start, pos_ptr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, POSITIONS: tl.constexpr):
+    # Where the tile of keys from j on begins, which of them it is to add, and their positions. A tile that would reach
+    # beyond the end begins earlier instead, since no mask takes out a NaN among the values that may lie there.
+    first = tl.minimum(j, end - COLUMNS) if MASKED else j
+    o_key = first + tl.arange(0, COLUMNS)
+    m_key = o_key >= j
+    place = o_key
+    if POSITIONS:
+        place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+    return first, m_key, place
 
 
 @triton.jit
@@ -174,18 +200,16 @@ def attention_step(
     qk_scale,
     window,
     V1: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1].
-    if LAST:
-        # The tile reaches beyond the sequence, where anything may lie, even what times zero is not zero.
-        s = tl.where(m_key[None, :], s, float("-inf"))
-        v0 = tl.where(m_key[:, None], v0, 0.0)
-        v1 = tl.where(m_key[:, None], v1, 0.0)
     if WINDOWED:
+        key_place = tl.where(m_key, key_place, NOWHERE)
         s = tl.where(tl.abs(place[:, None] - key_place[None, :]) <= window, s, float("-inf"))
+    elif MASKED:
+        s = tl.where(m_key[None, :], s, float("-inf"))
     new = tl.maximum(high, tl.max(s, 1) * qk_scale)
     # In a window's tiles a row may have no key.
     base = tl.where(new == float("-inf"), 0.0, new) if WINDOWED else new
@@ -214,11 +238,11 @@ def _scores_and_step(
     place,
     pos_ptr,
     start,
-    length,
+    end,
     j,
     i_kv,
-    width_k,
-    width_v,
+    pitch_k,
+    pitch_v,
     qk_scale,
     window,
     COLUMNS: tl.constexpr,
@@ -226,29 +250,25 @@ def _scores_and_step(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    k0 = k0_desc.load([start + j, i_kv * width_k])
+    first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
+    k0 = k0_desc.load([start + first, i_kv * pitch_k])
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if K1 > 0:
-        k1 = k1_desc.load([start + j, i_kv * width_k + K0])
+        k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, i_kv * width_v])
-    v1 = v1_desc.load([start + j, i_kv * width_v + V0]) if V1 > 0 else v0
-    o_key = j + tl.arange(0, COLUMNS)
-    m_key = o_key < length
-    key_place = o_key
-    if POSITIONS:
-        key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
+    v0 = v0_desc.load([start + first, i_kv * pitch_v])
+    v1 = v1_desc.load([start + first, i_kv * pitch_v + V0]) if V1 > 0 else v0
     return attention_step(
-        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, LAST, WINDOWED, PRECISION
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _attention(
     q0_desc,
     q1_desc,
@@ -262,7 +282,8 @@ def _attention(
     row_tiles,
     heads,
     group,
-    width_k,
+    pitch_k,
+    pitch_v,
     width_v,
     out_token,
     out_head,
@@ -289,12 +310,12 @@ def _attention(
         return
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
     # Columns beyond the head's are its neighbour's; zeros in Q take them out of the scores.
-    q0 = q0_desc.load([start + i_row, i_head * width_k])
+    q0 = q0_desc.load([start + i_row, i_head * pitch_k])
     if K1 == 0:
-        q0 = tl.where((tl.arange(0, K0) < width_k)[None, :], q0, 0.0)
+        q0 = tl.where((tl.arange(0, K0) < pitch_k)[None, :], q0, 0.0)
     if K1 > 0:
-        q1 = q1_desc.load([start + i_row, i_head * width_k + K0])
-        q1 = tl.where((K0 + tl.arange(0, K1) < width_k)[None, :], q1, 0.0)
+        q1 = q1_desc.load([start + i_row, i_head * pitch_k + K0])
+        q1 = tl.where((K0 + tl.arange(0, K1) < pitch_k)[None, :], q1, 0.0)
     else:
         q1 = q0
     o_row = i_row + tl.arange(0, ROWS)
@@ -308,13 +329,13 @@ def _attention(
     low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, length, j,
-            i_kv, width_k, width_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
+            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     m_row = (o_row < length)[:, None]
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
@@ -327,19 +348,22 @@ def _attention(
         tl.store(p_out + o_width, (acc1 * scale).to(out_type), mask=m_row & (o_width < width_v))
 
 
-def default_tiles(q: Tensor, width_k: int, width_v: int, max_seqlen: int) -> Tiles:
+def default_tiles(q: Tensor, widest: int, sequences: int, max_seqlen: int, windowed: bool) -> Tiles:
     """The table: what was fastest for a width on a generation of GPUs; never many more rows than a sequence has."""
-    widest = max(width_k, width_v)
-    rows = max(16, min(128, 1 << (max_seqlen - 1).bit_length()))
+    longest = max(16, 1 << (max_seqlen - 1).bit_length())
     if q.dtype == torch.float32:
-        return Tiles(min(rows, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
-    if generation(q.device) == "hopper":
-        if widest <= 32:
-            return Tiles(rows, 64, warps=4, stages=3)
-        if widest <= 128:
-            return Tiles(min(rows, 64), 64, warps=4, stages=3 if widest <= 64 else 2)
-        return Tiles(min(rows, 64), 64, warps=4, stages=2)
-    return Tiles(min(rows, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+        return Tiles(min(longest, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
+    if generation(q.device) != "hopper":
+        return Tiles(min(longest, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
+    if widest > 256:
+        # More columns would not fit into shared memory, fewer warps not into the registers.
+        return Tiles(min(longest, 64), 32, warps=8, stages=2)
+    # Few programs take few rows each, so that there are more of them.
+    if widest <= 64 and sequences * q.shape[1] * -(-max_seqlen // 64) < multiprocessors(q.device):
+        return Tiles(16, 128, warps=4, stages=2)
+    tall = widest <= 16 or 64 < widest <= 96
+    deep = widest <= 128 and max_seqlen > 128 and not windowed
+    return Tiles(min(longest, 128 if tall and not windowed else 64), 64, warps=4, stages=3 if deep else 2)
 
 
 def width_tiles(width: int) -> tuple[int, int]:
@@ -347,9 +371,16 @@ def width_tiles(width: int) -> tuple[int, int]:
     return (max(16, 1 << (width - 1).bit_length()), 0) if width <= 64 else rank_tiles(width)
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """The heads [T, H, D] as columns of one matrix [T, H D], which a descriptor can describe."""
-    return aligned(x.flatten(1))
+def side_by_side(x: Tensor) -> tuple[Tensor, int]:
+    """The heads [T, H, D] as columns of one matrix that a descriptor can describe, and how many each takes.
+
+    That is D, or slightly more, zeros, where a head would begin at an address that no tile may begin at.
+    """
+    step = ALIGNMENT // x.element_size()
+    missing = -x.shape[2] % step if x.shape[1] > 1 else 0
+    if missing:
+        x = F.pad(x, (0, missing))
+    return aligned(x.flatten(1)), x.shape[2]
 
 
 def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
@@ -378,7 +409,7 @@ def _launch(
     check_out(out, (tokens, heads, width_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)
+    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(q), side_by_side(k), side_by_side(v)
     (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
 
@@ -397,7 +428,8 @@ def _launch(
             row_tiles,
             heads,
             group,
-            width_k,
+            pitch_k,
+            pitch_v,
             width_v,
             out.stride(0),
             out.stride(1),
@@ -419,7 +451,11 @@ def _launch(
 
     shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, group, width_k, width_v)
     key = ("attention", q.dtype, *shape, window)
-    return run(choose(tiles, lambda: default_tiles(q, width_k, width_v, max_seqlen), CANDIDATES, key, run, q.device))
+
+    def table() -> Tiles:
+        return default_tiles(q, max(width_k, width_v), sequences, max_seqlen, window is not None)
+
+    return run(choose(tiles, table, CANDIDATES, key, run, q.device))
 
 
 @torch.library.custom_op("flashsvd::flash_attention", mutates_args=())

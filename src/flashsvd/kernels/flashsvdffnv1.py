@@ -28,7 +28,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
@@ -93,7 +93,7 @@ def check_ffn(p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: 
         raise ValueError(f"dtypes differ: P {p.dtype}, V1 {v1.dtype}, U2 {u2.dtype}")
 
 
-@triton.jit
+@kernel("tokens", "out_split", "inner_per_split")
 def _ffn_v1(
     p0_desc,
     p1_desc,
@@ -170,7 +170,15 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     if p.dtype == torch.float32:
         return fp32_tiles(widest)
     if generation(p.device) == "hopper":
-        return Tiles(128, 64, warps=8, stages=2) if widest <= 256 else Tiles(64, 32, warps=8, stages=2)
+        if widest > 256:
+            return Tiles(64, 32, warps=8, stages=2)
+        # Few tokens take short tiles, narrow ranks for longer: two of their programs fit on a multiprocessor.
+        tokens = p.shape[0]
+        if tokens <= 256:
+            return Tiles(32, 64, warps=4, stages=2)
+        if tokens <= (4096 if widest <= 128 else 1024):
+            return Tiles(64, 64, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
@@ -188,7 +196,11 @@ def _launch(
     name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
     def run(t: Tiles) -> Tensor:
-        count = splits_that_fill(p.device, tokens, inner, t) if splits is None else splits
+        count = (
+            splits_that_fill(p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 else 1)
+            if splits is None
+            else splits
+        )
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)

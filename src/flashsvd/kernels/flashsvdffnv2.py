@@ -30,7 +30,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
@@ -129,7 +129,7 @@ def check_ffn(
         raise ValueError("dtypes differ: " + ", ".join(f"{name} {t.dtype}" for name, t in given.items()))
 
 
-@triton.jit
+@kernel("tokens")
 def _ffn_v2(
     x_desc,
     u10_desc,
@@ -151,6 +151,7 @@ def _ffn_v2(
     out_row,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OUT_COLUMNS: tl.constexpr,
     R10: tl.constexpr,
     R11: tl.constexpr,
     R20: tl.constexpr,
@@ -216,12 +217,12 @@ def _ffn_v2(
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + o_row.to(tl.int64)[:, None] * out_row
-    for i in range(0, width, COLUMNS):
-        # [ROWS, COLUMNS]
+    for i in range(0, width, OUT_COLUMNS):
+        # [ROWS, OUT_COLUMNS]
         y = tl.dot(z0, v20_desc.load([i, 0]).T, input_precision=PRECISION)
         if R21 > 0:
             y = tl.dot(z1, v21_desc.load([i, R20]).T, y, input_precision=PRECISION)
-        o_width = i + tl.arange(0, COLUMNS)
+        o_width = i + tl.arange(0, OUT_COLUMNS)
         m_width = o_width < width
         if BIAS_2:
             y += tl.load(b2_ptr + o_width, mask=m_width, other=0.0).to(tl.float32)[None, :]
@@ -268,6 +269,8 @@ def _launch(
         programs = -(-tokens // t.rows)
         out = x.new_empty(tokens, width)
         scratch = x.new_empty(programs * t.rows, r10 + r11) if through_memory else None
+        # On Hopper, Triton 3.6 gave wrong results where the last product's tile had the shape of the sum before it.
+        out_columns = t.columns if r20 != t.columns else (t.columns // 2 if t.columns > 16 else 32)
         _ffn_v2[(programs,)](
             descriptor(x, [t.rows, t.columns]),
             descriptor(u1, [r10, t.columns]),
@@ -276,8 +279,8 @@ def _launch(
             descriptor(v1, [t.columns, r11]),
             descriptor(u2, [t.columns, r20]),
             descriptor(u2, [t.columns, r21]),
-            descriptor(v2, [t.columns, r20]),
-            descriptor(v2, [t.columns, r21]),
+            descriptor(v2, [out_columns, r20]),
+            descriptor(v2, [out_columns, r21]),
             b1,
             b2,
             scratch,
@@ -289,6 +292,7 @@ def _launch(
             out.stride(0),
             ROWS=t.rows,
             COLUMNS=t.columns,
+            OUT_COLUMNS=out_columns,
             R10=r10,
             R11=r11,
             R20=r20,

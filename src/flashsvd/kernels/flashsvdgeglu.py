@@ -32,7 +32,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
@@ -128,7 +128,7 @@ def check_geglu(
         raise ValueError("dtypes differ: " + ", ".join(f"{name} {x.dtype}" for name, x in given.items()))
 
 
-@triton.jit
+@kernel("tokens", "out_split", "inner_per_split")
 def _geglu(
     pa0_desc,
     pa1_desc,

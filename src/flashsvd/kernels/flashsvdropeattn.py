@@ -11,9 +11,8 @@ R turns each pair of numbers (x_i, x_{i + D/2}) of a head by an angle that grows
 
 It lies between the two lifts, so they do not fold into one matrix as in `flashsvdattn`. Neither Q nor K is ever in
 memory: one program lifts and rotates its tile of queries once, keeps its head's V_k on chip, and lifts and rotates the
-keys a tile at a time. The halves of K are products with the two column halves of V_k, so that no number has to change
-its place, and the scores are Q_1 K_1^T + Q_2 K_2^T. Values stay in rank space; V_v is left to the output projection.
-In the joint layout the heads share one rank-space activation, P [T, 1, r].
+keys a tile at a time. Values stay in rank space; V_v is left to the output projection. In the joint layout the heads
+share one rank-space activation, P [T, 1, r].
 """
 
 from __future__ import annotations
@@ -28,22 +27,30 @@ from flashsvd.kernels.flash_attn_triton import (
     check_out,
     check_sequences,
     flash_attention_reference,
+    key_tile,
     keys_in_reach,
     side_by_side,
     width_tiles,
 )
 from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
+from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 CANDIDATES = (
-    Tiles(128, 64, warps=8, stages=2),
-    Tiles(128, 32, warps=8, stages=2),
     Tiles(64, 64, warps=4, stages=2),
-    Tiles(64, 32, warps=4, stages=2),
     Tiles(64, 64, warps=4, stages=3),
+    Tiles(64, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=3),
+    Tiles(128, 128, warps=8, stages=2),
 )
 HEAD_DIMS = (32, 64, 128)
+# Of queries and keys, whose lifts of a head lie on chip side by side, each at most so many bytes.
+LARGEST_LIFTED_RANK = 256
+LARGEST_LIFT = 96 * 1024
+# What a program may take, in bytes, less some for barriers.
+HOPPER_SHARED_MEMORY = 226 * 1024
 
 
 def flashsvd_rope_attention(
@@ -70,7 +77,8 @@ def flashsvd_rope_attention(
 
     Args:
         p_q: rank-space queries, [T, H, r_q], or [T, 1, r_q] where the heads share them.
-        v_q: lift of the queries, [H, r_q, D]; D is 32, 64 or 128.
+        v_q: lift of the queries, [H, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256 (in fp32
+            with D = 128, 192).
         p_k: rank-space keys, [T, H_kv, r_k] or [T, 1, r_k], H a multiple of H_kv.
         v_k: lift of the keys, [H_kv, r_k, D].
         p_v: rank-space values, [T, H_kv, r_v] or [T, 1, r_v].
@@ -101,8 +109,7 @@ def flashsvd_rope_attention(
             scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions,
         )  # fmt: skip
         return result if out is None else out.copy_(result)
-    if v_q.shape[2] not in HEAD_DIMS:
-        raise ValueError(f"the kernel takes heads of {HEAD_DIMS}, not {v_q.shape[2]}; use backend torch")
+    check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]), v_q.dtype)
     if out is None and torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.rope_attention(
             p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions
@@ -153,6 +160,18 @@ def check_rope_attention(
     check_sequences(cu_seqlens, scale, window)
 
 
+def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
+    largest = min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
+    if rank > largest:
+        raise ValueError(
+            f"rank {rank} of queries or keys is above {largest}, the largest whose lift of heads of {head_dim} stays "
+            f"on chip; use backend torch"
+        )
+
+
 def flashsvd_rope_attention_reference(
     p_q: Tensor,
     v_q: Tensor,
@@ -171,12 +190,14 @@ def flashsvd_rope_attention_reference(
     positions: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch, with Q and K in memory."""
-    place = positions
-    if place is None:
-        # Counted within the sequence; 0 for tokens of none.
-        steps = torch.arange(p_q.shape[0], device=p_q.device)
+    steps = torch.arange(p_q.shape[0], device=p_q.device)
+    if positions is None:
         i_sequence = torch.bucketize(steps, cu_seqlens[1:], right=True).clamp(max=max(0, cu_seqlens.shape[0] - 2))
-        place = (steps - cu_seqlens[i_sequence]) * (steps < cu_seqlens[-1])
+        place = steps - cu_seqlens[i_sequence]
+    else:
+        place = positions
+    # Tokens of no sequence may have any.
+    place = place.where(steps < cu_seqlens[-1], 0)
     cos, sin = cos[place], sin[place]
     q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
     v = p_v.expand(-1, v_k.shape[0], -1)
@@ -189,14 +210,6 @@ def lift(p: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
     """P V + b of every head: p [T, H, r] or [T, 1, r], v [H, r, D], b [H, D] -> [T, H, D]."""
     lifted = (p.transpose(0, 1) @ v).transpose(0, 1)
     return lifted if b is None else lifted + b
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R(x) of heads x [T, H, D], computed in fp32 at least and rounded once; cos, sin [T, D / 2]."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(exact).chunk(2, dim=-1)
-    cos, sin = cos.to(exact)[:, None], sin.to(exact)[:, None]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
 @triton.jit
@@ -229,31 +242,23 @@ def _gather(table_ptr, place, m_place, HALF: tl.constexpr):
 
 
 @triton.jit
-def _lift_and_rotate(
-    p0,
-    p1,
-    v0,
-    v1,
-    b,
-    cos,
-    sin,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    R1: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # P [N, R0 | R1] and V [R0 | R1, D] to R(P V + b) [N, D], in the dtype of P; cos, sin [N, D / 2].
+def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    # P V + b of P [N, R0 | R1], V [R0 | R1, D]
     x = tl.dot(p0, v0, input_precision=PRECISION)
     if R1 > 0:
         x = tl.dot(p1, v1, x, input_precision=PRECISION)
     if BIAS:
         x += b[None, :]
-    # A thread of a product holds both numbers of a pair, so none of this moves them.
+    return x
+
+
+@triton.jit
+def _rotate(x, cos, sin, N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    # R(x) of x [N, D]; cos, sin [N, D / 2]. A thread of a product holds both numbers of a pair: nothing moves.
     x1, x2 = x.reshape(N, 2, D // 2).permute(0, 2, 1).split()
     cos = cos.to(tl.float32)
     sin = sin.to(tl.float32)
-    turned = tl.join((x1 * cos - x2 * sin).to(p0.dtype), (x2 * cos + x1 * sin).to(p0.dtype))
+    turned = tl.join((x1 * cos - x2 * sin).to(DTYPE), (x2 * cos + x1 * sin).to(DTYPE))
     return turned.permute(0, 2, 1).reshape(N, D)
 
 
@@ -278,7 +283,7 @@ def _keys_and_step(
     place,
     pos_ptr,
     start,
-    length,
+    end,
     j,
     column_k,
     column_v,
@@ -291,33 +296,31 @@ def _keys_and_step(
     V0: tl.constexpr,
     V1: tl.constexpr,
     BIAS: tl.constexpr,
-    LAST: tl.constexpr,
+    MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_key = j + tl.arange(0, COLUMNS)
-    m_key = o_key < length
+    first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
+    p0 = k0_desc.load([start + first, column_k])
+    p1 = k1_desc.load([start + first, column_k + K0]) if K1 > 0 else p0
+    k = _lift(p0, p1, lift0, lift1, b, K1, BIAS, PRECISION)
     if POSITIONS:
-        key_place = tl.load(pos_ptr + start + o_key, mask=m_key, other=0)
         cos = _gather(cos_ptr, key_place, m_key, D // 2)
         sin = _gather(sin_ptr, key_place, m_key, D // 2)
     else:
-        key_place = o_key
-        cos = cos_desc.load([j, 0])
-        sin = sin_desc.load([j, 0])
-    p0 = k0_desc.load([start + j, column_k])
-    p1 = k1_desc.load([start + j, column_k + K0]) if K1 > 0 else p0
-    k = _lift_and_rotate(p0, p1, lift0, lift1, b, cos, sin, COLUMNS, D, K1, BIAS, PRECISION)
+        cos = cos_desc.load([first, 0])
+        sin = sin_desc.load([first, 0])
+    k = _rotate(k, cos, sin, COLUMNS, D, p0.dtype)
     s = tl.dot(q, k.T, input_precision=PRECISION)
-    v0 = v0_desc.load([start + j, column_v])
-    v1 = v1_desc.load([start + j, column_v + V0]) if V1 > 0 else v0
+    v0 = v0_desc.load([start + first, column_v])
+    v1 = v1_desc.load([start + first, column_v + V0]) if V1 > 0 else v0
     return attention_step(
-        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, LAST, WINDOWED, PRECISION
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
     )
 
 
-@triton.jit
+@kernel("row_tiles")
 def _rope_attention(
     q0_desc,
     q1_desc,
@@ -386,7 +389,8 @@ def _rope_attention(
     p0 = q0_desc.load([start + i_row, i_head * pitch_q])
     p1 = q1_desc.load([start + i_row, i_head * pitch_q + Q0]) if Q1 > 0 else p0
     b = _bias(b_q_ptr, i_head, D, BIAS_Q)
-    q = _lift_and_rotate(p0, p1, lift_q0, lift_q1, b, cos, sin, ROWS, D, Q1, BIAS_Q, PRECISION)
+    q = _lift(p0, p1, lift_q0, lift_q1, b, Q1, BIAS_Q, PRECISION)
+    q = _rotate(q, cos, sin, ROWS, D, p0.dtype)
     b = _bias(b_k_ptr, i_kv, D, BIAS_K)
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -396,13 +400,13 @@ def _rope_attention(
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
             qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
-            acc0, acc1, high, total, place, pos_ptr, start, length, j, i_kv * pitch_k, i_kv * pitch_v,
+            acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
             qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
     p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
@@ -415,14 +419,23 @@ def _rope_attention(
         tl.store(p_out + o_rank, (acc1 * scale).to(out_type), mask=m_row[:, None] & (o_rank < rank_v))
 
 
-def default_tiles(p: Tensor, widest: int, max_seqlen: int) -> Tiles:
-    """The table, by the widest of the ranks and the head: what fits into shared memory and registers."""
-    rows = max(16, min(128, 1 << (max_seqlen - 1).bit_length()))
+def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: int, max_seqlen: int) -> Tiles:
+    """The table: what fits into shared memory and registers; `widest` is the largest of the ranks and the head."""
+    rows = max(16, min(64, 1 << (max_seqlen - 1).bit_length()))
     if p.dtype == torch.float32:
-        return Tiles(min(rows, 32), 32 if widest <= 128 else 16, warps=4, stages=1)
+        side = 32 if widest <= 128 and head_dim <= 64 else 16
+        return Tiles(min(rows, side), side, warps=8, stages=1)
     if generation(p.device) == "hopper":
-        return Tiles(min(rows, 64), 64, warps=4, stages=2)
-    return Tiles(min(rows, 64), 32, warps=4, stages=2 if widest <= 128 else 1)
+        # Fewer columns would not fill the tensor cores' instruction when keys are lifted.
+        columns = 32 if rows <= 32 else 64
+        kept = rank_k * head_dim + 3 * columns * head_dim
+        stages = 2 if 2 * (kept + 2 * columns * (rank_k + rank_v)) <= HOPPER_SHARED_MEMORY else 1
+        return Tiles(rows, columns, warps=4 if widest <= 192 else 8, stages=stages)
+    if widest <= 64:
+        return Tiles(rows, 32, warps=4, stages=2)
+    if widest <= 192:
+        return Tiles(rows if widest <= 128 else min(rows, 32), 32, warps=8, stages=1)
+    return Tiles(rows, 16, warps=8, stages=1)
 
 
 def _launch(
@@ -450,9 +463,8 @@ def _launch(
     check_out(out, (tokens, heads, rank_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    # Shared activations begin at the same column for every head.
-    pitch_q, pitch_k, pitch_v = (0 if p.shape[1] == 1 else p.shape[2] for p in (p_q, p_k, p_v))
-    p_q, p_k, p_v = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
+    shared_q, shared_k, shared_v = (p.shape[1] == 1 for p in (p_q, p_k, p_v))
+    (p_q, pitch_q), (p_k, pitch_k), (p_v, pitch_v) = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
     b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
     (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
@@ -484,9 +496,9 @@ def _launch(
             rank_q,
             rank_k,
             rank_v,
-            pitch_q,
-            pitch_k,
-            pitch_v,
+            0 if shared_q else pitch_q,
+            0 if shared_k else pitch_k,
+            0 if shared_v else pitch_v,
             out.stride(0),
             out.stride(1),
             scale * math.log2(math.e),
@@ -512,8 +524,11 @@ def _launch(
 
     shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, kv_heads, head_dim, rank_q, rank_k, rank_v)
     key = ("rope_attention", p_q.dtype, *shape, window)
-    widest = max(rank_q, rank_k, rank_v, head_dim)
-    return run(choose(tiles, lambda: default_tiles(p_q, widest, max_seqlen), CANDIDATES, key, run, p_q.device))
+
+    def table() -> Tiles:
+        return default_tiles(p_q, head_dim, k0 + k1, v0 + v1, max(q0 + q1, k0 + k1, v0 + v1, head_dim), max_seqlen)
+
+    return run(choose(tiles, table, CANDIDATES, key, run, p_q.device))
 
 
 @torch.library.custom_op("flashsvd::rope_attention", mutates_args=())

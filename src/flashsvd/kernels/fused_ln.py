@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.launch import Backend, use_triton
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
 def fused_ln(
@@ -110,7 +110,7 @@ def check_ln(
         raise ValueError("out and sum_out are the same tensor")
 
 
-@triton.jit
+@kernel("tokens")
 def _fused_ln(
     x_ptr,
     residual_ptr,
@@ -133,7 +133,9 @@ def _fused_ln(
     SHIFT: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # From the last row to the first: the product before wrote the last rows last, and they are in the cache yet; the
+    # product after reads the first rows first.
+    o_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     o_column = tl.arange(0, BLOCK)
     m_column = o_column < size
     mask = (o_row < tokens)[:, None] & m_column[None, :]
@@ -176,7 +178,8 @@ def _launch(
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    weight, bias, shift = (v if v is None else v.contiguous() for v in (weight, bias, shift))
+    weight = weight.contiguous()
+    bias, shift = (v if v is None else v.contiguous() for v in (bias, shift))
     block = triton.next_power_of_2(size)
     rows, warps = default_rows(tokens, block)
     _fused_ln[(triton.cdiv(tokens, rows),)](

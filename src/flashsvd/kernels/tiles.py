@@ -49,14 +49,14 @@ def fp32_tiles(widest: int) -> Tiles:
     return Tiles(32, 32 if widest <= 256 else 16, warps=8, stages=1)
 
 
-def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tiles) -> int:
-    """Among how many programs to share a walk of this length, so that every multiprocessor has one.
+def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tiles, resident: int = 1) -> int:
+    """Among how many programs to share a walk of this length, so that every multiprocessor has `resident` of them.
 
     Each takes at least two steps of the walk.
     """
     programs = -(-tokens // tiles.rows)
     most = max(1, walked // (2 * tiles.columns))
-    return max(1, min(most, multiprocessors(device) // programs))
+    return max(1, min(most, resident * multiprocessors(device) // programs))
 
 
 def choose(

@@ -17,9 +17,19 @@ except ImportError as error:
         constexpr = "constexpr"
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **_: Any) -> Any:
+            return function or _Absent.jit
 
     triton, tl, TensorDescriptor = _Absent(), _Absent(), None
 
-__all__ = ["MISSING", "TensorDescriptor", "tl", "triton"]
+
+def kernel(*varying: str) -> Any:
+    """`triton.jit` of a kernel whose arguments of these names change from batch to batch.
+
+    It is compiled once for all their values, where Triton would by itself compile it anew for those that are 1, or a
+    multiple of 16, and for the rest.
+    """
+    return triton.jit(do_not_specialize=list(varying))
+
+
+__all__ = ["MISSING", "TensorDescriptor", "kernel", "tl", "triton"]

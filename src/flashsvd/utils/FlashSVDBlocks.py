@@ -1,3 +1,6 @@
-"""Home of the fused blocks under the import path existing users know; no fused block is shipped yet."""
+"""The fused blocks under the import path existing users know; `flashsvd.optimize` builds and installs them."""
 
-__all__: list[str] = []
+from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
+from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
+
+__all__ = ["PostLNBlock", "PostLNWeights", "PreLNBlock", "PreLNWeights"]

@@ -1,0 +1,48 @@
+"""Attention of a chunk of packed sequences, by whichever implementation is the faster one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.sdpa import sdpa
+from flashsvd.blocks.tokens import Chunk
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.launch import use_triton
+
+ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, choices: Choices, window: int | None = None
+) -> Tensor:
+    """softmax(scale * Q K^T) V within each sequence: Q, K [n, heads, d], V [n, heads, d_v] -> [n, heads, d_v].
+
+    Args:
+        window: a token attends to those at most this many columns away; None to all.
+    """
+    window = chunk.window(window)
+
+    def run(implementation: Implementation) -> Tensor:
+        if implementation == "torch":
+            return sdpa(q, k, v, chunk, scale, window)
+        return flash_attention(
+            q,
+            k,
+            v,
+            chunk.cu_seqlens,
+            chunk.max_seqlen,
+            scale=scale,
+            window=window,
+            positions=None if window is None else chunk.explicit_positions,
+            backend="triton",
+        )
+
+    # Only the kernel needs no lengths on the host, which a batch inside a graph does not have.
+    if not chunk.lengths:
+        return run("triton")
+    # SDPA takes a window as a mask of all pairs, which no fast kernel of it does, and which may be too large to try.
+    if window is not None and choices.backend == "auto" and use_triton("auto", q):
+        return run("triton")
+    sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
+    return run(choices.pick(ATTENTION, sizes, q, run))

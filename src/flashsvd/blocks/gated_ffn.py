@@ -1,0 +1,117 @@
+"""The packed gated feed-forward sublayer, pre-LN: x + (act(n W_a + b_a) * (n W_g + b_g)) W2 + b2, n = LayerNorm(x).
+
+Any of the matrices may be low-rank or dense.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.buffers import Packed, widen
+from flashsvd.blocks.choice import Choices, Implementation, Operation
+from flashsvd.blocks.chunks import chunk_tokens, equal_parts, materialised_parts
+from flashsvd.blocks.factors import Dense, Joint, present
+from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.norm import PackedNorm
+from flashsvd.blocks.projections import PackedProjections, Projection
+from flashsvd.blocks.residual import PackedResidual
+from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
+from flashsvd.kernels.launch import Backend
+
+CORE = Operation("gated ffn core", "{} and {} to {} to {}")
+
+
+class PackedGatedFFN(Packed):
+    """x [T, hidden] -> [T, hidden], written over x.
+
+    All matrices low-rank, and an activation that kernels know: P_a and P_g in one product, then the core
+    (act(P_a V_a) * (P_g V_g)) U2, then V2 onto the residual. Otherwise plain products, dense ones where the layer is.
+    """
+
+    u: Tensor
+    v_a: Tensor
+    v_g: Tensor
+    b_a: Tensor | None
+    b_g: Tensor | None
+    u2: Tensor | None
+
+    def __init__(
+        self,
+        norm: PackedNorm,
+        activated: Dense | Joint,
+        gate: Dense | Joint,
+        second: Dense | Joint,
+        activation: Activation,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.norm, self.activation, self.choices = norm, activation, choices
+        self.fused = False
+        if isinstance(activated, Joint) and isinstance(gate, Joint) and isinstance(second, Joint):
+            self.fused = not why_not_fused(max(activated.rank, gate.rank), second.rank, activation)
+        if self.fused:
+            assert isinstance(activated, Joint)
+            assert isinstance(gate, Joint)
+            self.keep("u", torch.cat([widen(activated.u, 1), widen(gate.u, 1)], 1), dtype)
+            # As `nn.Linear` stores them, which is how the core takes them.
+            self.keep("v_a", widen(activated.v, 0).T, dtype)
+            self.keep("v_g", widen(gate.v, 0).T, dtype)
+            self.keep("b_a", present(activated.bias), dtype)
+            self.keep("b_g", present(gate.bias), dtype)
+        else:
+            parts = [Projection.of(part, present(part.bias)) for part in (activated, gate)]
+            self.first = PackedProjections(parts, dtype)
+        self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
+        matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
+        self.output = PackedResidual(None, matrix, second.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            for rows in materialised_parts(x, "torch"):
+                self.output(self._plain(self.norm(rows)), rows)
+            return x
+        assert self.u2 is not None
+        # Meanwhile a token takes its norm, its two ranks, and the second layer's.
+        width = x.shape[1] + self.u.shape[1] + self.u2.shape[1]
+        for rows in equal_parts(x, chunk_tokens(x, width)):
+            p = self.norm(rows) @ self.u
+            picked = self._pick(p)
+            for part, target in zip(materialised_parts(p, picked), materialised_parts(rows, picked), strict=True):
+                self.output(self._core(part, picked), target)
+        return x
+
+    def _pick(self, p: Tensor) -> Implementation:
+        assert self.u2 is not None
+        (inner, r2), r_a, r_g = self.u2.shape, self.v_a.shape[1], self.v_g.shape[1]
+        return self.choices.pick(
+            CORE,
+            (r_a, r_g, inner, r2),
+            p,
+            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
+        )
+
+    def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
+        assert self.u2 is not None
+        assert isinstance(self.activation, str)
+        backend: Backend = "torch" if implementation == "torch" else "triton"
+        p_a, p_g = p.split_with_sizes((self.v_a.shape[1], self.v_g.shape[1]), 1)
+        return flashsvd_geglu(
+            p_a,
+            p_g,
+            self.v_a,
+            self.v_g,
+            self.u2,
+            self.b_a,
+            self.b_g,
+            activation=self.activation,
+            backend=backend,
+        )
+
+    def _plain(self, n: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        activated, gate = self.first.project(n).chunk(2, dim=1)
+        h = act(activated) * gate
+        return h if self.u2 is None else h @ self.u2

@@ -1,0 +1,44 @@
+"""A layer of a packed model: a block in the place of the layer's own modules."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flashsvd.blocks.packed import PackedModule
+from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.tokens import Tokens
+
+
+class Block(Protocol):
+    """What a layer computes."""
+
+    def __call__(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """hidden [T, hidden], overwritten by the result."""
+
+
+class FusedLayer(PackedModule):
+    """Mixed into a layer class: the block in the place of the layer's own modules."""
+
+    block: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        tokens: Tokens | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """Packed tokens [T, hidden], overwritten by the result, or a padded batch [batch, length, hidden].
+
+        Args:
+            tokens: of the batch; needed where `hidden_states` is packed.
+        """
+        block: Block = self.block
+        if hidden_states.ndim == 2:
+            assert tokens is not None
+            return block(hidden_states, tokens)
+        tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
+        return run_layers([self.block], hidden_states, tokens)

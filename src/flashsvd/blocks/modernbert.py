@@ -1,0 +1,224 @@
+"""ModernBERT with fused blocks: classes that take the place of transformers' model, layers and last norm.
+
+Subclasses, so that whatever looks for a ModernBertEncoderLayer, such as the recording of hidden states, still finds
+one. There is no encoder module here whose forward could be replaced, so that of the whole base model is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.modernbert.modeling_modernbert import (
+    ModernBertAttention,
+    ModernBertEncoderLayer,
+    ModernBertMLP,
+    ModernBertModel,
+    ModernBertRotaryEmbedding,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.factors import check_linear, read_factors, read_whole
+from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.hooks import any_foreign_hooks
+from flashsvd.blocks.layer import FusedLayer
+from flashsvd.blocks.norm import NormBlock, PackedNorm
+from flashsvd.blocks.packed import mix_in
+from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
+from flashsvd.blocks.refusals import (
+    refuse_call,
+    refuse_config,
+    refuse_limit,
+    refuse_other_class,
+    refuse_positions,
+    refuse_scattered,
+    refuse_watched,
+)
+from flashsvd.blocks.rotary_attention import Rotary
+from flashsvd.blocks.rotary_tables import RotaryTables
+from flashsvd.blocks.stack import FusedStack, run_layers
+from flashsvd.blocks.tokens import Tokens
+from flashsvd.errors import BackendError
+from flashsvd.fused import FusedProjections, dense_share
+from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.launch import Backend
+from flashsvd.layers import LowRankLinear
+from flashsvd.models.modernbert import GLU, QKV
+
+
+class FusedModernBertLayer(FusedLayer, ModernBertEncoderLayer):  # type: ignore[misc]  # transformers is untyped
+    """A ModernBertEncoderLayer on packed tokens."""
+
+
+class FusedLayerNorm(FusedLayer, nn.LayerNorm):  # type: ignore[misc]  # takes more than a plain norm's forward
+    """The norm behind the last layer, on packed tokens."""
+
+
+class FusedModernBert(FusedStack):
+    """Mixed into ModernBertModel: real tokens only between the embeddings and the last norm's output."""
+
+    config: Any
+    embeddings: nn.Module
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    tables: RotaryTables
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]  # transformers is untyped
+    @capture_outputs  # type: ignore[untyped-decorator]  # transformers is untyped
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> BaseModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embedded = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        return BaseModelOutput(last_hidden_state=self._encode(embedded, attention_mask, position_ids, options))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _encode(
+        self, embedded: Tensor, attention_mask: Any, position_ids: Tensor | None, options: Mapping[str, Any]
+    ) -> Tensor:
+        refuse_call(embedded, self.config, options)
+        refuse_positions(position_ids, embedded.shape[1])
+        tokens = Tokens.of(embedded, attention_mask)
+        recorded = options.get("output_hidden_states", self.config.output_hidden_states)
+        return run_layers(
+            [*self.layers, self.final_norm],
+            embedded,
+            tokens,
+            padded=bool(recorded),
+            # Unless someone watches the embeddings, nobody else has them.
+            owned=not any_foreign_hooks(self.embeddings.modules()),
+            graphs=self.graphs,
+        )
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.tables.forget()
+        return super()._apply(*arguments, **options)
+
+
+def check(base: Any, backend: Backend) -> None:
+    """Refuse a base model that could not be fused into the same function.
+
+    Raises:
+        BackendError: saying what stands against it.
+    """
+    refuse_config(base.config)
+    refuse_other_class(base, "the model", ModernBertModel)
+    refuse_other_class(base.rotary_emb, "rotary_emb", ModernBertRotaryEmbedding)
+    refuse_other_class(base.final_norm, "final_norm", nn.LayerNorm)
+    for i, layer in enumerate(base.layers):
+        _check_layer(layer, f"layers.{i}")
+    refuse_scattered([*base.layers.parameters(), *base.final_norm.parameters()])
+    for layer in base.layers:
+        refuse_limit(backend, why_no_kernel(layer))
+    for layer_type in {layer.attention_type for layer in base.layers}:
+        kind = base.rotary_emb.rope_type[layer_type]
+        if "dynamic" in kind or kind == "longrope":
+            raise BackendError(
+                f"the model's rotary positions ({kind}) depend on the batch's length, which fused blocks do not do; "
+                "run the model as it is"
+            )
+
+
+def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
+    """Turn the layers of a base model into fused blocks, each of which gives up its own weights at once."""
+    tables = RotaryTables(base.rotary_emb)
+    for layer in base.layers:
+        block = PreLNBlock(read_layer(layer, tables), choices).eval()
+        del layer.attn_norm, layer.attn, layer.mlp_norm, layer.mlp
+        layer.block = block
+        layer.__class__ = FusedModernBertLayer
+    norm = base.final_norm
+    norm.block = NormBlock(PackedNorm(norm, norm.weight.dtype, choices)).eval()
+    norm.weight = norm.bias = None
+    norm.__class__ = FusedLayerNorm
+    base.graphs, base.tables = graphs, tables
+    mix_in(base, FusedModernBert)
+
+
+def read_layer(layer: Any, tables: RotaryTables) -> PreLNWeights:
+    """The weights of a ModernBertEncoderLayer."""
+    attention = layer.attn
+    q, k, v = parts(attention.Wqkv, QKV).values()
+    activated, gate = parts(layer.mlp.Wi, GLU).values()
+    # FlashAttention's count, which takes in the token itself: a token sees those less than this many columns away.
+    window = None if attention.sliding_window is None else attention.sliding_window - 1
+    return PreLNWeights(
+        q=read_factors(q),
+        k=read_factors(k),
+        v=read_factors(v),
+        o=read_whole(attention.Wo),
+        activated=read_whole(activated),
+        gate=read_whole(gate),
+        second=read_whole(layer.mlp.Wo),
+        rotary=Rotary(
+            heads=layer.config.num_attention_heads,
+            scale=attention.head_dim**-0.5,
+            window=window,
+            tables=functools.partial(tables.take, layer.attention_type),
+        ),
+        attention_norm=layer.attn_norm if isinstance(layer.attn_norm, nn.LayerNorm) else None,
+        ffn_norm=layer.mlp_norm,
+        activation=_activation(layer.mlp),
+        dtype=layer.mlp_norm.weight.dtype,
+    )
+
+
+def parts(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The projections that a linear layer computes side by side, each as a layer of its own."""
+    if isinstance(module, FusedProjections):
+        return {name: module.get_submodule(name) for name in names}
+    return {name: dense_share(module, i, len(names)) for i, name in enumerate(names)}
+
+
+def why_no_kernel(layer: Any) -> str:
+    """Why the kernels cannot take a layer; empty where they can."""
+    linears = [*parts(layer.mlp.Wi, GLU).values(), layer.mlp.Wo]
+    ranks = [linear.rank for linear in linears if isinstance(linear, LowRankLinear)]
+    if len(ranks) < len(linears):
+        # Plain products serve here, whatever the backend.
+        return ""
+    return why_not_fused(max(ranks[:2]), ranks[2], _activation(layer.mlp))
+
+
+def _check_layer(layer: Any, path: str) -> None:
+    refuse_other_class(layer, path, ModernBertEncoderLayer)
+    refuse_watched({f"{path}.{name}": module for name, module in layer.named_modules() if name})
+    refuse_other_class(layer.attn, f"{path}.attn", ModernBertAttention)
+    refuse_other_class(layer.mlp, f"{path}.mlp", ModernBertMLP)
+    for name, module in _linears(layer):
+        check_linear(module, f"{path}.{name}")
+    for name in ("attn_norm", "mlp_norm"):
+        norm = layer.get_submodule(name)
+        if name != "attn_norm" or type(norm) is not nn.Identity:
+            refuse_other_class(norm, f"{path}.{name}", nn.LayerNorm)
+
+
+def _linears(layer: Any) -> Iterable[tuple[str, nn.Module]]:
+    for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"):
+        module = layer.get_submodule(name)
+        if isinstance(module, FusedProjections):
+            yield from ((f"{name}.{part}", child) for part, child in module.named_children())
+        else:
+            yield name, module
+
+
+def _activation(mlp: Any) -> Activation:
+    """By its name where kernels know it."""
+    name = mlp.config.hidden_activation
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return name
+    function: Activation = mlp.act
+    return function

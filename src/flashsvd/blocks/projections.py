@@ -1,0 +1,84 @@
+"""Linear layers of one input, side by side in one buffer.
+
+A projection is *direct*, y = x W + b, or *lifted*, y = (x U) V + b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.buffers import Packed, padded, widen
+from flashsvd.blocks.factors import Dense, Joint
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x -> x matrix + bias, through `u` first where there is one."""
+
+    matrix: Tensor
+    u: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, factors: Dense | Joint, bias: Tensor | None) -> Projection:
+        """The layer as it is, with this bias."""
+        return cls(factors.v, factors.u, bias) if isinstance(factors, Joint) else cls(factors.matrix, None, bias)
+
+    @property
+    def width(self) -> int:
+        return self.matrix.shape[1]
+
+
+class PackedProjections(Packed):
+    """x [T, in] -> y [T, sum of the projections' widths]."""
+
+    matrix: Tensor
+
+    def __init__(self, parts: Sequence[Projection], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.widths = tuple(part.width for part in parts)
+        self.direct = all(part.u is None for part in parts)
+        if self.direct:
+            # One product for all, so one bias for all.
+            self.ranks: tuple[int, ...] = (0,) * len(parts)
+            self.keep("matrix", torch.cat([part.matrix for part in parts], 1), dtype)
+            self.keep("bias", _beside(parts), dtype)
+            return
+        # Likewise one product into rank space; a direct one among the lifted goes its own way from x.
+        self.ranks = tuple(0 if part.u is None else padded(part.u.shape[1]) for part in parts)
+        self.keep("matrix", torch.cat([widen(part.u, 1) for part in parts if part.u is not None], 1), dtype)
+        for i, part in enumerate(parts):
+            self.keep(f"lift_{i}", part.matrix if part.u is None else widen(part.matrix, 0), dtype)
+            self.keep(f"bias_{i}", part.bias, dtype)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token takes meanwhile."""
+        return sum(self.widths) + sum(self.ranks)
+
+    def project(self, x: Tensor) -> Tensor:
+        """All of them, [T, in] -> [T, sum of widths]."""
+        if self.direct:
+            return product(x, self.matrix, self._buffers["bias"])
+        out = x.new_empty(x.shape[0], sum(self.widths))
+        thin = (x @ self.matrix).split_with_sizes(self.ranks, 1)
+        for i, (p, y) in enumerate(zip(thin, out.split_with_sizes(self.widths, 1), strict=True)):
+            lift = self._buffers[f"lift_{i}"]
+            assert lift is not None
+            product(p if self.ranks[i] else x, lift, self._buffers[f"bias_{i}"], out=y)
+        return out
+
+
+def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x matrix + bias."""
+    return torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
+
+
+def _beside(parts: Sequence[Projection]) -> Tensor | None:
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat([part.matrix.new_zeros(part.width) if part.bias is None else part.bias for part in parts])

@@ -1,0 +1,161 @@
+"""Packed attention with rotary positions, up to the output projection.
+
+    softmax(scale * R(Q) R(K)^T) V,   R a rotation by the token's position
+
+Where the heads of both Q and K have thin factors of their own, the kernel can lift and rotate them on chip while they
+stream (`StreamedRotary`); otherwise they are computed in memory and rotated there (`RotaryAttention`). Values whose
+heads have thin factors stay in rank space either way, and leave their lift to the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.attention import attend
+from flashsvd.blocks.buffers import Packed, widen
+from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.factors import Factors, PerHead, present
+from flashsvd.blocks.projections import Projection
+from flashsvd.blocks.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
+from flashsvd.blocks.rotary_tables import Tables
+from flashsvd.blocks.tokens import Chunk
+from flashsvd.kernels.flashsvdropeattn import HEAD_DIMS, flashsvd_rope_attention
+from flashsvd.kernels.rotary import rotate_heads
+
+GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
+LOCAL = Operation(GLOBAL.name, GLOBAL.sizes + ", {} to each side")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What an attention layer does beside its projections.
+
+    Attributes:
+        scale: of the scores.
+        window: a token attends to those at most this many columns away; None to all.
+        tables: gives cos and sin for positions below a span, in the dtype and on the device of a tensor.
+    """
+
+    heads: int
+    scale: float
+    window: int | None
+    tables: Callable[[int, Tensor], Tables]
+
+
+class RotaryAttention(Packed):
+    """x [n, hidden] -> [n, heads * width of a value], with Q, K and V in memory."""
+
+    def __init__(
+        self, q: Factors, k: Factors, value: Projection, rotary: Rotary, dtype: torch.dtype, choices: Choices
+    ) -> None:
+        super().__init__()
+        self.rotary, self.choices = rotary, choices
+        self.qkv = PackedQKV(head_space(q, bias=True), head_space(k, bias=True), value, rotary.heads, dtype)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token takes while it attends."""
+        return self.qkv.width + self.qkv.widths[2]
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        width_q, width_k, width_v = self.qkv.widths
+        turning, v = self.qkv.project(x).split_with_sizes((width_q + width_k, width_v), 1)
+        heads = self.rotary.heads
+        return rotate_and_attend(turning.view(len(x), 2 * heads, -1), self.qkv.heads_of(v), chunk, self)
+
+
+class StreamedRotary(Packed):
+    """The same with Q and K in the rank spaces of their heads."""
+
+    lift_q: Tensor
+    lift_k: Tensor
+    bias_q: Tensor | None
+    bias_k: Tensor | None
+
+    def __init__(
+        self, q: PerHead, k: PerHead, value: Projection, rotary: Rotary, dtype: torch.dtype, choices: Choices
+    ) -> None:
+        super().__init__()
+        self.rotary, self.choices = rotary, choices
+        self.qkv = PackedQKV(rank_space(q), rank_space(k), value, rotary.heads, dtype)
+        for name, part in (("q", q), ("k", k)):
+            self.keep(f"lift_{name}", widen(part.v, 1), dtype)
+            bias = present(part.bias)
+            self.keep(f"bias_{name}", None if bias is None else bias.view(rotary.heads, -1), dtype)
+        self.head_dim = q.v.shape[2]
+        self.streams = self.head_dim in HEAD_DIMS
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token takes while it attends, should Q and K be lifted in memory."""
+        return self.qkv.width + self.qkv.widths[2] + 2 * self.rotary.heads * self.head_dim
+
+    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+        p_q, p_k, v = self.qkv(x)
+
+        def run(implementation: Implementation) -> Tensor:
+            if implementation == "torch":
+                return rotate_and_attend(self._lifted(p_q, p_k), v, chunk, self)
+            return self._stream(p_q, p_k, v, chunk)
+
+        if not self.streams:
+            return run("torch")
+        sizes = (self.rotary.heads, p_q.shape[2], p_k.shape[2], self.head_dim, v.shape[2], bucket(chunk.max_seqlen))
+        window = chunk.window(self.rotary.window)
+        if window is None:
+            return run(self.choices.pick(GLOBAL, sizes, p_q, run))
+        return run(self.choices.pick(LOCAL, (*sizes, window), p_q, run))
+
+    def _stream(self, p_q: Tensor, p_k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
+        cos, sin = self.rotary.tables(chunk.span, v)
+        attended = flashsvd_rope_attention(
+            p_q,
+            self.lift_q,
+            p_k,
+            self.lift_k,
+            v,
+            cos,
+            sin,
+            chunk.cu_seqlens,
+            chunk.max_seqlen,
+            scale=self.rotary.scale,
+            b_q=self.bias_q,
+            b_k=self.bias_k,
+            window=chunk.window(self.rotary.window),
+            positions=chunk.explicit_positions,
+            backend="triton",
+        )
+        return attended.flatten(1)
+
+    def _lifted(self, p_q: Tensor, p_k: Tensor) -> Tensor:
+        """[n, heads, r] twice -> Q and K [n, 2 heads, head_dim]"""
+        out = p_q.new_empty(len(p_q), 2, self.rotary.heads, self.head_dim)
+        for i, (p, lift, bias) in enumerate(((p_q, self.lift_q, self.bias_q), (p_k, self.lift_k, self.bias_k))):
+            torch.bmm(p.transpose(0, 1), lift, out=out[:, i].transpose(0, 1))
+            if bias is not None:
+                out[:, i] += bias
+        return out.flatten(1, 2)
+
+
+def pack_rotary(
+    q: Factors, k: Factors, v: Factors, rotary: Rotary, dtype: torch.dtype, choices: Choices
+) -> tuple[RotaryAttention | StreamedRotary, ValueLift]:
+    """The layout that serves these factors, and what is left to the output projection."""
+    value, lift = split_value(v)
+    if stays_in_rank_space(q) and stays_in_rank_space(k):
+        assert isinstance(q, PerHead)
+        assert isinstance(k, PerHead)
+        return StreamedRotary(q, k, value, rotary, dtype, choices), lift
+    return RotaryAttention(q, k, value, rotary, dtype, choices), lift
+
+
+def rotate_and_attend(turning: Tensor, v: Tensor, chunk: Chunk, layer: RotaryAttention | StreamedRotary) -> Tensor:
+    """Q and K [n, 2 heads, head_dim], which are overwritten, V [n, heads, d] -> [n, heads * d]."""
+    rotary, choices = layer.rotary, layer.choices
+    cos, sin = rotary.tables(chunk.span, v)
+    q, k = rotate_heads(turning, cos, sin, chunk.positions, backend=choices.backend).chunk(2, dim=1)
+    return attend(q, k, v, chunk, rotary.scale, choices, rotary.window).flatten(1)

@@ -1,0 +1,45 @@
+"""Cosines and sines of rotary positions, from the model's own embedding, kept for as long as they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.choice import bucket
+
+# cos, sin [positions, head_dim / 2]
+Tables = tuple[Tensor, Tensor]
+
+
+class RotaryTables:
+    """The tables of one model; all its blocks share them. They stay where they are, since graphs read them there.
+
+    Args:
+        embedding: transformers' module: (x, positions [1, P], layer type) -> cos, sin [1, P, head_dim] in the dtype of
+            x, whose two halves are the same.
+    """
+
+    def __init__(self, embedding: Any) -> None:
+        self._embedding = embedding
+        self._tables: dict[tuple[str, int, torch.dtype, torch.device], Tables] = {}
+
+    def forget(self) -> None:
+        """Drop all tables, whose frequencies are about to move."""
+        self._tables.clear()
+
+    def take(self, layer_type: str, span: int, x: Tensor) -> Tables:
+        """Those of a kind of layer, for positions below `span`, in the dtype of x and on its device."""
+        rows = bucket(span)
+        key = (layer_type, rows, x.dtype, x.device)
+        if key not in self._tables:
+            positions = torch.arange(rows, device=x.device)[None]
+            cos, sin = (half(table) for table in self._embedding(x, positions, layer_type))
+            self._tables[key] = cos, sin
+        return self._tables[key]
+
+
+def half(table: Tensor) -> Tensor:
+    """[1, P, D] -> [P, D / 2]"""
+    return table[0, :, : table.shape[2] // 2].contiguous()

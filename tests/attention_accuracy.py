@@ -1,0 +1,84 @@
+"""Packed sequences for attention kernels, and how exact the kernels must be on them.
+
+Tokens after the last sequence hold NaN, and so does the result before it is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from kernel_accuracy import DEVICE, Operands, assert_accurate, on_triton
+
+# Tokens after the last sequence.
+SURPLUS = 5
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+def packed(make: Operands, lengths: Sequence[int], heads: int, width: int) -> Tensor:
+    """Activations [T, heads, width], the heads side by side, NaN for the tokens of no sequence."""
+    x = make(sum(lengths) + SURPLUS, heads * width)
+    x[sum(lengths) :] = torch.nan
+    return x.unflatten(1, (heads, width))
+
+
+def with_holes(lengths: Sequence[int], first: int = 0) -> Tensor:
+    """Ascending positions of which about half are missing; some that no token has for the tokens of no sequence."""
+    generator = torch.Generator().manual_seed(1)
+    places = [torch.randperm(2 * n, generator=generator)[:n].sort().values + first for n in lengths]
+    return torch.cat([*places, torch.full((SURPLUS,), 2**31 - 1)]).int().to(DEVICE)
+
+
+def in_fp64(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def assert_attends_accurately(
+    op: Callable[..., Tensor], *operands: Tensor, lengths: Sequence[int], tuning: Any = None, **options: Any
+) -> None:
+    """The operator on Triton, and with `tuning`, against the same in plain torch; tokens of no sequence stay as are."""
+    tokens, longest = sum(lengths), max(lengths)
+    options |= {"cu_seqlens": cumulative(lengths), "max_seqlen": longest}
+    in_torch = options | {"backend": "torch"}
+    exact = op(*map(in_fp64, operands), **{name: in_fp64(option) for name, option in in_torch.items()})
+    plain = op(*operands, **in_torch)
+    out = torch.full_like(plain, torch.nan)
+    # As where only the device knows the lengths, the longest may be shorter than is said.
+    options["max_seqlen"] = longest + 3
+    with on_triton(op), on_triton(flash_attention):
+        result = op(*operands, **options, backend="triton", out=out, **(tuning or {}))
+    assert result is out
+    assert_accurate(out[:tokens], plain[:tokens], exact[:tokens])
+    assert out[tokens:].isnan().all()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Attention one sequence and one head at a time, by its definition."""
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    ends = cumulative(lengths).tolist()
+    for start, end in itertools.pairwise(ends):
+        place = torch.arange(end - start, device=q.device) if positions is None else positions[start:end]
+        for head in range(q.shape[1]):
+            i_kv = head * k.shape[1] // q.shape[1]
+            scores = scale * q[start:end, head] @ k[start:end, i_kv].T
+            if window is not None:
+                scores[(place[:, None] - place).abs() > window] = -torch.inf
+            out[start:end, head] = scores.softmax(-1) @ v[start:end, i_kv]
+    return out

@@ -1,0 +1,41 @@
+"""Linear layers side by side, against the plain computation in fp64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.projections import PackedProjections, Projection
+
+IN, TOKENS = 20, 5
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def make(kind: str, width: int, bias: bool) -> Projection:
+    u = random(IN, 3) if kind == "lifted" else None
+    return Projection(random(IN if u is None else 3, width), u, random(width) if bias else None)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(["direct", "lifted"], repeat=3)), ids=" ".join)
+@pytest.mark.parametrize("biases", [(False, False, False), (True, False, True), (True, True, True)])
+def test_each_projection_is_computed_whatever_its_neighbours_are(
+    kinds: tuple[str, ...], biases: tuple[bool, ...]
+) -> None:
+    torch.manual_seed(0)
+    parts = [make(*each) for each in zip(kinds, (8, 16, 4), biases, strict=True)]
+    x = random(TOKENS, IN)
+    packed = PackedProjections(parts, torch.float64)
+    found = packed.project(x)
+    assert found.shape == (TOKENS, 28)
+    for part, y in zip(parts, found.split_with_sizes(packed.widths, 1), strict=True):
+        expected = (x if part.u is None else x @ part.u) @ part.matrix
+        expected = expected if part.bias is None else expected + part.bias
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    # Ranks of 3, stored in 8.
+    assert packed.width == 28 + 8 * kinds.count("lifted")

@@ -1,0 +1,180 @@
+"""The attention kernels at the sizes of real models, in every dtype, on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_accuracy import assert_attends_accurately, cumulative, packed, with_holes
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.flashsvdattn import flashsvd_attention
+from flashsvd.kernels.flashsvdropeattn import LARGEST_LIFTED_RANK, flashsvd_rope_attention
+from flashsvd.kernels.tiles import Tiles
+from kernel_accuracy import Operands
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LENGTHS = (431, 1, 0, 100, 65)
+HEADS, HEAD_DIM = 12, 64
+PLACES = 1000
+
+Operation = tuple[Any, list[Tensor], dict[str, Any]]
+
+
+def dense(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    kv_heads = 4 if joint else HEADS
+    q, k, v = (packed(make, lengths, heads, rank) for heads in (HEADS, kv_heads, kv_heads))
+    return flash_attention, [q, k, v], {"scale": rank**-0.5}
+
+
+def rank_space(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    kv_heads = 1 if joint else HEADS
+    q, p_k, p_v = (packed(make, lengths, heads, rank) for heads in (HEADS, kv_heads, kv_heads))
+    return flashsvd_attention, [q, p_k, p_v], {"scale": rank**-0.5}
+
+
+def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, head_dim: int = HEAD_DIM) -> Operation:
+    lifted = min(rank, LARGEST_LIFTED_RANK)
+    p_q, p_k, p_v = (packed(make, lengths, 1 if joint else HEADS, r) for r in (lifted, lifted, rank))
+    v_q, v_k = (make.weight(HEADS, lifted, head_dim, walked=1) for _ in range(2))
+    frequencies = 10000.0 ** -(torch.arange(head_dim // 2, device="cuda") / (head_dim // 2))
+    angles = torch.arange(PLACES, device="cuda")[:, None] * frequencies
+    options = {"scale": head_dim**-0.5, "b_q": make(HEADS, head_dim), "b_k": make(HEADS, head_dim)}
+    return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, angles.cos(), angles.sin()], options
+
+
+KERNELS = pytest.mark.parametrize("operands", [dense, rank_space, rotary])
+ROTARY_AND_DENSE = pytest.mark.parametrize("operands", [dense, rotary])
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("joint", [False, True], ids=["per head", "joint"])
+@pytest.mark.parametrize("rank", [16, 40, 64, 160])
+def test_the_sizes_of_a_real_model(operands: Any, rank: int, joint: bool, dtype: torch.dtype) -> None:
+    op, given, options = operands(Operands(dtype), LENGTHS, rank, joint)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+
+
+@KERNELS
+@pytest.mark.parametrize("rank", [8, 24, 32, 96, 128, 192, 240, 256, 320, 512])
+def test_the_tables_tiles_fit_at_every_rank(operands: Any, rank: int) -> None:
+    op, given, options = operands(Operands(torch.bfloat16), LENGTHS, rank, True)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("rank", [40, 192])
+def test_every_head_dim_of_rotary_models(rank: int, head_dim: int, dtype: torch.dtype) -> None:
+    op, given, options = rotary(Operands(dtype), LENGTHS, rank, True, head_dim)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_tables_in_the_dtype_of_the_activations(holes: bool) -> None:
+    op, (*given, cos, sin), options = rotary(Operands(torch.bfloat16), LENGTHS, 64, False)
+    positions = with_holes(LENGTHS) if holes else None
+    tables = [cos.bfloat16(), sin.bfloat16()]
+    assert_attends_accurately(op, *given, *tables, lengths=LENGTHS, positions=positions, **options)
+
+
+@ROTARY_AND_DENSE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("window", [0, 64, 1000])
+def test_a_window_with_and_without_holes(operands: Any, window: int, holes: bool, dtype: torch.dtype) -> None:
+    op, given, options = operands(Operands(dtype), LENGTHS, 64, False)
+    options |= {"window": window, "positions": with_holes(LENGTHS) if holes else None}
+    assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+
+
+@KERNELS
+@pytest.mark.parametrize("length", [1, 16, 17, 32, 63, 64, 65, 128, 431])
+def test_one_length_for_all(operands: Any, length: int) -> None:
+    lengths = (length,) * 7
+    op, given, options = operands(Operands(torch.bfloat16), lengths, 64, False)
+    assert_attends_accurately(op, *given, lengths=lengths, **options)
+
+
+@ROTARY_AND_DENSE
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize(
+    "tiles",
+    [Tiles(16, 16), Tiles(16, 128), Tiles(32, 64, warps=8), Tiles(128, 64, warps=8), Tiles(128, 128, warps=8)],
+)
+def test_tiles_of_other_sizes(operands: Any, tiles: Tiles, window: int | None) -> None:
+    op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
+    if window is not None:
+        options["window"] = window
+    assert_attends_accurately(op, *given, lengths=LENGTHS, tuning={"tiles": tiles}, **options)
+
+
+@KERNELS
+def test_tiles_chosen_by_timing(operands: Any) -> None:
+    op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, tuning={"tiles": "autotune"}, **options)
+
+
+@KERNELS
+def test_tf32_where_torch_may(operands: Any) -> None:
+    op, given, options = operands(Operands(torch.float32), LENGTHS, 64, False)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@KERNELS
+def test_one_sequence_of_many_tokens(operands: Any) -> None:
+    lengths = (997,)
+    op, given, options = operands(Operands(torch.bfloat16), lengths, 64, True)
+    assert_attends_accurately(op, *given, lengths=lengths, **options)
+
+
+@KERNELS
+def test_tokens_beyond_32_bit_addresses(operands: Any) -> None:
+    lengths, rank = (100, 33), 64
+    op, given, options = operands(Operands(torch.bfloat16), lengths, rank, False)
+    tokens = 2**31 // (HEADS * rank) + 200
+    few = [x[:133] if x.shape[0] == given[0].shape[0] else x for x in given]
+    many = [x if x.shape[0] != 133 else x.new_zeros(tokens, *x.shape[1:]) for x in few]
+    for x, last in zip(many, few, strict=True):
+        if x is not last:
+            x[-133:] = last
+    cu_seqlens = cumulative(lengths)
+    expected = op(*few, cu_seqlens, 100, backend="triton", **options)
+    result = op(*many, cu_seqlens + (tokens - 133), 100, backend="triton", **options)
+    assert torch.equal(result[-133:], expected)
+
+
+@KERNELS
+def test_in_a_cuda_graph(operands: Any) -> None:
+    op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
+    cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
+    expected = op(*given, cu_seqlens, 431, backend="triton", **options)[:tokens]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = op(*given, cu_seqlens, 431, backend="triton", **options)
+    result.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(result[:tokens], expected)
+    # Other lengths in the same graph.
+    cu_seqlens.copy_(cumulative((65, 431, 1, 100, 0)))
+    graph.replay()
+    expected = op(*given, cu_seqlens, 431, backend="triton", **options)[:tokens]
+    assert torch.equal(result[:tokens], expected)
+
+
+@KERNELS
+def test_in_a_compiled_model(operands: Any) -> None:
+    op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
+    cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
+    compiled = torch.compile(lambda *given: op(*given, cu_seqlens, 431, **options) + 1, fullgraph=True)
+    expected = op(*given, cu_seqlens, 431, backend="triton", **options) + 1
+    torch.testing.assert_close(compiled(*given)[:tokens], expected[:tokens])

@@ -1,0 +1,204 @@
+"""softmax(scale * Q K^T) V within packed sequences, on Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_accuracy import SURPLUS, assert_attends_accurately, attend, cumulative, packed, with_holes
+from flashsvd.errors import BackendError
+from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_reference, side_by_side
+from flashsvd.kernels.tiles import Tiles
+from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
+
+# Rows beyond a sequence have no sum to divide by; the interpreter says so, and they are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+LENGTHS = [(1,), (3, 0, 1), (63,), (65, 3), (100, 1)]
+SCALE = 0.3
+
+
+def operands(
+    lengths: tuple[int, ...],
+    heads: int = 2,
+    kv_heads: int | None = None,
+    width_k: int = 24,
+    width_v: int = 40,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    make, kv_heads = Operands(dtype), heads if kv_heads is None else kv_heads
+    q = packed(make, lengths, heads, width_k)
+    return q, packed(make, lengths, kv_heads, width_k), packed(make, lengths, kv_heads, width_v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_sequences_of_any_length(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_attends_accurately(flash_attention, *operands(lengths, dtype=dtype), lengths=lengths, scale=SCALE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("width_k", "width_v"), [(8, 24), (24, 8), (32, 32), (40, 160), (80, 80), (128, 128), (160, 40)]
+)
+def test_any_two_widths(width_k: int, width_v: int, dtype: torch.dtype) -> None:
+    given = operands((20, 33), width_k=width_k, width_v=width_v, dtype=dtype)
+    assert_attends_accurately(flash_attention, *given, lengths=(20, 33), scale=SCALE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (3, 1)])
+def test_heads_of_queries_that_share_keys_and_values(heads: int, kv_heads: int) -> None:
+    given = operands((5, 20), heads, kv_heads)
+    assert_attends_accurately(flash_attention, *given, lengths=(5, 20), scale=SCALE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 7, 40, 1000])
+def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.dtype) -> None:
+    lengths = (65, 1, 0, 20)
+    positions = with_holes(lengths) if holes else None
+    given = operands(lengths, dtype=dtype)
+    assert_attends_accurately(flash_attention, *given, lengths=lengths, scale=SCALE, window=window, positions=positions)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("tiles", [Tiles(16, 16), Tiles(16, 128), Tiles(128, 32)])
+def test_tiles_of_other_sizes(tiles: Tiles, window: int | None) -> None:
+    lengths = (65, 3)
+    assert_attends_accurately(
+        flash_attention, *operands(lengths), lengths=lengths, scale=SCALE, window=window, tuning={"tiles": tiles}
+    )
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    q, k, v = operands((65,))
+    for factor in (-1e4, 1e4):
+        assert_attends_accurately(flash_attention, q * factor, k, v, lengths=(65,), scale=1.0)
+
+
+def test_operands_that_no_descriptor_can_describe() -> None:
+    lengths = (20, 7)
+    q, k, v = operands(lengths, width_k=13, width_v=11)
+    # Heads apart from each other, strided numbers, and one head that stands for two.
+    assert_attends_accurately(
+        flash_attention,
+        torch.stack([q, torch.full_like(q, torch.nan)], dim=2).flatten(1, 2)[:, ::2],
+        k.mT.contiguous().mT,
+        v[:, :1].expand(-1, 2, -1),
+        lengths=lengths,
+        scale=SCALE,
+    )
+
+
+def test_views_of_one_product_are_not_copied() -> None:
+    lengths = (20, 7)
+    qkv = Operands()(sum(lengths) + SURPLUS, 2 * (24 + 24 + 40))
+    q, k, v = (part.unflatten(1, (2, -1)) for part in qkv.split([48, 48, 80], dim=1))
+    assert all(side_by_side(x)[0].data_ptr() == x.data_ptr() for x in (q, k, v))
+    assert_attends_accurately(flash_attention, q, k, v, lengths=lengths, scale=SCALE)
+
+
+def test_the_result_goes_into_a_part_of_a_larger_tensor() -> None:
+    given = operands((20,))
+    around = torch.full((20 + SURPLUS, 3, 56), torch.nan, device=DEVICE)
+    with on_triton(flash_attention):
+        flash_attention(*given, cumulative((20,)), 20, scale=SCALE, backend="triton", out=around[:, :2, 8:48])
+    expected = flash_attention_reference(*given, cumulative((20,)), 20, scale=SCALE)
+    torch.testing.assert_close(around[:20, :2, 8:48], expected[:20])
+    around[:20, :2, 8:48] = torch.nan
+    assert around.isnan().all()
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_no_tokens(lengths: tuple[int, ...]) -> None:
+    q, k, v = (x[:0] for x in operands((3,)))
+    result = flash_attention(q, k, v, cumulative(lengths), 0, scale=SCALE, backend="triton")
+    assert result.shape == (0, 2, 40)
+
+
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 7, 0, 1)])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_reference_is_attention_by_its_definition(
+    lengths: tuple[int, ...], window: int | None, holes: bool
+) -> None:
+    q, k, v = (x[:-SURPLUS].double() for x in operands(lengths, heads=4, kv_heads=2))
+    positions = with_holes(lengths)[:-SURPLUS] if holes else None
+    result = flash_attention_reference(
+        q, k, v, cumulative(lengths), max(lengths), scale=SCALE, window=window, positions=positions
+    )
+    torch.testing.assert_close(result, attend(q, k, v, lengths, SCALE, window, positions))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_in_a_compiled_graph(window: int | None) -> None:
+    q, k, v = (x[:-SURPLUS] for x in operands((20, 7)))
+    cu_seqlens = cumulative((20, 7))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attention(q, k, v, cu_seqlens, 20, scale=SCALE, window=window, backend="triton") + 1
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    expected = flash_attention_reference(q, k, v, cu_seqlens, 20, scale=SCALE, window=window)
+    torch.testing.assert_close(compiled(q, k, v), expected + 1)
+    torch.library.opcheck(
+        torch.ops.flashsvd.flash_attention.default, (q, k, v, cu_seqlens, 20, SCALE, window, with_holes((20, 7))[:27])
+    )
+
+
+@pytest.mark.parametrize("wrong", range(3))
+@pytest.mark.parametrize("shape", [(9, 2, 7), (10, 2, 8), (9, 3, 8), (9, 16)])
+def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: int, shape: tuple[int, ...]) -> None:
+    given = [torch.zeros(9, 2, 8) for _ in range(3)]
+    given[wrong] = torch.zeros(shape)
+    if wrong == 2 and shape == (9, 2, 7):
+        # Values may have a width of their own.
+        flash_attention(*given, cumulative((9,)).cpu(), 9, scale=SCALE)
+        return
+    with pytest.raises(ValueError, match=f"{shape}".replace("(", r"\(").replace(")", r"\)") + ".* do not fit"):
+        flash_attention(*given, cumulative((9,)), 9, scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"scale": 0.0}, "scale is a positive number, not 0.0"),
+        ({"scale": float("nan")}, "not nan"),
+        ({"scale": float("inf")}, "not inf"),
+        ({"window": -1}, "window is a number of positions, not -1"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens is int32 \[B \+ 1\], not torch.int64 \(2,\)"),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, r"not torch.int32 \(1, 2\)"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"not torch.int32 \(0,\)"),
+        ({"backend": "triton", "tiles": "autotune"}, "needs a GPU"),
+        ({"backend": "triton", "out": torch.zeros(9, 2, 7)}, r"out is \(9, 2, 8\) with whole rows, not \(9, 2, 7\)"),
+        ({"backend": "triton", "out": torch.zeros(9, 8, 2).mT}, r"with strides \(16, 1, 2\)"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
+    x = torch.zeros(9, 2, 8)
+    given = {"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32), "max_seqlen": 9, "scale": SCALE}
+    with pytest.raises(ValueError, match=why):
+        flash_attention(x, x, x, **(given | options))
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    q, k, v = operands((9,))
+    with pytest.raises(ValueError, match=r"queries torch.float16, keys torch.float32"):
+        flash_attention(q.half(), k, v, cumulative((9,)), 9, scale=SCALE)
+
+
+def test_a_width_that_does_not_fit_on_chip_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 520 is above 512"):
+        flash_attention(*operands((9,), width_v=520), cumulative((9,)), 9, scale=SCALE, backend="triton")
+
+
+def test_fp64_is_left_to_torch() -> None:
+    given = [x[:-SURPLUS] for x in operands((9,), dtype=torch.float64)]
+    with pytest.raises(BackendError, match="not float64"):
+        flash_attention(*given, cumulative((9,)), 9, scale=SCALE, backend="triton")
+    expected = flash_attention_reference(*given, cumulative((9,)), 9, scale=SCALE)
+    assert torch.equal(flash_attention(*given, cumulative((9,)), 9, scale=SCALE), expected)
