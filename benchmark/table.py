@@ -72,7 +72,7 @@ def table(encoders: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
     core = [row for row in core if row.sizes["r"] in CORE_RANKS and row.sizes["T"] == "32768"]
     for row in core:
         lines.append(f"| FFN core, {row.sizes['T']} tokens, rank {row.sizes['r']} | | | {row.tflops:.0f} TFLOP/s | |")
-    head = "| | against | | flashsvd (in a CUDA graph) | of it |"
+    head = "| | against | which takes | flashsvd (in a CUDA graph) | |"
     return "\n".join([_measured_on(encoders), "", head, "| --- | --- | --- | --- | --- |", *lines])
 
 
