@@ -30,6 +30,7 @@ bench-gpu: $(VENV)/.ready
 	for script in encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn; do \
 		$(BIN)/python benchmark/benchmark_$$script.py || exit; \
 	done
+	$(BIN)/python benchmark/table.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ from flashsvd.kernels.flashsvdattn import fold_query
 from flashsvd.kernels.flashsvdropeattn import lift, rotate
 from harness import Check, Prepared, Settings, Variant
 
-HEAD_DIM = 64
+HEADS, HEAD_DIM = 12, 64
 # Queries of a sequence that are held against fp64.
 CHECKED = 32
 
@@ -37,9 +37,8 @@ class Operands:
     cu_seqlens: Tensor
 
     @classmethod
-    def random(
-        cls, settings: Settings, batch: int, length: int, heads: int, rank: int, window: int | None = None
-    ) -> Operands:
+    def random(cls, settings: Settings, batch: int, length: int, rank: int, window: int | None = None) -> Operands:
+        heads = 2 if settings.sizes == "tiny" else HEADS
         generator = torch.Generator(settings.device).manual_seed(0)
 
         def numbers(*shape: int) -> Tensor:
@@ -68,7 +67,7 @@ class Operands:
 
     def sequences(self, x: Tensor) -> Tensor:
         """[B * S, H, D] -> [B, H, S, D], a view."""
-        return x.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+        return torch.unflatten(x, 0, (self.batch, self.length)).transpose(1, 2)
 
     def lifted(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (lift(p, v, None) for p, v in zip(self.p, self.v, strict=True))
@@ -186,7 +185,8 @@ def dense_variants(operands: Operands) -> Iterator[Variant]:
         return attend(o.sequences(q), o.sequences(k), o.sequences(v), o.scale, mask)
 
     def lifting() -> Tensor:
-        return attend(*(o.sequences(x) for x in o.lifted()), o.scale, mask)
+        q, k, v = (o.sequences(x) for x in o.lifted())
+        return attend(q, k, v, o.scale, mask)
 
     def given(part: Part) -> tuple[Tensor, Tensor, Tensor]:
         return part.take(q), part.take(k), part.take(v)
@@ -200,7 +200,7 @@ def flex_variant(operands: Operands, settings: Settings) -> Variant:
     o = operands
     window = o.window
     assert window is not None
-    q, k, v = (o.sequences(x.contiguous()) for x in o.lifted())
+    q, k, v = (x.contiguous() for x in o.lifted())
 
     def make() -> Prepared:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -211,10 +211,10 @@ def flex_variant(operands: Operands, settings: Settings) -> Variant:
         blocks = create_block_mask(near, None, None, o.length, o.length, device=str(settings.device))
         torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False) if settings.cuda else flex_attention
-        return Prepared(lambda: compiled(q, k, v, block_mask=blocks, scale=o.scale))
+        operands = [o.sequences(x) for x in (q, k, v)]
+        return Prepared(lambda: compiled(*operands, block_mask=blocks, scale=o.scale))
 
     def given(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (x.to(o.folded.dtype).to(part.dtype) for x in Part(o, part.row, o.folded.dtype).lifted())
-        return q, k, v
+        return part.take(q), part.take(k), part.take(v)
 
     return Variant("dense, flex_attention compiled", make, o.check(given), o.flops(HEAD_DIM))

@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def cases(settings: Settings) -> Iterator[Case]:
     tiny = settings.sizes == "tiny"
-    half, quarter = ((5, 12, 12), (2, 6, 6)) if tiny else ((40, 240, 240), (16, 128, 128))
+    ranks: tuple[Ranks, ...] = ((5, 12, 12),) if tiny else ((40, 240, 240), (16, 128, 128))
     batch, length, short = (4, 16, 8) if tiny else (64, 512, 128)
     baselines = (COMPILED, DENSE, micro_batches(batch))
-    yield bert_case("bert-512", batch, length, (half, quarter), baselines, quoted=() if tiny else published())
-    yield bert_case("bert-128", batch, short, (half, quarter), baselines)
-    yield bert_case("bert-1", 1, short, (half, quarter), ("dense, graph", "dense compiled, reduce-overhead", DENSE))
-    yield sst2_case(batch, 40 if tiny else short, (half, quarter), batches=2 if tiny else 13)
+    yield bert_case("bert-512", batch, length, ranks, baselines, quoted=() if tiny else published())
+    yield bert_case("bert-128", batch, short, ranks, baselines)
+    yield bert_case("bert-1", 1, short, ranks, ("dense, graph", "dense compiled, reduce-overhead", DENSE))
+    yield sst2_case(batch, 40 if tiny else short, ranks, batches=2 if tiny else 13)
     yield modernbert_case(*((2, 24) if tiny else (32, 1024)))
 
 

@@ -19,7 +19,6 @@ from flashsvd.kernels.flashsvdattn import flashsvd_attention
 from harness import Case, Check, Settings, Variant, finish, parse, run
 from plot import lines
 
-HEADS = 12
 SHAPES = ((64, 512), (64, 128), (1, 128), (1, 512), (16, 2048))
 RANKS = (16, 24, 32, 40, 48, 64, 96)
 FEW_RANKS = (16, 40, 64)
@@ -45,7 +44,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def equal_case(batch: int, length: int, rank: int) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
-        o = Operands.random(settings, batch, length, HEADS, rank)
+        o = Operands.random(settings, batch, length, rank)
         yield from dense_variants(o)
         _, k, v = o.p
         check, flops = o.check(folded_parts), o.flops(rank)
@@ -72,7 +71,7 @@ def ragged_case(batch: int, length: int, rank: int) -> Case:
 
 def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[int]) -> Iterator[Variant]:
     batch, longest = len(lengths), max(lengths)
-    o = Operands.random(settings, batch, length, HEADS, rank)
+    o = Operands.random(settings, batch, length, rank)
     real = torch.arange(length, device=settings.device) < torch.tensor(lengths, device=settings.device)[:, None]
     index = real.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.tensor([0, *lengths], device=settings.device).cumsum(0).to(torch.int32)
@@ -92,7 +91,7 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
 
     def unpadding() -> Tensor:
         found = kernel(padded.index_select(0, index))
-        return o.sequences(found.new_zeros(batch * length, HEADS, rank).index_copy_(0, index, found))
+        return o.sequences(found.new_zeros(batch * length, o.heads, rank).index_copy_(0, index, found))
 
     def library() -> Tensor:
         q, k, v = packed.unbind(1)
@@ -101,7 +100,7 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
         )[0]
         return found
 
-    flops = 4.0 * HEADS * sum(n * n for n in lengths)
+    flops = 4.0 * o.heads * sum(n * n for n in lengths)
     places = [(row, n) for row, n in enumerate(lengths) if row in (0, batch - 1)]
 
     def of_padded(result: Tensor) -> Tensor:
@@ -113,10 +112,9 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
 
     def check(operands: Tensor, pick: Callable[[Tensor], Tensor]) -> Check:
         def attended(dtype: torch.dtype) -> Tensor:
-            parts = (
-                operands[row * length : row * length + n].to(dtype).permute(1, 2, 0, 3)[:, None] for row, n in places
-            )
-            return torch.cat([attend(q, k, v, o.scale, None)[0].transpose(0, 1) for q, k, v in parts])
+            # [n, 3, H, D] -> [3, 1, H, n, D] of each sequence
+            whole = (operands[row * length :][:n].to(dtype).permute(1, 2, 0, 3)[:, None] for row, n in places)
+            return torch.cat([attend(q, k, v, o.scale, None)[0].transpose(0, 1) for q, k, v in whole])
 
         return Check(attended(torch.float64), attended(operands.dtype), pick)
 

@@ -3,9 +3,8 @@
     python benchmark/benchmark_flashsvdffn.py [--only core,whole,geglu]
 
 `core`: from rank space to rank space, `act(P V1 + b1) U2`, beside two products with GELU between them and beside a
-whole dense network. `whole`: from hidden state to hidden state, all in one kernel (v2) or the core between two
-products (v1).
-TFLOP/s count the ranks as they are, not the tiles that hold them.
+whole dense network. `whole`: from hidden state to hidden state, all in one kernel (v2) or the core between two products
+(v1). `geglu`: the gated core. TFLOP/s count the ranks as they are, not the tiles that hold them.
 """
 
 from __future__ import annotations
@@ -90,7 +89,8 @@ def geglu_case(tokens: int, rank: int, inner: int) -> Case:
         held_to, flops = ffn.check(gated, p, v_a, v_g, u2), 6.0 * tokens * inner * rank
 
         def kernel() -> Tensor:
-            return flashsvd_geglu(*p.chunk(2, 1), v_a, v_g, u2, backend=settings.backend)
+            p_a, p_g = p.chunk(2, 1)
+            return flashsvd_geglu(p_a, p_g, v_a, v_g, u2, backend=settings.backend)
 
         yield Variant.of("products and GEGLU", lambda: gated(p, v_a, v_g, u2), held_to, flops)
         if rank in COMPILED_RANKS or settings.sizes == "tiny":

@@ -2,8 +2,8 @@
 
     python benchmark/benchmark_long_context_ffn.py
 
-BERT-base's sizes at rank 240, half of its parameters. Tokens are independent of each other here, so B sequences of S
-are B * S tokens; what grows with them in plain torch is the [tokens, intermediate] activation.
+BERT-base's sizes at rank 240, two fifths of its parameters. Tokens are independent of each other here, so B sequences
+of S are B * S tokens; what grows with them in plain torch is the [tokens, intermediate] activation.
 """
 
 from __future__ import annotations

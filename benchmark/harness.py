@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, interpreting
-from memory import MIB, Held, held, peak, reset_peak, settle
+from memory import MIB, Held, held, level, peak, reset_peak, settle
 from results import RESULTS, Environment, Row, Status, csv_file, merge, read_rows, write_rows
 from timing import time_events, time_graph, time_wall
 
@@ -193,16 +193,19 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
     earlier = read_rows(file) if file.is_file() else []
     print(f"{script}: {environment.gpu}, torch {environment.torch}, triton {environment.triton}, "
           f"transformers {environment.transformers}, commit {environment.commit or 'unknown'}")  # fmt: skip
-    if settings.cuda:
-        _allocate_workspaces(settings)
     rows: list[Row] = []
     for case in cases:
         if settings.only and not case.name.startswith(settings.only):
             continue
-        rows += [dataclasses.replace(row, **vars(environment)) for row in run_case(case, settings)]
+        rows += [_on(environment, row) for row in run_case(case, settings)]
         write_rows(merge(earlier, rows), file)
     print(f"\n{file}: {len(rows)} rows of this run")
     return file, rows
+
+
+def _on(environment: Environment, row: Row) -> Row:
+    """The row with what it was measured on; figures from elsewhere keep their own."""
+    return row if row.status == "quoted" else dataclasses.replace(row, **vars(environment))
 
 
 def finish(rows: list[Row]) -> None:
@@ -261,13 +264,15 @@ def _measure(variant: Variant, case: Case, settings: Settings, row: Row) -> Row:
     start = time.perf_counter()
     prepared = variant.make()
     setup = time.perf_counter() - start
-    settle()
+    if settings.cuda:
+        level()
     before = held() if settings.cuda else Held(0, 0)
     first = _seconds(prepared.call, settings)
     capture, capture_peak = None, 0
     if prepared.forget is not None and settings.cuda:
+        # Once more without what compiling and measuring took.
         prepared.forget()
-        settle()
+        level()
         reset_peak()
         capture = _seconds(prepared.call, settings)
         capture_peak = peak()
@@ -321,13 +326,6 @@ def _seconds(call: Callable[[], Any], settings: Settings) -> float:
     if settings.cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _allocate_workspaces(settings: Settings) -> None:
-    """cuBLAS takes some memory for good when it is first used; that is not the first variant's."""
-    for dtype in {settings.dtype, torch.float64}:
-        x = torch.ones(64, 64, dtype=dtype, device=settings.device)
-        torch.addmm(x[0], x, x)
 
 
 def _speedups(row: Row, rows: list[Row], baselines: tuple[str, ...]) -> str:

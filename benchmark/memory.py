@@ -33,6 +33,19 @@ def settle() -> None:
         torch.cuda.empty_cache()
 
 
+def level() -> None:
+    """The same start for every variant: the workspaces that cuBLAS keeps for good, one for each stream that it ran on,
+    are dropped but for that of the current one. No captured graph may be alive, which could still write to its own.
+    """
+    settle()
+    torch._C._cuda_clearCublasWorkspaces()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.ones(64, 64, dtype=dtype, device="cuda")
+        torch.addmm(x[0], x, x)
+    del x
+    settle()
+
+
 def reset_peak() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+# The dataclasses below have fields called torch.
+Device = torch.device
 Status = Literal["ok", "refused", "skipped", "failed", "quoted"]
 RESULTS = Path(__file__).parent / "results"
 FLOATS = ("ms", "tflops", "mib", "mib_call", "setup_s", "first_s", "capture_s", "error", "plain_error")
@@ -29,7 +31,7 @@ class Environment:
     commit: str
 
     @classmethod
-    def of(cls, device: torch.device, commit: str = "") -> Environment:
+    def of(cls, device: Device, commit: str = "") -> Environment:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return cls(gpu, *(_version(name) for name in ("torch", "triton", "transformers")), commit or git_commit())
 

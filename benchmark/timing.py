@@ -57,6 +57,7 @@ class Graphed:
         self._graph = self._result = None
 
     def _capture(self) -> None:
+        # Warmed up on the stream of the capture: cuBLAS keeps a workspace for each stream that it ever ran on.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -65,7 +66,7 @@ class Graphed:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             self._result = self._call()
         self._graph = graph
 

@@ -1,15 +1,25 @@
-"""The benchmarks: what fails its check is not timed, and every script runs from end to end."""
+"""The benchmarks' harness refuses what is wrong, records what it should, and every script runs."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import harness
+import results
+import table
+import timing
+from flashsvd.errors import BackendError
+from harness import Case, Check, Prepared, Settings, Variant
+from memory import Held
+from results import Row
 
 # Compiling takes most of a dry run's time, and some cases are alike.
 SCRIPTS = {
@@ -19,75 +29,229 @@ SCRIPTS = {
     "long_context_attn": ["--only", "full,rope-window", "--without", "compiled"],
     "long_context_ffn": ["--without", "compiled"],
 }
-FOLDER = Path(__file__).parents[1] / "benchmark"
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
 
 
 @pytest.fixture(autouse=True)
-def benchmark_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    enabled = torch.is_grad_enabled()
+def one_thread() -> Iterator[None]:
+    """Tiny operands, for which several threads mostly wait; and gradients, which a script turns off, are on again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    torch.set_grad_enabled(enabled)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = importlib.import_module("harness")
-    # Kernels in the interpreter have tests of their own, and take their time.
-    monkeypatch.setattr(module, "interpreting", lambda: False)
-    return module
+def settings(tmp_path: Path) -> Settings:
+    return harness.parse(None, ["--dry-run", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_measures_all_its_variants_and_writes_a_csv(script: str, harness: Any, tmp_path: Path) -> None:
-    importlib.import_module(f"benchmark_{script}").main(["--dry-run", "--out", str(tmp_path), *SCRIPTS[script]])
-    with (tmp_path / f"{script}_cpu.csv").open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    assert {row["status"] for row in rows} == {"ok"}
-    assert all(float(row["ms"]) > 0 and float(row["error"]) >= 0 for row in rows)
-    assert {row["gpu"] for row in rows} == {"CPU"}
-    assert any(row["variant"].startswith("flashsvd") and row["speedups"] for row in rows)
-    assert (tmp_path / f"{script}_cpu.png").is_file()
+def case_of(*calls: Callable[[], Tensor], baselines: tuple[str, ...] = (), per_call: int = 1) -> Case:
+    """Variants that are held against ones."""
+    check = Check(torch.ones(3, dtype=torch.float64), torch.ones(3), lambda result: result[:3])
+    variants = [Variant.of(f"variant {i}", call, check, flops=6e6) for i, call in enumerate(calls)]
+    return Case("case", {"B": 1, "S": 5}, lambda settings: variants, baselines, per_call)
 
 
-def test_a_variant_that_is_wrong_is_refused_and_not_timed(harness: Any, tmp_path: Path) -> None:
-    x = torch.randn(8, 4, dtype=torch.float64)
-    check = harness.Check(x, x.float(), lambda result: result)
-    calls = 0
+def right() -> Tensor:
+    return torch.ones(5)
 
-    def wrong() -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return x.float() + 1e-3
 
-    settings = harness.parse("", ["--dry-run", "--out", str(tmp_path)])
-    case = harness.Case("case", {"T": 8}, lambda _: [harness.Variant.of("wrong", wrong, check)])
-    file, rows = harness.run("benchmark_any", [case], settings)
-    assert [(row.variant, row.status, row.ms) for row in rows] == [("wrong", "refused", None)]
-    # Warm-up and check; timing would call again.
-    assert calls == settings.warmup + 1
-    assert "allowed" in file.read_text()
-    with pytest.raises(SystemExit, match="refused, and not timed: case: wrong"):
+@pytest.mark.parametrize("wrong", [1.01, torch.nan, torch.inf], ids=str)
+def test_a_wrong_variant_is_refused_and_not_timed(
+    wrong: float, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+    monkeypatch.setattr(harness, "time_wall", lambda call, runs: timed.append(float(call()[0])) or 1.0)
+    rows = harness.run_case(case_of(lambda: torch.full((5,), wrong), right), settings)
+    assert [row.status for row in rows] == ["refused", "ok"]
+    assert rows[0].ms is None
+    assert "allowed" in rows[0].note
+    assert timed == [1.0]
+    with pytest.raises(SystemExit, match="case: variant 0"):
         harness.finish(rows)
+    harness.finish(rows[1:])
 
 
-def test_a_nan_is_refused(harness: Any, tmp_path: Path) -> None:
-    x = torch.randn(8, 4, dtype=torch.float64)
-    check = harness.Check(x, x.float(), lambda result: result)
-    settings = harness.parse("", ["--dry-run", "--out", str(tmp_path)])
-    case = harness.Case("case", {}, lambda _: [harness.Variant.of("nan", lambda: x.float() * float("nan"), check)])
-    assert [row.status for row in harness.run_case(case, settings)] == ["refused"]
+def test_twice_the_plain_error_is_allowed(settings: Settings) -> None:
+    check = Check(torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 1.01]), lambda result: result)
+    calls = {"close": lambda: torch.tensor([1.019, 1.0]), "far": lambda: torch.tensor([1.021, 1.0])}
+    variants = [Variant.of(name, call, check) for name, call in calls.items()]
+    rows = harness.run_case(Case("case", {}, lambda settings: variants), settings)
+    assert {row.variant: row.status for row in rows} == {"close": "ok", "far": "refused"}
 
 
-def test_results_are_kept_under_the_gpus_name(harness: Any) -> None:
-    results = importlib.import_module("results")
-    assert results.csv_file("benchmark_encoder", "NVIDIA H200", Path("x")) == Path("x/encoder_nvidia-h200.csv")
+def test_one_that_fails_costs_no_other_its_row(settings: Settings) -> None:
+    def broken() -> Tensor:
+        raise ValueError("no such tile")
+
+    def unsupported() -> Tensor:
+        raise BackendError("there are no fused blocks for it")
+
+    rows = harness.run_case(case_of(broken, unsupported, right), settings)
+    assert [row.status for row in rows] == ["failed", "skipped", "ok"]
+    assert [row.note for row in rows[:2]] == ["ValueError: no such tile", "there are no fused blocks for it"]
 
 
-def test_a_case_measured_again_replaces_its_rows_and_no_others(harness: Any) -> None:
-    results = importlib.import_module("results")
-    old = [results.Row("a", "T=1", "v", "ok", ms=1.0), results.Row("b", "T=1", "v", "ok", ms=2.0)]
-    new = [results.Row("a", "T=1", "v", "ok", ms=3.0)]
-    assert [(row.case, row.ms) for row in results.merge(old, new)] == [("b", 2.0), ("a", 3.0)]
+def test_a_case_that_breaks_off_keeps_what_it_had(settings: Settings) -> None:
+    def build(settings: Settings) -> Iterator[Variant]:
+        (variant,) = case_of(right).build(settings)
+        yield variant
+        raise BackendError("not this model")
+
+    rows = harness.run_case(Case("case", {}, build), settings)
+    assert [(row.variant, row.status) for row in rows] == [("variant 0", "ok"), ("set-up", "skipped")]
+
+
+def test_times_are_of_one_unit_and_compared_with_the_baselines(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([8.0, 2.0])
+    monkeypatch.setattr(harness, "time_wall", lambda call, runs: next(times))
+    rows = harness.run_case(case_of(right, right, baselines=("variant 0",), per_call=2), settings)
+    assert [row.ms for row in rows] == [4.0, 1.0]
+    # 6 MFLOP a call of two units, and so 3 MFLOP in 1 ms.
+    assert rows[1].tflops == pytest.approx(0.003)
+    assert [row.speedups for row in rows] == ["", "variant 0=4.00"]
+
+
+def test_graphs_are_captured_again_only_on_a_gpu(settings: Settings) -> None:
+    forgotten: list[bool] = []
+    check = Check(torch.ones(5, dtype=torch.float64), torch.ones(5), lambda result: result)
+    variant = Variant("v", lambda: Prepared(right, lambda: forgotten.append(True), lambda: "picked"), check)
+    (row,) = harness.run_case(Case("case", {}, lambda settings: [variant]), settings)
+    assert not forgotten
+    assert row.note == "picked"
+
+
+def test_only_and_without_leave_out_cases_and_variants(settings: Settings) -> None:
+    chosen = dataclasses.replace(settings, only=("ca",), without=("1",))
+    cases = [case_of(right, right), dataclasses.replace(case_of(right), name="other")]
+    _, rows = harness.run("benchmark_x", cases, chosen)
+    assert [(row.case, row.variant) for row in rows] == [("case", "variant 0")]
+
+
+def test_the_csv_says_all_and_keeps_rows_of_other_cases(settings: Settings) -> None:
+    file, _ = harness.run("benchmark_x", [case_of(right)], settings)
+    assert file == settings.out / "x_cpu.csv"
+    with file.open(newline="") as handle:
+        (record,) = csv.DictReader(handle)
+    asked = {"gpu", "torch", "triton", "transformers", "dtype", "variant", "shapes", "ms", "tflops", "mib", "error"}
+    assert asked | {"plain_error", "speedups", "commit", "runs", "timing", "status"} <= set(record)
+    assert (record["gpu"], record["dtype"], record["shapes"], record["runs"]) == ("CPU", "fp32", "B=1 S=5", "2")
+    harness.run("benchmark_x", [dataclasses.replace(case_of(right, right), name="second")], settings)
+    harness.run("benchmark_x", [dataclasses.replace(case_of(right), name="second")], settings)
+    assert [(row.case, row.variant) for row in results.read_rows(file)] == [
+        ("case", "variant 0"),
+        ("second", "variant 0"),
+    ]
+
+
+def test_figures_from_elsewhere_keep_what_they_were_measured_on(settings: Settings) -> None:
+    quoted = Row("", "", "published", "quoted", "bf16", 60.0, gpu="NVIDIA H200")
+    _, rows = harness.run("benchmark_x", [dataclasses.replace(case_of(right), quoted=(quoted,))], settings)
+    assert [(row.gpu, row.case, row.shapes) for row in rows] == [
+        ("CPU", "case", "B=1 S=5"),
+        ("NVIDIA H200", "case", "B=1 S=5"),
+    ]
+    assert rows[1].commit == ""
+
+
+def test_rows_survive_the_csv(tmp_path: Path) -> None:
+    rows = [
+        Row("a", "B=1", "v", "ok", "bf16", 1.25, None, 3.5, runs=7, note='picked "this", not that'),
+        Row("a", "B=1", "w", "quoted"),
+    ]
+    results.write_rows(rows, tmp_path / "x.csv")
+    assert results.read_rows(tmp_path / "x.csv") == rows
+
+
+@pytest.mark.parametrize(
+    ("gpu", "slug"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+        ("CPU", "cpu"),
+    ],
+)
+def test_the_slug_of_a_gpu(gpu: str, slug: str) -> None:
+    assert results.slug(gpu) == slug
+
+
+def test_without_a_gpu_only_dry_runs_are_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        harness.parse(None, [])
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_all_of_a_graphs_pool_counts_as_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 2**20
+    # Before the first call 100 in weights; then a graph keeps 48 in tensors and 60 idle, and a call clones 40.
+    before, between = Held(100 * mib, 0), Held(148 * mib, 60 * mib)
+    monkeypatch.setattr(harness, "settle", lambda: None)
+    monkeypatch.setattr(harness, "reset_peak", lambda: None)
+    monkeypatch.setattr(harness, "held", lambda: between)
+    monkeypatch.setattr(harness, "peak", lambda: 188 * mib)
+    assert harness._memory(right, before, capture_peak=0) == (148, 40)
+    # Capturing took more at its peak than any replay.
+    assert harness._memory(right, before, capture_peak=300 * mib) == (200, 40)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_replays_its_call() -> None:
+    x = torch.ones(8, device="cuda")
+    graph = timing.Graphed(lambda: x * 2)
+    assert graph().tolist() == [2.0] * 8
+    x.fill_(3)
+    assert graph().tolist() == [6.0] * 8
+    graph.forget()
+    assert graph().tolist() == [6.0] * 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_runs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Kernels in the interpreter have tests of their own, and take their time.
+    monkeypatch.setattr(harness, "interpreting", lambda: False)
+    module = importlib.import_module(f"benchmark_{script}")
+    module.main(["--dry-run", "--out", str(tmp_path), *SCRIPTS[script]])
+    rows = results.read_rows(tmp_path / f"{script}_cpu.csv")
+    assert {row.status for row in rows} == {"ok"}
+    assert all((row.ms or 0) > 0 and row.error is not None for row in rows)
+    assert any(row.variant.startswith("flashsvd") and row.speedups for row in rows)
+    assert (tmp_path / f"{script}_cpu.png").stat().st_size > 0
+
+
+def test_the_readmes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(variant: str, ms: float, mib: float | None = None, status: results.Status = "ok") -> Row:
+        return Row("bert-512", "B=64 S=512", variant, status, "bf16", ms, mib=mib, runs=50, gpu="NVIDIA H200")
+
+    encoders = [
+        row("dense compiled", 12.0, 400.0),
+        row("flashsvd 40/240/240", 6.0, 100.0),
+        row("flashsvd 40/240/240, graph", 5.0, 200.0),
+        row("published FlashSVD v1 40/240/240", 60.0, status="quoted"),
+    ]
+    core = Row("core", "T=32768 I=3072 r=128", "flashsvd v1", "ok", ms=1.0, tflops=512.4)
+    results.write_rows(encoders, tmp_path / "encoder_nvidia-h200.csv")
+    results.write_rows([core], tmp_path / "flashsvdffn_nvidia-h200.csv")
+    table.main(["--results", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| dense compiled | 12.00 ms | 6.00 (5.00) ms | 2.00 (2.40) x faster |" in printed
+    assert "| dense compiled | 400 MiB | 100 (200) MiB | 25 (50) % |" in printed
+    assert "published FlashSVD v1 40/240/240, not measured here" in printed
+    assert "512 TFLOP/s" in printed
+    assert "16/128/128" not in printed
+
+
+def test_the_table_names_variants_that_the_script_measures(settings: Settings) -> None:
+    encoder = importlib.import_module("benchmark_encoder")
+    full = dataclasses.replace(settings, sizes="full")
+    cases = {case.name: case for case in encoder.cases(full)}
+    assert {line.case for line in table.LINES} == set(cases)
+    for line in table.LINES:
+        quoted = [row.variant for row in cases[line.case].quoted]
+        assert line.baseline in (*cases[line.case].baselines, *quoted, "dense unpadded, graph"), line
