@@ -404,6 +404,14 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed().double(), backend="triton")
 
 
+def test_an_optimised_model_is_not_exported() -> None:
+    model = optimised(compressed(), "torch")
+    with pytest.raises(BackendError, match="cannot be traced or exported"):
+        torch.export.export(model, (torch.zeros(1, 11, dtype=torch.long),))
+    # Nothing of the attempt is left behind.
+    assert run(model, {"input_ids": torch.zeros(1, 11, dtype=torch.long)}).last_hidden_state.isfinite().all()
+
+
 # The kernels, in Triton's interpreter.
 
 

@@ -59,6 +59,11 @@ def test_chunks_are_whole_sequences_in_order(rows: list[list[bool]], most: int) 
         assert chunk.stop - chunk.start <= most or len([n for n in chunk.lengths if n]) == 1
 
 
+def test_chunks_of_equal_sequences_are_of_about_one_size() -> None:
+    chunks = Tokens.of(torch.zeros(50, 512), None).chunks(8192)
+    assert [chunk.sequences for chunk in chunks] == [12, 12, 13, 13]
+
+
 @given(MASKS)
 def test_places_put_every_sequence_at_the_start_of_a_row_of_its_own(rows: list[list[bool]]) -> None:
     mask = torch.tensor(rows)

@@ -74,6 +74,23 @@ def test_tiles_of_other_sizes(tiles: Tiles, window: int | None) -> None:
     )
 
 
+def test_strided_lengths_and_positions() -> None:
+    lengths = (20, 33)
+    q, k, v = operands(lengths)
+    cu, positions = cumulative(lengths).to(DEVICE), with_holes(lengths).to(DEVICE)
+    every_other = [torch.stack([x, x * 0 + 7], 1)[:, 0] for x in (cu, positions)]
+    options: dict[str, Any] = {"scale": SCALE, "window": 7, "backend": "triton"}
+    expected = flash_attention(q, k, v, cu, 33, positions=positions, **options)
+    found = flash_attention(q, k, v, every_other[0], 33, positions=every_other[1], **options)
+    assert torch.equal(found[: sum(lengths)], expected[: sum(lengths)])
+
+
+def test_positions_of_another_kind_are_refused() -> None:
+    q, k, v = operands((3,))
+    with pytest.raises(ValueError, match="positions are int32"):
+        flash_attention(q, k, v, cumulative((3,)), 3, scale=SCALE, positions=torch.arange(len(q)))
+
+
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     q, k, v = operands((65,))
     for factor in (-1e4, 1e4):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 from unittest.mock import patch
 
@@ -130,3 +132,23 @@ def test_splits_fill_the_gpu_and_leave_each_two_steps(tokens: int, walked: int) 
     assert splits >= 1
     # One more would be too many for the GPU or too few steps for each.
     assert (splits + 1) * programs > 132 or walked < (splits + 1) * 2 * choice.columns
+
+
+def test_fp32_products_follow_either_of_torchs_settings() -> None:
+    script = """
+import torch
+from flashsvd.kernels.launch import precision
+x = torch.zeros(1)
+print(precision(x), precision(x.half()))
+torch.backends.cuda.matmul.allow_tf32 = True
+print(precision(x), precision(x.half()))
+torch.backends.cuda.matmul.allow_tf32 = False
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+else:
+    torch.backends.cuda.matmul.allow_tf32 = True
+print(precision(x))
+"""
+    # In a process of its own, since torch does not let go of having seen both.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "ieee", "tf32", "ieee", "tf32"], done.stderr

@@ -136,8 +136,8 @@ class Choices:
         try:
             for _ in range(WARMUP_RUNS):
                 run(name)
-        except OutOfResources:
-            # Its tiles do not fit this GPU's shared memory.
+        except (OutOfResources, ValueError, torch.OutOfMemoryError):
+            # Its tiles do not fit on the GPU, it takes no such sizes, or more memory than there is.
             return math.inf
         return statistics.median(self._run_once(run, name, queued) for _ in range(TIMED_RUNS))
 

@@ -142,7 +142,8 @@ class _Captured:
                 self._load(hidden, tokens)
                 forward(self._hidden, self._tokens)
         current.wait_stream(self._stream)
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+        # Other threads of a server may allocate meanwhile.
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             forward(self._hidden, self._tokens)
 
     def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:

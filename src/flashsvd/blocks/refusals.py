@@ -81,6 +81,11 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
     Raises:
         BackendError: saying what it asks for.
     """
+    if type(hidden_states) is not Tensor and not isinstance(hidden_states, torch.nn.Parameter):
+        kind = type(hidden_states).__name__
+        raise BackendError(
+            f"an optimised model cannot be traced or exported (its input is a {kind}); use the plain model"
+        )
     if options.get("output_attentions", getattr(config, "output_attentions", False)):
         raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
     for name in ("encoder_hidden_states", "past_key_values", "use_cache", "is_causal"):

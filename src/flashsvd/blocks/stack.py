@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,18 @@ def run_layers(
             a layer have the same effect.
         owned: whether the hidden states may be overwritten.
     """
-    layers = list(layers)
+    with on_device(hidden_states):
+        return _run(list(layers), hidden_states, tokens, padded, owned, graphs)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, as far as it has one: kernels, events and graphs go there."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _run(
+    layers: list[nn.Module], hidden_states: Tensor, tokens: Tokens, padded: bool, owned: bool, graphs: Graphs | None
+) -> Tensor:
     if padded or any_foreign_hooks(layers):
         for layer in layers:
             hidden_states = layer(hidden_states, tokens=tokens)

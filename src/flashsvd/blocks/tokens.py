@@ -178,12 +178,13 @@ class Tokens:
                 self.span,
             )
             return
-        share = -(-self.count // -(-self.count // most))
         ends = list(itertools.accumulate(self.lengths))
         first = start = 0
         for row, end in enumerate(ends):
             following = ends[row + 1] if row + 1 < len(ends) else None
-            if following is None or following - start > share:
+            # Behind the last token there may be empty sequences yet.
+            left = max(1, self.count - start)
+            if following is None or following - start > -(-left // -(-left // most)):
                 lengths = self.lengths[first : row + 1]
                 if end > start:
                     cu_seqlens = self.cu_seqlens[first : row + 2] - self.cu_seqlens[first]
@@ -194,9 +195,26 @@ class Tokens:
                 first, start = row + 1, end
 
 
-@functools.lru_cache(maxsize=32)
+# Of batches without padding, which are mostly of a few shapes.
+_known: dict[tuple[int, int, torch.device], Tokens] = {}
+MOST_KNOWN = 32
+
+
 def _full(batch: int, length: int, device: torch.device) -> Tokens:
     """Every token is real."""
+    key = (batch, length, device)
+    if key not in _known:
+        tokens = _count(*key)
+        # What is made while a graph is captured has no values before its replay.
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return tokens
+        if len(_known) >= MOST_KNOWN:
+            _known.pop(next(iter(_known)))
+        _known[key] = tokens
+    return _known[key]
+
+
+def _count(batch: int, length: int, device: torch.device) -> Tokens:
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     positions = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
     return Tokens(cu_seqlens, length, positions, None, batch, length, (length,) * batch, True)

@@ -22,6 +22,7 @@ from flashsvd.kernels.launch import (
     aligned,
     descriptor,
     multiprocessors,
+    on_its_device,
     precision,
     rank_tiles,
     use_triton,
@@ -80,6 +81,8 @@ def flash_attention(
         BackendError: `backend="triton"` cannot run here.
     """
     check_attention(q, k, v, cu_seqlens, scale, window)
+    if positions is not None and (positions.shape != q.shape[:1] or positions.dtype != torch.int32):
+        raise ValueError(f"positions are int32 {(q.shape[0],)}, not {positions.dtype} {tuple(positions.shape)}")
     if not use_triton(backend, q):
         result = flash_attention_reference(
             q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, positions=positions
@@ -389,6 +392,7 @@ def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out is {shape} with whole rows, not {tuple(out.shape)} with strides {out.stride()}")
 
 
+@on_its_device
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -423,8 +427,8 @@ def _launch(
             descriptor(v, [t.columns, v0]),
             descriptor(v, [t.columns, v1]) if v1 else None,
             out,
-            cu_seqlens,
-            positions,
+            cu_seqlens.contiguous(),
+            positions if positions is None else positions.contiguous(),
             row_tiles,
             heads,
             group,

@@ -22,6 +22,7 @@ from flashsvd.kernels.launch import (
     descriptor,
     element_type,
     has_fast_tanh,
+    on_its_device,
     precision,
     rank_tiles,
     use_triton,
@@ -184,6 +185,7 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
+@on_its_device
 def _launch(
     p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str, tiles: TilesOption, splits: int | None
 ) -> Tensor:

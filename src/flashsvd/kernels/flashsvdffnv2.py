@@ -25,6 +25,7 @@ from flashsvd.kernels.launch import (
     element_type,
     has_fast_tanh,
     multiprocessors,
+    on_its_device,
     precision,
     rank_tiles,
     use_triton,
@@ -245,6 +246,7 @@ def default_tiles(x: Tensor, r1: int, r2: int) -> Tiles:
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     u1: Tensor,

@@ -26,6 +26,7 @@ from flashsvd.kernels.launch import (
     descriptor,
     element_type,
     has_fast_tanh,
+    on_its_device,
     precision,
     rank_tiles,
     use_triton,
@@ -242,6 +243,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
+@on_its_device
 def _launch(
     p_a: Tensor,
     p_g: Tensor,

@@ -32,7 +32,14 @@ from flashsvd.kernels.flash_attn_triton import (
     side_by_side,
     width_tiles,
 )
-from flashsvd.kernels.launch import Backend, aligned, descriptor, precision, use_triton
+from flashsvd.kernels.launch import (
+    Backend,
+    aligned,
+    descriptor,
+    on_its_device,
+    precision,
+    use_triton,
+)
 from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
@@ -438,6 +445,7 @@ def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: in
     return Tiles(rows, 16, warps=8, stages=1)
 
 
+@on_its_device
 def _launch(
     p_q: Tensor,
     v_q: Tensor,
@@ -488,8 +496,8 @@ def _launch(
             cos,
             sin,
             out,
-            cu_seqlens,
-            positions,
+            cu_seqlens.contiguous(),
+            positions if positions is None else positions.contiguous(),
             row_tiles,
             heads,
             heads // kv_heads,

@@ -15,7 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend, use_triton
+from flashsvd.kernels.launch import (
+    Backend,
+    on_its_device,
+    use_triton,
+)
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
@@ -163,6 +167,7 @@ def default_rows(tokens: int, block: int) -> tuple[int, int]:
     return rows, max(1, min(16, rows * block // 1024, 4)) if rows > 1 else max(1, min(16, block // 256))
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     residual: Tensor | None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from flashsvd.errors import BackendError
 from flashsvd.kernels.triton_import import MISSING, TensorDescriptor, tl, triton
 
 Backend = Literal["auto", "torch", "triton"]
+Launch = TypeVar("Launch", bound=Callable[..., Any])
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # A tensor descriptor wants its base address and its strides in multiples of this many bytes.
@@ -34,6 +36,8 @@ def why_not_triton(x: Tensor) -> str:
         return f"triton 3.4 or later is not installed ({MISSING})"
     if x.dtype not in DTYPES:
         return f"the kernels take fp16, bf16 and fp32, not {str(x.dtype).removeprefix('torch.')}"
+    if x.is_cuda and torch.version.hip is not None:
+        return "the kernels were never tried on ROCm"
     if x.is_cuda:
         major, minor = capability(x.device)
         return "" if major >= 8 else f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
@@ -77,12 +81,32 @@ def multiprocessors(device: torch.device) -> int:
 
 def precision(x: Tensor) -> str:
     """How products of fp32 tiles are taken: TF32 only where torch itself may."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and _tf32_allowed() else "ieee"
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Once the newer of torch's two settings was used, reading the older one is an error.
+    newer = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if newer is None else newer == "tf32"
 
 
 def has_fast_tanh(x: Tensor) -> bool:
     """Whether activations may use the GPU's own tanh, whose error (2^-11) vanishes in bf16's rounding alone."""
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
+
+
+def on_its_device(launch: Launch) -> Launch:
+    """A launcher that makes its first operand's GPU the current one, which is where Triton launches."""
+
+    @functools.wraps(launch)
+    def launched(x: Tensor, *arguments: Any) -> Any:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return launch(x, *arguments)
+        with torch.cuda.device(x.device):
+            return launch(x, *arguments)
+
+    return launched  # type: ignore[return-value]  # the same signature
 
 
 def element_type(x: Tensor) -> Any:

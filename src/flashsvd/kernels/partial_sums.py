@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
 BLOCK = 1024
 
@@ -22,7 +22,7 @@ def add_partials_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(0).to(dtype)
 
 
-@triton.jit
+@kernel("size")
 def _add_partials(x_ptr, out_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size

@@ -12,7 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.launch import Backend, use_triton
+from flashsvd.kernels.launch import (
+    Backend,
+    on_its_device,
+    use_triton,
+)
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Pairs of numbers that a program turns: sixteen for each thread.
@@ -101,6 +105,7 @@ def _rotate_heads(
     tl.store(p_first + half, (x2 * cos + x1 * sin).to(out_type), mask=mask)
 
 
+@on_its_device
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     tokens, heads, width = x.shape
     if x.numel() == 0:

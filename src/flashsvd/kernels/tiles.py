@@ -38,8 +38,11 @@ _tuned: dict[Hashable, Tiles] = {}
 
 
 def generation(device: torch.device) -> Generation:
-    """Which row of a table serves this device: anything before Hopper, and the interpreter, takes Ampere's."""
-    return "hopper" if device.type == "cuda" and capability(device) >= (9, 0) else "ampere"
+    """Which row of a table serves this device: Hopper's asks for the shared memory of data centre GPUs since then.
+
+    Anything before it, the later GPUs with less (12.x), and the interpreter take Ampere's.
+    """
+    return "hopper" if device.type == "cuda" and (9, 0) <= capability(device) < (12, 0) else "ampere"
 
 
 def fp32_tiles(widest: int) -> Tiles:
@@ -82,9 +85,10 @@ def choose(
         raise ValueError(f"tiles are a Tiles, 'autotune' or None, not {option!r}")
     if device.type != "cuda":
         raise ValueError("autotune times the kernel, which needs a GPU; leave tiles out")
-    if key not in _tuned:
-        _tuned[key] = _fastest([table(), *candidates], run)
-    return _tuned[key]
+    here = (device, key)
+    if here not in _tuned:
+        _tuned[here] = _fastest([table(), *candidates], run)
+    return _tuned[here]
 
 
 def _fastest(candidates: Sequence[Tiles], run: Callable[[Tiles], object]) -> Tiles:

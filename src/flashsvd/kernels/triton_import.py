@@ -14,7 +14,9 @@ except ImportError as error:
     MISSING = str(error)
 
     class _Absent:
-        constexpr = "constexpr"
+        @staticmethod
+        def constexpr(value: Any = None) -> Any:
+            return value
 
         @staticmethod
         def jit(function: Any = None, **_: Any) -> Any:
