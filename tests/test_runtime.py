@@ -404,6 +404,41 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed().double(), backend="triton")
 
 
+def test_an_activation_that_someone_put_in_place_is_kept() -> None:
+    plain = compressed()
+    for layer in plain.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
+    batch = inputs(None)
+    expected, found = run(plain, batch), run(optimised(plain, "torch"), batch)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_another_attention_is_refused() -> None:
+    class Another(modeling_bert.BertSelfAttention):
+        pass
+
+    model = compressed()
+    model.encoder.layer[0].attention.self.__class__ = Another
+    with pytest.raises(BackendError, match=r"encoder\.layer\.0\.attention\.self is a Another, not a BertSelfAttention"):
+        optimize(model)
+
+
+def test_dropout_left_in_training_mode_is_refused() -> None:
+    model = compressed()
+    model.encoder.layer[1].output.dropout.train()
+    with pytest.raises(BackendError, match=r"model\.eval\(\) first"):
+        optimize(model)
+
+
+def test_what_a_wrapper_of_a_layer_returns_counts() -> None:
+    model, batch = optimised(compressed(), "torch"), inputs()
+    before = run(model, batch).last_hidden_state
+    layer = model.encoder.layer[0]
+    forward = layer.forward
+    layer.forward = lambda hidden, *arguments, **options: forward(hidden.clone(), *arguments, **options)
+    assert torch.equal(run(model, batch).last_hidden_state, before)
+
+
 def test_an_optimised_model_is_not_exported() -> None:
     model = optimised(compressed(), "torch")
     with pytest.raises(BackendError, match="cannot be traced or exported"):

@@ -46,7 +46,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     _check_architecture(getattr(model, "config", None))
     if is_packed(model):
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
-    if model.training:
+    if model.training or any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsvd.blocks import chunks
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Joint
-from flashsvd.blocks.ffn import Activation, PackedFFN
+from flashsvd.blocks.ffn import PackedFFN
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.stack import run_layers
 from flashsvd.blocks.tokens import Tokens

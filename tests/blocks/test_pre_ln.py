@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsvd.blocks import chunks
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Factors, Joint, PerHead
-from flashsvd.blocks.ffn import Activation
 from flashsvd.blocks.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights

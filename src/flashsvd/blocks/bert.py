@@ -6,13 +6,29 @@ Subclasses, so that whatever looks for a BertLayer, such as the recording of hid
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.bert.modeling_bert import BertEncoder, BertLayer
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEncoder,
+    BertIntermediate,
+    BertLayer,
+    BertOutput,
+    BertSelfAttention,
+    BertSelfOutput,
+)
 
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.encoder import FusedEncoder, check_encoder, fuse_encoder
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.layer import FusedLayer
 from flashsvd.kernels.launch import Backend
+
+INNER = {
+    "attention": BertAttention,
+    "attention.self": BertSelfAttention,
+    "attention.output": BertSelfOutput,
+    "intermediate": BertIntermediate,
+    "output": BertOutput,
+}
 
 
 class FusedBertLayer(FusedLayer, BertLayer):  # type: ignore[misc]  # transformers is untyped
@@ -25,7 +41,7 @@ class FusedBertEncoder(FusedEncoder, BertEncoder):  # type: ignore[misc]  # tran
 
 def check(base: nn.Module, backend: Backend) -> None:
     """Raises BackendError where the base model's encoder cannot be fused."""
-    check_encoder(base, BertEncoder, BertLayer, backend)
+    check_encoder(base, BertEncoder, BertLayer, INNER, backend)
 
 
 def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from flashsvd.blocks.activation import read_activation
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
-from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.refusals import (
@@ -23,7 +25,6 @@ from flashsvd.blocks.refusals import (
 )
 from flashsvd.blocks.stack import FusedStack, run_layers
 from flashsvd.blocks.tokens import Tokens
-from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.launch import Backend
 from flashsvd.layers import LowRankLinear
 
@@ -63,8 +64,13 @@ class FusedEncoder(FusedStack):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
 
 
-def check_encoder(base: Any, encoder_class: type, layer_class: type, backend: Backend) -> None:
+def check_encoder(
+    base: Any, encoder_class: type, layer_class: type, inner: Mapping[str, type], backend: Backend
+) -> None:
     """Refuse an encoder that could not be fused into the same function.
+
+    Args:
+        inner: the classes of a layer's modules, by their paths in it.
 
     Raises:
         BackendError: saying what stands against it.
@@ -75,6 +81,8 @@ def check_encoder(base: Any, encoder_class: type, layer_class: type, backend: Ba
     for i, layer in enumerate(encoder.layer):
         refuse_other_class(layer, f"encoder.layer.{i}", layer_class)
         refuse_watched({f"encoder.layer.{i}.{path}": module for path, module in layer.named_modules() if path})
+        for path, known in inner.items():
+            refuse_other_class(layer.get_submodule(path), f"encoder.layer.{i}.{path}", known)
         for path in LINEARS:
             check_linear(layer.get_submodule(path), f"encoder.layer.{i}.{path}")
         for path in NORMS:
@@ -109,7 +117,7 @@ def read_layer(layer: Any, config: Any) -> PostLNWeights:
         scale=attention.scaling,
         attention_norm=layer.attention.output.LayerNorm,
         ffn_norm=layer.output.LayerNorm,
-        activation=_activation(layer, config),
+        activation=read_activation(config.hidden_act, layer.intermediate.intermediate_act_fn),
         dtype=layer.output.LayerNorm.weight.dtype,
     )
 
@@ -119,12 +127,5 @@ def why_no_kernel(layer: Any, config: Any) -> str:
     if not isinstance(layer.intermediate.dense, LowRankLinear) or not isinstance(layer.output.dense, LowRankLinear):
         # Plain products serve here, whatever the backend.
         return ""
-    return why_not_fused(layer.intermediate.dense.rank, layer.output.dense.rank, _activation(layer, config))
-
-
-def _activation(layer: Any, config: Any) -> Activation:
-    """By its name where kernels know it."""
-    if isinstance(config.hidden_act, str) and config.hidden_act in ACTIVATIONS:
-        return config.hidden_act
-    function: Activation = layer.intermediate.intermediate_act_fn
-    return function
+    activation = read_activation(config.hidden_act, layer.intermediate.intermediate_act_fn)
+    return why_not_fused(layer.intermediate.dense.rank, layer.output.dense.rank, activation)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.chunks import materialised_parts
@@ -19,9 +17,6 @@ from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
 
 CORE = Operation("ffn core", "{} to {} to {}")
-
-# By the name that kernels know it under, or as a function.
-Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
 
 class PackedFFN(Packed):

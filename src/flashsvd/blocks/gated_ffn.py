@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.chunks import chunk_tokens, equal_parts, materialised_parts
 from flashsvd.blocks.factors import Dense, Joint, present
-from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.projections import PackedProjections, Projection
 from flashsvd.blocks.residual import PackedResidual

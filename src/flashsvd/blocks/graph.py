@@ -6,6 +6,7 @@ no other token attends to them, and what becomes of them is thrown away.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ class Graphs:
         self._captured: dict[Shape, _Captured] = {}
         self._inputs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._pool: Any = None
+        self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
@@ -95,6 +97,10 @@ class Graphs:
 
     def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
         """What `forward` would make of `hidden`, replayed; captured first at the first batch of its shape."""
+        with self._lock:
+            return self._run(forward, hidden, tokens)
+
+    def _run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
         shape = Shape.of(hidden, tokens)
         if shape not in self._captured:
             if self._pool is None:

@@ -13,7 +13,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def foreign_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The module's hooks other than transformers' recorders, which stay in place for good once they were needed."""
-    found: list[Callable[..., Any]] = []
+    # A forward of its own is what some libraries put in the place of hooks.
+    found: list[Callable[..., Any]] = [module.forward] if "forward" in vars(module) else []
     # Asked of every layer at every call, and most have none.
     for name in HOOKS:
         if hooks := module.__dict__[name]:

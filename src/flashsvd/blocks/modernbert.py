@@ -23,9 +23,10 @@ from transformers.models.modernbert.modeling_modernbert import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from flashsvd.blocks.activation import read_activation
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
-from flashsvd.blocks.ffn import Activation, why_not_fused
+from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
 from flashsvd.blocks.layer import FusedLayer
@@ -47,7 +48,6 @@ from flashsvd.blocks.stack import FusedStack, run_layers
 from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 from flashsvd.fused import FusedProjections, dense_share
-from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.launch import Backend
 from flashsvd.layers import LowRankLinear
 from flashsvd.models.modernbert import GLU, QKV
@@ -83,11 +83,20 @@ class FusedModernBert(FusedStack):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embedded = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        return BaseModelOutput(last_hidden_state=self._encode(embedded, attention_mask, position_ids, options))
+        return BaseModelOutput(
+            last_hidden_state=self._encode(
+                embedded, attention_mask, position_ids, options, given=inputs_embeds is not None
+            )
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _encode(
-        self, embedded: Tensor, attention_mask: Any, position_ids: Tensor | None, options: Mapping[str, Any]
+        self,
+        embedded: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        options: Mapping[str, Any],
+        given: bool,
     ) -> Tensor:
         refuse_call(embedded, self.config, options)
         refuse_positions(position_ids, embedded.shape[1])
@@ -98,8 +107,8 @@ class FusedModernBert(FusedStack):
             embedded,
             tokens,
             padded=bool(recorded),
-            # Unless someone watches the embeddings, nobody else has them.
-            owned=not any_foreign_hooks(self.embeddings.modules()),
+            # Unless they are what the caller gave, or someone watches them, nobody else has the embeddings.
+            owned=not given and not any_foreign_hooks(self.embeddings.modules()),
             graphs=self.graphs,
         )
 
@@ -172,7 +181,7 @@ def read_layer(layer: Any, tables: RotaryTables) -> PreLNWeights:
         ),
         attention_norm=layer.attn_norm if isinstance(layer.attn_norm, nn.LayerNorm) else None,
         ffn_norm=layer.mlp_norm,
-        activation=_activation(layer.mlp),
+        activation=read_activation(layer.mlp.config.hidden_activation, layer.mlp.act),
         dtype=layer.mlp_norm.weight.dtype,
     )
 
@@ -191,7 +200,7 @@ def why_no_kernel(layer: Any) -> str:
     if len(ranks) < len(linears):
         # Plain products serve here, whatever the backend.
         return ""
-    return why_not_fused(max(ranks[:2]), ranks[2], _activation(layer.mlp))
+    return why_not_fused(max(ranks[:2]), ranks[2], read_activation(layer.mlp.config.hidden_activation, layer.mlp.act))
 
 
 def _check_layer(layer: Any, path: str) -> None:
@@ -214,12 +223,3 @@ def _linears(layer: Any) -> Iterable[tuple[str, nn.Module]]:
             yield from ((f"{name}.{part}", child) for part, child in module.named_children())
         else:
             yield name, module
-
-
-def _activation(mlp: Any) -> Activation:
-    """By its name where kernels know it."""
-    name = mlp.config.hidden_activation
-    if isinstance(name, str) and name in ACTIVATIONS:
-        return name
-    function: Activation = mlp.act
-    return function

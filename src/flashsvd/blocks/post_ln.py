@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.attention import attend
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.chunks import chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
-from flashsvd.blocks.ffn import Activation, PackedFFN
+from flashsvd.blocks.ffn import PackedFFN
 from flashsvd.blocks.fold import fold_output
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.qkv import pack_qkv

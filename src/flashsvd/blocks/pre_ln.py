@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.chunks import chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
-from flashsvd.blocks.ffn import Activation
 from flashsvd.blocks.fold import fold_output
 from flashsvd.blocks.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.norm import PackedNorm

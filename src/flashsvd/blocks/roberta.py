@@ -6,13 +6,29 @@ Subclasses, so that whatever looks for a RobertaLayer, such as the recording of 
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.roberta.modeling_roberta import RobertaEncoder, RobertaLayer
+from transformers.models.roberta.modeling_roberta import (
+    RobertaAttention,
+    RobertaEncoder,
+    RobertaIntermediate,
+    RobertaLayer,
+    RobertaOutput,
+    RobertaSelfAttention,
+    RobertaSelfOutput,
+)
 
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.encoder import FusedEncoder, check_encoder, fuse_encoder
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.layer import FusedLayer
 from flashsvd.kernels.launch import Backend
+
+INNER = {
+    "attention": RobertaAttention,
+    "attention.self": RobertaSelfAttention,
+    "attention.output": RobertaSelfOutput,
+    "intermediate": RobertaIntermediate,
+    "output": RobertaOutput,
+}
 
 
 class FusedRobertaLayer(FusedLayer, RobertaLayer):  # type: ignore[misc]  # transformers is untyped
@@ -25,7 +41,7 @@ class FusedRobertaEncoder(FusedEncoder, RobertaEncoder):  # type: ignore[misc]  
 
 def check(base: nn.Module, backend: Backend) -> None:
     """Raises BackendError where the base model's encoder cannot be fused."""
-    check_encoder(base, RobertaEncoder, RobertaLayer, backend)
+    check_encoder(base, RobertaEncoder, RobertaLayer, INNER, backend)
 
 
 def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
