@@ -66,7 +66,7 @@ def test_a_model_that_was_moved_off_the_gpu_says_so() -> None:
 
 def test_a_copy_of_a_model_captures_its_own() -> None:
     graphs = Graphs()
-    graphs._captured = {"any": "graph"}  # type: ignore[dict-item]
+    graphs._captured = {"any": "graph"}
     assert len(copy.deepcopy(graphs)) == 0
     assert len(graphs) == 1
     graphs.forget()

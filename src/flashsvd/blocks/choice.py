@@ -142,10 +142,11 @@ class Choices:
         return statistics.median(self._run_once(run, name, queued) for _ in range(TIMED_RUNS))
 
     def _run_once(self, run: Callable[[Implementation], object], name: Implementation, queued: bool) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event
+        start, end = (event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.synchronize()
         if queued:
-            torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         start.record()
         for _ in range(CALLS_A_RUN):
             run(name)

@@ -45,7 +45,7 @@ class FusedEncoder(FusedStack):
     config: Any
     layer: nn.ModuleList
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
         self,
         hidden_states: Tensor,

@@ -107,7 +107,7 @@ class Graphs:
                 self._pool = torch.cuda.graph_pool_handle()
             if self._stream is None:
                 # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
-                self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             own = self._input(shape, hidden.shape[1])
             captured = _Captured(shape, own, self._pool, self._stream)
             captured.capture(forward, hidden, tokens)

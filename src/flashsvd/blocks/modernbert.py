@@ -89,7 +89,7 @@ class FusedModernBert(FusedStack):
             )
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _encode(
         self,
         embedded: Tensor,

@@ -43,7 +43,7 @@ def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
         BackendError: naming the module.
     """
     for path, module in modules.items():
-        if foreign_hooks(module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
+        if foreign_hooks(module) or hasattr(module, "parametrizations"):
             raise BackendError(f"{path} has a hook or a wrapper, which would not run in a fused block; remove it")
 
 

@@ -24,7 +24,7 @@ class FusedStack(PackedModule):
         # Captured graphs read the weights where they were.
         if self.graphs is not None:
             self.graphs.forget()
-        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def run_layers(
