@@ -43,6 +43,7 @@ from transformers.models.roberta import modeling_roberta
 import flashsvd  # noqa: F401 - registers the checkpoint format
 from flashsvd.compression import get_method
 from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
+from flashsvd.kernels.plans import Launch
 from flashsvd.models import find_targets
 from flashsvd.ranks import RankChoice, RankRequest, plan_ranks
 
@@ -205,6 +206,20 @@ def make_model(tmp_path: Path) -> MakeModel:
         return directory
 
     return make
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched from here on, by name, in order."""
+    names: list[str] = []
+    launch = Launch.__call__
+
+    def recorded(self: Launch, *operands: torch.Tensor | None) -> None:
+        names.append(self.name)
+        launch(self, *operands)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
 
     p, q, lift, down, bias = zeros(1, rank), zeros(1, rank), zeros(64, rank), zeros(64, rank), zeros(64)
     x, narrow, wide = zeros(1000, 64), zeros(rank, 64), zeros(64, rank)
-    ffn, tail = [p, lift, bias, down], ["gelu", None, 1]
+    ffn, tail = [p, lift, bias, down], ["triton", "gelu", None, 1]
     sequences = [torch.zeros(2, dtype=torch.int32), 1000]
     return {
         "v1": shared_memory(flashsvdffnv1, "_ffn_v1", *ffn, *tail),
@@ -74,7 +74,7 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
         "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, p, lift, lift, down, bias, bias, *tail),
         "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, lift, bias, down, wide, bias, *tail[:-1]),
         "attention": shared_memory(
-            flash_attn_triton, "_attention", *[zeros(1, 1, rank)] * 3, *sequences, 1.0, None, None, None, None
+            flash_attn_triton, "_attention", *[zeros(1, 1, rank)] * 3, *sequences, 1.0, None, None, "triton", None, None
         ),
         "rotary attention": rotary(zeros, rank, 128, sequences),
     }
@@ -86,7 +86,7 @@ def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: li
     p, v, table = zeros(1, 1, lifted), zeros(1, lifted, head_dim), torch.zeros(1000, head_dim // 2)
     operands = [p, v, p, v, zeros(1, 1, rank), table, table]
     return shared_memory(
-        flashsvdropeattn, "_rope_attention", *operands, *sequences, 1.0, None, None, None, None, None, None
+        flashsvdropeattn, "_rope_attention", *operands, *sequences, 1.0, None, None, None, None, "triton", None, None
     )
 
 

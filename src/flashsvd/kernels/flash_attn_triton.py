@@ -20,13 +20,13 @@ from flashsvd.kernels.launch import (
     ALIGNMENT,
     Backend,
     aligned,
-    descriptor,
     multiprocessors,
     on_its_device,
     precision,
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
@@ -80,6 +80,9 @@ def flash_attention(
         ValueError: the shapes or dtypes do not fit together, or the scale or the window is not positive.
         BackendError: `backend="triton"` cannot run here.
     """
+    operands = (q, k, v, cu_seqlens, positions, out)
+    if plan := _plans.find(operands, backend, max_seqlen, scale, window, tiles):
+        return plan(*operands)
     check_attention(q, k, v, cu_seqlens, scale, window)
     if positions is not None and (positions.shape != q.shape[:1] or positions.dtype != torch.int32):
         raise ValueError(f"positions are int32 {(q.shape[0],)}, not {positions.dtype} {tuple(positions.shape)}")
@@ -91,7 +94,7 @@ def flash_attention(
     if out is None and torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, positions)
         return compiled
-    return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, tiles, out)
+    return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, backend, tiles, out)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int | None) -> None:
@@ -392,6 +395,9 @@ def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out is {shape} with whole rows, not {tuple(out.shape)} with strides {out.stride()}")
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
     q: Tensor,
@@ -402,43 +408,52 @@ def _launch(
     scale: float,
     window: int | None,
     positions: Tensor | None,
+    backend: Backend,
     tiles: TilesOption,
     out: Tensor | None,
 ) -> Tensor:
+    given = (q, k, v, cu_seqlens, positions)
     tokens, heads, width_k = q.shape
     sequences, width_v = cu_seqlens.shape[0] - 1, v.shape[2]
     group = heads // k.shape[1]
-    if out is None:
-        out = q.new_empty(tokens, heads, width_v)
-    check_out(out, (tokens, heads, width_v))
+    shape = (tokens, heads, width_v)
+    if out is not None:
+        check_out(out, shape)
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
-        return out
+        return q.new_empty(shape) if out is None else out
+    out_token, out_head = (heads * width_v, width_v) if out is None else out.stride()[:2]
     (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(q), side_by_side(k), side_by_side(v)
+    cu_seqlens, positions = cu_seqlens.contiguous(), None if positions is None else positions.contiguous()
     (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
 
-    def run(t: Tiles) -> Tensor:
+    def plan(t: Tiles) -> Plan:
         row_tiles = -(-max_seqlen // t.rows)
-        _attention[(row_tiles * heads * sequences,)](
-            descriptor(q, [t.rows, k0]),
-            descriptor(q, [t.rows, k1]) if k1 else None,
-            descriptor(k, [t.columns, k0]),
-            descriptor(k, [t.columns, k1]) if k1 else None,
-            descriptor(v, [t.columns, v0]),
-            descriptor(v, [t.columns, v1]) if v1 else None,
-            out,
-            cu_seqlens.contiguous(),
-            positions if positions is None else positions.contiguous(),
+        arguments = (
+            tile(0, q, [t.rows, k0]),
+            tile(0, q, [t.rows, k1]),
+            tile(1, k, [t.columns, k0]),
+            tile(1, k, [t.columns, k1]),
+            tile(2, v, [t.columns, v0]),
+            tile(2, v, [t.columns, v1]),
+            Address(5),
+            Address(3),
+            Address(4),
             row_tiles,
             heads,
             group,
             pitch_k,
             pitch_v,
             width_v,
-            out.stride(0),
-            out.stride(1),
+            out_token,
+            out_head,
             scale * math.log2(math.e),
             window or 0,
+        )
+        launch = Launch(
+            _attention,
+            (row_tiles * heads * sequences,),
+            arguments,
             ROWS=t.rows,
             COLUMNS=t.columns,
             K0=k0,
@@ -451,15 +466,27 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out
 
-    shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, group, width_k, width_v)
-    key = ("attention", q.dtype, *shape, window)
+        def run(q: Tensor, *others: Tensor | None) -> Tensor:
+            *inputs, out = others
+            out = q.new_empty(shape) if out is None else out
+            launch(q, *inputs, out)
+            return out
+
+        return run
+
+    sizes = (tokens.bit_length(), max_seqlen.bit_length(), heads, group, width_k, width_v)
+    key = ("attention", q.dtype, *sizes, window)
 
     def table() -> Tiles:
         return default_tiles(q, max(width_k, width_v), sequences, max_seqlen, window is not None)
 
-    return run(choose(tiles, table, CANDIDATES, key, run, q.device))
+    ready = (q, k, v, cu_seqlens, positions)
+    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), q.device))
+    result = chosen(*ready, out)
+    if in_place(given, ready):
+        _plans.keep(chosen, (*given, out), backend, max_seqlen, scale, window, tiles)
+    return result
 
 
 @torch.library.custom_op("flashsvd::flash_attention", mutates_args=())
@@ -473,7 +500,9 @@ def _op(
     window: int | None,
     positions: Tensor | None,
 ) -> Tensor:
-    return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, None, None)
+    return flash_attention(
+        q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, positions=positions, backend="triton"
+    )
 
 
 @_op.register_fake

@@ -19,7 +19,6 @@ from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
-    descriptor,
     element_type,
     has_fast_tanh,
     on_its_device,
@@ -27,7 +26,8 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.partial_sums import add_partials
+from flashsvd.kernels.partial_sums import plan_sum
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -69,13 +69,15 @@ def flashsvd_ffn_v1(
         ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
         BackendError: `backend="triton"` cannot run here.
     """
+    if plan := _plans.find((p, v1, b1, u2), backend, activation, tiles, splits):
+        return plan(p, v1, b1, u2)
     check_ffn(p, v1, b1, u2, activation)
     if not use_triton(backend, p):
         return flashsvd_ffn_v1_reference(p, v1, b1, u2, activation)
     if torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.ffn_v1(p, v1, b1, u2, activation)
         return compiled
-    return _launch(p, v1, b1, u2, activation, tiles, splits)
+    return _launch(p, v1, b1, u2, backend, activation, tiles, splits)
 
 
 def flashsvd_ffn_v1_reference(p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str) -> Tensor:
@@ -185,10 +187,21 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
-    p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str, tiles: TilesOption, splits: int | None
+    p: Tensor,
+    v1: Tensor,
+    b1: Tensor | None,
+    u2: Tensor,
+    backend: Backend,
+    activation: str,
+    tiles: TilesOption,
+    splits: int | None,
 ) -> Tensor:
+    given = (p, v1, b1, u2)
     tokens, (inner, r1), r2 = p.shape[0], v1.shape, u2.shape[1]
     if tokens == 0:
         return p.new_empty(0, r2)
@@ -197,7 +210,7 @@ def _launch(
     (r1a, r1b), (r2a, r2b) = rank_tiles(r1), rank_tiles(r2)
     name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
-    def run(t: Tiles) -> Tensor:
+    def plan(t: Tiles) -> Plan:
         count = (
             splits_that_fill(p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 else 1)
             if splits is None
@@ -206,22 +219,26 @@ def _launch(
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)
-        out = p.new_empty(count, tokens, r2, dtype=torch.float32 if count > 1 else p.dtype)
-        _ffn_v1[(-(-tokens // t.rows), count)](
-            descriptor(p, [t.rows, r1a]),
-            descriptor(p, [t.rows, r1b]),
-            descriptor(v1, [t.columns, r1a]),
-            descriptor(v1, [t.columns, r1b]),
-            descriptor(u2, [t.columns, r2a]),
-            descriptor(u2, [t.columns, r2b]),
-            b1,
-            out,
+        arguments = (
+            tile(0, p, [t.rows, r1a]),
+            tile(0, p, [t.rows, r1b]),
+            tile(1, v1, [t.columns, r1a]),
+            tile(1, v1, [t.columns, r1b]),
+            tile(3, u2, [t.columns, r2a]),
+            tile(3, u2, [t.columns, r2b]),
+            Address(2),
+            Address(4),
             tokens,
             inner,
             r2,
-            out.stride(1),
-            out.stride(0),
+            r2,
+            tokens * r2,
             per_split,
+        )
+        launch = Launch(
+            _ffn_v1,
+            (-(-tokens // t.rows), count),
+            arguments,
             ROWS=t.rows,
             COLUMNS=t.columns,
             R1A=r1a,
@@ -236,15 +253,32 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else add_partials(out, p.dtype)
+        add = None if count == 1 else plan_sum(count, tokens * r2)
+
+        def run(p: Tensor, *others: Tensor | None) -> Tensor:
+            out = p.new_empty(tokens, r2)
+            partial = out if add is None else p.new_empty(count, tokens, r2, dtype=torch.float32)
+            launch(p, *others, partial)
+            return out if add is None else add(partial, out)
+
+        return run
 
     key = ("ffn_v1", p.dtype, tokens.bit_length(), inner, r1, r2, name)
-    return run(choose(tiles, lambda: default_tiles(p, r1, r2), CANDIDATES, key, run, p.device))
+    ready = (p, v1, b1, u2)
+
+    def table() -> Tiles:
+        return default_tiles(p, r1, r2)
+
+    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), p.device))
+    result = chosen(*ready)
+    if in_place(given, ready):
+        _plans.keep(chosen, given, backend, activation, tiles, splits)
+    return result
 
 
 @torch.library.custom_op("flashsvd::ffn_v1", mutates_args=())
 def _op(p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str) -> Tensor:
-    return _launch(p, v1, b1, u2, activation, None, None)
+    return flashsvd_ffn_v1(p, v1, b1, u2, activation=activation, backend="triton")
 
 
 @_op.register_fake

@@ -21,7 +21,6 @@ from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
-    descriptor,
     element_type,
     has_fast_tanh,
     multiprocessors,
@@ -30,6 +29,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -78,13 +78,15 @@ def flashsvd_ffn_v2(
         ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
         BackendError: `backend="triton"` cannot run here.
     """
+    if plan := _plans.find((x, u1, v1, b1, u2, v2, b2), backend, activation, tiles):
+        return plan(x, u1, v1, b1, u2, v2, b2)
     check_ffn(x, u1, v1, b1, u2, v2, b2, activation)
     if not use_triton(backend, x):
         return flashsvd_ffn_v2_reference(x, u1, v1, b1, u2, v2, b2, activation)
     if torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.ffn_v2(x, u1, v1, b1, u2, v2, b2, activation)
         return compiled
-    return _launch(x, u1, v1, b1, u2, v2, b2, activation, tiles)
+    return _launch(x, u1, v1, b1, u2, v2, b2, backend, activation, tiles)
 
 
 def flashsvd_ffn_v2_reference(
@@ -246,6 +248,9 @@ def default_tiles(x: Tensor, r1: int, r2: int) -> Tiles:
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
     x: Tensor,
@@ -255,9 +260,11 @@ def _launch(
     u2: Tensor,
     v2: Tensor,
     b2: Tensor | None,
+    backend: Backend,
     activation: str,
     tiles: TilesOption,
 ) -> Tensor:
+    given = (x, u1, v1, b1, u2, v2, b2)
     (tokens, hidden), (inner, r1), (width, r2) = x.shape, v1.shape, v2.shape
     if tokens == 0:
         return x.new_empty(0, width)
@@ -267,31 +274,34 @@ def _launch(
     through_memory = r10 + r11 > WIDEST_IN_REGISTERS
     name, fast, exact = kernel_name(activation), has_fast_tanh(x), precision(x)
 
-    def run(t: Tiles) -> Tensor:
+    def plan(t: Tiles) -> Plan:
         programs = -(-tokens // t.rows)
-        out = x.new_empty(tokens, width)
-        scratch = x.new_empty(programs * t.rows, r10 + r11) if through_memory else None
         # On Hopper, Triton 3.6 gave wrong results where the last product's tile had the shape of the sum before it.
         out_columns = t.columns if r20 != t.columns else (t.columns // 2 if t.columns > 16 else 32)
-        _ffn_v2[(programs,)](
-            descriptor(x, [t.rows, t.columns]),
-            descriptor(u1, [r10, t.columns]),
-            descriptor(u1, [r11, t.columns]),
-            descriptor(v1, [t.columns, r10]),
-            descriptor(v1, [t.columns, r11]),
-            descriptor(u2, [t.columns, r20]),
-            descriptor(u2, [t.columns, r21]),
-            descriptor(v2, [out_columns, r20]),
-            descriptor(v2, [out_columns, r21]),
-            b1,
-            b2,
-            scratch,
-            out,
+        arguments = (
+            tile(0, x, [t.rows, t.columns]),
+            tile(1, u1, [r10, t.columns]),
+            tile(1, u1, [r11, t.columns]),
+            tile(2, v1, [t.columns, r10]),
+            tile(2, v1, [t.columns, r11]),
+            tile(4, u2, [t.columns, r20]),
+            tile(4, u2, [t.columns, r21]),
+            tile(5, v2, [out_columns, r20]),
+            tile(5, v2, [out_columns, r21]),
+            Address(3),
+            Address(6),
+            Address(7),
+            Address(8),
             tokens,
             hidden,
             inner,
             width,
-            out.stride(0),
+            width,
+        )
+        launch = Launch(
+            _ffn_v2,
+            (programs,),
+            arguments,
             ROWS=t.rows,
             COLUMNS=t.columns,
             OUT_COLUMNS=out_columns,
@@ -309,10 +319,26 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out
+
+        def run(x: Tensor, *others: Tensor | None) -> Tensor:
+            out = x.new_empty(tokens, width)
+            scratch = x.new_empty(programs * t.rows, r10 + r11) if through_memory else None
+            launch(x, *others, scratch, out)
+            return out
+
+        return run
 
     key = ("ffn_v2", x.dtype, tokens.bit_length(), hidden, inner, width, r1, r2, name)
-    return run(choose(tiles, lambda: default_tiles(x, r1, r2), CANDIDATES, key, run, x.device))
+    ready = (x, u1, v1, b1, u2, v2, b2)
+
+    def table() -> Tiles:
+        return default_tiles(x, r1, r2)
+
+    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), x.device))
+    result = chosen(*ready)
+    if in_place(given, ready):
+        _plans.keep(chosen, given, backend, activation, tiles)
+    return result
 
 
 @torch.library.custom_op("flashsvd::ffn_v2", mutates_args=())
@@ -326,7 +352,7 @@ def _op(
     b2: Tensor | None,
     activation: str,
 ) -> Tensor:
-    return _launch(x, u1, v1, b1, u2, v2, b2, activation, None)
+    return flashsvd_ffn_v2(x, u1, v1, b1, u2, v2, b2, activation=activation, backend="triton")
 
 
 @_op.register_fake

@@ -23,7 +23,6 @@ from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
-    descriptor,
     element_type,
     has_fast_tanh,
     on_its_device,
@@ -31,7 +30,8 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
-from flashsvd.kernels.partial_sums import add_partials
+from flashsvd.kernels.partial_sums import plan_sum
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -79,13 +79,18 @@ def flashsvd_geglu(
         ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
         BackendError: `backend="triton"` cannot run here.
     """
+    operands = (p_a, p_g, v_a, v_g, u2, b_a, b_g)
+    # No address is known to torch.compile.
+    same_p = not torch.compiler.is_compiling() and _same(p_a, p_g)
+    if plan := _plans.find(operands, backend, activation, tiles, splits, same_p):
+        return plan(*operands)
     check_geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
     if not use_triton(backend, p_a):
         return flashsvd_geglu_reference(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
     if torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
         return compiled
-    return _launch(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation, tiles, splits)
+    return _launch(p_a, p_g, v_a, v_g, u2, b_a, b_g, backend, activation, tiles, splits)
 
 
 def flashsvd_geglu_reference(
@@ -243,6 +248,9 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
     p_a: Tensor,
@@ -252,10 +260,12 @@ def _launch(
     u2: Tensor,
     b_a: Tensor | None,
     b_g: Tensor | None,
+    backend: Backend,
     activation: str,
     tiles: TilesOption,
     splits: int | None,
 ) -> Tensor:
+    given = (p_a, p_g, v_a, v_g, u2, b_a, b_g)
     tokens, inner, r2 = p_a.shape[0], *u2.shape
     if tokens == 0:
         return p_a.new_empty(0, r2)
@@ -268,32 +278,36 @@ def _launch(
     (ra0, ra1), (rg0, rg1), (r20, r21) = rank_tiles(r_a), rank_tiles(r_g), rank_tiles(r2)
     name, fast, exact = kernel_name(activation), has_fast_tanh(p_a), precision(p_a)
 
-    def run(t: Tiles) -> Tensor:
+    def plan(t: Tiles) -> Plan:
         count = splits_that_fill(p_a.device, tokens, inner, t) if splits is None else splits
         # A whole number of steps for each.
         per_split = -(-inner // (count * t.columns)) * t.columns
         count = -(-inner // per_split)
-        out = p_a.new_empty(count, tokens, r2, dtype=torch.float32 if count > 1 else p_a.dtype)
-        _geglu[(-(-tokens // t.rows), count)](
-            descriptor(p_a, [t.rows, ra0]),
-            descriptor(p_a, [t.rows, ra1]),
-            descriptor(p_g, [t.rows, rg0]),
-            descriptor(p_g, [t.rows, rg1]),
-            descriptor(v_a, [t.columns, ra0]),
-            descriptor(v_a, [t.columns, ra1]),
-            descriptor(v_g, [t.columns, rg0]),
-            descriptor(v_g, [t.columns, rg1]),
-            descriptor(u2, [t.columns, r20]),
-            descriptor(u2, [t.columns, r21]),
-            b_a,
-            b_g,
-            out,
+        arguments = (
+            tile(0, p_a, [t.rows, ra0]),
+            tile(0, p_a, [t.rows, ra1]),
+            tile(1, p_g, [t.rows, rg0]),
+            tile(1, p_g, [t.rows, rg1]),
+            tile(2, v_a, [t.columns, ra0]),
+            tile(2, v_a, [t.columns, ra1]),
+            tile(3, v_g, [t.columns, rg0]),
+            tile(3, v_g, [t.columns, rg1]),
+            tile(4, u2, [t.columns, r20]),
+            tile(4, u2, [t.columns, r21]),
+            Address(5),
+            Address(6),
+            Address(7),
             tokens,
             inner,
             r2,
-            out.stride(1),
-            out.stride(0),
+            r2,
+            tokens * r2,
             per_split,
+        )
+        launch = Launch(
+            _geglu,
+            (-(-tokens // t.rows), count),
+            arguments,
             ROWS=t.rows,
             COLUMNS=t.columns,
             RA0=ra0,
@@ -312,10 +326,27 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out[0] if count == 1 else add_partials(out, p_a.dtype)
+        add = None if count == 1 else plan_sum(count, tokens * r2)
+
+        def run(p_a: Tensor, *others: Tensor | None) -> Tensor:
+            out = p_a.new_empty(tokens, r2)
+            partial = out if add is None else p_a.new_empty(count, tokens, r2, dtype=torch.float32)
+            launch(p_a, *others, partial)
+            return out if add is None else add(partial, out)
+
+        return run
 
     key = ("geglu", p_a.dtype, tokens.bit_length(), inner, r_a, r_g, r2, same_p, name)
-    return run(choose(tiles, lambda: default_tiles(p_a, r_a, r_g, r2, same_p), CANDIDATES, key, run, p_a.device))
+    ready = (p_a, p_g, v_a, v_g, u2, b_a, b_g)
+
+    def table() -> Tiles:
+        return default_tiles(p_a, r_a, r_g, r2, same_p)
+
+    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), p_a.device))
+    result = chosen(*ready)
+    if in_place(given, ready):
+        _plans.keep(chosen, given, backend, activation, tiles, splits, same_p)
+    return result
 
 
 @torch.library.custom_op("flashsvd::geglu", mutates_args=())
@@ -329,7 +360,7 @@ def _op(
     b_g: Tensor | None,
     activation: str,
 ) -> Tensor:
-    return _launch(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation, None, None)
+    return flashsvd_geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation=activation, backend="triton")
 
 
 @_op.register_fake

@@ -35,11 +35,11 @@ from flashsvd.kernels.flash_attn_triton import (
 from flashsvd.kernels.launch import (
     Backend,
     aligned,
-    descriptor,
     on_its_device,
     precision,
     use_triton,
 )
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
@@ -109,6 +109,9 @@ def flashsvd_rope_attention(
         ValueError: the shapes or dtypes do not fit together, or the scale or the window is not positive.
         BackendError: `backend="triton"` cannot run here.
     """
+    operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions, out)
+    if plan := _plans.find(operands, backend, max_seqlen, scale, window, tiles):
+        return plan(*operands)
     check_rope_attention(p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, scale, b_q, b_k, window, positions)
     if not use_triton(backend, p_q):
         result = flashsvd_rope_attention_reference(
@@ -123,8 +126,9 @@ def flashsvd_rope_attention(
         )
         return compiled
     return _launch(
-        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions, tiles, out
-    )
+        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions,
+        backend, tiles, out,
+    )  # fmt: skip
 
 
 def check_rope_attention(
@@ -445,6 +449,9 @@ def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: in
     return Tiles(rows, 16, warps=8, stages=1)
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
     p_q: Tensor,
@@ -461,43 +468,47 @@ def _launch(
     b_k: Tensor | None,
     window: int | None,
     positions: Tensor | None,
+    backend: Backend,
     tiles: TilesOption,
     out: Tensor | None,
 ) -> Tensor:
+    given = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions)
     tokens, (heads, rank_q, head_dim), (kv_heads, rank_k), rank_v = p_q.shape[0], v_q.shape, v_k.shape[:2], p_v.shape[2]
     sequences = cu_seqlens.shape[0] - 1
-    if out is None:
-        out = p_q.new_empty(tokens, heads, rank_v)
-    check_out(out, (tokens, heads, rank_v))
+    shape = (tokens, heads, rank_v)
+    if out is not None:
+        check_out(out, shape)
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
-        return out
+        return p_q.new_empty(shape) if out is None else out
+    out_token, out_head = (heads * rank_v, rank_v) if out is None else out.stride()[:2]
     shared_q, shared_k, shared_v = (p.shape[1] == 1 for p in (p_q, p_k, p_v))
     (p_q, pitch_q), (p_k, pitch_k), (p_v, pitch_v) = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
     b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
     (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
+    cu_seqlens, positions = cu_seqlens.contiguous(), None if positions is None else positions.contiguous()
     exact = precision(p_q)
 
-    def run(t: Tiles) -> Tensor:
+    def plan(t: Tiles) -> Plan:
         row_tiles = -(-max_seqlen // t.rows)
-        _rope_attention[(row_tiles * heads * sequences,)](
-            descriptor(p_q, [t.rows, q0]),
-            descriptor(p_q, [t.rows, q1]),
-            descriptor(p_k, [t.columns, k0]),
-            descriptor(p_k, [t.columns, k1]),
-            descriptor(p_v, [t.columns, v0]),
-            descriptor(p_v, [t.columns, v1]),
-            v_q,
-            v_k,
-            b_q,
-            b_k,
-            descriptor(cos, [t.columns, head_dim // 2]) if positions is None else None,
-            descriptor(sin, [t.columns, head_dim // 2]) if positions is None else None,
-            cos,
-            sin,
-            out,
-            cu_seqlens.contiguous(),
-            positions if positions is None else positions.contiguous(),
+        arguments = (
+            tile(0, p_q, [t.rows, q0]),
+            tile(0, p_q, [t.rows, q1]),
+            tile(2, p_k, [t.columns, k0]),
+            tile(2, p_k, [t.columns, k1]),
+            tile(4, p_v, [t.columns, v0]),
+            tile(4, p_v, [t.columns, v1]),
+            Address(1),
+            Address(3),
+            Address(8),
+            Address(9),
+            tile(5, cos, [t.columns, head_dim // 2]) if positions is None else None,
+            tile(6, sin, [t.columns, head_dim // 2]) if positions is None else None,
+            Address(5),
+            Address(6),
+            Address(11),
+            Address(7),
+            Address(10),
             row_tiles,
             heads,
             heads // kv_heads,
@@ -507,10 +518,15 @@ def _launch(
             0 if shared_q else pitch_q,
             0 if shared_k else pitch_k,
             0 if shared_v else pitch_v,
-            out.stride(0),
-            out.stride(1),
+            out_token,
+            out_head,
             scale * math.log2(math.e),
             window or 0,
+        )
+        launch = Launch(
+            _rope_attention,
+            (row_tiles * heads * sequences,),
+            arguments,
             ROWS=t.rows,
             COLUMNS=t.columns,
             D=head_dim,
@@ -528,15 +544,27 @@ def _launch(
             num_warps=t.warps,
             num_stages=t.stages,
         )
-        return out
 
-    shape = (tokens.bit_length(), max_seqlen.bit_length(), heads, kv_heads, head_dim, rank_q, rank_k, rank_v)
-    key = ("rope_attention", p_q.dtype, *shape, window)
+        def run(p_q: Tensor, *others: Tensor | None) -> Tensor:
+            *inputs, out = others
+            out = p_q.new_empty(shape) if out is None else out
+            launch(p_q, *inputs, out)
+            return out
+
+        return run
+
+    sizes = (tokens.bit_length(), max_seqlen.bit_length(), heads, kv_heads, head_dim, rank_q, rank_k, rank_v)
+    key = ("rope_attention", p_q.dtype, *sizes, window)
 
     def table() -> Tiles:
         return default_tiles(p_q, head_dim, k0 + k1, v0 + v1, max(q0 + q1, k0 + k1, v0 + v1, head_dim), max_seqlen)
 
-    return run(choose(tiles, table, CANDIDATES, key, run, p_q.device))
+    ready = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions)
+    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), p_q.device))
+    result = chosen(*ready, out)
+    if in_place(given, ready):
+        _plans.keep(chosen, (*given, out), backend, max_seqlen, scale, window, tiles)
+    return result
 
 
 @torch.library.custom_op("flashsvd::rope_attention", mutates_args=())
@@ -556,9 +584,10 @@ def _op(
     window: int | None,
     positions: Tensor | None,
 ) -> Tensor:
-    return _launch(
-        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions, None, None
-    )
+    return flashsvd_rope_attention(
+        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen,
+        scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions, backend="triton",
+    )  # fmt: skip
 
 
 @_op.register_fake

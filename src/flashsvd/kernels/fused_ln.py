@@ -20,6 +20,7 @@ from flashsvd.kernels.launch import (
     on_its_device,
     use_triton,
 )
+from flashsvd.kernels.plans import Address, Launch, Plans, in_place
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
@@ -55,14 +56,17 @@ def fused_ln(
         ValueError: the shapes or dtypes do not fit together, or an output's rows are not contiguous.
         BackendError: `backend="triton"` cannot run here.
     """
+    operands = (x, residual, weight, bias, shift, out, sum_out)
+    if plan := _plans.find(operands, backend, eps):
+        return plan(*operands)
     check_ln(x, residual, weight, bias, shift, out, sum_out)
     if not use_triton(backend, x):
         return _write_reference(x, residual, weight, bias, shift, eps, out, sum_out)
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    launch = torch.ops.flashsvd.fused_ln if torch.compiler.is_compiling() else _launch
-    launch(x, residual, weight, bias, shift, eps, out, sum_out)
-    return out
+    if torch.compiler.is_compiling():
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        torch.ops.flashsvd.fused_ln(x, residual, weight, bias, shift, eps, out, sum_out)
+        return out
+    return _launch(x, residual, weight, bias, shift, backend, eps, out, sum_out)
 
 
 def fused_ln_reference(
@@ -167,6 +171,9 @@ def default_rows(tokens: int, block: int) -> tuple[int, int]:
     return rows, max(1, min(16, rows * block // 1024, 4)) if rows > 1 else max(1, min(16, block // 256))
 
 
+_plans = Plans()
+
+
 @on_its_device
 def _launch(
     x: Tensor,
@@ -174,34 +181,35 @@ def _launch(
     weight: Tensor,
     bias: Tensor | None,
     shift: Tensor | None,
+    backend: Backend,
     eps: float,
-    out: Tensor,
+    out: Tensor | None,
     sum_out: Tensor | None,
-) -> None:
+) -> Tensor:
+    given = (x, residual, weight, bias, shift)
     tokens, size = x.shape
     if tokens == 0:
-        return
+        return x.new_empty(0, size) if out is None else out
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
     weight = weight.contiguous()
     bias, shift = (v if v is None else v.contiguous() for v in (bias, shift))
     block = triton.next_power_of_2(size)
     rows, warps = default_rows(tokens, block)
-    _fused_ln[(triton.cdiv(tokens, rows),)](
-        x,
-        residual,
-        weight,
-        bias,
-        shift,
-        out,
-        sum_out,
+    arguments = (
+        *(Address(i) for i in range(7)),
         eps,
         tokens,
         size,
         x.stride(0),
         0 if residual is None else residual.stride(0),
-        out.stride(0),
+        size if out is None else out.stride(0),
         0 if sum_out is None else sum_out.stride(0),
+    )
+    launch = Launch(
+        _fused_ln,
+        (-(-tokens // rows),),
+        arguments,
         ROWS=rows,
         BLOCK=block,
         RESIDUAL=residual is not None,
@@ -210,6 +218,18 @@ def _launch(
         SUM=sum_out is not None,
         num_warps=warps,
     )
+
+    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+        *inputs, out, sum_out = others
+        out = x.new_empty(tokens, size) if out is None else out
+        launch(x, *inputs, out, sum_out)
+        return out
+
+    ready = (x, residual, weight, bias, shift)
+    result = run(*ready, out, sum_out)
+    if in_place(given, ready):
+        _plans.keep(run, (*given, out, sum_out), backend, eps)
+    return result
 
 
 @torch.library.custom_op("flashsvd::fused_ln", mutates_args=("out", "sum_out"))
@@ -223,7 +243,7 @@ def _op(
     out: Tensor,
     sum_out: Tensor | None,
 ) -> None:
-    _launch(x, residual, weight, bias, shift, eps, out, sum_out)
+    fused_ln(x, residual, weight, bias, eps=eps, shift=shift, backend="triton", out=out, sum_out=sum_out)
 
 
 @_op.register_fake

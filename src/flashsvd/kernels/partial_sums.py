@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.triton_import import kernel, tl, triton
+from flashsvd.kernels.plans import Address, Launch, Plan
+from flashsvd.kernels.triton_import import kernel, tl
 
 BLOCK = 1024
 
@@ -13,8 +14,18 @@ BLOCK = 1024
 def add_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of contiguous fp32 partial sums [S, T, r] as [T, r], added in order, in another dtype."""
     out = torch.empty(x.shape[1:], dtype=dtype, device=x.device)
-    _add_partials[(triton.cdiv(out.numel(), BLOCK),)](x, out, out.numel(), COUNT=x.shape[0], BLOCK=BLOCK)
-    return out
+    return plan_sum(x.shape[0], out.numel())(x, out)
+
+
+def plan_sum(count: int, size: int) -> Plan:
+    """Such sums of `size` numbers: takes x and the tensor to write to, and returns that."""
+    launch = Launch(_add_partials, (-(-size // BLOCK),), (Address(0), Address(1), size), COUNT=count, BLOCK=BLOCK)
+
+    def run(x: Tensor, out: Tensor) -> Tensor:
+        launch(x, out)
+        return out
+
+    return run
 
 
 def add_partials_reference(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from flashsvd.kernels.launch import (
     on_its_device,
     use_triton,
 )
+from flashsvd.kernels.plans import Address, Launch, Plans, in_place
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Pairs of numbers that a program turns: sixteen for each thread.
@@ -39,11 +40,15 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, back
         ValueError: the shapes or dtypes do not fit together, or the numbers of a head are not contiguous.
         BackendError: `backend="triton"` cannot run here.
     """
+    if plan := _plans.find((x, cos, sin, positions), backend):
+        return plan(x, cos, sin, positions)
     check_rotary(x, cos, sin, positions)
     if not use_triton(backend, x):
         return x.copy_(rotate_heads_reference(x, cos, sin, positions))
-    launch = torch.ops.flashsvd.rotate_heads if torch.compiler.is_compiling() else _launch
-    launch(x, cos, sin, positions)
+    if torch.compiler.is_compiling():
+        torch.ops.flashsvd.rotate_heads(x, cos, sin, positions)
+    else:
+        _launch(x, cos, sin, positions, backend)
     return x
 
 
@@ -105,33 +110,35 @@ def _rotate_heads(
     tl.store(p_first + half, (x2 * cos + x1 * sin).to(out_type), mask=mask)
 
 
+_plans = Plans()
+
+
 @on_its_device
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, backend: Backend) -> None:
+    given = (x, cos, sin, positions)
     tokens, heads, width = x.shape
     if x.numel() == 0:
         return
     half = width // 2
     block = triton.next_power_of_2(half)
     rows = max(1, PAIRS // block)
-    _rotate_heads[(triton.cdiv(tokens * heads, rows),)](
-        x,
-        cos.contiguous(),
-        sin.contiguous(),
-        positions.contiguous(),
-        tokens * heads,
-        heads,
-        half,
-        x.stride(0),
-        x.stride(1),
-        ROWS=rows,
-        HALF=block,
-        num_warps=4,
-    )
+    arguments = (*(Address(i) for i in range(4)), tokens * heads, heads, half, x.stride(0), x.stride(1))
+    grid = (-(-tokens * heads // rows),)
+    launch = Launch(_rotate_heads, grid, arguments, ROWS=rows, HALF=block, num_warps=4)
+
+    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+        launch(x, *others)
+        return x
+
+    ready = (x, cos.contiguous(), sin.contiguous(), positions.contiguous())
+    run(*ready)
+    if in_place(given, ready):
+        _plans.keep(run, given, backend)
 
 
 @torch.library.custom_op("flashsvd::rotate_heads", mutates_args=("x",))
 def _op(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    _launch(x, cos, sin, positions)
+    rotate_heads(x, cos, sin, positions, backend="triton")
 
 
 @_op.register_fake
