@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from flashsvd.device import DTYPES, resolve_device, resolve_dtype
+from flashsvd.device import BACKENDS, DTYPES, resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from flashsvd.evaluation.subject import Subject
     from flashsvd.kernels.launch import Backend
     from flashsvd.tasks import Task
-
-BACKENDS = ("auto", "torch", "triton")
 
 log = logging.getLogger("flashsvd")
 

@@ -6,7 +6,6 @@ flashsvd.optimize(model)
 
 from __future__ import annotations
 
-import typing
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.key_mask import hand_over_key_mask
 from flashsvd.blocks.packed import is_packed, mark_packed
+from flashsvd.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models import base_prefix
-
-BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 
 
 def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
