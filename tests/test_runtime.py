@@ -343,6 +343,8 @@ def replace_norm(model: Any) -> None:
         (wrap, r"encoder\.layer\.0 is wrapped"),
         (replace_linear, r"encoder\.layer\.0\.intermediate\.dense \(Other\) is no plain or low-rank linear"),
         (replace_norm, r"output\.LayerNorm is a RMSNorm"),
+        (lambda model: delattr(model, "encoder"), "encoder is a NoneType, not a BertEncoder"),
+        (lambda model: setattr(model.encoder, "layer", nn.ModuleList()), "has no layers that could be fused"),
         (lambda model: optimize(model), "optimised already"),
     ],
 )
@@ -374,8 +376,34 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, modernbert"):
         optimize(build_decoder("gpt2"))
-    with pytest.raises(BackendError, match="no fused blocks for None"):
-        optimize(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: "path/to/model",
+        lambda: nn.Linear(2, 2),
+        lambda: nn.Sequential(nn.Linear(2, 2)),
+        lambda: build_model("bert", "base").config,
+        lambda: nn.DataParallel(build_model("bert", "base")),
+        lambda: torch.compile(build_model("bert", "base")),
+    ],
+)
+def test_what_is_no_transformers_model_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(BackendError, match=r"takes a transformers model, not a \w+; give it what from_pretrained or"):
+        optimize(make())
+
+
+def test_of_a_sentence_transformer_its_model_is_asked_for_and_runs(make_model: MakeModel) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="the dev extra installs it")
+    model = library.SentenceTransformer(str(make_model(head="base")), device="cpu")
+    texts = ["a man eats", "the very good dog runs in the film", "not a movie ."]
+    expected = model.encode(texts)
+    with pytest.raises(BackendError, match=r"not a SentenceTransformer; call optimize\(model\[0\]\.auto_model\)"):
+        optimize(model)
+    optimize(model[0].auto_model)
+    assert model.encode(texts) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

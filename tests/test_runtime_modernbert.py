@@ -464,6 +464,7 @@ def turn_dynamically(model: Any) -> None:
         (replace_linear, r"layers\.2\.mlp\.Wi \(Other\) is no plain or low-rank linear"),
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),
         (lambda model: setattr(model.layers[1], "mlp_norm", nn.Identity()), "mlp_norm is a Identity"),
+        (lambda model: setattr(model, "layers", nn.ModuleList()), "has no layers that could be fused"),
         (turn_dynamically, r"rotary positions \(dynamic\) depend on the batch's length"),
         (lambda model: optimize(model), "optimised already"),
     ],

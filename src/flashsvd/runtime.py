@@ -41,7 +41,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
     """
     _check_options(backend, graph)
-    _check_architecture(getattr(model, "config", None))
+    _check_kind(model)
+    _check_architecture(model.config)
     if is_packed(model):
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
     if model.training or any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
@@ -93,6 +94,18 @@ def _check_options(backend: str, graph: bool) -> None:
         raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
     if graph and backend == "torch":
         raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
+
+
+def _check_kind(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    what = f"optimize takes a transformers model, not a {type(model).__name__}"
+    # A SentenceTransformer is a sequence of modules, the first of which holds the model.
+    if isinstance(model, nn.Sequential) and len(model) and hasattr(model[0], "auto_model"):
+        raise BackendError(f"{what}; call optimize(model[0].auto_model), which it then runs on")
+    raise BackendError(f"{what}; give it what from_pretrained or load_compressed returned, before anything wraps it")
 
 
 def _check_architecture(config: Any) -> None:

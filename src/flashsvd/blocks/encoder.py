@@ -19,6 +19,7 @@ from flashsvd.blocks.refusals import (
     refuse_call,
     refuse_config,
     refuse_limit,
+    refuse_no_layers,
     refuse_other_class,
     refuse_scattered,
     refuse_watched,
@@ -75,9 +76,10 @@ def check_encoder(
     Raises:
         BackendError: saying what stands against it.
     """
-    encoder = base.encoder
+    encoder: Any = getattr(base, "encoder", None)
     refuse_config(base.config)
     refuse_other_class(encoder, "encoder", encoder_class)
+    refuse_no_layers(encoder.layer)
     for i, layer in enumerate(encoder.layer):
         refuse_other_class(layer, f"encoder.layer.{i}", layer_class)
         refuse_watched({f"encoder.layer.{i}.{path}": module for path, module in layer.named_modules() if path})

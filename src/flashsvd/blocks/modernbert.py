@@ -37,6 +37,7 @@ from flashsvd.blocks.refusals import (
     refuse_call,
     refuse_config,
     refuse_limit,
+    refuse_no_layers,
     refuse_other_class,
     refuse_positions,
     refuse_scattered,
@@ -128,6 +129,7 @@ def check(base: Any, backend: Backend) -> None:
     refuse_other_class(base.rotary_emb, "rotary_emb", ModernBertRotaryEmbedding)
     refuse_watched({"rotary_emb": base.rotary_emb})
     refuse_other_class(base.final_norm, "final_norm", nn.LayerNorm)
+    refuse_no_layers(base.layers)
     for i, layer in enumerate(base.layers):
         _check_layer(layer, f"layers.{i}")
     refuse_scattered([*base.layers.parameters(), *base.final_norm.parameters()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -24,7 +24,17 @@ def refuse_config(config: Any) -> None:
             raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
 
 
-def refuse_other_class(module: nn.Module, path: str, known: type) -> None:
+def refuse_no_layers(layers: Sized) -> None:
+    """Refuse a model in which there is nothing to fuse.
+
+    Raises:
+        BackendError: saying so.
+    """
+    if not len(layers):
+        raise BackendError("the model has no layers that could be fused (num_hidden_layers is 0); run it as it is")
+
+
+def refuse_other_class(module: nn.Module | None, path: str, known: type) -> None:
     """Refuse a module of another class, or whose forward is not its class's.
 
     Raises:
