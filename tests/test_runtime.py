@@ -181,6 +181,13 @@ def test_a_layer_can_be_called_by_itself() -> None:
     torch.testing.assert_close(optimised(plain).encoder.layer[0](x, mask)[mask], expected[mask])
 
 
+@pytest.mark.parametrize("shape", [(9, 64), (64,), (2, 2, 9, 64)])
+def test_a_layer_that_is_called_with_no_batch_says_to_call_the_model(shape: tuple[int, ...]) -> None:
+    layer = optimised(compressed()).encoder.layer[0]
+    with pytest.raises(BackendError, match=r"takes a batch \[batch, length, hidden\], not \[.*64\]; call the model"):
+        layer(torch.randn(*shape))
+
+
 def test_what_was_first_run_in_inference_mode_runs_outside_of_it() -> None:
     model = optimised(compressed())
     embedded = torch.randn(7, 11, 64)
