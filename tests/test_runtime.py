@@ -15,6 +15,7 @@ from transformers.models.bert import modeling_bert
 
 from conftest import MakeModel, build_decoder, build_model, factor
 from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
+from flashsvd.blocks import bert
 from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.key_mask import IMPLEMENTATION
@@ -437,6 +438,35 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed(hidden_act="quick_gelu"), backend="triton")
     with pytest.raises(BackendError, match="not float64"):
         optimize(compressed().double(), backend="triton")
+
+
+WIDE: dict[str, Any] = {"hidden_size": 1280, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"backend": "triton"}, "backend triton cannot run this model: attention heads of 640 are wider than 512"),
+        ({"graph": True}, "CUDA graphs cannot run this model: attention heads of 640 are wider than 512; leave out"),
+    ],
+)
+def test_heads_too_wide_for_the_attention_kernel_are_refused_where_it_is_forced(
+    options: dict[str, Any], why: str
+) -> None:
+    plain = build_model("bert", "base", **WIDE)
+    expected = run(plain, inputs()).last_hidden_state
+    with pytest.raises(BackendError, match=why):
+        optimize(plain, **options)
+    assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+    real = inputs()["attention_mask"].bool()
+    found = run(optimize(plain), inputs()).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], rtol=2e-5, atol=2e-5)
+
+
+def test_heads_that_are_narrow_enough_in_their_rank_space_will_do() -> None:
+    plain = build_model("bert", "base", **WIDE)
+    factor(plain, "per-head", ratio=0.3)
+    bert.check(plain, "triton", graph=True)
 
 
 def test_an_activation_that_someone_put_in_place_is_kept() -> None:

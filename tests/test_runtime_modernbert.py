@@ -493,6 +493,8 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed(hidden_activation="quick_gelu"), backend="triton")
     with pytest.raises(BackendError, match="not float64"):
         optimize(compressed().double(), backend="triton")
+    with pytest.raises(BackendError, match="attention heads of 640 are wider than 512; use backend auto or torch"):
+        optimize(build_model("modernbert", "base", hidden_size=1280, num_attention_heads=2), backend="triton")
 
 
 # The kernels, in Triton's interpreter.
@@ -526,8 +528,13 @@ def test_on_triton_the_answers_are_the_same(
     assert set(runtime.choices(model).values()) == {"triton"}
 
 
-def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory() -> None:
-    plain = compressed(qkv="per-head", num_attention_heads=4)
+@pytest.mark.parametrize("limit", ["head", "rank"])
+def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit == "rank":
+        monkeypatch.setattr(flashsvdropeattn, "LARGEST_LIFTED_RANK", 8)
+    plain = compressed(qkv="per-head", num_attention_heads=4 if limit == "head" else 2)
     model = optimised(plain, "triton")
     assert_same_states(plain, model, inputs(), 3e-5)
     assert {name.partition(",")[0] for name in runtime.choices(model)} == {"attention", "gated ffn core", "norm"}

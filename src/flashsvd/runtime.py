@@ -49,7 +49,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)
-    architecture.check(base, backend)
+    architecture.check(base, backend, graph)
     _check_device(next(base.parameters()), backend, graph)
     choices = Choices(backend, queued=graph)
     architecture.fuse(base, choices, Graphs() if graph else None)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from flashsvd.blocks.activation import read_activation
+from flashsvd.blocks.attention import why_no_attention
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
 from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
+from flashsvd.blocks.qkv import attended_width
 from flashsvd.blocks.refusals import (
     refuse_call,
     refuse_config,
-    refuse_limit,
+    refuse_limits,
     refuse_no_layers,
     refuse_other_class,
     refuse_scattered,
@@ -66,7 +68,7 @@ class FusedEncoder(FusedStack):
 
 
 def check_encoder(
-    base: Any, encoder_class: type, layer_class: type, inner: Mapping[str, type], backend: Backend
+    base: Any, encoder_class: type, layer_class: type, inner: Mapping[str, type], backend: Backend, graph: bool
 ) -> None:
     """Refuse an encoder that could not be fused into the same function.
 
@@ -91,7 +93,7 @@ def check_encoder(
             refuse_other_class(layer.get_submodule(path), f"encoder.layer.{i}.{path}", nn.LayerNorm)
     refuse_scattered(encoder.parameters())
     for layer in encoder.layer:
-        refuse_limit(backend, why_no_kernel(layer, base.config))
+        refuse_limits(backend, graph, _attention_limit(layer), _ffn_limit(layer, base.config))
 
 
 def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
@@ -124,8 +126,14 @@ def read_layer(layer: Any, config: Any) -> PostLNWeights:
     )
 
 
-def why_no_kernel(layer: Any, config: Any) -> str:
-    """Why the kernels cannot take a layer; empty where they can."""
+def _attention_limit(layer: Any) -> str:
+    attention = layer.attention.self
+    return why_no_attention(
+        *(attended_width(part, attention.attention_head_size) for part in (attention.key, attention.value))
+    )
+
+
+def _ffn_limit(layer: Any, config: Any) -> str:
     if not isinstance(layer.intermediate.dense, LowRankLinear) or not isinstance(layer.output.dense, LowRankLinear):
         # Plain products serve here, whatever the backend.
         return ""

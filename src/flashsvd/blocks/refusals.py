@@ -72,17 +72,21 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
         raise BackendError("the layers' weights are on the meta device; load them before optimize")
 
 
-def refuse_limit(backend: Backend, limit: str) -> None:
-    """Refuse to force kernels on layers that they cannot take.
+def refuse_limits(backend: Backend, graph: bool, attention: str, ffn: str) -> None:
+    """Refuse to force kernels on a layer that they cannot take.
 
     Args:
-        limit: why they cannot; empty where they can.
+        graph: whether the attention kernel is forced at least: only it needs no lengths on the host.
+        attention: why the kernel of attention cannot; empty where it can.
+        ffn: likewise of the feed-forward network.
 
     Raises:
         BackendError: saying why.
     """
-    if backend == "triton" and limit:
+    if backend == "triton" and (limit := attention or ffn):
         raise BackendError(f"backend triton cannot run this model: {limit}; use backend auto or torch")
+    if graph and attention:
+        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out graph")
 
 
 def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:

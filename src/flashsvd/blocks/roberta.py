@@ -39,9 +39,9 @@ class FusedRobertaEncoder(FusedEncoder, RobertaEncoder):  # type: ignore[misc]  
     """A RobertaEncoder that takes padding out, and puts it back."""
 
 
-def check(base: nn.Module, backend: Backend) -> None:
+def check(base: nn.Module, backend: Backend, graph: bool) -> None:
     """Raises BackendError where the base model's encoder cannot be fused."""
-    check_encoder(base, RobertaEncoder, RobertaLayer, INNER, backend)
+    check_encoder(base, RobertaEncoder, RobertaLayer, INNER, backend, graph)
 
 
 def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
