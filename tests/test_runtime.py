@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -373,6 +375,83 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     assert {name: type(module) for name, module in plain.named_modules()} == before
     assert plain.config._attn_implementation == "sdpa"
     assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, calls: int = 1) -> None:
+    """Make what is called at `where` raise at the call of this number."""
+    module, _, name = where.rpartition(".")
+    original, count = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(count) == calls:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(where, interrupted)
+
+
+BLOCKS = {
+    "bert": "flashsvd.blocks.encoder.PostLNBlock",
+    "roberta": "flashsvd.blocks.encoder.PostLNBlock",
+    "modernbert": "flashsvd.blocks.modernbert.PreLNBlock",
+}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_model_whose_fusing_was_interrupted_says_so_from_then_on(
+    family: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = compressed(family, "classifier")
+    interrupt(monkeypatch, BLOCKS[family], error, calls=2)
+    with pytest.raises(type(error)):
+        optimize(model)
+    base, written = model.base_model, tmp_path / "written"
+    layers = base.layers if family == "modernbert" else base.encoder.layer
+    no_info: Any = None
+    uses: list[tuple[str, Callable[[], object]]] = [
+        ("run", lambda: run(model, inputs())),
+        ("run", lambda: run(base, inputs())),
+        ("run", lambda: layers[0](torch.zeros(1, 3, 64))),
+        ("optimised", lambda: optimize(model)),
+        ("optimised", lambda: optimize(base)),
+        ("saved", lambda: model.state_dict()),
+        ("saved", lambda: model.save_pretrained(written)),
+        ("saved", lambda: save_compressed(model, written, no_info)),
+        ("trained", lambda: model.train()),
+        ("given other weights", lambda: model.load_state_dict({})),
+    ]
+    if family != "modernbert":
+        uses.append(("run", lambda: base.encoder(torch.zeros(1, 3, 64))))
+    for what, use in uses:
+        with pytest.raises(BackendError, match=f"interrupted, so that .* cannot be {what}: .*; load the checkpoint"):
+            use()
+    assert not written.exists()
+
+
+def test_the_last_norm_counts_as_a_layer_that_may_not_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed("modernbert")
+    interrupt(monkeypatch, "flashsvd.blocks.modernbert.NormBlock", torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimize(model)
+    with pytest.raises(BackendError, match="interrupted, so that the model cannot be run"):
+        run(model, inputs())
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_model_of_which_no_layer_was_fused_yet_is_left_as_it_was(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(family, "classifier")
+    expected, kinds = run(model, inputs()).logits, [type(module) for module in model.modules()]
+    with monkeypatch.context() as patch:
+        interrupt(patch, BLOCKS[family], torch.OutOfMemoryError("no memory"))
+        with pytest.raises(torch.OutOfMemoryError):
+            optimize(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(run(model, inputs()).logits, expected)
+    torch.testing.assert_close(run(optimize(model), inputs()).logits, expected, rtol=3e-5, atol=3e-5)
 
 
 def test_eager_attention_that_returns_its_weights_is_refused() -> None:

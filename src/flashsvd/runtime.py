@@ -15,7 +15,7 @@ from flashsvd.blocks import ARCHITECTURES, fused_architecture
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.key_mask import hand_over_key_mask
-from flashsvd.blocks.packed import is_packed, mark_packed
+from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
@@ -27,6 +27,9 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
 
     Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
     at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
+
+    Each layer gives up its own weights as it is fused. Where that is interrupted, for one by lack of memory, the model
+    refuses everything from then on, unless no layer was fused yet.
 
     Args:
         model: a transformers model in eval mode, on the device and in the dtype that it shall run in.
@@ -44,6 +47,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     _check_kind(model)
     _check_architecture(model.config)
     if is_packed(model):
+        refuse_half_packed(model)
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
     if model.training or any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
@@ -52,11 +56,15 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     architecture.check(base, backend, graph)
     _check_device(next(base.parameters()), backend, graph)
     choices = Choices(backend, queued=graph)
-    architecture.fuse(base, choices, Graphs() if graph else None)
-    model.requires_grad_(False)
-    hand_over_key_mask(model)
-    for whole in {id(m): m for m in (model, base)}.values():
-        mark_packed(whole)
+    try:
+        architecture.fuse(base, choices, Graphs() if graph else None)
+        model.requires_grad_(False)
+        hand_over_key_mask(model)
+        for whole in {id(m): m for m in (model, base)}.values():
+            mark_packed(whole)
+    except BaseException:
+        mark_half_packed(model)
+        raise
     return model
 
 

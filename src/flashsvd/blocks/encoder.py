@@ -100,9 +100,10 @@ def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: 
     """Turn transformers' encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
     for layer in encoder.layer:
         block = PostLNBlock(read_layer(layer, encoder.config), choices).eval()
-        del layer.attention, layer.intermediate, layer.output
-        layer.block = block
+        # First the class, which says of a layer that something was done to it.
         layer.__class__ = layer_class
+        layer.block = block
+        del layer.attention, layer.intermediate, layer.output
     encoder.graphs = graphs
     encoder.__class__ = encoder_class
 

@@ -151,13 +151,15 @@ def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
     tables = RotaryTables(base.rotary_emb)
     for layer in base.layers:
         block = PreLNBlock(read_layer(layer, tables), choices).eval()
-        del layer.attn_norm, layer.attn, layer.mlp_norm, layer.mlp
-        layer.block = block
+        # First the class, which says of a layer that something was done to it.
         layer.__class__ = FusedModernBertLayer
+        layer.block = block
+        del layer.attn_norm, layer.attn, layer.mlp_norm, layer.mlp
     norm = base.final_norm
-    norm.block = NormBlock(PackedNorm(norm, norm.weight.dtype, choices)).eval()
-    norm.weight = norm.bias = None
+    last = NormBlock(PackedNorm(norm, norm.weight.dtype, choices)).eval()
     norm.__class__ = FusedLayerNorm
+    norm.block = last
+    norm.weight = norm.bias = None
     base.graphs, base.tables = graphs, tables
     mix_in(base, FusedModernBert)
 
