@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from flashsvd import CompressConfig, load_compressed, optimize, run_compress, ru
 from flashsvd.blocks import bert
 from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
+from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.key_mask import IMPLEMENTATION
 from flashsvd.blocks.qkv import PackedQKV
 from flashsvd.compression import get_method
@@ -247,6 +250,20 @@ def test_a_copy_and_another_dtype_compute_the_same() -> None:
     )
 
 
+def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
+    model, batch = optimised(compressed("bert", "classifier")), inputs()
+    model.bert.encoder.graphs = Graphs()
+    deep, shallow = copy.deepcopy(model), copy.copy(model)
+    tensors = [{t.data_ptr() for t in (*each.parameters(), *each.buffers())} for each in (model, deep, shallow)]
+    assert tensors[0].isdisjoint(tensors[1])
+    assert tensors[0] == tensors[2]
+    assert deep.bert.encoder.graphs is not model.bert.encoder.graphs
+    assert deep.bert.config is deep.config is not model.config
+    assert shallow.bert is model.bert
+    model.bert.encoder.graphs = None
+    assert torch.equal(run(shallow, batch).logits, run(model, batch).logits)
+
+
 def test_a_compiled_model_computes_the_same() -> None:
     model, batch = optimised(compressed("bert", "classifier")), inputs()
     torch._dynamo.reset()
@@ -270,6 +287,9 @@ def test_a_compiled_model_computes_the_same() -> None:
         (lambda model, _: nn.ModuleList([model]).state_dict(), "saved"),
         (lambda model, path: model.save_pretrained(path), "saved"),
         (lambda model, path: model.base_model.save_pretrained(path), "saved"),
+        (lambda model, _: pickle.dumps(model), "pickled"),
+        (lambda model, _: pickle.dumps(model.base_model.encoder), "pickled"),
+        (lambda model, _: torch.save(nn.ModuleList([model]), io.BytesIO()), "pickled"),
         (lambda model, path: save_compressed(model, path, CompressionInfo.read(path.parent / "out")), "saved"),
         (lambda model, _: model.load_state_dict({}), "given other weights"),
         (lambda model, _: nn.ModuleList([model]).load_state_dict({}, strict=False), "given other weights"),
@@ -418,6 +438,7 @@ def test_a_model_whose_fusing_was_interrupted_says_so_from_then_on(
         ("saved", lambda: model.state_dict()),
         ("saved", lambda: model.save_pretrained(written)),
         ("saved", lambda: save_compressed(model, written, no_info)),
+        ("pickled", lambda: pickle.dumps(model)),
         ("trained", lambda: model.train()),
         ("given other weights", lambda: model.load_state_dict({})),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 from torch import nn
@@ -25,6 +26,21 @@ class PackedModule(nn.Module):
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         self._refuse("given other weights")
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        self._refuse("pickled")
+
+    # Copies are made by reduction too, unless it is said how.
+
+    def __copy__(self) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _refuse(self, what: str) -> NoReturn:
         raise BackendError(
