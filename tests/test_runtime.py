@@ -6,7 +6,6 @@ import copy
 import importlib
 import io
 import itertools
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from flashsvd.blocks import bert
 from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.key_mask import IMPLEMENTATION
 from flashsvd.blocks.qkv import PackedQKV
 from flashsvd.compression import get_method
 from flashsvd.errors import BackendError, ConfigError
@@ -656,32 +654,51 @@ def test_the_layers_share_what_was_measured() -> None:
     assert all(isinstance(layer, FusedBertLayer) for layer in model.encoder.layer)
 
 
-# The attention mask, and what is left of it in configs.
+# Configs, which a model may share with others, and be given anew.
 
 
-def test_no_config_but_the_models_own_changes(tmp_path: Path) -> None:
-    plain = compressed()
-    twin = build_model("bert", "base", **SIZES)
-    plain.config = plain.encoder.config = twin.config
+@pytest.mark.parametrize("family", BLOCKS)
+def test_the_config_stays_the_models_own_and_as_it_was(family: str) -> None:
+    plain = compressed(family, "classifier")
+    config, before = plain.config, plain.config.to_json_string()
     model = optimize(plain)
-    assert twin.config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == IMPLEMENTATION
-    assert model.encoder.config is model.config
-    model.config.save_pretrained(tmp_path)
-    assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
-    assert json.loads(twin.config.to_json_string()).keys() == json.loads(model.config.to_json_string()).keys()
+    assert model.config is model.base_model.config is config
+    assert config.to_json_string() == before
+    assert config._attn_implementation == "sdpa"
 
 
-def test_a_plain_model_under_an_optimised_ones_config_is_never_silently_wrong(tmp_path: Path) -> None:
-    plain = compressed(qkv="dense")
-    plain.save_pretrained(tmp_path)
-    config = optimised(plain).config
-    assert modeling_bert.BertModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
-    other = modeling_bert.BertModel.from_pretrained(tmp_path, config=config)
-    with pytest.raises(BackendError, match="is that of optimised models"):
-        run(other, inputs())
-    other.set_attn_implementation("sdpa")
-    torch.testing.assert_close(run(other, inputs()).last_hidden_state, run(plain, inputs()).last_hidden_state)
+def fresh(config: Any) -> Any:
+    return type(config).from_dict(config.to_dict())
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a copy": lambda model: setattr(model, "config", copy.deepcopy(model.config)),
+    "a fresh one": lambda model: setattr(model, "config", fresh(model.config)),
+    "a copy below the head": lambda model: setattr(model.base_model, "config", copy.deepcopy(model.config)),
+    "a fresh one below the head": lambda model: setattr(model.base_model, "config", fresh(model.config)),
+    "eager attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_config_or_attention_changes_no_answer(family: str, change: str) -> None:
+    model, batch = optimised(compressed(family, "classifier")), inputs("holes")
+    expected = run(model, batch).logits
+    CHANGES[change](model)
+    assert torch.equal(run(model, batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_another_config_that_asks_for_hidden_states_gets_them(family: str) -> None:
+    plain, batch = compressed(family).double(), inputs("holes")
+    model = optimised(plain)
+    model.config = copy.deepcopy(model.config)
+    model.config.output_hidden_states = True
+    expected = run(plain, batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    for a, b in zip(run(model, batch).hidden_states, expected, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-6, atol=1e-6)
 
 
 # Checkpoints.

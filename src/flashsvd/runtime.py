@@ -14,7 +14,6 @@ from torch import nn
 from flashsvd.blocks import ARCHITECTURES, fused_architecture
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.key_mask import hand_over_key_mask
 from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.device import BACKENDS
 from flashsvd.errors import BackendError
@@ -59,7 +58,6 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     try:
         architecture.fuse(base, choices, Graphs() if graph else None)
         model.requires_grad_(False)
-        hand_over_key_mask(model)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
     except BaseException:

@@ -15,6 +15,7 @@ from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
 from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.packed import PackedModule, mix_in
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.qkv import attended_width
 from flashsvd.blocks.refusals import (
@@ -40,6 +41,24 @@ LINEARS = (
     "output.dense",
 )
 NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+
+
+class FusedBase(PackedModule):
+    """Mixed into a base model class: its encoder gets the padding mask as the caller gave it, [batch, length].
+
+    transformers would spread it out to [batch, 1, length, length], as the config's attention implementation asks.
+    """
+
+    encoder: nn.Module
+
+    def _create_attention_masks(self, attention_mask: Any, encoder_attention_mask: Any, **_: Any) -> tuple[Any, Any]:
+        return attention_mask, encoder_attention_mask
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # What is recorded is said by this model's config, and must be known to the encoder.
+        if name == "config":
+            self.encoder.config = value
 
 
 class FusedEncoder(FusedStack):
@@ -96,8 +115,9 @@ def check_encoder(
         refuse_limits(backend, graph, _attention_limit(layer), _ffn_limit(layer, base.config))
 
 
-def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
-    """Turn transformers' encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
+def fuse_encoder(base: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
+    """Turn a base model's encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
+    encoder = base.encoder
     for layer in encoder.layer:
         block = PostLNBlock(read_layer(layer, encoder.config), choices).eval()
         # First the class, which says of a layer that something was done to it.
@@ -106,6 +126,7 @@ def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: 
         del layer.attention, layer.intermediate, layer.output
     encoder.graphs = graphs
     encoder.__class__ = encoder_class
+    mix_in(base, FusedBase)
 
 
 def read_layer(layer: Any, config: Any) -> PostLNWeights:

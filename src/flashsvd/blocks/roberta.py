@@ -46,4 +46,4 @@ def check(base: nn.Module, backend: Backend, graph: bool) -> None:
 
 def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
     """Turn the encoder of a base model into fused blocks, in place."""
-    fuse_encoder(base.encoder, FusedRobertaEncoder, FusedRobertaLayer, choices, graphs)
+    fuse_encoder(base, FusedRobertaEncoder, FusedRobertaLayer, choices, graphs)
