@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,30 @@ def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
     assert shallow.bert is model.bert
     model.bert.encoder.graphs = None
     assert torch.equal(run(shallow, batch).logits, run(model, batch).logits)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_threads_that_share_a_model_get_their_own_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsvd.blocks.tokens.MOST_KNOWN", 2)
+    model = optimised(compressed(family))
+    ids = torch.randint(5, 20, (4, 24), generator=torch.Generator().manual_seed(1))
+    batches = [
+        {"input_ids": ids[:rows, :length]} | ({"attention_mask": mask} if masked else {})
+        for rows, length in ((1, 3), (2, 24), (3, 9), (4, 17))
+        for masked in (False, True)
+        for mask in [(torch.arange(length) <= torch.arange(rows)[:, None] + 1).long()]
+    ]
+    expected = [run(copy.deepcopy(model), batch).last_hidden_state for batch in batches]
+
+    def ask(first: int) -> None:
+        for i in range(first, first + 24):
+            found = run(model, batches[i % len(batches)], output_hidden_states=i % 5 == 0)
+            torch.testing.assert_close(found.last_hidden_state, expected[i % len(batches)])
+            assert (found.hidden_states is None) == (i % 5 > 0)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(ask, first) for first in range(8)]:
+            done.result()
 
 
 def test_a_compiled_model_computes_the_same() -> None:
