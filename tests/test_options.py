@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from conftest import MakeModel
 from flashsvd import CompressConfig, EvalConfig, run_compress
+from flashsvd.device import BACKENDS
 from flashsvd.errors import ConfigError
+from flashsvd.kernels.launch import Backend
 
 
 def test_paths_stand_for_their_names(make_model: MakeModel, tmp_path: Path) -> None:
@@ -46,3 +49,11 @@ def test_default_names_tell_the_layouts_apart() -> None:
         CompressConfig(model="x", rank=8, qkv=qkv).output_directory("fwsvd") for qkv in ("joint", "per-head")
     )
     assert (joint.name, per_head.name) == ("x_fwsvd_r8", "x_fwsvd_r8_per-head")
+
+
+def test_backends_are_named_alike_for_users_and_kernels() -> None:
+    assert typing.get_args(Backend) == BACKENDS
+    for backend in BACKENDS:
+        assert EvalConfig(checkpoint="x", task="sst2", backend=backend).backend == backend
+    with pytest.raises(ConfigError, match="--backend 'cuda' is not known; choose from auto, torch, triton"):
+        EvalConfig(checkpoint="x", task="sst2", backend="cuda")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
+import importlib
+import io
+import itertools
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from transformers.models.bert import modeling_bert
 
 from conftest import MakeModel, build_decoder, build_model, factor
 from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
+from flashsvd.blocks import bert
 from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.key_mask import IMPLEMENTATION
+from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.qkv import PackedQKV
 from flashsvd.compression import get_method
 from flashsvd.errors import BackendError, ConfigError
@@ -180,6 +185,13 @@ def test_a_layer_can_be_called_by_itself() -> None:
     torch.testing.assert_close(optimised(plain).encoder.layer[0](x, mask)[mask], expected[mask])
 
 
+@pytest.mark.parametrize("shape", [(9, 64), (64,), (2, 2, 9, 64)])
+def test_a_layer_that_is_called_with_no_batch_says_to_call_the_model(shape: tuple[int, ...]) -> None:
+    layer = optimised(compressed()).encoder.layer[0]
+    with pytest.raises(BackendError, match=r"takes a batch \[batch, length, hidden\], not \[.*64\]; call the model"):
+        layer(torch.randn(*shape))
+
+
 def test_what_was_first_run_in_inference_mode_runs_outside_of_it() -> None:
     model = optimised(compressed())
     embedded = torch.randn(7, 11, 64)
@@ -236,6 +248,44 @@ def test_a_copy_and_another_dtype_compute_the_same() -> None:
     )
 
 
+def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
+    model, batch = optimised(compressed("bert", "classifier")), inputs()
+    model.bert.encoder.graphs = Graphs()
+    deep, shallow = copy.deepcopy(model), copy.copy(model)
+    tensors = [{t.data_ptr() for t in (*each.parameters(), *each.buffers())} for each in (model, deep, shallow)]
+    assert tensors[0].isdisjoint(tensors[1])
+    assert tensors[0] == tensors[2]
+    assert deep.bert.encoder.graphs is not model.bert.encoder.graphs
+    assert deep.bert.config is deep.config is not model.config
+    assert shallow.bert is model.bert
+    model.bert.encoder.graphs = None
+    assert torch.equal(run(shallow, batch).logits, run(model, batch).logits)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_threads_that_share_a_model_get_their_own_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsvd.blocks.tokens.MOST_KNOWN", 2)
+    model = optimised(compressed(family))
+    ids = torch.randint(5, 20, (4, 24), generator=torch.Generator().manual_seed(1))
+    batches = [
+        {"input_ids": ids[:rows, :length]} | ({"attention_mask": mask} if masked else {})
+        for rows, length in ((1, 3), (2, 24), (3, 9), (4, 17))
+        for masked in (False, True)
+        for mask in [(torch.arange(length) <= torch.arange(rows)[:, None] + 1).long()]
+    ]
+    expected = [run(copy.deepcopy(model), batch).last_hidden_state for batch in batches]
+
+    def ask(first: int) -> None:
+        for i in range(first, first + 24):
+            found = run(model, batches[i % len(batches)], output_hidden_states=i % 5 == 0)
+            torch.testing.assert_close(found.last_hidden_state, expected[i % len(batches)])
+            assert (found.hidden_states is None) == (i % 5 > 0)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(ask, first) for first in range(8)]:
+            done.result()
+
+
 def test_a_compiled_model_computes_the_same() -> None:
     model, batch = optimised(compressed("bert", "classifier")), inputs()
     torch._dynamo.reset()
@@ -259,6 +309,9 @@ def test_a_compiled_model_computes_the_same() -> None:
         (lambda model, _: nn.ModuleList([model]).state_dict(), "saved"),
         (lambda model, path: model.save_pretrained(path), "saved"),
         (lambda model, path: model.base_model.save_pretrained(path), "saved"),
+        (lambda model, _: pickle.dumps(model), "pickled"),
+        (lambda model, _: pickle.dumps(model.base_model.encoder), "pickled"),
+        (lambda model, _: torch.save(nn.ModuleList([model]), io.BytesIO()), "pickled"),
         (lambda model, path: save_compressed(model, path, CompressionInfo.read(path.parent / "out")), "saved"),
         (lambda model, _: model.load_state_dict({}), "given other weights"),
         (lambda model, _: nn.ModuleList([model]).load_state_dict({}, strict=False), "given other weights"),
@@ -342,6 +395,8 @@ def replace_norm(model: Any) -> None:
         (wrap, r"encoder\.layer\.0 is wrapped"),
         (replace_linear, r"encoder\.layer\.0\.intermediate\.dense \(Other\) is no plain or low-rank linear"),
         (replace_norm, r"output\.LayerNorm is a RMSNorm"),
+        (lambda model: delattr(model, "encoder"), "encoder is a NoneType, not a BertEncoder"),
+        (lambda model: setattr(model.encoder, "layer", nn.ModuleList()), "has no layers that could be fused"),
         (lambda model: optimize(model), "optimised already"),
     ],
 )
@@ -364,6 +419,84 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, calls: int = 1) -> None:
+    """Make what is called at `where` raise at the call of this number."""
+    module, _, name = where.rpartition(".")
+    original, count = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(count) == calls:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(where, interrupted)
+
+
+BLOCKS = {
+    "bert": "flashsvd.blocks.encoder.PostLNBlock",
+    "roberta": "flashsvd.blocks.encoder.PostLNBlock",
+    "modernbert": "flashsvd.blocks.modernbert.PreLNBlock",
+}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_model_whose_fusing_was_interrupted_says_so_from_then_on(
+    family: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = compressed(family, "classifier")
+    interrupt(monkeypatch, BLOCKS[family], error, calls=2)
+    with pytest.raises(type(error)):
+        optimize(model)
+    base, written = model.base_model, tmp_path / "written"
+    layers = base.layers if family == "modernbert" else base.encoder.layer
+    no_info: Any = None
+    uses: list[tuple[str, Callable[[], object]]] = [
+        ("run", lambda: run(model, inputs())),
+        ("run", lambda: run(base, inputs())),
+        ("run", lambda: layers[0](torch.zeros(1, 3, 64))),
+        ("optimised", lambda: optimize(model)),
+        ("optimised", lambda: optimize(base)),
+        ("saved", lambda: model.state_dict()),
+        ("saved", lambda: model.save_pretrained(written)),
+        ("saved", lambda: save_compressed(model, written, no_info)),
+        ("pickled", lambda: pickle.dumps(model)),
+        ("trained", lambda: model.train()),
+        ("given other weights", lambda: model.load_state_dict({})),
+    ]
+    if family != "modernbert":
+        uses.append(("run", lambda: base.encoder(torch.zeros(1, 3, 64))))
+    for what, use in uses:
+        with pytest.raises(BackendError, match=f"interrupted, so that .* cannot be {what}: .*; load the checkpoint"):
+            use()
+    assert not written.exists()
+
+
+def test_the_last_norm_counts_as_a_layer_that_may_not_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed("modernbert")
+    interrupt(monkeypatch, "flashsvd.blocks.modernbert.NormBlock", torch.OutOfMemoryError("no memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimize(model)
+    with pytest.raises(BackendError, match="interrupted, so that the model cannot be run"):
+        run(model, inputs())
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_model_of_which_no_layer_was_fused_yet_is_left_as_it_was(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(family, "classifier")
+    expected, kinds = run(model, inputs()).logits, [type(module) for module in model.modules()]
+    with monkeypatch.context() as patch:
+        interrupt(patch, BLOCKS[family], torch.OutOfMemoryError("no memory"))
+        with pytest.raises(torch.OutOfMemoryError):
+            optimize(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(run(model, inputs()).logits, expected)
+    torch.testing.assert_close(run(optimize(model), inputs()).logits, expected, rtol=3e-5, atol=3e-5)
+
+
 def test_eager_attention_that_returns_its_weights_is_refused() -> None:
     model = build_model("bert", "base", attn_implementation="eager", output_attentions=True)
     with pytest.raises(BackendError, match=r"config\.output_attentions is set"):
@@ -373,8 +506,34 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, modernbert"):
         optimize(build_decoder("gpt2"))
-    with pytest.raises(BackendError, match="no fused blocks for None"):
-        optimize(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: "path/to/model",
+        lambda: nn.Linear(2, 2),
+        lambda: nn.Sequential(nn.Linear(2, 2)),
+        lambda: build_model("bert", "base").config,
+        lambda: nn.DataParallel(build_model("bert", "base")),
+        lambda: torch.compile(build_model("bert", "base")),
+    ],
+)
+def test_what_is_no_transformers_model_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(BackendError, match=r"takes a transformers model, not a \w+; give it what from_pretrained or"):
+        optimize(make())
+
+
+def test_of_a_sentence_transformer_its_model_is_asked_for_and_runs(make_model: MakeModel) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="the dev extra installs it")
+    model = library.SentenceTransformer(str(make_model(head="base")), device="cpu")
+    texts = ["a man eats", "the very good dog runs in the film", "not a movie ."]
+    expected = model.encode(texts)
+    with pytest.raises(BackendError, match=r"not a SentenceTransformer; call optimize\(model\[0\]\.auto_model\)"):
+        optimize(model)
+    optimize(model[0].auto_model)
+    assert model.encode(texts) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +560,35 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed(hidden_act="quick_gelu"), backend="triton")
     with pytest.raises(BackendError, match="not float64"):
         optimize(compressed().double(), backend="triton")
+
+
+WIDE: dict[str, Any] = {"hidden_size": 1280, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"backend": "triton"}, "backend triton cannot run this model: attention heads of 640 are wider than 512"),
+        ({"graph": True}, "CUDA graphs cannot run this model: attention heads of 640 are wider than 512; leave out"),
+    ],
+)
+def test_heads_too_wide_for_the_attention_kernel_are_refused_where_it_is_forced(
+    options: dict[str, Any], why: str
+) -> None:
+    plain = build_model("bert", "base", **WIDE)
+    expected = run(plain, inputs()).last_hidden_state
+    with pytest.raises(BackendError, match=why):
+        optimize(plain, **options)
+    assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+    real = inputs()["attention_mask"].bool()
+    found = run(optimize(plain), inputs()).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], rtol=2e-5, atol=2e-5)
+
+
+def test_heads_that_are_narrow_enough_in_their_rank_space_will_do() -> None:
+    plain = build_model("bert", "base", **WIDE)
+    factor(plain, "per-head", ratio=0.3)
+    bert.check(plain, "triton", graph=True)
 
 
 def test_an_activation_that_someone_put_in_place_is_kept() -> None:
@@ -481,32 +669,51 @@ def test_the_layers_share_what_was_measured() -> None:
     assert all(isinstance(layer, FusedBertLayer) for layer in model.encoder.layer)
 
 
-# The attention mask, and what is left of it in configs.
+# Configs, which a model may share with others, and be given anew.
 
 
-def test_no_config_but_the_models_own_changes(tmp_path: Path) -> None:
-    plain = compressed()
-    twin = build_model("bert", "base", **SIZES)
-    plain.config = plain.encoder.config = twin.config
+@pytest.mark.parametrize("family", BLOCKS)
+def test_the_config_stays_the_models_own_and_as_it_was(family: str) -> None:
+    plain = compressed(family, "classifier")
+    config, before = plain.config, plain.config.to_json_string()
     model = optimize(plain)
-    assert twin.config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == IMPLEMENTATION
-    assert model.encoder.config is model.config
-    model.config.save_pretrained(tmp_path)
-    assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
-    assert json.loads(twin.config.to_json_string()).keys() == json.loads(model.config.to_json_string()).keys()
+    assert model.config is model.base_model.config is config
+    assert config.to_json_string() == before
+    assert config._attn_implementation == "sdpa"
 
 
-def test_a_plain_model_under_an_optimised_ones_config_is_never_silently_wrong(tmp_path: Path) -> None:
-    plain = compressed(qkv="dense")
-    plain.save_pretrained(tmp_path)
-    config = optimised(plain).config
-    assert modeling_bert.BertModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
-    other = modeling_bert.BertModel.from_pretrained(tmp_path, config=config)
-    with pytest.raises(BackendError, match="is that of optimised models"):
-        run(other, inputs())
-    other.set_attn_implementation("sdpa")
-    torch.testing.assert_close(run(other, inputs()).last_hidden_state, run(plain, inputs()).last_hidden_state)
+def fresh(config: Any) -> Any:
+    return type(config).from_dict(config.to_dict())
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a copy": lambda model: setattr(model, "config", copy.deepcopy(model.config)),
+    "a fresh one": lambda model: setattr(model, "config", fresh(model.config)),
+    "a copy below the head": lambda model: setattr(model.base_model, "config", copy.deepcopy(model.config)),
+    "a fresh one below the head": lambda model: setattr(model.base_model, "config", fresh(model.config)),
+    "eager attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_config_or_attention_changes_no_answer(family: str, change: str) -> None:
+    model, batch = optimised(compressed(family, "classifier")), inputs("holes")
+    expected = run(model, batch).logits
+    CHANGES[change](model)
+    assert torch.equal(run(model, batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_another_config_that_asks_for_hidden_states_gets_them(family: str) -> None:
+    plain, batch = compressed(family).double(), inputs("holes")
+    model = optimised(plain)
+    model.config = copy.deepcopy(model.config)
+    model.config.output_hidden_states = True
+    expected = run(plain, batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    for a, b in zip(run(model, batch).hidden_states, expected, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-6, atol=1e-6)
 
 
 # Checkpoints.

@@ -463,6 +463,7 @@ def turn_dynamically(model: Any) -> None:
         (replace_linear, r"layers\.2\.mlp\.Wi \(Other\) is no plain or low-rank linear"),
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),
         (lambda model: setattr(model.layers[1], "mlp_norm", nn.Identity()), "mlp_norm is a Identity"),
+        (lambda model: setattr(model, "layers", nn.ModuleList()), "has no layers that could be fused"),
         (turn_dynamically, r"rotary positions \(dynamic\) depend on the batch's length"),
         (lambda model: optimize(model), "optimised already"),
     ],
@@ -491,6 +492,8 @@ def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
         optimize(compressed(hidden_activation="quick_gelu"), backend="triton")
     with pytest.raises(BackendError, match="not float64"):
         optimize(compressed().double(), backend="triton")
+    with pytest.raises(BackendError, match="attention heads of 640 are wider than 512; use backend auto or torch"):
+        optimize(build_model("modernbert", "base", hidden_size=1280, num_attention_heads=2), backend="triton")
 
 
 # The kernels, in Triton's interpreter.
@@ -513,8 +516,13 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
     assert set(runtime.choices(model).values()) == {"triton"}
 
 
-def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory() -> None:
-    plain = compressed(qkv="per-head", num_attention_heads=4)
+@pytest.mark.parametrize("limit", ["head", "rank"])
+def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit == "rank":
+        monkeypatch.setattr(flashsvdropeattn, "LARGEST_LIFTED_RANK", 8)
+    plain = compressed(qkv="per-head", num_attention_heads=4 if limit == "head" else 2)
     model = optimised(plain, "triton")
     assert_same_states(plain, model, inputs(), 3e-5)
     assert {name.partition(",")[0] for name in runtime.choices(model)} == {"attention", "gated ffn core", "norm"}

@@ -1,4 +1,4 @@
-"""Devices and dtypes as users name them."""
+"""Devices, dtypes and backends as users name them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Those that `flashsvd.kernels.launch.Backend` is typed as, for whoever may not import torch.
+BACKENDS = ("auto", "torch", "triton")
 
 
 def resolve_device(name: str | None) -> torch.device:

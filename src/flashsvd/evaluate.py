@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from flashsvd.device import DTYPES, resolve_device, resolve_dtype
+from flashsvd.device import BACKENDS, DTYPES, resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from flashsvd.evaluation.subject import Subject
     from flashsvd.kernels.launch import Backend
     from flashsvd.tasks import Task
-
-BACKENDS = ("auto", "torch", "triton")
 
 log = logging.getLogger("flashsvd")
 
@@ -95,6 +93,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from flashsvd.evaluation.job import WARMUP_FORWARDS, run_job
     from flashsvd.evaluation.measure import PeakMemory
     from flashsvd.evaluation.subject import Subject
+    from flashsvd.evaluation.warm_up import compiles, warm_up
     from flashsvd.provenance import git_commit, timestamp
     from flashsvd.storage.atomic import check_file_target, write_text
     from flashsvd.tasks import get_task
@@ -117,6 +116,11 @@ def run_eval(config: EvalConfig) -> EvalResult:
     parameters = sum(p.numel() for p in model.parameters())
     if backend is not None:
         model = runtime.optimize(model, backend)
+    warmed = ""
+    if backend is not None and compiles(device):
+        warmed = "one forward for each size of batch and "
+        with memory.paused():
+            warm_up(job, model, device)
     timings = run_job(job, model, device)
     metrics = {name: value if math.isfinite(value) else None for name, value in job.metrics().items()}
     for name in (name for name, value in metrics.items() if value is None):
@@ -153,8 +157,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
         flashsvd_version=__version__,
         latency_definition=(
             f"median milliseconds of the model's forward on {job.timed_forward}{none_full} after "
-            f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, data loading, scoring and copies to the device are not "
-            "counted"
+            f"{warmed}{WARMUP_FORWARDS} warm-up forwards; tokenizing, data loading, scoring and copies to the device "
+            "are not counted"
         ),
         memory_definition=memory.definition,
     )

@@ -6,7 +6,6 @@ flashsvd.optimize(model)
 
 from __future__ import annotations
 
-import typing
 from typing import Any
 
 import torch
@@ -15,13 +14,11 @@ from torch import nn
 from flashsvd.blocks import ARCHITECTURES, fused_architecture
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.key_mask import hand_over_key_mask
-from flashsvd.blocks.packed import is_packed, mark_packed
+from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
+from flashsvd.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models import base_prefix
-
-BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 
 
 def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
@@ -29,6 +26,9 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
 
     Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
     at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
+
+    Each layer gives up its own weights as it is fused. Where that is interrupted, for one by lack of memory, the model
+    refuses everything from then on, unless no layer was fused yet.
 
     Args:
         model: a transformers model in eval mode, on the device and in the dtype that it shall run in.
@@ -43,21 +43,26 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
     """
     _check_options(backend, graph)
-    _check_architecture(getattr(model, "config", None))
+    _check_kind(model)
+    _check_architecture(model.config)
     if is_packed(model):
+        refuse_half_packed(model)
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
     if model.training or any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)
-    architecture.check(base, backend)
+    architecture.check(base, backend, graph)
     _check_device(next(base.parameters()), backend, graph)
     choices = Choices(backend, queued=graph)
-    architecture.fuse(base, choices, Graphs() if graph else None)
-    model.requires_grad_(False)
-    hand_over_key_mask(model)
-    for whole in {id(m): m for m in (model, base)}.values():
-        mark_packed(whole)
+    try:
+        architecture.fuse(base, choices, Graphs() if graph else None)
+        model.requires_grad_(False)
+        for whole in {id(m): m for m in (model, base)}.values():
+            mark_packed(whole)
+    except BaseException:
+        mark_half_packed(model)
+        raise
     return model
 
 
@@ -95,6 +100,18 @@ def _check_options(backend: str, graph: bool) -> None:
         raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
     if graph and backend == "torch":
         raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
+
+
+def _check_kind(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    what = f"optimize takes a transformers model, not a {type(model).__name__}"
+    # A SentenceTransformer is a sequence of modules, the first of which holds the model.
+    if isinstance(model, nn.Sequential) and len(model) and hasattr(model[0], "auto_model"):
+        raise BackendError(f"{what}; call optimize(model[0].auto_model), which it then runs on")
+    raise BackendError(f"{what}; give it what from_pretrained or load_compressed returned, before anything wraps it")
 
 
 def _check_architecture(config: Any) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flashsvd.blocks import tokens as tokens_module
 from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 
@@ -99,6 +105,50 @@ def test_a_chunk_knows_who_sees_whom_through_a_window_of_columns(rows: list[list
         # A window that reaches everyone is none.
         assert (chunk.window(reach) is None) == (reach >= chunk.span - 1)
         assert chunk.window(None) is None
+
+
+class Hesitating(dict[Any, Any]):
+    """A dict in whose every operation another thread may come first."""
+
+    def __contains__(self, key: object) -> bool:
+        time.sleep(1e-6)
+        return super().__contains__(key)
+
+    def __len__(self) -> int:
+        time.sleep(1e-6)
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        first = super().__iter__()
+        time.sleep(1e-6)
+        return first
+
+    def __getitem__(self, key: object) -> Any:
+        time.sleep(1e-6)
+        return super().__getitem__(key)
+
+    def pop(self, *arguments: Any) -> Any:
+        time.sleep(1e-6)
+        return super().pop(*arguments)
+
+
+def test_threads_whose_batches_push_each_other_out_of_the_cache_get_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Hesitating()
+    monkeypatch.setattr(tokens_module, "_known", known)
+    monkeypatch.setattr(tokens_module, "MOST_KNOWN", 1)
+    batches = [torch.zeros(rows, rows + 1, 2) for rows in range(1, 5)]
+
+    def walk(first: int) -> None:
+        for i in range(50):
+            x = batches[(first + i) % 4]
+            tokens = Tokens.of(x, None)
+            assert (tokens.batch, tokens.length) == x.shape[:2]
+            assert tokens.cu_seqlens.tolist() == list(range(0, x[..., 0].numel() + 1, x.shape[1]))
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(walk, first) for first in range(8)]:
+            done.result()
+    assert len(known) == 1
 
 
 def test_nothing_is_copied_where_nothing_is_padding() -> None:

@@ -22,8 +22,8 @@ ARCHITECTURES = {
 class FusedArchitecture(Protocol):
     """What an architecture's file has."""
 
-    def check(self, base: nn.Module, backend: Backend) -> None:
-        """Raises BackendError where a base model (one without its head) cannot be fused."""
+    def check(self, base: nn.Module, backend: Backend, graph: bool) -> None:
+        """Raises BackendError where a base model (one without its head) cannot be fused, or not to run so."""
 
     def fuse(self, base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
         """Turn the layers of a base model that `check` let pass into fused blocks, in place."""

@@ -8,7 +8,7 @@ from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.sdpa import sdpa
 from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flash_attn_triton import flash_attention
-from flashsvd.kernels.launch import use_triton
+from flashsvd.kernels.launch import LARGEST_RANK, use_triton
 
 ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
 
@@ -46,3 +46,9 @@ def attend(
         return run("triton")
     sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
     return run(choices.pick(ATTENTION, sizes, q, run))
+
+
+def why_no_attention(*widths: int) -> str:
+    """Why the kernel cannot take heads of queries, keys and values so wide; empty where it can."""
+    widest = max(widths)
+    return f"attention heads of {widest} are wider than {LARGEST_RANK}" if widest > LARGEST_RANK else ""

@@ -39,11 +39,11 @@ class FusedBertEncoder(FusedEncoder, BertEncoder):  # type: ignore[misc]  # tran
     """A BertEncoder that takes padding out, and puts it back."""
 
 
-def check(base: nn.Module, backend: Backend) -> None:
+def check(base: nn.Module, backend: Backend, graph: bool) -> None:
     """Raises BackendError where the base model's encoder cannot be fused."""
-    check_encoder(base, BertEncoder, BertLayer, INNER, backend)
+    check_encoder(base, BertEncoder, BertLayer, INNER, backend, graph)
 
 
 def fuse(base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
     """Turn the encoder of a base model into fused blocks, in place."""
-    fuse_encoder(base.encoder, FusedBertEncoder, FusedBertLayer, choices, graphs)
+    fuse_encoder(base, FusedBertEncoder, FusedBertLayer, choices, graphs)

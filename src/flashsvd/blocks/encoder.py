@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from flashsvd.blocks.activation import read_activation
+from flashsvd.blocks.attention import why_no_attention
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
 from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.packed import PackedModule, mix_in
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
+from flashsvd.blocks.qkv import attended_width
 from flashsvd.blocks.refusals import (
     refuse_call,
     refuse_config,
-    refuse_limit,
+    refuse_limits,
+    refuse_no_layers,
     refuse_other_class,
     refuse_scattered,
     refuse_watched,
@@ -37,6 +41,24 @@ LINEARS = (
     "output.dense",
 )
 NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+
+
+class FusedBase(PackedModule):
+    """Mixed into a base model class: its encoder gets the padding mask as the caller gave it, [batch, length].
+
+    transformers would spread it out to [batch, 1, length, length], as the config's attention implementation asks.
+    """
+
+    encoder: nn.Module
+
+    def _create_attention_masks(self, attention_mask: Any, encoder_attention_mask: Any, **_: Any) -> tuple[Any, Any]:
+        return attention_mask, encoder_attention_mask
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # What is recorded is said by this model's config, and must be known to the encoder.
+        if name == "config":
+            self.encoder.config = value
 
 
 class FusedEncoder(FusedStack):
@@ -65,7 +87,7 @@ class FusedEncoder(FusedStack):
 
 
 def check_encoder(
-    base: Any, encoder_class: type, layer_class: type, inner: Mapping[str, type], backend: Backend
+    base: Any, encoder_class: type, layer_class: type, inner: Mapping[str, type], backend: Backend, graph: bool
 ) -> None:
     """Refuse an encoder that could not be fused into the same function.
 
@@ -75,9 +97,10 @@ def check_encoder(
     Raises:
         BackendError: saying what stands against it.
     """
-    encoder = base.encoder
+    encoder: Any = getattr(base, "encoder", None)
     refuse_config(base.config)
     refuse_other_class(encoder, "encoder", encoder_class)
+    refuse_no_layers(encoder.layer)
     for i, layer in enumerate(encoder.layer):
         refuse_other_class(layer, f"encoder.layer.{i}", layer_class)
         refuse_watched({f"encoder.layer.{i}.{path}": module for path, module in layer.named_modules() if path})
@@ -89,18 +112,21 @@ def check_encoder(
             refuse_other_class(layer.get_submodule(path), f"encoder.layer.{i}.{path}", nn.LayerNorm)
     refuse_scattered(encoder.parameters())
     for layer in encoder.layer:
-        refuse_limit(backend, why_no_kernel(layer, base.config))
+        refuse_limits(backend, graph, _attention_limit(layer), _ffn_limit(layer, base.config))
 
 
-def fuse_encoder(encoder: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
-    """Turn transformers' encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
+def fuse_encoder(base: Any, encoder_class: type, layer_class: type, choices: Choices, graphs: Graphs | None) -> None:
+    """Turn a base model's encoder into a fused one, layer by layer, each of which gives up its own weights at once."""
+    encoder = base.encoder
     for layer in encoder.layer:
         block = PostLNBlock(read_layer(layer, encoder.config), choices).eval()
-        del layer.attention, layer.intermediate, layer.output
-        layer.block = block
+        # First the class, which says of a layer that something was done to it.
         layer.__class__ = layer_class
+        layer.block = block
+        del layer.attention, layer.intermediate, layer.output
     encoder.graphs = graphs
     encoder.__class__ = encoder_class
+    mix_in(base, FusedBase)
 
 
 def read_layer(layer: Any, config: Any) -> PostLNWeights:
@@ -122,8 +148,14 @@ def read_layer(layer: Any, config: Any) -> PostLNWeights:
     )
 
 
-def why_no_kernel(layer: Any, config: Any) -> str:
-    """Why the kernels cannot take a layer; empty where they can."""
+def _attention_limit(layer: Any) -> str:
+    attention = layer.attention.self
+    return why_no_attention(
+        *(attended_width(part, attention.attention_head_size) for part in (attention.key, attention.value))
+    )
+
+
+def _ffn_limit(layer: Any, config: Any) -> str:
     if not isinstance(layer.intermediate.dense, LowRankLinear) or not isinstance(layer.output.dense, LowRankLinear):
         # Plain products serve here, whatever the backend.
         return ""

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashsvd.blocks.packed import PackedModule
 from flashsvd.blocks.stack import run_layers
 from flashsvd.blocks.tokens import Tokens
+from flashsvd.errors import BackendError
 
 
 class Block(Protocol):
@@ -35,10 +36,17 @@ class FusedLayer(PackedModule):
 
         Args:
             tokens: of the batch; needed where `hidden_states` is packed.
+
+        Raises:
+            BackendError: the hidden states are neither of these.
         """
         block: Block = self.block
-        if hidden_states.ndim == 2:
-            assert tokens is not None
+        if hidden_states.ndim == 2 and tokens is not None:
             return block(hidden_states, tokens)
+        if hidden_states.ndim != 3:
+            raise BackendError(
+                f"a fused layer by itself takes a batch [batch, length, hidden], not {list(hidden_states.shape)}; "
+                "call the model, or give it such a batch"
+            )
         tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
         return run_layers([self.block], hidden_states, tokens)

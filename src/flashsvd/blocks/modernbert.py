@@ -24,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from flashsvd.blocks.activation import read_activation
+from flashsvd.blocks.attention import why_no_attention
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import check_linear, read_factors, read_whole
 from flashsvd.blocks.ffn import why_not_fused
@@ -33,10 +34,12 @@ from flashsvd.blocks.layer import FusedLayer
 from flashsvd.blocks.norm import NormBlock, PackedNorm
 from flashsvd.blocks.packed import mix_in
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
+from flashsvd.blocks.qkv import attended_width
 from flashsvd.blocks.refusals import (
     refuse_call,
     refuse_config,
-    refuse_limit,
+    refuse_limits,
+    refuse_no_layers,
     refuse_other_class,
     refuse_positions,
     refuse_scattered,
@@ -117,7 +120,7 @@ class FusedModernBert(FusedStack):
         return super()._apply(*arguments, **options)
 
 
-def check(base: Any, backend: Backend) -> None:
+def check(base: Any, backend: Backend, graph: bool) -> None:
     """Refuse a base model that could not be fused into the same function.
 
     Raises:
@@ -128,11 +131,12 @@ def check(base: Any, backend: Backend) -> None:
     refuse_other_class(base.rotary_emb, "rotary_emb", ModernBertRotaryEmbedding)
     refuse_watched({"rotary_emb": base.rotary_emb})
     refuse_other_class(base.final_norm, "final_norm", nn.LayerNorm)
+    refuse_no_layers(base.layers)
     for i, layer in enumerate(base.layers):
         _check_layer(layer, f"layers.{i}")
     refuse_scattered([*base.layers.parameters(), *base.final_norm.parameters()])
     for layer in base.layers:
-        refuse_limit(backend, why_no_kernel(layer))
+        refuse_limits(backend, graph, _attention_limit(layer), _ffn_limit(layer))
     for layer_type in {layer.attention_type for layer in base.layers}:
         kind = base.rotary_emb.rope_type[layer_type]
         if "dynamic" in kind or kind == "longrope":
@@ -147,13 +151,15 @@ def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
     tables = RotaryTables(base.rotary_emb)
     for layer in base.layers:
         block = PreLNBlock(read_layer(layer, tables), choices).eval()
-        del layer.attn_norm, layer.attn, layer.mlp_norm, layer.mlp
-        layer.block = block
+        # First the class, which says of a layer that something was done to it.
         layer.__class__ = FusedModernBertLayer
+        layer.block = block
+        del layer.attn_norm, layer.attn, layer.mlp_norm, layer.mlp
     norm = base.final_norm
-    norm.block = NormBlock(PackedNorm(norm, norm.weight.dtype, choices)).eval()
-    norm.weight = norm.bias = None
+    last = NormBlock(PackedNorm(norm, norm.weight.dtype, choices)).eval()
     norm.__class__ = FusedLayerNorm
+    norm.block = last
+    norm.weight = norm.bias = None
     base.graphs, base.tables = graphs, tables
     mix_in(base, FusedModernBert)
 
@@ -193,8 +199,13 @@ def parts(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return {name: dense_share(module, i, len(names)) for i, name in enumerate(names)}
 
 
-def why_no_kernel(layer: Any) -> str:
-    """Why the kernels cannot take a layer; empty where they can."""
+def _attention_limit(layer: Any) -> str:
+    # Queries and keys as they are where they are lifted in memory.
+    head_dim: int = layer.attn.head_dim
+    return why_no_attention(head_dim, attended_width(parts(layer.attn.Wqkv, QKV)["v"], head_dim))
+
+
+def _ffn_limit(layer: Any) -> str:
     linears = [*parts(layer.mlp.Wi, GLU).values(), layer.mlp.Wo]
     ranks = [linear.rank for linear in linears if isinstance(linear, LowRankLinear)]
     if len(ranks) < len(linears):

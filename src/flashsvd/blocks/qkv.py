@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flashsvd.blocks.buffers import widen
+from flashsvd.blocks.buffers import padded, widen
 from flashsvd.blocks.factors import Dense, Factors, PerHead, beside, present
 from flashsvd.blocks.projections import PackedProjections, Projection
 from flashsvd.kernels.flashsvdattn import fold_query
+from flashsvd.layers import PerHeadLowRankLinear
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,18 @@ def split_value(v: Factors) -> tuple[Projection, ValueLift]:
 
 def stays_in_rank_space(factors: Factors) -> bool:
     """Whether attention on rank-space activations costs no more than on lifted ones."""
-    return isinstance(factors, PerHead) and factors.rank <= factors.v.shape[-1]
+    return isinstance(factors, PerHead) and _is_thin(factors.rank, factors.v.shape[-1])
+
+
+def attended_width(module: nn.Module, head_dim: int) -> int:
+    """How wide a head of keys or values will be when it attends, of a linear layer that is not packed yet."""
+    if isinstance(module, PerHeadLowRankLinear) and _is_thin(module.rank, head_dim):
+        return padded(module.rank)
+    return head_dim
+
+
+def _is_thin(rank: int, head_dim: int) -> bool:
+    return rank <= head_dim
 
 
 def _folded_query(q: Factors, k: PerHead, heads: int) -> Projection:

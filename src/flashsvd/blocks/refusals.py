@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -24,7 +24,17 @@ def refuse_config(config: Any) -> None:
             raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
 
 
-def refuse_other_class(module: nn.Module, path: str, known: type) -> None:
+def refuse_no_layers(layers: Sized) -> None:
+    """Refuse a model in which there is nothing to fuse.
+
+    Raises:
+        BackendError: saying so.
+    """
+    if not len(layers):
+        raise BackendError("the model has no layers that could be fused (num_hidden_layers is 0); run it as it is")
+
+
+def refuse_other_class(module: nn.Module | None, path: str, known: type) -> None:
     """Refuse a module of another class, or whose forward is not its class's.
 
     Raises:
@@ -62,17 +72,21 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
         raise BackendError("the layers' weights are on the meta device; load them before optimize")
 
 
-def refuse_limit(backend: Backend, limit: str) -> None:
-    """Refuse to force kernels on layers that they cannot take.
+def refuse_limits(backend: Backend, graph: bool, attention: str, ffn: str) -> None:
+    """Refuse to force kernels on a layer that they cannot take.
 
     Args:
-        limit: why they cannot; empty where they can.
+        graph: whether the attention kernel is forced at least: only it needs no lengths on the host.
+        attention: why the kernel of attention cannot; empty where it can.
+        ffn: likewise of the feed-forward network.
 
     Raises:
         BackendError: saying why.
     """
-    if backend == "triton" and limit:
+    if backend == "triton" and (limit := attention or ffn):
         raise BackendError(f"backend triton cannot run this model: {limit}; use backend auto or torch")
+    if graph and attention:
+        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out graph")
 
 
 def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:

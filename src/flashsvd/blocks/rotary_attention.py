@@ -23,7 +23,7 @@ from flashsvd.blocks.projections import Projection
 from flashsvd.blocks.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
 from flashsvd.blocks.rotary_tables import Tables
 from flashsvd.blocks.tokens import Chunk
-from flashsvd.kernels.flashsvdropeattn import HEAD_DIMS, flashsvd_rope_attention
+from flashsvd.kernels.flashsvdropeattn import check_fits, flashsvd_rope_attention
 from flashsvd.kernels.rotary import rotate_heads
 
 GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
@@ -87,7 +87,7 @@ class StreamedRotary(Packed):
             bias = present(part.bias)
             self.keep(f"bias_{name}", None if bias is None else bias.view(rotary.heads, -1), dtype)
         self.head_dim = q.v.shape[2]
-        self.streams = self.head_dim in HEAD_DIMS
+        self.streams = kernel_takes(self.head_dim, max(self.lift_q.shape[1], self.lift_k.shape[1]), dtype)
 
     @property
     def width(self) -> int:
@@ -139,6 +139,15 @@ class StreamedRotary(Packed):
             if bias is not None:
                 out[:, i] += bias
         return out.flatten(1, 2)
+
+
+def kernel_takes(head_dim: int, rank: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel can lift and rotate such heads while they stream; otherwise they are lifted in memory."""
+    try:
+        check_fits(head_dim, rank, dtype)
+    except ValueError:
+        return False
+    return True
 
 
 def pack_rotary(

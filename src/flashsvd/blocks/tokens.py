@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -198,20 +199,22 @@ class Tokens:
 # Of batches without padding, which are mostly of a few shapes.
 _known: dict[tuple[int, int, torch.device], Tokens] = {}
 MOST_KNOWN = 32
+_lock = threading.Lock()
 
 
 def _full(batch: int, length: int, device: torch.device) -> Tokens:
     """Every token is real."""
     key = (batch, length, device)
-    if key not in _known:
-        tokens = _count(*key)
-        # What is made while a graph is captured has no values before its replay.
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return tokens
-        if len(_known) >= MOST_KNOWN:
-            _known.pop(next(iter(_known)))
-        _known[key] = tokens
-    return _known[key]
+    with _lock:
+        if key not in _known:
+            tokens = _count(*key)
+            # What is made while a graph is captured has no values before its replay.
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return tokens
+            if len(_known) >= MOST_KNOWN:
+                _known.pop(next(iter(_known)))
+            _known[key] = tokens
+        return _known[key]
 
 
 def _count(batch: int, length: int, device: torch.device) -> Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,19 +35,31 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._whole_life = False
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = float(torch.cuda.memory_allocated(device))
-        else:
-            self._whole_life = not _forget_peak()
-            self._before = peak_resident_bytes()
+        self._whole_life = not self._forget()
+        self._before = self._most = self._peak()
+        self._paused = False
 
     def mib(self) -> float:
         """The peak so far, in MiB."""
+        return (max(self._most, self._peak()) - self._before) / MIB
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is used inside does not count, where the system forgets a peak; what is still in use after it does."""
+        self._most = max(self._most, self._peak())
+        self._paused = not self._whole_life
+        yield
+        self._forget()
+
+    def _peak(self) -> float:
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
-        return (peak - self._before) / MIB
+        return float(torch.cuda.max_memory_allocated(self._device)) if cuda else peak_resident_bytes()
+
+    def _forget(self) -> bool:
+        if self._device.type != "cuda":
+            return _forget_peak()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return True
 
     @property
     def definition(self) -> str:
@@ -55,6 +67,8 @@ class PeakMemory:
         cuda = self._device.type == "cuda"
         what = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
         text = f"most {what} while loading, warming up and evaluating, above what it was before the model was loaded"
+        if self._paused:
+            text += "; compiling and measuring kernels is not counted"
         if cuda:
             return text
         if _peak_source() is None:
