@@ -22,6 +22,7 @@ from flashsvd.blocks.rotary_attention import RotaryAttention, StreamedRotary
 from flashsvd.compression import get_method
 from flashsvd.errors import BackendError
 from flashsvd.factorize import factor_model
+from flashsvd.kernels import flashsvdropeattn
 from flashsvd.kernels.rotary import rotate
 from flashsvd.models import find_targets
 from flashsvd.ranks import RankChoice

@@ -11,57 +11,74 @@ import torch
 
 from conftest import build_model, factor
 from flashsvd import optimize
-from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, round_up
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
+from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
 
 
 def test_token_counts_are_rounded_up_to_few_sizes() -> None:
-    assert [round_up(tokens) for tokens in (1, 64, 65, 1024, 1025, 1536, 1537)] == [64, 64, 128, 1024, 1536, 1536, 2048]
-    assert [round_up(tokens) for tokens in (16_000, 16_385, 20_000, MOST_TOKENS)] == [
-        16_384,
-        18_432,
-        20_480,
-        MOST_TOKENS,
-    ]
+    assert [round_up(tokens) for tokens in (1, 64, 65, 1024, 1025, 1280, 1281)] == [64, 64, 128, 1024, 1280, 1280, 1536]
+    assert [round_up(tokens) for tokens in (4097, 16_000, 16_385, MOST_TOKENS)] == [5120, 16_384, 20_480, MOST_TOKENS]
 
 
 def test_batches_of_one_shape_share_a_graph() -> None:
     def shape(lengths: list[int]) -> Shape:
         mask = torch.arange(40) < torch.tensor(lengths)[:, None]
         hidden = torch.zeros(len(lengths), 40, 8)
-        tokens = Tokens.of(hidden, mask)
-        return Shape.of(tokens.remove_padding(hidden), tokens)
+        return Shape.of(hidden, Padding.of(hidden, mask))
 
     def left_padded(length: int, columns: int) -> Shape:
         hidden = torch.zeros(2, columns, 8)
-        tokens = Tokens.of(hidden, torch.arange(columns) >= torch.tensor([0, columns - length])[:, None])
-        return Shape.of(tokens.remove_padding(hidden), tokens)
+        mask = torch.arange(columns) >= torch.tensor([0, columns - length])[:, None]
+        return Shape.of(hidden, Padding.of(hidden, mask))
+
+    def full(rows: int, length: int) -> Shape:
+        hidden = torch.zeros(rows, length, 8)
+        return Shape.of(hidden, Padding.of(hidden, None))
 
     assert shape([20, 33]) == shape([22, 40]) == shape([34, 1])
+    assert shape([20, 33, 1]) == shape([2, 40, 1, 7])
     # Positions are then read, and may be as large as the batch is long.
     assert left_padded(20, 33) == left_padded(20, 40) != shape([20, 40])
     assert left_padded(20, 33) != left_padded(20, 70)
-    assert len({shape([20, 33]), shape([20, 16]), shape([20, 33, 1]), shape([40, 40])}) == 4
+    assert len({shape([20, 33]), shape([20, 16]), shape([20, 33, 1]), shape([34, 34])}) == 4
+    # A batch without padding needs no mask where its shape is one of few, or where copies would cost more than that.
+    assert full(3, 40) == full(3, 42) != full(4, 64)
+    assert full(4, 64).full
+    assert full(9, 500).full
+    assert full(9, 500) != full(9, 501)
 
 
-def test_graphs_of_about_one_size_read_from_the_same_memory() -> None:
-    def shape(tokens: int, dtype: torch.dtype = torch.float32) -> Shape:
-        return Shape(tokens, 2, 16, False, True, 16, dtype, torch.device("cpu"))
+def test_graphs_of_about_one_size_share_their_memory() -> None:
+    def shape(batch: int, length: int, dtype: torch.dtype = torch.float32) -> Shape:
+        return Shape(batch, length, 64, 16, False, True, dtype, torch.device("cpu"))
 
     graphs = Graphs()
-    assert graphs._input(shape(1536), 8).shape == (1536, 8)
-    places = {graphs._input(shape(tokens), 8).data_ptr() for tokens in (1536, 2048)}
+    assert graphs._place(shape(4, 32), 8).hidden.shape == (129, 8)
+    places = {graphs._place(shape(*sizes), 8).hidden.data_ptr() for sizes in ((4, 32), (2, 64), (1, 100))}
     assert len(places) == 1
-    assert graphs._input(shape(512), 8).data_ptr() not in places
-    assert graphs._input(shape(2048, torch.float16), 8).dtype == torch.float16
+    assert graphs._place(shape(4, 64), 8).hidden.data_ptr() not in places
+    assert graphs._place(shape(4, 32, torch.float16), 8).hidden.dtype == torch.float16
 
 
 def test_a_model_that_was_moved_off_the_gpu_says_so() -> None:
     x = torch.zeros(2, 3, 8)
-    tokens = Tokens.of(x, None)
     with pytest.raises(BackendError, match="graph=True cannot run here: the model is on cpu"):
-        Graphs().take(tokens.remove_padding(x), tokens)
+        Graphs().take(x, Padding.of(x, None))
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 1], [0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 1, 1]]], ids=["holes", "full"])
+def test_a_batch_goes_through_its_place_and_comes_back(rows: list[list[int]]) -> None:
+    """What is recorded, run as it is: padding out, the layers, padding in, in memory larger than the batch."""
+    mask = torch.tensor(rows).bool()
+    x = torch.arange(1.0, mask.numel() * 2 + 1).view(*mask.shape, 2)
+    padding = Padding.of(x, mask)
+    shape = Shape.of(x, padding)
+    stage = Stage(shape, Graphs()._place(shape, 2))
+    for times in (10.0, 3.0):
+        stage.load(x, padding)
+        stage.walk(lambda hidden, tokens, times=times: hidden.mul_(times))
+        assert torch.equal(stage.result(x), x * mask[..., None] * times)
 
 
 def test_a_copy_of_a_model_captures_its_own() -> None:

@@ -16,7 +16,7 @@ from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.ffn import PackedFFN
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
-from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.stack import run_packed
 from flashsvd.blocks.tokens import Tokens
 
 HEADS, HIDDEN, INNER = 2, 32, 48
@@ -79,12 +79,12 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
 ) -> None:
     block, (hidden, tokens) = build_block(), ragged
     batch = tokens.restore(hidden)
-    whole = run_layers([block], batch, tokens)
+    whole = run_packed([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
     monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", most)
     block.qkv.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    torch.testing.assert_close(run_layers([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run_packed([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
     assert sum(sizes) == tokens.count
     assert len(sizes) == len(tokens.chunks(most)) > 1
 
@@ -92,7 +92,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
 def test_the_batch_that_goes_in_stays_as_it_is() -> None:
     block, batch = build_block(), random(2, 5, HIDDEN)
     before = batch.clone()
-    run_layers([block], batch, Tokens.of(batch, None))
+    run_packed([block], batch, Tokens.of(batch, None))
     assert torch.equal(batch, before)
 
 

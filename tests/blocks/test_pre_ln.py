@@ -19,7 +19,7 @@ from flashsvd.blocks.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
 from flashsvd.blocks.rotary_attention import Rotary, pack_rotary
-from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.stack import run_packed
 from flashsvd.blocks.tokens import Tokens
 from flashsvd.kernels.rotary import rotate
 
@@ -142,13 +142,13 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
 ) -> None:
     block, (hidden, tokens) = PreLNBlock(build_weights(), Choices("torch")), ragged
     batch = tokens.restore(hidden)
-    whole = run_layers([block], batch, tokens)
+    whole = run_packed([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
     monkeypatch.setattr("flashsvd.blocks.gated_ffn.chunk_tokens", lambda *_: most)
     monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", 2)
     block.attention.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    torch.testing.assert_close(run_layers([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run_packed([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
     assert sum(sizes) == tokens.count
     assert len(sizes) == len(tokens.chunks(most)) > 1
 

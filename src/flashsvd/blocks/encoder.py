@@ -27,8 +27,7 @@ from flashsvd.blocks.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.stack import FusedStack, run_layers
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.stack import FusedStack, run_stack
 from flashsvd.kernels.launch import Backend
 from flashsvd.layers import LowRankLinear
 
@@ -80,9 +79,8 @@ class FusedEncoder(FusedStack):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         options |= {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
         refuse_call(hidden_states, self.config, options | {"use_cache": use_cache})
-        tokens = Tokens.of(hidden_states, attention_mask)
         recorded = options.get("output_hidden_states", self.config.output_hidden_states)
-        last = run_layers(self.layer, hidden_states, tokens, padded=bool(recorded), graphs=self.graphs)
+        last = run_stack(self.layer, hidden_states, attention_mask, padded=bool(recorded), graphs=self.graphs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
 
 

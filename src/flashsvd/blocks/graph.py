@@ -1,7 +1,9 @@
-"""CUDA graphs of a stack of layers on packed tokens, for batches whose kernels run shorter than they take to launch.
+"""CUDA graphs of a stack of layers, for batches whose kernels run shorter than they take to launch.
 
-A graph has fixed shapes, so the number of tokens is rounded up. The surplus tokens come last and belong to no sequence:
-no other token attends to them, and what becomes of them is thrown away.
+A graph has fixed shapes. It begins with a padded batch and its mask in memory of its own, takes the padding out, and
+puts it back at the end, so that of a batch the host only has to know how many real tokens it holds. Their number, the
+rows and the columns are rounded up. Surplus tokens come last and belong to no sequence: no other token attends to them,
+and what becomes of them is thrown away.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.choice import bucket
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import why_not_triton
 
@@ -27,6 +29,8 @@ MOST_TOKENS = 65_536
 # Each takes memory and a moment to capture; shapes beyond so many run without one.
 MOST_GRAPHS = 64
 SHORTEST_BUCKET = 16
+# Batches without padding have graphs of just their shape from here on, where copies cost more than launches.
+LARGE = 4096
 WARMUP_RUNS = 3
 
 
@@ -35,28 +39,50 @@ class Shape:
     """What a graph is good for.
 
     Attributes:
-        full: whether no token is padding; the sequences' lengths are then the graph's own, and nothing is rounded up.
+        batch: rows of its padded batch.
+        length: columns of it.
+        tokens: real ones, and surplus.
+        full: whether all tokens are real, the sequences' lengths then being the graph's own.
         counted: whether all padding is on the right; kernels then count positions themselves.
-        length: of the padded batch.
     """
 
-    tokens: int
     batch: int
+    length: int
+    tokens: int
     max_seqlen: int
     full: bool
     counted: bool
-    length: int
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, hidden: Tensor, tokens: Tokens) -> Shape:
-        if tokens.indices is None:
-            longest = tokens.max_seqlen
-            return cls(tokens.count, tokens.batch, longest, True, True, longest, hidden.dtype, hidden.device)
-        longest, length = (max(SHORTEST_BUCKET, bucket(size)) for size in (tokens.max_seqlen, tokens.span))
-        count = round_up(tokens.count)
-        return cls(count, tokens.batch, longest, False, tokens.counted, length, hidden.dtype, hidden.device)
+    def of(cls, x: Tensor, padding: Padding) -> Shape:
+        """That of the graph for a batch x [batch, length, hidden]."""
+        batch, length = x.shape[:2]
+        even = (batch, length) == (bucket(batch), bucket(length))
+        if padding.mask is None and (even or batch * length >= LARGE):
+            return cls(batch, length, batch * length, length, True, True, x.dtype, x.device)
+        batch, length, longest = bucket(batch), _columns(length), _columns(max(padding.lengths))
+        tokens = round_up(padding.count)
+        return cls(batch, length, tokens, longest, False, padding.counted, x.dtype, x.device)
+
+    @property
+    def places(self) -> int:
+        """Of the padded batch."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the graphs of about one size find their batch and leave their result.
+
+    Attributes:
+        hidden: [places + 1, hidden]; surplus tokens share the last row.
+        mask: bool [places].
+    """
+
+    hidden: Tensor
+    mask: Tensor
 
 
 class Graphs:
@@ -64,7 +90,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Shape, _Captured] = {}
-        self._inputs: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._places: dict[tuple[int, torch.dtype, torch.device], Place] = {}
         self._pool: Any = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
@@ -79,101 +105,130 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
-        self._inputs.clear()
+        self._places.clear()
         self._pool = self._stream = None
 
-    def take(self, hidden: Tensor, tokens: Tokens) -> bool:
-        """Whether this batch runs as a graph.
+    def take(self, x: Tensor, padding: Padding) -> bool:
+        """Whether this batch [batch, length, hidden] runs as a graph.
 
         Raises:
             BackendError: the model was moved to where there are none.
         """
-        if not hidden.is_cuda or (reason := why_not_triton(hidden)):
-            reason = reason if hidden.is_cuda else f"the model is on {hidden.device.type}"
+        if not x.is_cuda or (reason := why_not_triton(x)):
+            reason = reason if x.is_cuda else f"the model is on {x.device.type}"
             raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
-        if tokens.count > MOST_TOKENS:
+        if padding.count == 0:
             return False
-        return Shape.of(hidden, tokens) in self._captured or len(self._captured) < MOST_GRAPHS
+        shape = Shape.of(x, padding)
+        if shape.places > MOST_TOKENS:
+            return False
+        return shape in self._captured or len(self._captured) < MOST_GRAPHS
 
-    def run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """What `forward` would make of `hidden`, replayed; captured first at the first batch of its shape."""
+    def run(self, forward: Forward, x: Tensor, padding: Padding) -> Tensor:
+        """What `forward` makes of the real tokens of x [batch, length, hidden], zeros at padding.
+
+        Replayed; captured first at the first batch of its shape.
+        """
         with self._lock:
-            return self._run(forward, hidden, tokens)
+            shape = Shape.of(x, padding)
+            if shape not in self._captured:
+                self._captured[shape] = self._capture(shape, forward, x, padding)
+            return self._captured[shape].replay(x, padding)
 
-    def _run(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> Tensor:
-        shape = Shape.of(hidden, tokens)
-        if shape not in self._captured:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            if self._stream is None:
-                # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
-                self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            own = self._input(shape, hidden.shape[1])
-            captured = _Captured(shape, own, self._pool, self._stream)
-            captured.capture(forward, hidden, tokens)
-            self._captured[shape] = captured
-        return self._captured[shape].replay(hidden, tokens)
+    def _capture(self, shape: Shape, forward: Forward, x: Tensor, padding: Padding) -> _Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
+            self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        captured = _Captured(Stage(shape, self._place(shape, x.shape[2])))
+        captured.capture(forward, x, padding, self._pool, self._stream)
+        return captured
 
-    def _input(self, shape: Shape, width: int) -> Tensor:
-        """Where the graphs of a shape, and those of about its size, read their batch from."""
-        rows = bucket(shape.tokens)
+    def _place(self, shape: Shape, width: int) -> Place:
+        rows = bucket(shape.places)
         key = (rows, shape.dtype, shape.device)
         # It may then be written to both inside inference mode and outside.
         with torch.inference_mode(False), torch.no_grad():
-            if key not in self._inputs:
-                self._inputs[key] = torch.zeros(rows, width, dtype=shape.dtype, device=shape.device)
-            return self._inputs[key][: shape.tokens]
+            if key not in self._places:
+                hidden = torch.zeros(rows + 1, width, dtype=shape.dtype, device=shape.device)
+                self._places[key] = Place(hidden, torch.zeros(rows, dtype=torch.bool, device=shape.device))
+            place = self._places[key]
+            return Place(place.hidden[: shape.places + 1], place.mask[: shape.places])
+
+
+class Stage:
+    """What a graph records: a batch in memory of the graph's own, padding taken out, the layers, padding put back."""
+
+    def __init__(self, shape: Shape, place: Place) -> None:
+        self._shape, self._hidden = shape, place.hidden
+        with torch.inference_mode(False), torch.no_grad():
+            self._batch = place.hidden[: shape.places].view(shape.batch, shape.length, -1)
+            self._mask = place.mask.view(shape.batch, shape.length)
+
+    def load(self, x: Tensor, padding: Padding) -> None:
+        """Copy a batch [batch, length, hidden] in, which may be smaller than that of the graph."""
+        batch, length = x.shape[:2]
+        self._batch[:batch, :length].copy_(x)
+        if self._shape.full:
+            return
+        if (batch, length) != self._mask.shape:
+            self._mask.zero_()
+        mask = self._mask[:batch, :length]
+        if padding.mask is None:
+            mask.fill_(True)
+        else:
+            mask.copy_(padding.mask)
+
+    def walk(self, forward: Forward) -> None:
+        """All of it on the device, without the host waiting."""
+        shape = self._shape
+        if shape.full:
+            forward(self._hidden[:-1], Tokens.of(self._batch, None))
+            return
+        tokens = Tokens.masked(self._mask, shape.tokens, shape.max_seqlen, shape.counted)
+        assert tokens.indices is not None
+        packed = self._hidden.index_select(0, tokens.indices)
+        forward(packed, tokens)
+        self._hidden.zero_()
+        self._hidden.index_copy_(0, tokens.indices, packed)
+
+    def result(self, x: Tensor) -> Tensor:
+        """What became of the batch that was loaded; a copy, since the next one writes over it."""
+        return self._batch[: x.shape[0], : x.shape[1]].clone(memory_format=torch.contiguous_format)
 
 
 class _Captured:
-    """One graph, and the memory that it reads its batch from and leaves its result in.
+    """One graph."""
 
-    Args:
-        own: [shape.tokens, hidden], that memory.
-    """
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._graph = stage, torch.cuda.CUDAGraph()
 
-    def __init__(self, shape: Shape, own: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._shape, self._hidden, self._pool, self._stream = shape, own, pool, stream
-        self._graph = torch.cuda.CUDAGraph()
-
-    def capture(self, forward: Forward, hidden: Tensor, tokens: Tokens) -> None:
-        """Record what `forward` does with a batch of the shape."""
-        with torch.inference_mode(False):
-            self._tokens = tokens if self._shape.full else _places(self._shape)
-        current = torch.cuda.current_stream(hidden.device)
-        self._stream.wait_stream(current)
+    def capture(self, forward: Forward, x: Tensor, padding: Padding, pool: Any, stream: torch.cuda.Stream) -> None:
+        """Record what `forward` does with a batch of the stage's shape."""
+        current = torch.cuda.current_stream(x.device)
+        stream.wait_stream(current)
         # What is compiled, measured or allocated once must be so before the capture.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             for _ in range(WARMUP_RUNS):
-                self._load(hidden, tokens)
-                forward(self._hidden, self._tokens)
-        current.wait_stream(self._stream)
+                self._stage.load(x, padding)
+                self._stage.walk(forward)
+        current.wait_stream(stream)
         # Other threads of a server may allocate meanwhile.
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            forward(self._hidden, self._tokens)
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._stage.walk(forward)
 
-    def replay(self, hidden: Tensor, tokens: Tokens) -> Tensor:
-        self._load(hidden, tokens)
+    def replay(self, x: Tensor, padding: Padding) -> Tensor:
+        self._stage.load(x, padding)
         self._graph.replay()
-        # A copy, since the next replay writes over it.
-        return self._hidden[: tokens.count].clone()
-
-    def _load(self, hidden: Tensor, tokens: Tokens) -> None:
-        self._hidden[: tokens.count].copy_(hidden)
-        if self._shape.full:
-            return
-        self._tokens.positions[: tokens.count].copy_(tokens.positions)
-        self._tokens.cu_seqlens.copy_(tokens.cu_seqlens)
-
-
-def _places(shape: Shape) -> Tokens:
-    """Tokens of which only the device knows where their sequences lie."""
-    positions = torch.zeros(shape.tokens, dtype=torch.int32, device=shape.device)
-    cu_seqlens = torch.zeros(shape.batch + 1, dtype=torch.int32, device=shape.device)
-    return Tokens(cu_seqlens, shape.max_seqlen, positions, None, shape.batch, shape.length, (), shape.counted)
+        return self._stage.result(x)
 
 
 def round_up(tokens: int) -> int:
     """The number of tokens of the graph that a batch of so many runs in."""
-    step = 64 if tokens <= 1024 else 512 if tokens <= 16_384 else 2048
+    step = 64 if tokens <= 1024 else 256 if tokens <= 4096 else 1024 if tokens <= 16_384 else 4096
     return -(-tokens // step) * step
+
+
+def _columns(length: int) -> int:
+    return max(SHORTEST_BUCKET, bucket(length))

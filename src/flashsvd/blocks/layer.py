@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashsvd.blocks.packed import PackedModule
-from flashsvd.blocks.stack import run_layers
+from flashsvd.blocks.stack import on_device, run_packed
 from flashsvd.blocks.tokens import Tokens
 from flashsvd.errors import BackendError
 
@@ -49,4 +49,5 @@ class FusedLayer(PackedModule):
                 "call the model, or give it such a batch"
             )
         tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
-        return run_layers([self.block], hidden_states, tokens)
+        with on_device(hidden_states):
+            return run_packed([self.block], hidden_states, tokens)

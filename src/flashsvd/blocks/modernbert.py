@@ -47,8 +47,7 @@ from flashsvd.blocks.refusals import (
 )
 from flashsvd.blocks.rotary_attention import Rotary
 from flashsvd.blocks.rotary_tables import RotaryTables
-from flashsvd.blocks.stack import FusedStack, run_layers
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.stack import FusedStack, run_stack
 from flashsvd.errors import BackendError
 from flashsvd.fused import FusedProjections, dense_share
 from flashsvd.kernels.launch import Backend
@@ -103,12 +102,11 @@ class FusedModernBert(FusedStack):
     ) -> Tensor:
         refuse_call(embedded, self.config, options)
         refuse_positions(position_ids, embedded.shape[1])
-        tokens = Tokens.of(embedded, attention_mask)
         recorded = options.get("output_hidden_states", self.config.output_hidden_states)
-        return run_layers(
+        return run_stack(
             [*self.layers, self.final_norm],
             embedded,
-            tokens,
+            attention_mask,
             padded=bool(recorded),
             # Unless they are what the caller gave, or someone watches them, nobody else has the embeddings.
             owned=not given and not any_foreign_hooks(self.embeddings.modules()),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.graph import Graphs
+from flashsvd.blocks.graph import Forward, Graphs
 from flashsvd.blocks.hooks import any_foreign_hooks
 from flashsvd.blocks.packed import PackedModule
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.tokens import Padding, Tokens
 
 
 class FusedStack(PackedModule):
@@ -27,24 +27,36 @@ class FusedStack(PackedModule):
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-def run_layers(
+def run_stack(
     layers: Iterable[nn.Module],
     hidden_states: Tensor,
-    tokens: Tokens,
+    mask: Any,
     *,
-    padded: bool = False,
+    padded: bool,
     owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
-    """hidden_states [batch, length, hidden] through all layers, zeros at padding.
+    """hidden_states [batch, length, hidden] through all layers, zeros where the mask [batch, length] is false.
 
     Args:
         padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
         owned: whether the hidden states may be overwritten.
+
+    Raises:
+        BackendError: the mask is none of padding.
     """
     with on_device(hidden_states):
-        return _run(list(layers), hidden_states, tokens, padded, owned, graphs)
+        layers = list(layers)
+        padding = Padding.of(hidden_states, mask)
+        if padded or any_foreign_hooks(layers):
+            tokens = Tokens.behind(hidden_states, padding)
+            for layer in layers:
+                hidden_states = layer(hidden_states, tokens=tokens)
+            return hidden_states
+        if graphs is not None and graphs.take(hidden_states, padding):
+            return graphs.run(_walk_through(layers), hidden_states, padding)
+        return run_packed(layers, hidden_states, Tokens.behind(hidden_states, padding), owned)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -52,25 +64,21 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _run(
-    layers: list[nn.Module], hidden_states: Tensor, tokens: Tokens, padded: bool, owned: bool, graphs: Graphs | None
-) -> Tensor:
-    if padded or any_foreign_hooks(layers):
-        for layer in layers:
-            hidden_states = layer(hidden_states, tokens=tokens)
-        return hidden_states
+def run_packed(layers: Iterable[nn.Module], hidden_states: Tensor, tokens: Tokens, owned: bool = False) -> Tensor:
+    """hidden_states [batch, length, hidden] through all layers, which see its real tokens only; zeros at padding."""
     if tokens.count == 0:
         return hidden_states.new_zeros(hidden_states.shape)
     hidden = tokens.remove_padding(hidden_states)
+    if tokens.indices is None and not (owned and hidden.is_contiguous()):
+        # It is the caller's, and the layers work in place.
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    _walk_through(layers)(hidden, tokens)
+    return tokens.restore(hidden)
 
+
+def _walk_through(layers: Iterable[nn.Module]) -> Forward:
     def walk(hidden: Tensor, tokens: Tokens) -> None:
         for layer in layers:
             layer(hidden, tokens=tokens)
 
-    if graphs is not None and graphs.take(hidden, tokens):
-        return tokens.restore(graphs.run(walk, hidden, tokens))
-    if tokens.indices is None and not (owned and hidden.is_contiguous()):
-        # It is the caller's, and the layers work in place.
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-    walk(hidden, tokens)
-    return tokens.restore(hidden)
+    return walk

@@ -89,6 +89,50 @@ def spread(x: Tensor, chunk: Chunk) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """What the host knows of a batch's padding.
+
+    Attributes:
+        mask: bool [batch, length], whether a token is real; None where all are.
+        lengths: the number of real tokens of each row.
+        counted: whether they stand in its first columns, all padding behind them.
+    """
+
+    mask: Tensor | None
+    lengths: tuple[int, ...]
+    counted: bool
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None) -> Padding:
+        """That of x [batch, length, ...], real where the mask [batch, length] is true; all of it for None.
+
+        Raises:
+            BackendError: the mask is none of padding.
+        """
+        batch, length = x.shape[:2]
+        if mask is None:
+            return cls(None, (length,) * batch, True)
+        if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+            given = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise BackendError(
+                f"an optimised model takes an attention mask [batch, length], here [{batch}, {length}], "
+                f"not {given}; load the checkpoint without optimize for other masks"
+            )
+        mask = mask.to(device=x.device, dtype=torch.bool)
+        counts = mask.sum(1)
+        ends = (mask * torch.arange(1, length + 1, device=x.device)).amax(1) if length else counts
+        # The one place where the host waits for the device.
+        lengths, last = (tuple(row) for row in torch.stack([counts, ends]).tolist())
+        full = min(lengths, default=length) == length
+        return cls(None if full else mask, lengths, lengths == last)
+
+    @property
+    def count(self) -> int:
+        """Of real tokens."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """Where the real tokens of a padded batch lie.
 
@@ -97,7 +141,8 @@ class Tokens:
         max_seqlen: at least the length of the longest row.
         positions: int32 [T], the column of each token in the padded batch.
         indices: int64 [T], the place of each token in the flattened batch; None where no padding was removed.
-        lengths: the number of tokens of each row; empty where only the device knows.
+        lengths: the number of tokens of each row; empty where only the device knows, and the last tokens may belong to
+            none.
         counted: whether the tokens of each row stand in its first columns, all padding behind them.
     """
 
@@ -118,27 +163,29 @@ class Tokens:
         Raises:
             BackendError: the mask is none of padding.
         """
-        batch, length = x.shape[:2]
-        if mask is None:
-            return _full(batch, length, x.device)
-        if not isinstance(mask, Tensor) or mask.shape != (batch, length):
-            given = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise BackendError(
-                f"an optimised model takes an attention mask [batch, length], here [{batch}, {length}], "
-                f"not {given}; load the checkpoint without optimize for other masks"
-            )
-        mask = mask.to(device=x.device, dtype=torch.bool)
-        counts = mask.sum(1)
-        ends = (mask * torch.arange(1, length + 1, device=x.device)).amax(1) if length else counts
-        # The one place where the host waits for the device.
-        lengths, last = (tuple(row) for row in torch.stack([counts, ends]).tolist())
-        if min(lengths, default=length) == length:
-            return _full(batch, length, x.device)
-        indices = mask.flatten().nonzero().squeeze(1)
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=x.device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=cu_seqlens[1:])
+        return cls.behind(x, Padding.of(x, mask))
+
+    @classmethod
+    def behind(cls, x: Tensor, padding: Padding) -> Tokens:
+        """The same, of what was found out already."""
+        if padding.mask is None:
+            return _full(x.shape[0], x.shape[1], x.device)
+        longest = max(padding.lengths)
+        return cls.masked(padding.mask, padding.count, longest, padding.counted, padding.lengths)
+
+    @classmethod
+    def masked(cls, mask: Tensor, count: int, max_seqlen: int, counted: bool, lengths: tuple[int, ...] = ()) -> Tokens:
+        """Those where the mask [batch, length] is true, found without the host waiting for the device.
+
+        Args:
+            count: at least as many as there are; surplus tokens are given the place behind the batch's last.
+        """
+        batch, length = mask.shape
+        indices = torch.nonzero_static(mask.flatten(), size=count, fill_value=mask.numel()).squeeze(1)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+        torch.cumsum(mask.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
         positions = (indices % length).to(torch.int32)
-        return cls(cu_seqlens, max(lengths), positions, indices, batch, length, lengths, lengths == last)
+        return cls(cu_seqlens, max_seqlen, positions, indices, batch, length, lengths, counted)
 
     @property
     def count(self) -> int:
