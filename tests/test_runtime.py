@@ -706,14 +706,14 @@ def test_another_config_or_attention_changes_no_answer(family: str, change: str)
 
 @pytest.mark.parametrize("family", BLOCKS)
 def test_another_config_that_asks_for_hidden_states_gets_them(family: str) -> None:
-    plain, batch = compressed(family).double(), inputs("holes")
+    plain, batch = compressed(family), inputs("holes")
     model = optimised(plain)
     model.config = copy.deepcopy(model.config)
     model.config.output_hidden_states = True
     expected = run(plain, batch, output_hidden_states=True).hidden_states
     real = batch["attention_mask"].bool()
     for a, b in zip(run(model, batch).hidden_states, expected, strict=True):
-        torch.testing.assert_close(a[real], b[real], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a[real], b[real], rtol=3e-5, atol=3e-5)
 
 
 # Checkpoints.

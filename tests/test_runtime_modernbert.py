@@ -41,9 +41,12 @@ LENGTH = 12
 
 @pytest.fixture(autouse=True)
 def exact_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers rounds queries and keys to fp32 to turn them, in fp64 models too."""
+    """transformers rounds queries and keys to fp32 to turn them; here a model in fp64 turns them in fp64."""
+    own = modeling_modernbert.apply_rotary_pos_emb
 
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        if q.dtype != torch.float64:
+            return own(q, k, cos, sin, **options)
         assert len(cos) == 1
         cos, sin = (table[0, :, : table.shape[2] // 2] for table in (cos, sin))
         q, k = (torch.stack([rotate(row.transpose(0, 1), cos, sin).transpose(0, 1) for row in x]) for x in (q, k))
@@ -330,6 +333,17 @@ def test_a_copy_and_another_dtype_compute_the_same(qkv: str) -> None:
     torch.testing.assert_close(
         run(model.to(torch.bfloat16), batch).logits, run(plain.to(torch.bfloat16), batch).logits, rtol=0.1, atol=0.1
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_tables_are_the_models_own_to_the_last_bit(dtype: torch.dtype) -> None:
+    plain = compressed().to(dtype)
+    model, x, positions = optimised(plain), torch.zeros(1, dtype=dtype), torch.arange(LENGTH)[None]
+    for layer_type in ("full_attention", "sliding_attention"):
+        expected = plain.rotary_emb(x, positions, layer_type)
+        for table, whole in zip(model.tables.take(layer_type, LENGTH, x), expected, strict=True):
+            assert table.dtype == dtype
+            assert torch.equal(torch.cat([table[:LENGTH]] * 2, dim=1), whole[0])
 
 
 def test_a_copy_has_tables_of_its_own() -> None:
