@@ -70,6 +70,8 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
     sequences = [torch.zeros(2, dtype=torch.int32), 1000]
     return {
         "v1": shared_memory(flashsvdffnv1, "_ffn_v1", *ffn, *tail),
+        "v1 of more tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(1000, rank), *ffn[1:], *tail),
+        "v1 of many tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(5000, rank), *ffn[1:], *tail),
         "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, lift, lift, down, bias, bias, *tail),
         "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, p, lift, lift, down, bias, bias, *tail),
         "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, lift, bias, down, wide, bias, *tail[:-1]),

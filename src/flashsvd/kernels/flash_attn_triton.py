@@ -364,6 +364,9 @@ def default_tiles(q: Tensor, widest: int, sequences: int, max_seqlen: int, windo
     if widest > 256:
         # More columns would not fit into shared memory, fewer warps not into the registers.
         return Tiles(min(longest, 64), 32, warps=8, stages=2)
+    # Of short sequences a program of one warp takes a few rows, and nothing is left of a large tile unused.
+    if widest <= 64 and max_seqlen <= 64 and sequences * q.shape[1] <= 8 * multiprocessors(q.device):
+        return Tiles(min(longest, 32), 32, warps=1, stages=2) if widest <= 32 else Tiles(16, 32, warps=1, stages=1)
     # Few programs take few rows each, so that there are more of them.
     if widest <= 64 and sequences * q.shape[1] * -(-max_seqlen // 64) < multiprocessors(q.device):
         return Tiles(16, 128, warps=4, stages=2)

@@ -31,6 +31,8 @@ from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
+FEW_TOKENS = 4096
+
 CANDIDATES = (
     Tiles(128, 64, warps=8, stages=2),
     Tiles(128, 64, warps=8, stages=3),
@@ -175,12 +177,9 @@ def default_tiles(p: Tensor, r1: int, r2: int) -> Tiles:
     if generation(p.device) == "hopper":
         if widest > 256:
             return Tiles(64, 32, warps=8, stages=2)
-        # Few tokens take short tiles, narrow ranks for longer: two of their programs fit on a multiprocessor.
-        tokens = p.shape[0]
-        if tokens <= 256:
-            return Tiles(32, 64, warps=4, stages=2)
-        if tokens <= (4096 if widest <= 128 else 1024):
-            return Tiles(64, 64, warps=4, stages=2)
+        # Few tokens take short tiles, which leave room for more loads in flight.
+        if p.shape[0] <= FEW_TOKENS:
+            return Tiles(16 if p.shape[0] <= 256 else 64, 128 if widest <= 128 else 64, warps=4, stages=3)
         return Tiles(128, 64, warps=8, stages=2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
@@ -212,7 +211,9 @@ def _launch(
 
     def plan(t: Tiles) -> Plan:
         count = (
-            splits_that_fill(p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 else 1)
+            splits_that_fill(
+                p.device, tokens, inner, t, resident=2 if max(r1, r2) <= 128 and tokens > FEW_TOKENS else 1
+            )
             if splits is None
             else splits
         )
