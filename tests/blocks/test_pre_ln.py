@@ -145,7 +145,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
     whole = run_packed([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
-    monkeypatch.setattr("flashsvd.blocks.gated_ffn.chunk_tokens", lambda *_: most)
+    monkeypatch.setattr("flashsvd.blocks.gated_ffn.pre_ln_chunk_tokens", lambda *_: most)
     monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", 2)
     block.attention.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     torch.testing.assert_close(run_packed([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)
@@ -160,7 +160,7 @@ def test_chunks_keep_attention_within_its_room(monkeypatch: pytest.MonkeyPatch, 
     parts = {name: make(HIDDEN, HIDDEN) for name in ("q", "k", "v")}
     block = PreLNBlock(PreLNWeights(**(vars(weights) | parts)), Choices("torch"))
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 1)
-    monkeypatch.setattr(chunks, "ROOM", 9.0)
+    monkeypatch.setattr(chunks, "PRE_LN_ROOM", 9.0)
     hidden = random(1000, HIDDEN)
     # What is normed; Q, K, V, and their rank space or what is lifted from it; what attention makes of them.
     width += HIDDEN + (HIDDEN if qkv == "joint" else HEADS * 8)

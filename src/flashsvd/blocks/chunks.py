@@ -8,7 +8,9 @@ from flashsvd.blocks.choice import Implementation
 
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192
+# In hidden states. A pre-LN layer holds more of a token (its norm, lifted queries and keys), a dense one by far more.
 ROOM = 1.25
+PRE_LN_ROOM = 3.0
 # Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
 MATERIALISED_TOKENS = 8192
 
@@ -16,6 +18,11 @@ MATERIALISED_TOKENS = 8192
 def chunk_tokens(hidden: Tensor, width: int) -> int:
     """As many as keep `width` numbers of each within ROOM times the hidden state's memory: few, long launches."""
     return max(SMALLEST_CHUNK, int(ROOM * hidden.numel()) // width)
+
+
+def pre_ln_chunk_tokens(hidden: Tensor, width: int) -> int:
+    """The same of a pre-LN layer."""
+    return max(SMALLEST_CHUNK, int(PRE_LN_ROOM * hidden.numel()) // width)
 
 
 def equal_parts(x: Tensor, most: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.buffers import Packed, widen
 from flashsvd.blocks.choice import Choices, Implementation, Operation
-from flashsvd.blocks.chunks import chunk_tokens, equal_parts, materialised_parts
+from flashsvd.blocks.chunks import equal_parts, materialised_parts, pre_ln_chunk_tokens
 from flashsvd.blocks.factors import Dense, Joint, present
 from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.norm import PackedNorm
@@ -77,7 +77,7 @@ class PackedGatedFFN(Packed):
         assert self.u2 is not None
         # Meanwhile a token takes its norm, its two ranks, and the second layer's.
         width = x.shape[1] + self.u.shape[1] + self.u2.shape[1]
-        for rows in equal_parts(x, chunk_tokens(x, width)):
+        for rows in equal_parts(x, pre_ln_chunk_tokens(x, width)):
             p = self.norm(rows) @ self.u
             picked = self._pick(p)
             for part, target in zip(materialised_parts(p, picked), materialised_parts(rows, picked), strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.chunks import chunk_tokens
+from flashsvd.blocks.chunks import pre_ln_chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
 from flashsvd.blocks.fold import fold_output
 from flashsvd.blocks.gated_ffn import PackedGatedFFN
@@ -73,4 +73,4 @@ class PreLNBlock(nn.Module):
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
         normed = 0 if self.attention_norm is None else hidden.shape[1]
-        return chunk_tokens(hidden, normed + self.attention.width)
+        return pre_ln_chunk_tokens(hidden, normed + self.attention.width)
