@@ -35,5 +35,6 @@ def materialised_parts(x: Tensor, implementation: Implementation) -> list[Tensor
     """The rows that a feed-forward core takes at a time: all, where it is the kernel, which holds no activation in
     memory.
     """
-    step = MATERIALISED_TOKENS if implementation == "torch" else len(x)
-    return [x[start : start + step] for start in range(0, len(x), step)]
+    if implementation != "torch":
+        return [x]
+    return [x[start : start + MATERIALISED_TOKENS] for start in range(0, x.shape[0], MATERIALISED_TOKENS)]

@@ -65,7 +65,7 @@ class PackedFFN(Packed):
         if not self.fused:
             for part in materialised_parts(x, "torch"):
                 self.output(self._plain(part), part)
-            self.norm(x, out=x)
+            self.norm(x, x)
             return x
         assert self.u1 is not None
         assert self.u2 is not None
@@ -79,7 +79,7 @@ class PackedFFN(Packed):
         )
         for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
             self.output(self._core(part, picked), rows)
-        self.norm(x, out=x)
+        self.norm(x, x)
         return x
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:

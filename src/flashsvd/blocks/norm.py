@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.buffers import Packed
+from flashsvd.blocks.buffers import Packed, Part
 from flashsvd.blocks.choice import Choices, Implementation, Operation
 from flashsvd.blocks.factors import present
 from flashsvd.blocks.tokens import Tokens
@@ -43,7 +43,7 @@ class PackedNorm(Packed):
         return run(self.choices.pick(NORM, (x.shape[1],), x, run), out)
 
 
-class NormBlock(nn.Module):
+class NormBlock(Part):
     """A norm that stands in a stack of layers."""
 
     def __init__(self, norm: PackedNorm) -> None:
@@ -52,5 +52,5 @@ class NormBlock(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """hidden [T, hidden], overwritten by the result."""
-        result: Tensor = self.norm(hidden, out=hidden)
+        result: Tensor = self.norm(hidden, hidden)
         return result

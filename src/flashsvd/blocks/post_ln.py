@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.activation import Activation
 from flashsvd.blocks.attention import attend
+from flashsvd.blocks.buffers import Part
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.chunks import chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
@@ -41,7 +42,7 @@ class PostLNWeights:
     dtype: torch.dtype
 
 
-class PostLNBlock(nn.Module):
+class PostLNBlock(Part):
     """A layer's packed weights, and its forward on packed tokens."""
 
     def __init__(self, weights: PostLNWeights, choices: Choices) -> None:
@@ -59,7 +60,7 @@ class PostLNBlock(nn.Module):
         for chunk in tokens.chunks(self._chunk_tokens(hidden)):
             rows = hidden[chunk.start : chunk.stop]
             self.attention_output(self._attend(rows, chunk), rows)
-        self.attention_norm(hidden, out=hidden)
+        self.attention_norm(hidden, hidden)
         result: Tensor = self.ffn(hidden)
         return result
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.activation import Activation
+from flashsvd.blocks.buffers import Part
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.chunks import pre_ln_chunk_tokens
 from flashsvd.blocks.factors import Dense, Factors, Joint
@@ -49,7 +50,7 @@ class PreLNWeights:
     dtype: torch.dtype
 
 
-class PreLNBlock(nn.Module):
+class PreLNBlock(Part):
     """A layer's packed weights, and its forward on packed tokens."""
 
     def __init__(self, weights: PreLNWeights, choices: Choices) -> None:

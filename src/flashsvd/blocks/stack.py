@@ -77,8 +77,11 @@ def run_packed(layers: Iterable[nn.Module], hidden_states: Tensor, tokens: Token
 
 
 def _walk_through(layers: Iterable[nn.Module]) -> Forward:
+    # Nobody watches the layers themselves.
+    blocks = [getattr(layer, "block", layer) for layer in layers]
+
     def walk(hidden: Tensor, tokens: Tokens) -> None:
-        for layer in layers:
-            layer(hidden, tokens=tokens)
+        for block in blocks:
+            block(hidden, tokens)
 
     return walk

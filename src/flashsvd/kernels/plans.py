@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.launch import descriptor, precision
+from flashsvd.kernels.launch import Backend, descriptor, precision
 
 # Batches without padding differ in their numbers of tokens, each of which has a plan.
 MOST_PLANS = 1024
@@ -92,19 +92,19 @@ class Plans:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def find(self, operands: Operands, *options: Hashable) -> Plan | None:
+    def find(self, operands: Operands, backend: Backend, *options: Hashable) -> Plan | None:
         """The plan for such operands and options, as far as there is one yet."""
-        if torch.compiler.is_compiling() or not _at_hand(operands[0]):
+        if backend == "torch" or torch.compiler.is_compiling() or not _at_hand(operands[0]):
             return None
-        return self._plans.get(_key(operands, options))
+        return self._plans.get(_key(operands, (backend, *options)))
 
-    def keep(self, plan: Plan, operands: Operands, *options: Hashable) -> None:
+    def keep(self, plan: Plan, operands: Operands, backend: Backend, *options: Hashable) -> None:
         """Use this plan for such operands and options from now on."""
         if not _at_hand(operands[0]):
             return
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        self._plans[_key(operands, options)] = plan
+        self._plans[_key(operands, (backend, *options))] = plan
 
 
 def in_place(operands: Operands, prepared: Operands) -> bool:
@@ -116,17 +116,14 @@ def in_place(operands: Operands, prepared: Operands) -> bool:
 def _key(operands: Operands, options: tuple[Hashable, ...]) -> Hashable:
     first = operands[0]
     assert first is not None
-    return (precision(first), options, *[None if x is None else _kind(x) for x in operands])
+    # What decides how a kernel reads a tensor; Triton compiles anew for addresses that are no multiples of 16.
+    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in operands]
+    return (precision(first), options, *kinds)
 
 
 def _at_hand(x: Tensor | None) -> bool:
     """Whether a launch, which goes to the current GPU, would reach the operand's."""
     return x is not None and (not x.is_cuda or x.device.index == torch.cuda.current_device())
-
-
-def _kind(x: Tensor) -> Hashable:
-    """What decides how a kernel reads a tensor; Triton compiles anew for addresses that are no multiples of 16."""
-    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
 def _moved(described: Any, x: Tensor | None) -> Any:
