@@ -166,11 +166,15 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
-    # The keys that ROWS queries from i_row on attend to: the first, the end of the tiles that need no mask, the end.
+    # The keys that ROWS queries from i_row on attend to: the first, the end of the whole tiles, the end. The rest, one
+    # tile at the most, takes a loop of its own, even where a window's mask is for every tile: in the last loop that
+    # reads Q the ptxas of CUDA 12.8 to 13.0 may lend Q's registers to the probabilities. Then a second step is wrong,
+    # or products wait for each other.
     if WINDOWED:
         # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
         low = tl.maximum(i_row - window, 0)
-        return low, low, tl.minimum(length, i_row + ROWS + window)
+        end = tl.minimum(length, i_row + ROWS + window)
+        return low, low + (end - low) // COLUMNS * COLUMNS, end
     else:
         return 0, length // COLUMNS * COLUMNS, length
 

@@ -271,7 +271,8 @@ def _launch(
         programs = -(-tokens // t.rows)
         out = x.new_empty(tokens, width)
         scratch = x.new_empty(programs * t.rows, r10 + r11) if through_memory else None
-        # On Hopper, Triton 3.6 gave wrong results where the last product's tile had the shape of the sum before it.
+        # Where the last product's tile had the shape of the sum before it, the ptxas of CUDA 12.8 to 13.0 lent P's
+        # registers to the activation on Hopper, though the walk's next step reads P again.
         out_columns = t.columns if r20 != t.columns else (t.columns // 2 if t.columns > 16 else 32)
         _ffn_v2[(programs,)](
             descriptor(x, [t.rows, t.columns]),
