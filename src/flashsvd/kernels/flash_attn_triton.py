@@ -27,6 +27,7 @@ from flashsvd.kernels.launch import (
     rank_tiles,
     use_triton,
 )
+from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
@@ -223,10 +224,10 @@ def attention_step(
     p = tl.exp2(s * qk_scale - base[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
-    p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    p = nearest(p.to(v0.dtype), PRECISION)
+    acc0 = tl.dot(p, nearest(v0, PRECISION), acc0 * shrink[:, None], input_precision=PRECISION)
     if V1 > 0:
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(p, nearest(v1, PRECISION), acc1 * shrink[:, None], input_precision=PRECISION)
     return acc0, acc1, new, total
 
 
@@ -264,10 +265,10 @@ def _scores_and_step(
 ):
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
     k0 = k0_desc.load([start + first, i_kv * pitch_k])
-    s = tl.dot(q0, k0.T, input_precision=PRECISION)
+    s = tl.dot(q0, nearest(k0, PRECISION).T, input_precision=PRECISION)
     if K1 > 0:
         k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
-        s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
+        s = tl.dot(q1, nearest(k1, PRECISION).T, s, input_precision=PRECISION)
     v0 = v0_desc.load([start + first, i_kv * pitch_v])
     v1 = v1_desc.load([start + first, i_kv * pitch_v + V0]) if V1 > 0 else v0
     return attention_step(
@@ -417,9 +418,9 @@ def _launch(
     check_out(out, (tokens, heads, width_v))
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return out
-    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(q), side_by_side(k), side_by_side(v)
-    (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
+    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(rounded(q, exact)), side_by_side(k), side_by_side(v)
+    (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
 
     def run(t: Tiles) -> Tensor:
         row_tiles = -(-max_seqlen // t.rows)
