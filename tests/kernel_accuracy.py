@@ -16,6 +16,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from flashsvd.kernels.launch import precision
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Shares of the largest number of the result: half a unit in its last place, and for fp32 two units of many sums.
@@ -65,7 +67,9 @@ def assert_accurate(result: Tensor, plain: Tensor, exact: Tensor) -> None:
     """`plain` is what torch makes of the same operands in their own dtype, `exact` in fp64."""
     assert result.shape == exact.shape
     assert result.dtype == plain.dtype
-    allowed = 2 * error(plain, exact) + FLOORS[result.dtype]
+    # TF32 has as many bits behind the point as fp16. Where torch may take it, it need not.
+    dtype = torch.float16 if precision(result) == "tf32" else result.dtype
+    allowed = 2 * error(plain, exact) + FLOORS[dtype]
     # Written so that a NaN fails.
     assert error(result, exact) <= allowed, f"error {error(result, exact):.2e}, allowed {allowed:.2e}"
 

@@ -27,6 +27,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
+from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
@@ -169,11 +170,15 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
-    # The keys that ROWS queries from i_row on attend to: the first, the end of the tiles that need no mask, the end.
+    # The keys that ROWS queries from i_row on attend to: the first, the end of the whole tiles, the end. The rest, one
+    # tile at the most, takes a loop of its own, even where a window's mask is for every tile: in the last loop that
+    # reads Q the ptxas of CUDA 12.8 to 13.0 may lend Q's registers to the probabilities. Then a second step is wrong,
+    # or products wait for each other.
     if WINDOWED:
         # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
         low = tl.maximum(i_row - window, 0)
-        return low, low, tl.minimum(length, i_row + ROWS + window)
+        end = tl.minimum(length, i_row + ROWS + window)
+        return low, low + (end - low) // COLUMNS * COLUMNS, end
     else:
         return 0, length // COLUMNS * COLUMNS, length
 
@@ -222,10 +227,10 @@ def attention_step(
     p = tl.exp2(s * qk_scale - base[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
-    p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    p = nearest(p.to(v0.dtype), PRECISION)
+    acc0 = tl.dot(p, nearest(v0, PRECISION), acc0 * shrink[:, None], input_precision=PRECISION)
     if V1 > 0:
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(p, nearest(v1, PRECISION), acc1 * shrink[:, None], input_precision=PRECISION)
     return acc0, acc1, new, total
 
 
@@ -263,10 +268,10 @@ def _scores_and_step(
 ):
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
     k0 = k0_desc.load([start + first, i_kv * pitch_k])
-    s = tl.dot(q0, k0.T, input_precision=PRECISION)
+    s = tl.dot(q0, nearest(k0, PRECISION).T, input_precision=PRECISION)
     if K1 > 0:
         k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
-        s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
+        s = tl.dot(q1, nearest(k1, PRECISION).T, s, input_precision=PRECISION)
     v0 = v0_desc.load([start + first, i_kv * pitch_v])
     v1 = v1_desc.load([start + first, i_kv * pitch_v + V0]) if V1 > 0 else v0
     return attention_step(
@@ -425,10 +430,10 @@ def _launch(
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return q.new_empty(shape) if out is None else out
     out_token, out_head = (heads * width_v, width_v) if out is None else out.stride()[:2]
-    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(q), side_by_side(k), side_by_side(v)
     cu_seqlens, positions = cu_seqlens.contiguous(), None if positions is None else positions.contiguous()
-    (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
     exact = precision(q)
+    (q, pitch_k), (k, _), (v, pitch_v) = side_by_side(rounded(q, exact)), side_by_side(k), side_by_side(v)
+    (k0, k1), (v0, v1) = width_tiles(width_k), width_tiles(width_v)
 
     def plan(t: Tiles) -> Plan:
         row_tiles = -(-max_seqlen // t.rows)

@@ -28,6 +28,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import plan_sum
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
+from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -144,18 +145,18 @@ def _ffn_v1(
         bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(first, last, COLUMNS):
         # [ROWS, COLUMNS]
-        h = tl.dot(p0, v0_desc.load([i, 0]).T, input_precision=PRECISION)
+        h = tl.dot(p0, nearest(v0_desc.load([i, 0]), PRECISION).T, input_precision=PRECISION)
         if R1B > 0:
-            h = tl.dot(p1, v1_desc.load([i, R1A]).T, h, input_precision=PRECISION)
+            h = tl.dot(p1, nearest(v1_desc.load([i, R1A]), PRECISION).T, h, input_precision=PRECISION)
         if BIAS:
             h += bias.to(tl.float32)[None, :]
             o_inner += COLUMNS
             bias = tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
-        h = apply(h, ACTIVATION, FAST).to(DTYPE)
-        acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
+        h = nearest(apply(h, ACTIVATION, FAST).to(DTYPE), PRECISION)
+        acc0 = tl.dot(h, nearest(u0_desc.load([i, 0]), PRECISION), acc0, input_precision=PRECISION)
         if R2B > 0:
-            acc1 = tl.dot(h, u1_desc.load([i, R2A]), acc1, input_precision=PRECISION)
+            acc1 = tl.dot(h, nearest(u1_desc.load([i, R2A]), PRECISION), acc1, input_precision=PRECISION)
     acc0 = settle(acc0, ACTIVATION, FAST)
     acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
@@ -204,10 +205,10 @@ def _launch(
     tokens, (inner, r1), r2 = p.shape[0], v1.shape, u2.shape[1]
     if tokens == 0:
         return p.new_empty(0, r2)
-    p, v1, u2 = aligned(p), aligned(v1), aligned(u2)
+    name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
+    p, v1, u2 = aligned(rounded(p, exact)), aligned(v1), aligned(u2)
     b1 = None if b1 is None else b1.contiguous()
     (r1a, r1b), (r2a, r2b) = rank_tiles(r1), rank_tiles(r2)
-    name, fast, exact = kernel_name(activation), has_fast_tanh(p), precision(p)
 
     def plan(t: Tiles) -> Plan:
         count = (

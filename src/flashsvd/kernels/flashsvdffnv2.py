@@ -30,6 +30,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
+from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -176,13 +177,13 @@ def _ffn_v2(
     sum1 = tl.zeros([ROWS, R11 if R11 > 0 else 16], tl.float32)
     for i in range(0, hidden, COLUMNS):
         # [ROWS, COLUMNS]
-        x = x_desc.load([i_row, i])
-        sum0 = tl.dot(x, u10_desc.load([0, i]).T, sum0, input_precision=PRECISION)
+        x = nearest(x_desc.load([i_row, i]), PRECISION)
+        sum0 = tl.dot(x, nearest(u10_desc.load([0, i]), PRECISION).T, sum0, input_precision=PRECISION)
         if R11 > 0:
-            sum1 = tl.dot(x, u11_desc.load([R10, i]).T, sum1, input_precision=PRECISION)
+            sum1 = tl.dot(x, nearest(u11_desc.load([R10, i]), PRECISION).T, sum1, input_precision=PRECISION)
     # [ROWS, R10] and, where the rank takes two tiles, [ROWS, R11]
-    p0 = sum0.to(DTYPE)
-    p1 = sum1.to(DTYPE)
+    p0 = nearest(sum0.to(DTYPE), PRECISION)
+    p1 = nearest(sum1.to(DTYPE), PRECISION)
     if THROUGH_MEMORY:
         # What was computed stays in registers, what was loaded goes to shared memory, which is where a wide P fits.
         o_program = i_row.to(tl.int64) * (R10 + R11)
@@ -202,29 +203,29 @@ def _ffn_v2(
         bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
     for i in range(0, inner, COLUMNS):
         # [ROWS, COLUMNS]
-        h = tl.dot(p0, v10_desc.load([i, 0]).T, input_precision=PRECISION)
+        h = tl.dot(p0, nearest(v10_desc.load([i, 0]), PRECISION).T, input_precision=PRECISION)
         if R11 > 0:
-            h = tl.dot(p1, v11_desc.load([i, R10]).T, h, input_precision=PRECISION)
+            h = tl.dot(p1, nearest(v11_desc.load([i, R10]), PRECISION).T, h, input_precision=PRECISION)
         if BIAS_1:
             h += bias.to(tl.float32)[None, :]
             # Read a step ahead: read when it is needed, it would hold up the step.
             o_inner += COLUMNS
             bias = tl.load(b1_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
-        h = apply(h, ACTIVATION, FAST).to(DTYPE)
-        acc0 = tl.dot(h, u20_desc.load([i, 0]), acc0, input_precision=PRECISION)
+        h = nearest(apply(h, ACTIVATION, FAST).to(DTYPE), PRECISION)
+        acc0 = tl.dot(h, nearest(u20_desc.load([i, 0]), PRECISION), acc0, input_precision=PRECISION)
         if R21 > 0:
-            acc1 = tl.dot(h, u21_desc.load([i, R20]), acc1, input_precision=PRECISION)
-    z0 = settle(acc0, ACTIVATION, FAST).to(DTYPE)
-    z1 = settle(acc1, ACTIVATION, FAST).to(DTYPE)
+            acc1 = tl.dot(h, nearest(u21_desc.load([i, R20]), PRECISION), acc1, input_precision=PRECISION)
+    z0 = nearest(settle(acc0, ACTIVATION, FAST).to(DTYPE), PRECISION)
+    z1 = nearest(settle(acc1, ACTIVATION, FAST).to(DTYPE), PRECISION)
     o_row = i_row + tl.arange(0, ROWS)
     m_row = o_row < tokens
     p_out = out_ptr + o_row.to(tl.int64)[:, None] * out_row
     for i in range(0, width, OUT_COLUMNS):
         # [ROWS, OUT_COLUMNS]
-        y = tl.dot(z0, v20_desc.load([i, 0]).T, input_precision=PRECISION)
+        y = tl.dot(z0, nearest(v20_desc.load([i, 0]), PRECISION).T, input_precision=PRECISION)
         if R21 > 0:
-            y = tl.dot(z1, v21_desc.load([i, R20]).T, y, input_precision=PRECISION)
+            y = tl.dot(z1, nearest(v21_desc.load([i, R20]), PRECISION).T, y, input_precision=PRECISION)
         o_width = i + tl.arange(0, OUT_COLUMNS)
         m_width = o_width < width
         if BIAS_2:

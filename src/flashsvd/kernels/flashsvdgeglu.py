@@ -32,6 +32,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import plan_sum
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
+from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -200,12 +201,12 @@ def _geglu(
     for i in range(first, last, COLUMNS):
         o_inner += COLUMNS
         # [ROWS, COLUMNS]
-        h = tl.dot(a0, va0_desc.load([i, 0]).T, input_precision=PRECISION)
+        h = tl.dot(a0, nearest(va0_desc.load([i, 0]), PRECISION).T, input_precision=PRECISION)
         if RA1 > 0:
-            h = tl.dot(a1, va1_desc.load([i, RA0]).T, h, input_precision=PRECISION)
-        gate = tl.dot(g0, vg0_desc.load([i, 0]).T, input_precision=PRECISION)
+            h = tl.dot(a1, nearest(va1_desc.load([i, RA0]), PRECISION).T, h, input_precision=PRECISION)
+        gate = tl.dot(g0, nearest(vg0_desc.load([i, 0]), PRECISION).T, input_precision=PRECISION)
         if RG1 > 0:
-            gate = tl.dot(g1, vg1_desc.load([i, RG0]).T, gate, input_precision=PRECISION)
+            gate = tl.dot(g1, nearest(vg1_desc.load([i, RG0]), PRECISION).T, gate, input_precision=PRECISION)
         if BIAS_A:
             h += bias_a.to(tl.float32)[None, :]
             bias_a = tl.load(ba_ptr + o_inner, mask=o_inner < inner, other=0.0)
@@ -213,10 +214,10 @@ def _geglu(
             gate += bias_g.to(tl.float32)[None, :]
             bias_g = tl.load(bg_ptr + o_inner, mask=o_inner < inner, other=0.0)
         # Rows of U2 beyond `inner` are read as zeros, so what the activation makes of them counts nothing.
-        h = (apply(h, ACTIVATION, FAST) * gate).to(DTYPE)
-        acc0 = tl.dot(h, u0_desc.load([i, 0]), acc0, input_precision=PRECISION)
+        h = nearest((apply(h, ACTIVATION, FAST) * gate).to(DTYPE), PRECISION)
+        acc0 = tl.dot(h, nearest(u0_desc.load([i, 0]), PRECISION), acc0, input_precision=PRECISION)
         if R21 > 0:
-            acc1 = tl.dot(h, u1_desc.load([i, R20]), acc1, input_precision=PRECISION)
+            acc1 = tl.dot(h, nearest(u1_desc.load([i, R20]), PRECISION), acc1, input_precision=PRECISION)
     acc0 = settle(acc0, ACTIVATION, FAST)
     acc1 = settle(acc1, ACTIVATION, FAST)
     o_row = i_row + tl.arange(0, ROWS)
@@ -269,14 +270,14 @@ def _launch(
     tokens, inner, r2 = p_a.shape[0], *u2.shape
     if tokens == 0:
         return p_a.new_empty(0, r2)
+    name, fast, exact = kernel_name(activation), has_fast_tanh(p_a), precision(p_a)
     same_p = _same(p_a, p_g)
-    p_a = aligned(p_a)
-    p_g = p_a if same_p else aligned(p_g)
+    p_a = aligned(rounded(p_a, exact))
+    p_g = p_a if same_p else aligned(rounded(p_g, exact))
     v_a, v_g, u2 = aligned(v_a), aligned(v_g), aligned(u2)
     b_a, b_g = (None if b is None else b.contiguous() for b in (b_a, b_g))
     r_a, r_g = p_a.shape[1], p_g.shape[1]
     (ra0, ra1), (rg0, rg1), (r20, r21) = rank_tiles(r_a), rank_tiles(r_g), rank_tiles(r2)
-    name, fast, exact = kernel_name(activation), has_fast_tanh(p_a), precision(p_a)
 
     def plan(t: Tiles) -> Plan:
         count = splits_that_fill(p_a.device, tokens, inner, t) if splits is None else splits

@@ -41,6 +41,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.rotary import rotate
+from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
@@ -255,9 +256,9 @@ def _gather(table_ptr, place, m_place, HALF: tl.constexpr):
 @triton.jit
 def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
     # P V + b of P [N, R0 | R1], V [R0 | R1, D]
-    x = tl.dot(p0, v0, input_precision=PRECISION)
+    x = tl.dot(nearest(p0, PRECISION), nearest(v0, PRECISION), input_precision=PRECISION)
     if R1 > 0:
-        x = tl.dot(p1, v1, x, input_precision=PRECISION)
+        x = tl.dot(nearest(p1, PRECISION), nearest(v1, PRECISION), x, input_precision=PRECISION)
     if BIAS:
         x += b[None, :]
     return x
@@ -323,7 +324,7 @@ def _keys_and_step(
         cos = cos_desc.load([first, 0])
         sin = sin_desc.load([first, 0])
     k = _rotate(k, cos, sin, COLUMNS, D, p0.dtype)
-    s = tl.dot(q, k.T, input_precision=PRECISION)
+    s = tl.dot(q, nearest(k, PRECISION).T, input_precision=PRECISION)
     v0 = v0_desc.load([start + first, column_v])
     v1 = v1_desc.load([start + first, column_v + V0]) if V1 > 0 else v0
     return attention_step(
@@ -401,7 +402,7 @@ def _rope_attention(
     p1 = q1_desc.load([start + i_row, i_head * pitch_q + Q0]) if Q1 > 0 else p0
     b = _bias(b_q_ptr, i_head, D, BIAS_Q)
     q = _lift(p0, p1, lift_q0, lift_q1, b, Q1, BIAS_Q, PRECISION)
-    q = _rotate(q, cos, sin, ROWS, D, p0.dtype)
+    q = nearest(_rotate(q, cos, sin, ROWS, D, p0.dtype), PRECISION)
     b = _bias(b_k_ptr, i_kv, D, BIAS_K)
     high = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
