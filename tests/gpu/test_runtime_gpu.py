@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -33,10 +34,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def compressed(family: str = "bert", qkv: str = "per-head", dtype: torch.dtype = torch.bfloat16) -> Any:
+    return copy.deepcopy(factored(family, qkv)).to("cuda", dtype)
+
+
+@functools.cache
+def factored(family: str, qkv: str) -> Any:
+    """On the CPU, where factoring takes longer than all that is done with the result."""
     model = build_model(family, "base", **(SIZES | (MODERNBERT if family.startswith("modernbert") else {})))
     if qkv != "dense":
         factor(model, qkv, ratio=0.5)
-    return model.to("cuda", dtype)
+    return model
 
 
 def batch(rows: int, length: int, *, ragged: bool = True, left: bool = False) -> dict[str, Tensor]:
