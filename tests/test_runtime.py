@@ -662,6 +662,18 @@ def test_what_was_picked_can_be_asked_for() -> None:
         runtime.choices(compressed())
 
 
+def test_a_batch_that_padding_would_blow_up_has_a_choice_of_its_own() -> None:
+    model = optimised(compressed(), "auto")
+    for lengths in ([8, 8], [8, 2, 2, 2, 2]):
+        mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+        run(model, {"input_ids": torch.full(mask.shape, 7), "attention_mask": mask})
+    attention = [name for name in runtime.choices(model) if name.startswith("attention")]
+    assert [name.split(", ")[3:5] for name in attention] == [
+        ["padded 16 tokens", "up to 16 tokens"],
+        ["padded 64 tokens", "up to 16 tokens"],
+    ]
+
+
 def test_the_layers_share_what_was_measured() -> None:
     model = optimised(compressed())
     found = {id(module.choices) for module in model.modules() if isinstance(getattr(module, "choices", None), Choices)}

@@ -10,7 +10,7 @@ from flashsvd.blocks.tokens import Chunk
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.launch import LARGEST_RANK, use_triton
 
-ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}")
+ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}, padded {} tokens")
 
 
 def attend(
@@ -44,7 +44,9 @@ def attend(
     # SDPA takes a window as a mask of all pairs, which no fast kernel of it does, and which may be too large to try.
     if window is not None and choices.backend == "auto" and use_triton("auto", q):
         return run("triton")
-    sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen))
+    # What SDPA pads them to counts, too: of many short sequences and a long one that is many times the tokens.
+    padded = bucket(chunk.sequences * chunk.max_seqlen)
+    sizes = (q.shape[1], q.shape[2], v.shape[2], bucket(chunk.max_seqlen), padded)
     return run(choices.pick(ATTENTION, sizes, q, run))
 
 
