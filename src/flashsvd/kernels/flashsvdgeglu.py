@@ -33,7 +33,7 @@ from flashsvd.kernels.launch import (
 )
 from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tf32 import nearest, rounded
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
+from flashsvd.kernels.tiles import Tiles, TilesOption, check_splits, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
@@ -77,10 +77,11 @@ def flashsvd_geglu(
         [T, r_2].
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
+        ValueError: the shapes or dtypes do not fit together, the activation is unknown, or `splits` is below 1.
         BackendError: `backend="triton"` cannot run here.
     """
     check_geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
+    check_splits(splits)
     if not use_triton(backend, p_a):
         return flashsvd_geglu_reference(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
     if torch.compiler.is_compiling():
