@@ -9,6 +9,7 @@ from torch import Tensor
 from flashsvd.errors import BackendError
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1, flashsvd_ffn_v1_reference
+from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately
 
@@ -90,6 +91,13 @@ def test_mixed_dtypes_are_refused() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'tanh' is not one of gelu, "):
         flashsvd_ffn_v1(*operands(3, 8, 20, 24), activation="tanh")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("splits", [0, -1])
+def test_fewer_splits_than_one_are_refused(splits: int, backend: Backend) -> None:
+    with pytest.raises(ValueError, match=f"splits is a number of programs from 1 on, not {splits}; leave it out"):
+        flashsvd_ffn_v1(*operands(3, 8, 20, 24), splits=splits, backend=backend)
 
 
 def test_a_rank_that_does_not_fit_on_chip_is_refused() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu, flashsvd_geglu_reference
+from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately
 
@@ -98,6 +99,13 @@ def test_mixed_dtypes_are_refused() -> None:
     assert p_a is not None
     with pytest.raises(ValueError, match=r"P_a torch.float16, P_g torch.float32"):
         flashsvd_geglu(p_a.half(), *others)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("splits", [0, -1])
+def test_fewer_splits_than_one_are_refused(splits: int, backend: Backend) -> None:
+    with pytest.raises(ValueError, match=f"splits is a number of programs from 1 on, not {splits}; leave it out"):
+        flashsvd_geglu(*operands(3, (8, 8, 8), 20), splits=splits, backend=backend)
 
 
 def test_an_unknown_activation_is_refused() -> None:

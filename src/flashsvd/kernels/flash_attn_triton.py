@@ -131,14 +131,15 @@ def flash_attention_reference(
 ) -> Tensor:
     """The same by torch's scaled_dot_product_attention, over padded sequences where their lengths differ."""
     sequences, tokens = cu_seqlens.shape[0] - 1, q.shape[0]
-    grouped = q.shape[1] != k.shape[1]
+    # A branch, since under torch.compile the comparison itself may be left open.
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if tokens == sequences * max_seqlen and positions is None and _all_of(max_seqlen, cu_seqlens):
         q, k, v = (x.view(sequences, max_seqlen, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         mask = None
         if window is not None:
             steps = torch.arange(max_seqlen, device=q.device)
             mask = (steps[:, None] - steps).abs() <= window
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
         return attended.transpose(1, 2).reshape(tokens, *attended.shape[1::2])
     lengths = cu_seqlens.diff()
     steps = torch.arange(max_seqlen, device=q.device)
@@ -151,7 +152,7 @@ def flash_attention_reference(
         mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
     out = q.new_zeros(tokens, q.shape[1], v.shape[2])
     q, k, v = (_scatter(x, real, index) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
     out[index] = attended.transpose(1, 2)[real]
     return out
 

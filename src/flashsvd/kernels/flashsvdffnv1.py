@@ -29,7 +29,7 @@ from flashsvd.kernels.launch import (
 from flashsvd.kernels.partial_sums import plan_sum
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tf32 import nearest, rounded
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
+from flashsvd.kernels.tiles import Tiles, TilesOption, check_splits, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
 FEW_TOKENS = 4096
@@ -69,12 +69,13 @@ def flashsvd_ffn_v1(
         [T, r_2].
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
+        ValueError: the shapes or dtypes do not fit together, the activation is unknown, or `splits` is below 1.
         BackendError: `backend="triton"` cannot run here.
     """
     if plan := _plans.find((p, v1, b1, u2), backend, activation, tiles, splits):
         return plan(p, v1, b1, u2)
     check_ffn(p, v1, b1, u2, activation)
+    check_splits(splits)
     if not use_triton(backend, p):
         return flashsvd_ffn_v1_reference(p, v1, b1, u2, activation)
     if torch.compiler.is_compiling():

@@ -33,7 +33,7 @@ from flashsvd.kernels.launch import (
 from flashsvd.kernels.partial_sums import plan_sum
 from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
 from flashsvd.kernels.tf32 import nearest, rounded
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, fp32_tiles, generation, splits_that_fill
+from flashsvd.kernels.tiles import Tiles, TilesOption, check_splits, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
 
 CANDIDATES = (
@@ -77,7 +77,7 @@ def flashsvd_geglu(
         [T, r_2].
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together, or the activation is unknown.
+        ValueError: the shapes or dtypes do not fit together, the activation is unknown, or `splits` is below 1.
         BackendError: `backend="triton"` cannot run here.
     """
     operands = (p_a, p_g, v_a, v_g, u2, b_a, b_g)
@@ -86,6 +86,7 @@ def flashsvd_geglu(
     if plan := _plans.find(operands, backend, activation, tiles, splits, same_p):
         return plan(*operands)
     check_geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
+    check_splits(splits)
     if not use_triton(backend, p_a):
         return flashsvd_geglu_reference(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
     if torch.compiler.is_compiling():

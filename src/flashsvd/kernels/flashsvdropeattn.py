@@ -149,12 +149,13 @@ def check_rope_attention(
 ) -> None:
     """Raises ValueError where the operands do not fit together."""
     for name, p, v, b in (("q", p_q, v_q, b_q), ("k", p_k, v_k, b_k)):
-        fits = p.ndim == v.ndim == 3 and p.shape[2] == v.shape[1] and p.shape[1] in (1, v.shape[0])
+        fits = p.ndim == v.ndim == 3 and p.shape[2] == v.shape[1] and _for_each_or_all(p, v.shape[0])
         if not fits or (b is not None and b.shape != (v.shape[0], v.shape[2])):
             bias = None if b is None else tuple(b.shape)
             raise ValueError(f"P_{name} {tuple(p.shape)}, V_{name} {tuple(v.shape)}, b_{name} {bias} do not fit")
     tokens, heads, kv_heads = p_q.shape[0], v_q.shape[0], v_k.shape[0]
-    fits = v_q.shape[2] == v_k.shape[2] and heads % kv_heads == 0 and p_v.ndim == 3 and p_v.shape[1] in (1, kv_heads)
+    fits = v_q.shape[2] == v_k.shape[2] and heads % kv_heads == 0
+    fits = fits and p_v.ndim == 3 and _for_each_or_all(p_v, kv_heads)
     if not fits or not tokens == p_k.shape[0] == p_v.shape[0]:
         raise ValueError(
             f"P_q {tuple(p_q.shape)} with V_q {tuple(v_q.shape)}, P_k {tuple(p_k.shape)} with V_k {tuple(v_k.shape)} "
@@ -170,6 +171,11 @@ def check_rope_attention(
     if positions is not None and (positions.shape != (tokens,) or positions.dtype != torch.int32):
         raise ValueError(f"positions are int32 {(tokens,)}, not {positions.dtype} {tuple(positions.shape)}")
     check_sequences(cu_seqlens, scale, window)
+
+
+def _for_each_or_all(p: Tensor, heads: int) -> bool:
+    # Not `in (1, heads)`: torch.compile takes a size that varies for different from the constant that it equals.
+    return p.shape[1] == 1 or p.shape[1] == heads
 
 
 def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:

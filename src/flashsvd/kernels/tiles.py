@@ -62,6 +62,12 @@ def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tile
     return max(1, min(most, resident * multiprocessors(device) // programs))
 
 
+def check_splits(splits: int | None) -> None:
+    """Raises ValueError where a caller's number of programs to share a walk cannot be."""
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits is a number of programs from 1 on, not {splits}; leave it out to fill the GPU")
+
+
 def choose(
     option: TilesOption,
     table: Callable[[], Tiles],

@@ -1,0 +1,125 @@
+"""Under torch.compile any size of an operand may vary from call to call, and the checks of operands still hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_accuracy import cumulative, packed, with_holes
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.flashsvdattn import flashsvd_attention
+from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
+from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
+from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
+from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.rotary import rotate_heads
+from kernel_accuracy import DEVICE, Operands
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+LENGTHS = (9, 4)
+TOKENS = sum(LENGTHS)
+
+Operation = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def tokens(heads: int, width: int) -> Tensor:
+    return packed(Operands(), LENGTHS, heads, width)[:TOKENS]
+
+
+def tables() -> list[Tensor]:
+    return [Operands(seed=seed)(40, 16) for seed in range(2)]
+
+
+def dense(backend: Backend) -> Operation:
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        return flash_attention(q, k, v, cu_seqlens, 9, scale=0.2, window=5, positions=positions, backend=backend)
+
+    places = with_holes(LENGTHS)[:TOKENS]
+    return call, [tokens(4, 24), tokens(2, 24), tokens(2, 40), cumulative(LENGTHS), places]
+
+
+def rank_space(backend: Backend) -> Operation:
+    def call(q: Tensor, p_k: Tensor, p_v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return flashsvd_attention(q, p_k, p_v, cu_seqlens, 9, scale=0.2, backend=backend)
+
+    return call, [tokens(4, 24), tokens(1, 24), tokens(1, 40), cumulative(LENGTHS)]
+
+
+def rotary(backend: Backend) -> Operation:
+    def call(*given: Tensor) -> Tensor:
+        *operands, b_q, b_k = given
+        return flashsvd_rope_attention(*operands, 9, scale=0.2, b_q=b_q, b_k=b_k, backend=backend)
+
+    make = Operands()
+    lifts = [make.weight(heads, 24, 32, walked=1) for heads in (4, 2)]
+    factors = [tokens(4, 24), lifts[0], tokens(2, 24), lifts[1], tokens(1, 40)]
+    return call, [*factors, *tables(), cumulative(LENGTHS), make(4, 32), make(2, 32)]
+
+
+def ffn_v1(backend: Backend) -> Operation:
+    make = Operands()
+    given = [make(20, 24), make.weight(70, 24), make(70), make.weight(70, 40, walked=0)]
+    return lambda *given: flashsvd_ffn_v1(*given, backend=backend), given
+
+
+def geglu(backend: Backend) -> Operation:
+    make = Operands()
+    lifts = [make(20, 24), make(20, 30), make.weight(70, 24), make.weight(70, 30)]
+    given = [*lifts, make.weight(70, 40, walked=0), make(70), make(70)]
+    return lambda *given: flashsvd_geglu(*given, backend=backend), given
+
+
+def ffn_v2(backend: Backend) -> Operation:
+    make = Operands()
+    first = [make(20, 48), make.weight(24, 48), make.weight(70, 24), make(70)]
+    given = [*first, make.weight(70, 40, walked=0), make.weight(48, 40), make(48)]
+    return lambda *given: flashsvd_ffn_v2(*given, backend=backend), given
+
+
+def layer_norm(backend: Backend) -> Operation:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
+        return fused_ln(x, residual, weight, bias, eps=1e-5, shift=shift, backend=backend)
+
+    make = Operands()
+    return call, [make(20, 48), make(20, 48), make(48), make(48), make(48)]
+
+
+def rotation(backend: Backend) -> Operation:
+    def call(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+        return rotate_heads(x.clone(), cos, sin, positions, backend=backend)
+
+    return call, [tokens(4, 32), *tables(), torch.arange(TOKENS, device=DEVICE).int()]
+
+
+OPERATIONS = pytest.mark.parametrize(
+    "operation", [dense, rank_space, rotary, ffn_v1, geglu, ffn_v2, layer_norm, rotation]
+)
+
+
+def compiled(call: Callable[..., Tensor], dynamic: bool | None) -> Callable[..., Tensor]:
+    torch.compiler.reset()
+    return torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)
+
+
+@OPERATIONS
+def test_any_one_size_may_vary(operation: Callable[[Backend], Operation]) -> None:
+    call, given = operation("triton")
+    expected = call(*given)
+    for i, operand in enumerate(given):
+        for dim in range(operand.ndim):
+            varying = [x.detach() for x in given]
+            torch._dynamo.maybe_mark_dynamic(varying[i], dim)
+            torch.testing.assert_close(compiled(call, None)(*varying), expected)
+
+
+@OPERATIONS
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_all_sizes_may_vary(operation: Callable[[Backend], Operation], backend: Backend) -> None:
+    call, given = operation(backend)
+    torch.testing.assert_close(compiled(call, True)(*given), call(*given))
