@@ -364,7 +364,9 @@ def default_tiles(q: Tensor, widest: int, sequences: int, max_seqlen: int, windo
     """The table: what was fastest for a width on a generation of GPUs; never many more rows than a sequence has."""
     longest = max(16, 1 << (max_seqlen - 1).bit_length())
     if q.dtype == torch.float32:
-        return Tiles(min(longest, 64 if widest <= 64 else 32), 32, warps=4, stages=1 if widest > 128 else 2)
+        # More warps share what of a wide tile does not fit into the registers.
+        warps, stages = (8, 1) if widest > 128 else (4, 2)
+        return Tiles(min(longest, 64 if widest <= 64 else 32), 32, warps=warps, stages=stages)
     if generation(q.device) != "hopper":
         return Tiles(min(longest, 64), 64 if widest <= 128 else 32, warps=4, stages=2)
     if widest > 256:

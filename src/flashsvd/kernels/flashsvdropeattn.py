@@ -415,10 +415,6 @@ def _rope_attention(
     acc0 = tl.zeros([ROWS, V0], tl.float32)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], tl.float32)
     low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
-    if WINDOWED:
-        # Whole tiles in a loop of their own, though the window's mask is for all: in the last loop that reads Q the
-        # ptxas of CUDA 12.8 to 13.0 may lend Q's registers to the probabilities, so that a second step would be wrong.
-        whole = low + (end - low) // COLUMNS * COLUMNS
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
