@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import build_model, factor
 from flashsvd import optimize
+from flashsvd.blocks import tokens as tokens_module
 from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
 from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
@@ -79,6 +83,30 @@ def test_a_batch_goes_through_its_place_and_comes_back(rows: list[list[int]]) ->
         stage.load(x, padding)
         stage.walk(lambda hidden, tokens, times=times: hidden.mul_(times))
         assert torch.equal(stage.result(x), x * mask[..., None] * times)
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch without padding has tokens that are known by its shape, but only until other shapes push them out."""
+    monkeypatch.setattr(tokens_module, "_known", known := {})
+    x = torch.ones(2, 16, 8)
+    padding = Padding.of(x, None)
+    shape = Shape.of(x, padding)
+    assert shape.full
+    stage = Stage(shape, Graphs()._place(shape, 8))
+    read: list[Any] = []
+
+    def forward(hidden: Tensor, tokens: Tokens) -> None:
+        (chunk,) = tokens.chunks(1000)
+        read.extend(weakref.ref(x) for x in (chunk.cu_seqlens, chunk.positions))
+
+    for _ in range(2):
+        stage.load(x, padding)
+        stage.walk(forward)
+    known.clear()
+    gc.collect()
+    addresses = [None if x() is None else x().data_ptr() for x in read]
+    assert None not in addresses
+    assert addresses[:2] == addresses[2:]
 
 
 def test_a_copy_of_a_model_captures_its_own() -> None:

@@ -165,6 +165,8 @@ class Stage:
         with torch.inference_mode(False), torch.no_grad():
             self._batch = place.hidden[: shape.places].view(shape.batch, shape.length, -1)
             self._mask = place.mask.view(shape.batch, shape.length)
+            # The graph reads them at every replay, so they are kept for as long.
+            self._tokens = Tokens.of(self._batch, None) if shape.full else None
 
     def load(self, x: Tensor, padding: Padding) -> None:
         """Copy a batch [batch, length, hidden] in, which may be smaller than that of the graph."""
@@ -183,8 +185,8 @@ class Stage:
     def walk(self, forward: Forward) -> None:
         """All of it on the device, without the host waiting."""
         shape = self._shape
-        if shape.full:
-            forward(self._hidden[:-1], Tokens.of(self._batch, None))
+        if self._tokens is not None:
+            forward(self._hidden[:-1], self._tokens)
             return
         tokens = Tokens.masked(self._mask, shape.tokens, shape.max_seqlen, shape.counted)
         assert tokens.indices is not None
