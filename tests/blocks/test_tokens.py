@@ -151,6 +151,26 @@ def test_threads_whose_batches_push_each_other_out_of_the_cache_get_their_own(mo
     assert len(known) == 1
 
 
+def test_a_graph_that_someone_captures_reads_tokens_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are known may be pushed out, and their memory be another's, before the graph is replayed."""
+    capturing = False
+    count = tokens_module._count
+    monkeypatch.setattr(tokens_module, "_known", {})
+    monkeypatch.setattr(tokens_module, "_count", lambda batch, length, _: count(batch, length, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def take() -> Tokens:
+        return tokens_module._full(2, 3, torch.device("cuda", 0))
+
+    known = take()
+    assert take() is known
+    capturing = True
+    captured = [take(), take()]
+    assert len({id(tokens) for tokens in (known, *captured)}) == 3
+    capturing = False
+    assert take() is known
+
+
 def test_nothing_is_copied_where_nothing_is_padding() -> None:
     x = torch.randn(3, 4, 2)
     for mask in (None, torch.ones(3, 4, dtype=torch.bool)):

@@ -252,12 +252,13 @@ _lock = threading.Lock()
 def _full(batch: int, length: int, device: torch.device) -> Tokens:
     """Every token is real."""
     key = (batch, length, device)
+    # A graph reads its own: what is made while it is captured has no values before its replay, and what is known may be
+    # dropped by then.
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _count(*key)
     with _lock:
         if key not in _known:
             tokens = _count(*key)
-            # What is made while a graph is captured has no values before its replay.
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return tokens
             if len(_known) >= MOST_KNOWN:
                 _known.pop(next(iter(_known)))
             _known[key] = tokens
