@@ -53,9 +53,26 @@ def test_batches_of_one_shape_share_a_graph() -> None:
     assert full(9, 500) != full(9, 501)
 
 
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 16).tril() > 0], ids=["full", "padded"])
+def test_graphs_are_of_one_precision_of_fp32_products(mask: Tensor | None, matmul: Any) -> None:
+    def shape(dtype: torch.dtype, tf32: bool) -> Shape:
+        matmul.allow_tf32 = tf32
+        x = torch.zeros(2, 16, 8, dtype=dtype)
+        return Shape.of(x, Padding.of(x, mask))
+
+    assert shape(torch.float32, tf32=True) != shape(torch.float32, tf32=False)
+    assert shape(torch.float16, tf32=True) == shape(torch.float16, tf32=False)
+
+
 def test_graphs_of_about_one_size_share_their_memory() -> None:
     def shape(batch: int, length: int, dtype: torch.dtype = torch.float32) -> Shape:
-        return Shape(batch, length, 64, 16, False, True, dtype, torch.device("cpu"))
+        return Shape(batch, length, 64, 16, False, True, dtype, torch.device("cpu"), "ieee")
 
     graphs = Graphs()
     assert graphs._place(shape(4, 32), 8).hidden.shape == (129, 8)

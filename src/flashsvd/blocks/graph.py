@@ -19,7 +19,7 @@ from torch import Tensor
 from flashsvd.blocks.choice import bucket
 from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
-from flashsvd.kernels.launch import why_not_triton
+from flashsvd.kernels.launch import precision, why_not_triton
 
 # hidden [T, hidden], tokens; works in place
 Forward = Callable[[Tensor, Tokens], None]
@@ -44,6 +44,7 @@ class Shape:
         tokens: real ones, and surplus.
         full: whether all tokens are real, the sequences' lengths then being the graph's own.
         counted: whether all padding is on the right; kernels then count positions themselves.
+        precision: of products in fp32, which a graph takes as torch was set when it was captured.
     """
 
     batch: int
@@ -54,17 +55,19 @@ class Shape:
     counted: bool
     dtype: torch.dtype
     device: torch.device
+    precision: str
 
     @classmethod
     def of(cls, x: Tensor, padding: Padding) -> Shape:
         """That of the graph for a batch x [batch, length, hidden]."""
         batch, length = x.shape[:2]
+        kind = (x.dtype, x.device, precision(x))
         even = (batch, length) == (bucket(batch), bucket(length))
         if padding.mask is None and (even or batch * length >= LARGE):
-            return cls(batch, length, batch * length, length, True, True, x.dtype, x.device)
+            return cls(batch, length, batch * length, length, True, True, *kind)
         batch, length, longest = bucket(batch), _columns(length), _columns(max(padding.lengths))
         tokens = round_up(padding.count)
-        return cls(batch, length, tokens, longest, False, padding.counted, x.dtype, x.device)
+        return cls(batch, length, tokens, longest, False, padding.counted, *kind)
 
     @property
     def places(self) -> int:
