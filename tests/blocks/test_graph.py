@@ -126,6 +126,36 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.Monke
     assert addresses[:2] == addresses[2:]
 
 
+class Stream:
+    """Notes whom it waits for."""
+
+    def __init__(self, notes: list[Any]) -> None:
+        self.notes = notes
+
+    def wait_stream(self, other: Stream) -> None:
+        self.notes.append((self, other))
+
+
+def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All replays write to one memory, which the host's lock guards only until they are queued."""
+    notes: list[Any] = []
+    one, other = Stream(notes), Stream(notes)
+
+    class Captured:
+        def replay(self, x: Tensor, _: Padding) -> Tensor:
+            notes.append("replay")
+            return x
+
+    graphs, x = Graphs(), torch.zeros(2, 16, 8)
+    padding = Padding.of(x, None)
+    captured: Any = Captured()
+    graphs._captured = {Shape.of(x, padding): captured}
+    for stream in (one, one, other, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        graphs.run(lambda *_: None, x, padding)
+    assert notes == ["replay", "replay", (other, one), "replay", (one, other), "replay"]
+
+
 def test_a_copy_of_a_model_captures_its_own() -> None:
     graphs = Graphs()
     graphs._captured = {"any": "graph"}

@@ -97,6 +97,7 @@ class Graphs:
         self._pool: Any = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -109,7 +110,7 @@ class Graphs:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
         self._places.clear()
-        self._pool = self._stream = None
+        self._pool = self._stream = self._last = None
 
     def take(self, x: Tensor, padding: Padding) -> bool:
         """Whether this batch [batch, length, hidden] runs as a graph.
@@ -133,10 +134,17 @@ class Graphs:
         Replayed; captured first at the first batch of its shape.
         """
         with self._lock:
+            self._follow(torch.cuda.current_stream(x.device))
             shape = Shape.of(x, padding)
             if shape not in self._captured:
                 self._captured[shape] = self._capture(shape, forward, x, padding)
             return self._captured[shape].replay(x, padding)
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Let what comes on this stream wait for the batch before, which the device may still be at on another."""
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
 
     def _capture(self, shape: Shape, forward: Forward, x: Tensor, padding: Padding) -> _Captured:
         if self._pool is None:
