@@ -113,6 +113,14 @@ def test_a_norm_over_its_own_input_and_one_beside_it(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(x, expected)
 
 
+def test_a_norm_and_a_sum_are_never_written_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ln, "_plans", Plans())
+    x, weight, out, sum_out = random(6, 24), random(24), random(6, 24), random(6, 24)
+    layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=sum_out)
+    with pytest.raises(ValueError, match="out and sum_out are the same tensor"):
+        layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=out)
+
+
 def test_plans_hold_no_memory_of_the_operands(checks: list[Any]) -> None:
     import weakref
 

@@ -57,6 +57,9 @@ def fused_ln(
         BackendError: `backend="triton"` cannot run here.
     """
     operands = (x, residual, weight, bias, shift, out, sum_out)
+    # No plan knows which operands are one.
+    if out is not None and out is sum_out:
+        raise ValueError("out and sum_out are the same tensor")
     if plan := _plans.find(operands, backend, eps):
         return plan(*operands)
     check_ln(x, residual, weight, bias, shift, out, sum_out)
@@ -114,8 +117,6 @@ def check_ln(
     for name, t in (("out", out), ("sum_out", sum_out)):
         if t is not None and t.stride(1) != 1:
             raise ValueError(f"rows of {name} are not contiguous: strides {t.stride()}")
-    if out is not None and out is sum_out:
-        raise ValueError("out and sum_out are the same tensor")
 
 
 @kernel("tokens")
