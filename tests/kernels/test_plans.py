@@ -11,6 +11,7 @@ from torch import Tensor
 from flashsvd.kernels import flashsvdffnv1, fused_ln, plans
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1, flashsvd_ffn_v1_reference
+from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.fused_ln import fused_ln as layer_norm
 from flashsvd.kernels.plans import Plans
 
@@ -119,6 +120,14 @@ def test_a_norm_and_a_sum_are_never_written_to_one_place(monkeypatch: pytest.Mon
     layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=sum_out)
     with pytest.raises(ValueError, match="out and sum_out are the same tensor"):
         layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=out)
+
+
+@pytest.mark.parametrize("op", [flashsvd_ffn_v1, lambda p, v1, b1, u2: flashsvd_geglu(p, p, v1, v1, u2, b1)])
+def test_no_address_is_asked_for_where_nothing_is_launched(op: Any) -> None:
+    """Tensors in torch's function transforms have none."""
+    p, *weights = (x.cpu() for x in ffn(0))
+    found = torch.func.vmap(lambda rows: op(rows, *weights))(p[:, None])
+    torch.testing.assert_close(found.squeeze(1), op(p, *weights))
 
 
 def test_plans_hold_no_memory_of_the_operands(checks: list[Any]) -> None:

@@ -94,13 +94,13 @@ class Plans:
 
     def find(self, operands: Operands, backend: Backend, *options: Hashable) -> Plan | None:
         """The plan for such operands and options, as far as there is one yet."""
-        if backend == "torch" or torch.compiler.is_compiling() or not _at_hand(operands[0]):
+        if torch.compiler.is_compiling() or not at_hand(operands[0], backend):
             return None
         return self._plans.get(_key(operands, (backend, *options)))
 
     def keep(self, plan: Plan, operands: Operands, backend: Backend, *options: Hashable) -> None:
         """Use this plan for such operands and options from now on."""
-        if not _at_hand(operands[0]):
+        if not at_hand(operands[0], backend):
             return
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
@@ -121,9 +121,12 @@ def _key(operands: Operands, options: tuple[Hashable, ...]) -> Hashable:
     return (precision(first), options, *kinds)
 
 
-def _at_hand(x: Tensor | None) -> bool:
-    """Whether a launch, which goes to the current GPU, would reach the operand's."""
-    return x is not None and (not x.is_cuda or x.device.index == torch.cuda.current_device())
+def at_hand(x: Tensor | None, backend: Backend) -> bool:
+    """Whether there may be a plan: a kernel is launched, and on the current GPU, which is where a launch goes."""
+    if x is None or backend == "torch":
+        return False
+    # `auto` launches on GPUs only; elsewhere a tensor, such as one of torch's function transforms, may have no address.
+    return x.device.index == torch.cuda.current_device() if x.is_cuda else backend == "triton"
 
 
 def _moved(described: Any, x: Tensor | None) -> Any:
