@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.kernels import flashsvdffnv1, fused_ln, plans
+from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, fused_ln, plans
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1, flashsvd_ffn_v1_reference
+from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.fused_ln import fused_ln as layer_norm
 from flashsvd.kernels.plans import Plans
@@ -80,6 +82,29 @@ def test_other_options_are_other_plans(checks: list[Any]) -> None:
     gelu, relu = (flashsvd_ffn_v1(*operands, activation=name, backend="triton") for name in ("gelu", "relu"))
     assert not torch.equal(gelu, relu)
     assert len(checks) == 2
+
+
+def test_a_plan_is_one_of_the_precision_that_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the one that another thread sets while the kernel is compiled."""
+    monkeypatch.setattr(flashsvdffnv2, "_plans", Plans())
+    shapes = ((20, 16), (8, 16), (24, 8), (24, 8), (16, 8))
+    x, u1, v1, u2, v2 = (random(*shape, seed=i) for i, shape in enumerate(shapes))
+    launch = plans.Launch.__call__
+
+    def interrupted(self: plans.Launch, *operands: Tensor | None) -> None:
+        launch(self, *operands)
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def run() -> Tensor:
+        return flashsvd_ffn_v2(x, u1, v1, None, u2, v2, None, backend="triton")
+
+    try:
+        with patch.object(plans.Launch, "__call__", interrupted):
+            full = run()
+        assert not torch.equal(run(), full)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.equal(run(), full)
 
 
 def test_operands_that_are_copied_to_be_read_have_no_plan(checks: list[Any]) -> None:

@@ -346,7 +346,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), p_a.device))
     result = chosen(*ready)
     if in_place(given, ready):
-        _plans.keep(chosen, given, backend, activation, tiles, splits, same_p)
+        _plans.keep(chosen, given, exact, backend, activation, tiles, splits, same_p)
     return result
 
 

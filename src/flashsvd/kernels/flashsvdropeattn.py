@@ -568,7 +568,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), p_q.device))
     result = chosen(*ready, out)
     if in_place(given, ready):
-        _plans.keep(chosen, (*given, out), backend, max_seqlen, scale, window, tiles)
+        _plans.keep(chosen, (*given, out), exact, backend, max_seqlen, scale, window, tiles)
     return result
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from flashsvd.kernels.launch import (
     Backend,
     on_its_device,
+    precision,
     use_triton,
 )
 from flashsvd.kernels.plans import Address, Launch, Plans, in_place
@@ -229,7 +230,7 @@ def _launch(
     ready = (x, residual, weight, bias, shift)
     result = run(*ready, out, sum_out)
     if in_place(given, ready):
-        _plans.keep(run, (*given, out, sum_out), backend, eps)
+        _plans.keep(run, (*given, out, sum_out), precision(x), backend, eps)
     return result
 
 

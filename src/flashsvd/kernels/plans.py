@@ -96,15 +96,20 @@ class Plans:
         """The plan for such operands and options, as far as there is one yet."""
         if torch.compiler.is_compiling() or not at_hand(operands[0], backend):
             return None
-        return self._plans.get(_key(operands, (backend, *options)))
+        assert operands[0] is not None
+        return self._plans.get(_key(operands, precision(operands[0]), (backend, *options)))
 
-    def keep(self, plan: Plan, operands: Operands, backend: Backend, *options: Hashable) -> None:
-        """Use this plan for such operands and options from now on."""
+    def keep(self, plan: Plan, operands: Operands, exact: str, backend: Backend, *options: Hashable) -> None:
+        """Use this plan for such operands and options from now on.
+
+        Args:
+            exact: the precision that it was made for, since torch may be set to another one while a kernel compiles.
+        """
         if not at_hand(operands[0], backend):
             return
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        self._plans[_key(operands, (backend, *options))] = plan
+        self._plans[_key(operands, exact, (backend, *options))] = plan
 
 
 def in_place(operands: Operands, prepared: Operands) -> bool:
@@ -113,12 +118,10 @@ def in_place(operands: Operands, prepared: Operands) -> bool:
     return all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr()) for a, b in pairs)
 
 
-def _key(operands: Operands, options: tuple[Hashable, ...]) -> Hashable:
-    first = operands[0]
-    assert first is not None
+def _key(operands: Operands, exact: str, options: tuple[Hashable, ...]) -> Hashable:
     # What decides how a kernel reads a tensor; Triton compiles anew for addresses that are no multiples of 16.
     kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in operands]
-    return (precision(first), options, *kinds)
+    return (exact, options, *kinds)
 
 
 def at_hand(x: Tensor | None, backend: Backend) -> bool:
