@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import build_model, factor
 from flashsvd import optimize
@@ -152,8 +152,30 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
     graphs._captured = {Shape.of(x, padding): captured}
     for stream in (one, one, other, one):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
-        graphs.run(lambda *_: None, x, padding)
+        graphs.run(lambda *_: None, x, padding, [])
     assert notes == ["replay", "replay", (other, one), "replay", (one, other), "replay"]
+
+
+def test_graphs_of_layers_that_were_replaced_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Captured:
+        def __init__(self, forward: Any) -> None:
+            self.forward = forward
+
+        def replay(self, x: Tensor, _: Padding) -> Tensor:
+            return self.forward(x)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(Graphs, "_capture", lambda _, shape, forward, x, padding: Captured(forward))
+    graphs, x = Graphs(), torch.ones(2, 16, 8)
+    layers = [nn.Identity(), nn.Identity()]
+
+    def run(times: float, layers: list[nn.Module]) -> float:
+        forward: Any = lambda x: x * times  # noqa: E731 - a forward of its own for each call
+        return float(graphs.run(forward, x, Padding.of(x, None), layers)[0, 0, 0])
+
+    assert [run(2, layers), run(3, list(layers))] == [2, 2]
+    assert [run(3, layers[:1]), run(4, layers[:1])] == [3, 3]
+    assert run(5, [layers[0], nn.Identity()]) == 5
 
 
 def test_a_copy_of_a_model_captures_its_own() -> None:

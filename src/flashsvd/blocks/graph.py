@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsvd.blocks.choice import bucket
 from flashsvd.blocks.tokens import Padding, Tokens
@@ -98,6 +98,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
+        self._layers: list[nn.Module] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -110,7 +111,7 @@ class Graphs:
         """Drop all graphs, whose weights are about to move."""
         self._captured.clear()
         self._places.clear()
-        self._pool = self._stream = self._last = None
+        self._pool = self._stream = None
 
     def take(self, x: Tensor, padding: Padding) -> bool:
         """Whether this batch [batch, length, hidden] runs as a graph.
@@ -128,13 +129,17 @@ class Graphs:
             return False
         return shape in self._captured or len(self._captured) < MOST_GRAPHS
 
-    def run(self, forward: Forward, x: Tensor, padding: Padding) -> Tensor:
-        """What `forward` makes of the real tokens of x [batch, length, hidden], zeros at padding.
+    def run(self, forward: Forward, x: Tensor, padding: Padding, layers: list[nn.Module]) -> Tensor:
+        """What `forward`, a walk through these layers, makes of the real tokens of x [batch, length, hidden].
 
-        Replayed; captured first at the first batch of its shape.
+        Zeros at padding. Replayed; captured first at the first batch of its shape.
         """
         with self._lock:
             self._follow(torch.cuda.current_stream(x.device))
+            if layers != self._layers:
+                # Some were taken out, or others put in their place.
+                self.forget()
+                self._layers = layers
             shape = Shape.of(x, padding)
             if shape not in self._captured:
                 self._captured[shape] = self._capture(shape, forward, x, padding)
