@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from conftest import build_model, factor
 from flashsvd import optimize
+from flashsvd.blocks import tokens as tokens_module
 from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
 from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
@@ -49,9 +53,26 @@ def test_batches_of_one_shape_share_a_graph() -> None:
     assert full(9, 500) != full(9, 501)
 
 
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 16).tril() > 0], ids=["full", "padded"])
+def test_graphs_are_of_one_precision_of_fp32_products(mask: Tensor | None, matmul: Any) -> None:
+    def shape(dtype: torch.dtype, tf32: bool) -> Shape:
+        matmul.allow_tf32 = tf32
+        x = torch.zeros(2, 16, 8, dtype=dtype)
+        return Shape.of(x, Padding.of(x, mask))
+
+    assert shape(torch.float32, tf32=True) != shape(torch.float32, tf32=False)
+    assert shape(torch.float16, tf32=True) == shape(torch.float16, tf32=False)
+
+
 def test_graphs_of_about_one_size_share_their_memory() -> None:
     def shape(batch: int, length: int, dtype: torch.dtype = torch.float32) -> Shape:
-        return Shape(batch, length, 64, 16, False, True, dtype, torch.device("cpu"))
+        return Shape(batch, length, 64, 16, False, True, dtype, torch.device("cpu"), "ieee")
 
     graphs = Graphs()
     assert graphs._place(shape(4, 32), 8).hidden.shape == (129, 8)
@@ -79,6 +100,82 @@ def test_a_batch_goes_through_its_place_and_comes_back(rows: list[list[int]]) ->
         stage.load(x, padding)
         stage.walk(lambda hidden, tokens, times=times: hidden.mul_(times))
         assert torch.equal(stage.result(x), x * mask[..., None] * times)
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch without padding has tokens that are known by its shape, but only until other shapes push them out."""
+    monkeypatch.setattr(tokens_module, "_known", known := {})
+    x = torch.ones(2, 16, 8)
+    padding = Padding.of(x, None)
+    shape = Shape.of(x, padding)
+    assert shape.full
+    stage = Stage(shape, Graphs()._place(shape, 8))
+    read: list[Any] = []
+
+    def forward(hidden: Tensor, tokens: Tokens) -> None:
+        (chunk,) = tokens.chunks(1000)
+        read.extend(weakref.ref(x) for x in (chunk.cu_seqlens, chunk.positions))
+
+    for _ in range(2):
+        stage.load(x, padding)
+        stage.walk(forward)
+    known.clear()
+    gc.collect()
+    addresses = [None if x() is None else x().data_ptr() for x in read]
+    assert None not in addresses
+    assert addresses[:2] == addresses[2:]
+
+
+class Stream:
+    """Notes whom it waits for."""
+
+    def __init__(self, notes: list[Any]) -> None:
+        self.notes = notes
+
+    def wait_stream(self, other: Stream) -> None:
+        self.notes.append((self, other))
+
+
+def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All replays write to one memory, which the host's lock guards only until they are queued."""
+    notes: list[Any] = []
+    one, other = Stream(notes), Stream(notes)
+
+    class Captured:
+        def replay(self, x: Tensor, _: Padding) -> Tensor:
+            notes.append("replay")
+            return x
+
+    graphs, x = Graphs(), torch.zeros(2, 16, 8)
+    padding = Padding.of(x, None)
+    captured: Any = Captured()
+    graphs._captured = {Shape.of(x, padding): captured}
+    for stream in (one, one, other, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        graphs.run(lambda *_: None, x, padding, [])
+    assert notes == ["replay", "replay", (other, one), "replay", (one, other), "replay"]
+
+
+def test_graphs_of_layers_that_were_replaced_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Captured:
+        def __init__(self, forward: Any) -> None:
+            self.forward = forward
+
+        def replay(self, x: Tensor, _: Padding) -> Tensor:
+            return self.forward(x)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(Graphs, "_capture", lambda _, shape, forward, x, padding: Captured(forward))
+    graphs, x = Graphs(), torch.ones(2, 16, 8)
+    layers = [nn.Identity(), nn.Identity()]
+
+    def run(times: float, layers: list[nn.Module]) -> float:
+        forward: Any = lambda x: x * times  # noqa: E731 - a forward of its own for each call
+        return float(graphs.run(forward, x, Padding.of(x, None), layers)[0, 0, 0])
+
+    assert [run(2, layers), run(3, list(layers))] == [2, 2]
+    assert [run(3, layers[:1]), run(4, layers[:1])] == [3, 3]
+    assert run(5, [layers[0], nn.Identity()]) == 5
 
 
 def test_a_copy_of_a_model_captures_its_own() -> None:

@@ -39,3 +39,12 @@ def test_each_projection_is_computed_whatever_its_neighbours_are(
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # Ranks of 3, stored in 8.
     assert packed.width == 28 + 8 * kinds.count("lifted")
+
+
+def test_a_buffer_that_is_replaced_is_replaced() -> None:
+    packed = PackedProjections([make("lifted", 8, True)], torch.float64)
+    x = random(TOKENS, IN)
+    packed.matrix = torch.zeros_like(packed.matrix)
+    packed.bias_0 = random(8)
+    assert torch.equal(packed.project(x), packed.bias_0.expand(TOKENS, 8))
+    assert dict(packed.named_buffers())["matrix"] is packed.matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,46 @@ def test_threads_whose_batches_push_each_other_out_of_the_cache_get_their_own(mo
         for done in [pool.submit(walk, first) for first in range(8)]:
             done.result()
     assert len(known) == 1
+
+
+class Gpu:
+    """What tokens ask of a GPU; they themselves are made on the CPU."""
+
+    capturing = False
+    stream = 1
+
+    def take(self) -> Tokens:
+        return tokens_module._full(2, 3, torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu, count = Gpu(), tokens_module._count
+    monkeypatch.setattr(tokens_module, "_known", {})
+    monkeypatch.setattr(tokens_module, "_count", lambda batch, length, _: count(batch, length, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=gpu.stream))
+    return gpu
+
+
+def test_a_graph_that_someone_captures_reads_tokens_of_its_own(gpu: Gpu) -> None:
+    """Those that are known may be pushed out, and their memory be another's, before the graph is replayed."""
+    known = gpu.take()
+    assert gpu.take() is known
+    gpu.capturing = True
+    captured = [gpu.take(), gpu.take()]
+    assert len({id(tokens) for tokens in (known, *captured)}) == 3
+    gpu.capturing = False
+    assert gpu.take() is known
+
+
+def test_tokens_are_known_on_the_stream_that_they_were_made_on(gpu: Gpu) -> None:
+    """Another stream may come to them before they have values, or still be at them when their memory is another's."""
+    known = gpu.take()
+    gpu.stream = 2
+    assert gpu.take() is not known
+    gpu.stream = 1
+    assert gpu.take() is known
 
 
 def test_nothing_is_copied_where_nothing_is_padding() -> None:

@@ -156,12 +156,15 @@ def test_in_a_compiled_graph(window: int | None) -> None:
     q, k, v = (x[:-SURPLUS] for x in operands((20, 7)))
     cu_seqlens = cumulative((20, 7))
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attention(q, k, v, cu_seqlens, 20, scale=SCALE, window=window, backend="triton") + 1
+    def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        return flash_attention(q, k, v, cu_seqlens, 20, scale=SCALE, window=window, backend="triton", out=out) + 1
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     expected = flash_attention_reference(q, k, v, cu_seqlens, 20, scale=SCALE, window=window)
     torch.testing.assert_close(compiled(q, k, v), expected + 1)
+    out = torch.zeros_like(expected)
+    torch.testing.assert_close(compiled(q, k, v, out), expected + 1)
+    torch.testing.assert_close(out, expected)
     torch.library.opcheck(
         torch.ops.flashsvd.flash_attention.default, (q, k, v, cu_seqlens, 20, SCALE, window, with_holes((20, 7))[:27])
     )

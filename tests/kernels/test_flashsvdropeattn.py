@@ -208,12 +208,15 @@ def test_in_a_compiled_graph(window: int | None) -> None:
     operands = [torch.nan_to_num(x) for x in operands]
     cu_seqlens = cumulative(case.lengths)
 
-    def call(*given: Tensor) -> Tensor:
-        return flashsvd_rope_attention(*given, cu_seqlens, 33, window=window, backend="triton", **options)
+    def call(*given: Tensor, out: Tensor | None = None) -> Tensor:
+        return flashsvd_rope_attention(*given, cu_seqlens, 33, window=window, backend="triton", out=out, **options)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     expected = flashsvd_rope_attention_reference(*operands, cu_seqlens, 33, window=window, **options)
     torch.testing.assert_close(compiled(*operands)[:53], expected[:53], atol=1e-5, rtol=1e-5)
+    out = torch.zeros_like(expected)
+    compiled(*operands, out=out)
+    torch.testing.assert_close(out[:53], expected[:53], atol=1e-5, rtol=1e-5)
     more = (options["scale"], options["b_q"], options["b_k"], window, with_holes(case.lengths))
     # Tokens of no sequence are not written, so no two calls agree on them.
     within = [x[:53] if x.shape[0] == 58 else x for x in operands]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.kernels import flashsvdffnv1, fused_ln, plans
+from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, fused_ln, plans
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1, flashsvd_ffn_v1_reference
+from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
+from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.fused_ln import fused_ln as layer_norm
 from flashsvd.kernels.plans import Plans
 
@@ -81,6 +84,29 @@ def test_other_options_are_other_plans(checks: list[Any]) -> None:
     assert len(checks) == 2
 
 
+def test_a_plan_is_one_of_the_precision_that_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the one that another thread sets while the kernel is compiled."""
+    monkeypatch.setattr(flashsvdffnv2, "_plans", Plans())
+    shapes = ((20, 16), (8, 16), (24, 8), (24, 8), (16, 8))
+    x, u1, v1, u2, v2 = (random(*shape, seed=i) for i, shape in enumerate(shapes))
+    launch = plans.Launch.__call__
+
+    def interrupted(self: plans.Launch, *operands: Tensor | None) -> None:
+        launch(self, *operands)
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def run() -> Tensor:
+        return flashsvd_ffn_v2(x, u1, v1, None, u2, v2, None, backend="triton")
+
+    try:
+        with patch.object(plans.Launch, "__call__", interrupted):
+            full = run()
+        assert not torch.equal(run(), full)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.equal(run(), full)
+
+
 def test_operands_that_are_copied_to_be_read_have_no_plan(checks: list[Any]) -> None:
     _, v1, b1, u2 = ffn(0)
     # Rows of an odd number of elements, which no descriptor describes.
@@ -111,6 +137,22 @@ def test_a_norm_over_its_own_input_and_one_beside_it(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(layer_norm(x, None, weight, None, eps=1e-5, backend="triton"), expected)
         layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=x)
         torch.testing.assert_close(x, expected)
+
+
+def test_a_norm_and_a_sum_are_never_written_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ln, "_plans", Plans())
+    x, weight, out, sum_out = random(6, 24), random(24), random(6, 24), random(6, 24)
+    layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=sum_out)
+    with pytest.raises(ValueError, match="out and sum_out are the same tensor"):
+        layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=out)
+
+
+@pytest.mark.parametrize("op", [flashsvd_ffn_v1, lambda p, v1, b1, u2: flashsvd_geglu(p, p, v1, v1, u2, b1)])
+def test_no_address_is_asked_for_where_nothing_is_launched(op: Any) -> None:
+    """Tensors in torch's function transforms have none."""
+    p, *weights = (x.cpu() for x in ffn(0))
+    found = torch.func.vmap(lambda rows: op(rows, *weights))(p[:, None])
+    torch.testing.assert_close(found.squeeze(1), op(p, *weights))
 
 
 def test_plans_hold_no_memory_of_the_operands(checks: list[Any]) -> None:

@@ -30,6 +30,11 @@ class Packed(Part):
         self.register_buffer(name, tensor, persistent=False)
         self.__dict__[name] = tensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._buffers:
+            self.__dict__[name] = value
+
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.__dict__.update(self._buffers)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsvd.blocks.choice import bucket
 from flashsvd.blocks.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
-from flashsvd.kernels.launch import why_not_triton
+from flashsvd.kernels.launch import precision, why_not_triton
 
 # hidden [T, hidden], tokens; works in place
 Forward = Callable[[Tensor, Tokens], None]
@@ -44,6 +44,7 @@ class Shape:
         tokens: real ones, and surplus.
         full: whether all tokens are real, the sequences' lengths then being the graph's own.
         counted: whether all padding is on the right; kernels then count positions themselves.
+        precision: of products in fp32, which a graph takes as torch was set when it was captured.
     """
 
     batch: int
@@ -54,17 +55,19 @@ class Shape:
     counted: bool
     dtype: torch.dtype
     device: torch.device
+    precision: str
 
     @classmethod
     def of(cls, x: Tensor, padding: Padding) -> Shape:
         """That of the graph for a batch x [batch, length, hidden]."""
         batch, length = x.shape[:2]
+        kind = (x.dtype, x.device, precision(x))
         even = (batch, length) == (bucket(batch), bucket(length))
         if padding.mask is None and (even or batch * length >= LARGE):
-            return cls(batch, length, batch * length, length, True, True, x.dtype, x.device)
+            return cls(batch, length, batch * length, length, True, True, *kind)
         batch, length, longest = bucket(batch), _columns(length), _columns(max(padding.lengths))
         tokens = round_up(padding.count)
-        return cls(batch, length, tokens, longest, False, padding.counted, x.dtype, x.device)
+        return cls(batch, length, tokens, longest, False, padding.counted, *kind)
 
     @property
     def places(self) -> int:
@@ -94,6 +97,8 @@ class Graphs:
         self._pool: Any = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Stream | None = None
+        self._layers: list[nn.Module] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -124,16 +129,27 @@ class Graphs:
             return False
         return shape in self._captured or len(self._captured) < MOST_GRAPHS
 
-    def run(self, forward: Forward, x: Tensor, padding: Padding) -> Tensor:
-        """What `forward` makes of the real tokens of x [batch, length, hidden], zeros at padding.
+    def run(self, forward: Forward, x: Tensor, padding: Padding, layers: list[nn.Module]) -> Tensor:
+        """What `forward`, a walk through these layers, makes of the real tokens of x [batch, length, hidden].
 
-        Replayed; captured first at the first batch of its shape.
+        Zeros at padding. Replayed; captured first at the first batch of its shape.
         """
         with self._lock:
+            self._follow(torch.cuda.current_stream(x.device))
+            if layers != self._layers:
+                # Some were taken out, or others put in their place.
+                self.forget()
+                self._layers = layers
             shape = Shape.of(x, padding)
             if shape not in self._captured:
                 self._captured[shape] = self._capture(shape, forward, x, padding)
             return self._captured[shape].replay(x, padding)
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Let what comes on this stream wait for the batch before, which the device may still be at on another."""
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
 
     def _capture(self, shape: Shape, forward: Forward, x: Tensor, padding: Padding) -> _Captured:
         if self._pool is None:
@@ -165,6 +181,8 @@ class Stage:
         with torch.inference_mode(False), torch.no_grad():
             self._batch = place.hidden[: shape.places].view(shape.batch, shape.length, -1)
             self._mask = place.mask.view(shape.batch, shape.length)
+            # The graph reads them at every replay, so they are kept for as long.
+            self._tokens = Tokens.of(self._batch, None) if shape.full else None
 
     def load(self, x: Tensor, padding: Padding) -> None:
         """Copy a batch [batch, length, hidden] in, which may be smaller than that of the graph."""
@@ -183,8 +201,8 @@ class Stage:
     def walk(self, forward: Forward) -> None:
         """All of it on the device, without the host waiting."""
         shape = self._shape
-        if shape.full:
-            forward(self._hidden[:-1], Tokens.of(self._batch, None))
+        if self._tokens is not None:
+            forward(self._hidden[:-1], self._tokens)
             return
         tokens = Tokens.masked(self._mask, shape.tokens, shape.max_seqlen, shape.counted)
         assert tokens.indices is not None

@@ -36,9 +36,12 @@ class RotaryTables:
         if key not in self._tables:
             positions = torch.arange(rows, device=x.device)[None]
             cos, sin = (half(table) for table in self._embedding(x, positions, layer_type))
-            # What is made while someone captures a graph has no values before its replay.
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return cos, sin
+            if x.is_cuda:
+                # What is made while someone captures a graph has no values before its replay.
+                if torch.cuda.is_current_stream_capturing():
+                    return cos, sin
+                # Other streams do not wait for this one.
+                torch.cuda.current_stream(x.device).synchronize()
             self._tables[key] = cos, sin
         return self._tables[key]
 

@@ -55,7 +55,7 @@ def run_stack(
                 hidden_states = layer(hidden_states, tokens=tokens)
             return hidden_states
         if graphs is not None and graphs.take(hidden_states, padding):
-            return graphs.run(_walk_through(layers), hidden_states, padding)
+            return graphs.run(_walk_through(layers), hidden_states, padding, layers)
         return run_packed(layers, hidden_states, Tokens.behind(hidden_states, padding), owned)
 
 

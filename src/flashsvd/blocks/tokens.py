@@ -243,21 +243,25 @@ class Tokens:
                 first, start = row + 1, end
 
 
-# Of batches without padding, which are mostly of a few shapes.
-_known: dict[tuple[int, int, torch.device], Tokens] = {}
+# Of batches without padding, which are mostly of a few shapes; on the stream that they were made on.
+_known: dict[tuple[int, int, torch.device, int], Tokens] = {}
 MOST_KNOWN = 32
 _lock = threading.Lock()
 
 
 def _full(batch: int, length: int, device: torch.device) -> Tokens:
     """Every token is real."""
-    key = (batch, length, device)
+    stream = 0
+    if device.type == "cuda":
+        # A graph reads its own: what is made while it is captured has no values before its replay, and what is known
+        # may be dropped by then.
+        if torch.cuda.is_current_stream_capturing():
+            return _count(batch, length, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    key = (batch, length, device, stream)
     with _lock:
         if key not in _known:
-            tokens = _count(*key)
-            # What is made while a graph is captured has no values before its replay.
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return tokens
+            tokens = _count(batch, length, device)
             if len(_known) >= MOST_KNOWN:
                 _known.pop(next(iter(_known)))
             _known[key] = tokens

@@ -66,7 +66,7 @@ def flash_attention(
         k: keys, [T, H_kv, D_k], H a multiple of H_kv.
         v: values, [T, H_kv, D_v].
         cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1]. Tokens after that
-            belong to no sequence; their outputs are not written.
+            belong to no sequence; their outputs mean nothing.
         max_seqlen: no sequence is longer.
         window: a token attends to those at most this many positions away; None to all.
         positions: of each token in its sequence, int32 [T], ascending, where they are not simply counted (a sequence
@@ -92,9 +92,9 @@ def flash_attention(
             q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, positions=positions
         )
         return result if out is None else out.copy_(result)
-    if out is None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, positions)
-        return compiled
+        return compiled if out is None else out.copy_(compiled)
     return _launch(q, k, v, cu_seqlens, max_seqlen, scale, window, positions, backend, tiles, out)
 
 
@@ -496,7 +496,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), q.device))
     result = chosen(*ready, out)
     if in_place(given, ready):
-        _plans.keep(chosen, (*given, out), backend, max_seqlen, scale, window, tiles)
+        _plans.keep(chosen, (*given, out), exact, backend, max_seqlen, scale, window, tiles)
     return result
 
 

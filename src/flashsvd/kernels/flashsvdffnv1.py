@@ -275,7 +275,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), p.device))
     result = chosen(*ready)
     if in_place(given, ready):
-        _plans.keep(chosen, given, backend, activation, tiles, splits)
+        _plans.keep(chosen, given, exact, backend, activation, tiles, splits)
     return result
 
 

@@ -339,7 +339,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), x.device))
     result = chosen(*ready)
     if in_place(given, ready):
-        _plans.keep(chosen, given, backend, activation, tiles)
+        _plans.keep(chosen, given, exact, backend, activation, tiles)
     return result
 
 

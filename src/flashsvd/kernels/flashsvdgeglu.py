@@ -31,7 +31,7 @@ from flashsvd.kernels.launch import (
     use_triton,
 )
 from flashsvd.kernels.partial_sums import plan_sum
-from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
+from flashsvd.kernels.plans import Address, Launch, Plan, Plans, at_hand, in_place, tile
 from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Tiles, TilesOption, check_splits, choose, fp32_tiles, generation, splits_that_fill
 from flashsvd.kernels.triton_import import kernel, tl
@@ -82,7 +82,7 @@ def flashsvd_geglu(
     """
     operands = (p_a, p_g, v_a, v_g, u2, b_a, b_g)
     # No address is known to torch.compile.
-    same_p = not torch.compiler.is_compiling() and _same(p_a, p_g)
+    same_p = not torch.compiler.is_compiling() and at_hand(p_a, backend) and _same(p_a, p_g)
     if plan := _plans.find(operands, backend, activation, tiles, splits, same_p):
         return plan(*operands)
     check_geglu(p_a, p_g, v_a, v_g, u2, b_a, b_g, activation)
@@ -347,7 +347,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready), p_a.device))
     result = chosen(*ready)
     if in_place(given, ready):
-        _plans.keep(chosen, given, backend, activation, tiles, splits, same_p)
+        _plans.keep(chosen, given, exact, backend, activation, tiles, splits, same_p)
     return result
 
 

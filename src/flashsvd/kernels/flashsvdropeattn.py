@@ -93,7 +93,7 @@ def flashsvd_rope_attention(
         cos: of the angles by position, [P, D / 2], fp32 or the dtype of the others. There is a row for every position.
         sin: likewise.
         cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1]. Tokens after that
-            belong to no sequence; their outputs are not written.
+            belong to no sequence; their outputs mean nothing.
         max_seqlen: no sequence is longer.
         scale: the model's own attention scale, 1 / sqrt(D) as a rule.
         b_q: bias of the queries, [H, D].
@@ -121,11 +121,11 @@ def flashsvd_rope_attention(
         )  # fmt: skip
         return result if out is None else out.copy_(result)
     check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]), v_q.dtype)
-    if out is None and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         compiled: Tensor = torch.ops.flashsvd.rope_attention(
             p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions
         )
-        return compiled
+        return compiled if out is None else out.copy_(compiled)
     return _launch(
         p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions,
         backend, tiles, out,
@@ -570,7 +570,7 @@ def _launch(
     chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), p_q.device))
     result = chosen(*ready, out)
     if in_place(given, ready):
-        _plans.keep(chosen, (*given, out), backend, max_seqlen, scale, window, tiles)
+        _plans.keep(chosen, (*given, out), exact, backend, max_seqlen, scale, window, tiles)
     return result
 
 

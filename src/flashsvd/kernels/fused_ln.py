@@ -18,6 +18,7 @@ from torch import Tensor
 from flashsvd.kernels.launch import (
     Backend,
     on_its_device,
+    precision,
     use_triton,
 )
 from flashsvd.kernels.plans import Address, Launch, Plans, in_place
@@ -57,6 +58,9 @@ def fused_ln(
         BackendError: `backend="triton"` cannot run here.
     """
     operands = (x, residual, weight, bias, shift, out, sum_out)
+    # No plan knows which operands are one.
+    if out is not None and out is sum_out:
+        raise ValueError("out and sum_out are the same tensor")
     if plan := _plans.find(operands, backend, eps):
         return plan(*operands)
     check_ln(x, residual, weight, bias, shift, out, sum_out)
@@ -114,8 +118,6 @@ def check_ln(
     for name, t in (("out", out), ("sum_out", sum_out)):
         if t is not None and t.stride(1) != 1:
             raise ValueError(f"rows of {name} are not contiguous: strides {t.stride()}")
-    if out is not None and out is sum_out:
-        raise ValueError("out and sum_out are the same tensor")
 
 
 @kernel("tokens")
@@ -228,7 +230,7 @@ def _launch(
     ready = (x, residual, weight, bias, shift)
     result = run(*ready, out, sum_out)
     if in_place(given, ready):
-        _plans.keep(run, (*given, out, sum_out), backend, eps)
+        _plans.keep(run, (*given, out, sum_out), precision(x), backend, eps)
     return result
 
 

@@ -94,17 +94,22 @@ class Plans:
 
     def find(self, operands: Operands, backend: Backend, *options: Hashable) -> Plan | None:
         """The plan for such operands and options, as far as there is one yet."""
-        if backend == "torch" or torch.compiler.is_compiling() or not _at_hand(operands[0]):
+        if torch.compiler.is_compiling() or not at_hand(operands[0], backend):
             return None
-        return self._plans.get(_key(operands, (backend, *options)))
+        assert operands[0] is not None
+        return self._plans.get(_key(operands, precision(operands[0]), (backend, *options)))
 
-    def keep(self, plan: Plan, operands: Operands, backend: Backend, *options: Hashable) -> None:
-        """Use this plan for such operands and options from now on."""
-        if not _at_hand(operands[0]):
+    def keep(self, plan: Plan, operands: Operands, exact: str, backend: Backend, *options: Hashable) -> None:
+        """Use this plan for such operands and options from now on.
+
+        Args:
+            exact: the precision that it was made for, since torch may be set to another one while a kernel compiles.
+        """
+        if not at_hand(operands[0], backend):
             return
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        self._plans[_key(operands, (backend, *options))] = plan
+        self._plans[_key(operands, exact, (backend, *options))] = plan
 
 
 def in_place(operands: Operands, prepared: Operands) -> bool:
@@ -113,17 +118,18 @@ def in_place(operands: Operands, prepared: Operands) -> bool:
     return all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr()) for a, b in pairs)
 
 
-def _key(operands: Operands, options: tuple[Hashable, ...]) -> Hashable:
-    first = operands[0]
-    assert first is not None
+def _key(operands: Operands, exact: str, options: tuple[Hashable, ...]) -> Hashable:
     # What decides how a kernel reads a tensor; Triton compiles anew for addresses that are no multiples of 16.
     kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in operands]
-    return (precision(first), options, *kinds)
+    return (exact, options, *kinds)
 
 
-def _at_hand(x: Tensor | None) -> bool:
-    """Whether a launch, which goes to the current GPU, would reach the operand's."""
-    return x is not None and (not x.is_cuda or x.device.index == torch.cuda.current_device())
+def at_hand(x: Tensor | None, backend: Backend) -> bool:
+    """Whether there may be a plan: a kernel is launched, and on the current GPU, which is where a launch goes."""
+    if x is None or backend == "torch":
+        return False
+    # `auto` launches on GPUs only; elsewhere a tensor, such as one of torch's function transforms, may have no address.
+    return x.device.index == torch.cuda.current_device() if x.is_cuda else backend == "triton"
 
 
 def _moved(described: Any, x: Tensor | None) -> Any:

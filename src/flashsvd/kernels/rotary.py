@@ -15,6 +15,7 @@ from torch import Tensor
 from flashsvd.kernels.launch import (
     Backend,
     on_its_device,
+    precision,
     use_triton,
 )
 from flashsvd.kernels.plans import Address, Launch, Plans, in_place
@@ -133,7 +134,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, backend: Bac
     ready = (x, cos.contiguous(), sin.contiguous(), positions.contiguous())
     run(*ready)
     if in_place(given, ready):
-        _plans.keep(run, given, backend)
+        _plans.keep(run, given, precision(x), backend)
 
 
 @torch.library.custom_op("flashsvd::rotate_heads", mutates_args=("x",))
