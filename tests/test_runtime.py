@@ -382,6 +382,10 @@ def replace_norm(model: Any) -> None:
     model.encoder.layer[0].output.LayerNorm = nn.RMSNorm(64)
 
 
+def repeat(model: Any) -> None:
+    model.encoder.layer[1] = model.encoder.layer[0]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -397,6 +401,7 @@ def replace_norm(model: Any) -> None:
         (replace_norm, r"output\.LayerNorm is a RMSNorm"),
         (lambda model: delattr(model, "encoder"), "encoder is a NoneType, not a BertEncoder"),
         (lambda model: setattr(model.encoder, "layer", nn.ModuleList()), "has no layers that could be fused"),
+        (repeat, "layers 0 and 1 are one and the same module; give each a copy"),
         (lambda model: optimize(model), "optimised already"),
     ],
 )
@@ -407,9 +412,10 @@ def test_a_model_that_cannot_be_fused_is_refused(change: Callable[[Any], object]
         optimize(model)
 
 
-def test_a_refused_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("change", [add_hook, repeat])
+def test_a_refused_model_is_left_as_it_was(change: Callable[[Any], object]) -> None:
     plain = compressed()
-    add_hook(plain)
+    change(plain)
     before = {name: type(module) for name, module in plain.named_modules()}
     expected = run(plain, inputs()).last_hidden_state
     with pytest.raises(BackendError):
@@ -417,6 +423,19 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     assert {name: type(module) for name, module in plain.named_modules()} == before
     assert plain.config._attn_implementation == "sdpa"
     assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+
+
+def test_layers_may_share_parts_and_parameters() -> None:
+    plain = compressed()
+    first, second = plain.encoder.layer
+    second.output = first.output
+    second.intermediate.dense.u.weight = first.intermediate.dense.u.weight
+    torch.testing.assert_close(
+        run(optimised(plain), inputs(None)).last_hidden_state,
+        run(plain, inputs(None)).last_hidden_state,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, calls: int = 1) -> None:

@@ -34,6 +34,18 @@ def refuse_no_layers(layers: Sized) -> None:
         raise BackendError("the model has no layers that could be fused (num_hidden_layers is 0); run it as it is")
 
 
+def refuse_repeated(layers: Iterable[nn.Module]) -> None:
+    """Refuse one layer in two places, which could give up its weights only once.
+
+    Raises:
+        BackendError: naming the two places.
+    """
+    seen: dict[nn.Module, int] = {}
+    for i, layer in enumerate(layers):
+        if (first := seen.setdefault(layer, i)) != i:
+            raise BackendError(f"layers {first} and {i} are one and the same module; give each a copy (copy.deepcopy)")
+
+
 def refuse_other_class(module: nn.Module | None, path: str, known: type) -> None:
     """Refuse a module of another class, or whose forward is not its class's.
 
