@@ -412,6 +412,17 @@ def test_a_model_that_cannot_be_fused_is_refused(change: Callable[[Any], object]
         optimize(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_weights_of_a_dtype_that_nothing_computes_in_are_refused(family: str, dtype: torch.dtype) -> None:
+    model = build_model(family, "base").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(BackendError, match=f"weights are {name}; load them in fp16, bf16, fp32 or fp64"):
+        optimize(model)
+
+
 @pytest.mark.parametrize("change", [add_hook, repeat])
 def test_a_refused_model_is_left_as_it_was(change: Callable[[Any], object]) -> None:
     plain = compressed()
@@ -653,6 +664,17 @@ def test_an_optimised_model_is_not_exported() -> None:
     assert run(model, {"input_ids": torch.zeros(1, 11, dtype=torch.long)}).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_an_optimised_model_is_not_traced(family: str) -> None:
+    ids = torch.zeros(1, 11, dtype=torch.long)
+    model = optimised(compressed(family, "classifier"), "torch")
+    before = run(model, {"input_ids": ids}).logits
+    with pytest.raises(BackendError, match=r"cannot be traced or exported \(torch\.jit\.trace\); use the plain model"):
+        torch.jit.trace(model, (ids,))
+    assert torch.equal(run(model, {"input_ids": ids}).logits, before)
+
+
 # The kernels, in Triton's interpreter.
 
 
@@ -757,6 +779,9 @@ def test_a_checkpoint_loads_onto_fused_blocks(make_model: MakeModel, tmp_path: P
     torch.testing.assert_close(run(fused, inputs()).logits, run(plain, inputs()).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="pass optimize=True"):
         load_compressed(tmp_path / "out", backend="torch")
+    name: Any = "triton"
+    with pytest.raises(ConfigError, match="not 'triton'; pass optimize=True, backend='triton'"):
+        load_compressed(tmp_path / "out", optimize=name)
 
 
 def test_a_backend_that_cannot_run_is_refused_before_the_weights_are_read(
