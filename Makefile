@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint types layers bench bench-gpu clean
@@ -27,10 +28,12 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmark/benchmark_main_job.py
 
 bench-gpu: $(VENV)/.ready
-	for script in encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn; do \
-		$(BIN)/python benchmark/benchmark_$$script.py || exit; \
-	done
-	$(BIN)/python benchmark/table.py
+	failed=; \
+	for script in $(GPU_BENCHMARKS); do \
+		$(BIN)/python benchmark/benchmark_$$script.py || failed="$$failed $$script"; \
+	done; \
+	$(BIN)/python benchmark/table.py || failed="$$failed table"; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

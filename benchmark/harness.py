@@ -1,13 +1,15 @@
 """What every benchmark shares: a script says how its variants are set up, and this checks, measures and records them.
 
 A variant is held against fp64 before it is timed: its error may be at most twice that of the same products in plain
-torch and the same dtype, plus a floor. One that fails is reported as refused, and no time is taken.
+torch and the same dtype, plus a floor. One that is further off is reported as refused, and no time is taken; one that
+raises is reported as failed. Either way the others are measured, and the script exits 1 in the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 import time
 import traceback
@@ -186,7 +188,11 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
 
     Returns:
         The CSV file, and the rows of this run.
+
+    Raises:
+        SystemExit: with 2, a name of `--only` begins no case.
     """
+    chosen = _pick(list(cases), settings.only)
     torch.set_grad_enabled(False)
     environment = Environment.of(settings.device, settings.commit)
     file = csv_file(script, environment.gpu, settings.out)
@@ -194,13 +200,20 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
     print(f"{script}: {environment.gpu}, torch {environment.torch}, triton {environment.triton}, "
           f"transformers {environment.transformers}, commit {environment.commit or 'unknown'}")  # fmt: skip
     rows: list[Row] = []
-    for case in cases:
-        if settings.only and not case.name.startswith(settings.only):
-            continue
+    for case in chosen:
         rows += [_on(environment, row) for row in run_case(case, settings)]
         write_rows(merge(earlier, rows), file)
     print(f"\n{file}: {len(rows)} rows of this run")
     return file, rows
+
+
+def _pick(cases: Sequence[Case], only: tuple[str, ...]) -> Sequence[Case]:
+    for name in only:
+        if not any(case.name.startswith(name) for case in cases):
+            known = ", ".join(dict.fromkeys(case.name for case in cases))
+            print(f"--only {name} begins the name of no case; there are {known}", file=sys.stderr)
+            raise SystemExit(2)
+    return [case for case in cases if not only or case.name.startswith(only)]
 
 
 def _on(environment: Environment, row: Row) -> Row:
@@ -209,9 +222,9 @@ def _on(environment: Environment, row: Row) -> Row:
 
 
 def finish(rows: list[Row]) -> None:
-    """Ends the script as failed where a variant was refused."""
-    if refused := [f"{row.case}: {row.variant}" for row in rows if row.status == "refused"]:
-        raise SystemExit(f"refused, and not timed: {'; '.join(refused)}")
+    """Ends the script with exit code 1 where a variant was refused or failed."""
+    if untimed := [f"{row.case}: {row.variant} ({row.status})" for row in rows if row.status in ("refused", "failed")]:
+        raise SystemExit(f"not timed: {'; '.join(untimed)}")
 
 
 def run_case(case: Case, settings: Settings) -> list[Row]:

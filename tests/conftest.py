@@ -190,8 +190,8 @@ def shared_model(name: str) -> Path:
     return directory
 
 
-def build_tokenizer() -> BertTokenizer:
-    return BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=40)
+def build_tokenizer(**options: Any) -> BertTokenizer:
+    return BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=40, **options)
 
 
 @pytest.fixture

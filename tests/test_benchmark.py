@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,7 +71,7 @@ def test_a_wrong_variant_is_refused_and_not_timed(
     assert rows[0].ms is None
     assert "allowed" in rows[0].note
     assert timed == [1.0]
-    with pytest.raises(SystemExit, match="case: variant 0"):
+    with pytest.raises(SystemExit, match=r"case: variant 0 \(refused\)"):
         harness.finish(rows)
     harness.finish(rows[1:])
 
@@ -91,6 +94,9 @@ def test_one_that_fails_costs_no_other_its_row(settings: Settings) -> None:
     rows = harness.run_case(case_of(broken, unsupported, right), settings)
     assert [row.status for row in rows] == ["failed", "skipped", "ok"]
     assert [row.note for row in rows[:2]] == ["ValueError: no such tile", "there are no fused blocks for it"]
+    with pytest.raises(SystemExit, match=r"not timed: case: variant 0 \(failed\)$"):
+        harness.finish(rows)
+    harness.finish(rows[1:])
 
 
 def test_a_case_that_breaks_off_keeps_what_it_had(settings: Settings) -> None:
@@ -129,6 +135,36 @@ def test_only_and_without_leave_out_cases_and_variants(settings: Settings) -> No
     cases = [case_of(right, right), dataclasses.replace(case_of(right), name="other")]
     _, rows = harness.run("benchmark_x", cases, chosen)
     assert [(row.case, row.variant) for row in rows] == [("case", "variant 0")]
+
+
+@pytest.mark.parametrize("only", ["nothing", "case,nothing"])
+def test_only_names_that_begin_no_case_are_refused_with_those_there_are(
+    only: str, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = dataclasses.replace(settings, only=tuple(only.split(",")))
+    cases = [case_of(right), case_of(right), dataclasses.replace(case_of(right), name="other")]
+    with pytest.raises(SystemExit) as stop:
+        harness.run("benchmark_x", cases, chosen)
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "--only nothing begins the name of no case; there are case, other\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", ["benchmark_flashsvdffn", "table", "nothing"])
+def test_a_script_that_fails_keeps_no_other_from_running_and_fails_make(failing: str, tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nbasename "$1" .py\n! [ "$1" = benchmark/{failing}.py ]\n')
+    python.chmod(0o755)
+    (tmp_path / ".ready").touch()
+    command = ["make", "--silent", "bench-gpu", f"VENV={tmp_path}"]
+    # Without the options of a make that runs these tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [*(f"benchmark_{script}" for script in SCRIPTS), "table"]
+    assert (done.returncode != 0) == (failing != "nothing")
+    assert (f"failed: {failing.removeprefix('benchmark_')}\n" in done.stderr) == (failing != "nothing")
 
 
 def test_the_csv_says_all_and_keeps_rows_of_other_cases(settings: Settings) -> None:

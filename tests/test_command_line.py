@@ -150,6 +150,11 @@ def test_public_names_resolve() -> None:
         getattr(flashsvd, "nothing")  # noqa: B009 - the lookup is what is tested
 
 
+def test_the_runtime_is_there_without_an_import_of_its_own() -> None:
+    code = "import sys, flashsvd; print('torch' in sys.modules, callable(flashsvd.runtime.choices))"
+    assert python(code) == "False True"
+
+
 def test_importing_is_cheap_and_runs_without_datasets_evaluate_and_gradio(checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "x.tsv"
     data.write_text("sentence\tlabel\na good movie\t1\n")

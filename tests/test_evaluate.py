@@ -191,6 +191,43 @@ def test_a_backend_that_cannot_run_is_refused_before_the_model_is_loaded(
         EvalConfig(str(make_model()), "sst2", backend="cuda")
 
 
+def pad_on_the_left(source: Path) -> str:
+    build_tokenizer(padding_side="left").save_pretrained(source)
+    return str(source)
+
+
+FIRST_COLUMN = [("bert", {}), ("roberta", {}), ("modernbert", {"classifier_pooling": "cls"})]
+
+
+@pytest.mark.parametrize(("name", "options"), FIRST_COLUMN, ids=[name for name, _ in FIRST_COLUMN])
+def test_padding_in_the_column_that_a_head_reads_is_refused_on_fused_blocks_before_the_model_is_loaded(
+    make_model: MakeModel, tmp_path: Path, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = pad_on_the_left(make_model(name, **options))
+    data = str(write_task_data(TASKS["sst2"], tmp_path))
+    run_eval(EvalConfig(checkpoint, "sst2", data=data))
+    monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+    with pytest.raises(BackendError, match="set padding_side to right in tokenizer_config"):
+        run_eval(EvalConfig(checkpoint, "sst2", data=data, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "options"),
+    [
+        ("modernbert", "stsb", {"num_labels": 1, "classifier_pooling": "mean"}),
+        ("bert", "similarity", {"head": "base"}),
+        ("modernbert", "similarity", {"classifier_pooling": "cls"}),
+    ],
+)
+def test_padding_on_the_left_changes_nothing_where_real_tokens_are_averaged(
+    make_model: MakeModel, tmp_path: Path, name: str, task: str, options: dict[str, Any]
+) -> None:
+    checkpoint = pad_on_the_left(make_model(name, **options))
+    data = str(write_task_data(TASKS[task], tmp_path))
+    plain, fused = (run_eval(EvalConfig(checkpoint, task, data=data, backend=backend)) for backend in (None, "torch"))
+    assert fused.metrics == pytest.approx(plain.metrics, abs=1e-5)
+
+
 def test_an_undefined_metric_is_null(make_model: MakeModel, tmp_path: Path) -> None:
     data = tmp_path / "x.tsv"
     data.write_text("sentence1\tsentence2\tlabel\na man\ta dog\t3.0\na film\ta movie\t3.0\n")

@@ -382,6 +382,10 @@ def replace_norm(model: Any) -> None:
     model.encoder.layer[0].output.LayerNorm = nn.RMSNorm(64)
 
 
+def repeat(model: Any) -> None:
+    model.encoder.layer[1] = model.encoder.layer[0]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -397,6 +401,7 @@ def replace_norm(model: Any) -> None:
         (replace_norm, r"output\.LayerNorm is a RMSNorm"),
         (lambda model: delattr(model, "encoder"), "encoder is a NoneType, not a BertEncoder"),
         (lambda model: setattr(model.encoder, "layer", nn.ModuleList()), "has no layers that could be fused"),
+        (repeat, "layers 0 and 1 are one and the same module; give each a copy"),
         (lambda model: optimize(model), "optimised already"),
     ],
 )
@@ -407,9 +412,21 @@ def test_a_model_that_cannot_be_fused_is_refused(change: Callable[[Any], object]
         optimize(model)
 
 
-def test_a_refused_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_weights_of_a_dtype_that_nothing_computes_in_are_refused(family: str, dtype: torch.dtype) -> None:
+    model = build_model(family, "base").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(BackendError, match=f"weights are {name}; load them in fp16, bf16, fp32 or fp64"):
+        optimize(model)
+
+
+@pytest.mark.parametrize("change", [add_hook, repeat])
+def test_a_refused_model_is_left_as_it_was(change: Callable[[Any], object]) -> None:
     plain = compressed()
-    add_hook(plain)
+    change(plain)
     before = {name: type(module) for name, module in plain.named_modules()}
     expected = run(plain, inputs()).last_hidden_state
     with pytest.raises(BackendError):
@@ -417,6 +434,19 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     assert {name: type(module) for name, module in plain.named_modules()} == before
     assert plain.config._attn_implementation == "sdpa"
     assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
+
+
+def test_layers_may_share_parts_and_parameters() -> None:
+    plain = compressed()
+    first, second = plain.encoder.layer
+    second.output = first.output
+    second.intermediate.dense.u.weight = first.intermediate.dense.u.weight
+    torch.testing.assert_close(
+        run(optimised(plain), inputs(None)).last_hidden_state,
+        run(plain, inputs(None)).last_hidden_state,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, calls: int = 1) -> None:
@@ -634,6 +664,17 @@ def test_an_optimised_model_is_not_exported() -> None:
     assert run(model, {"input_ids": torch.zeros(1, 11, dtype=torch.long)}).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_an_optimised_model_is_not_traced(family: str) -> None:
+    ids = torch.zeros(1, 11, dtype=torch.long)
+    model = optimised(compressed(family, "classifier"), "torch")
+    before = run(model, {"input_ids": ids}).logits
+    with pytest.raises(BackendError, match=r"cannot be traced or exported \(torch\.jit\.trace\); use the plain model"):
+        torch.jit.trace(model, (ids,))
+    assert torch.equal(run(model, {"input_ids": ids}).logits, before)
+
+
 # The kernels, in Triton's interpreter.
 
 
@@ -738,6 +779,9 @@ def test_a_checkpoint_loads_onto_fused_blocks(make_model: MakeModel, tmp_path: P
     torch.testing.assert_close(run(fused, inputs()).logits, run(plain, inputs()).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="pass optimize=True"):
         load_compressed(tmp_path / "out", backend="torch")
+    name: Any = "triton"
+    with pytest.raises(ConfigError, match="not 'triton'; pass optimize=True, backend='triton'"):
+        load_compressed(tmp_path / "out", optimize=name)
 
 
 def test_a_backend_that_cannot_run_is_refused_before_the_weights_are_read(

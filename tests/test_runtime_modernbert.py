@@ -464,6 +464,10 @@ def turn_dynamically(model: Any) -> None:
     model.rotary_emb.rope_type["full_attention"] = "dynamic"
 
 
+def repeat(model: Any) -> None:
+    model.layers[2] = model.layers[0]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -479,6 +483,7 @@ def turn_dynamically(model: Any) -> None:
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),
         (lambda model: setattr(model.layers[1], "mlp_norm", nn.Identity()), "mlp_norm is a Identity"),
         (lambda model: setattr(model, "layers", nn.ModuleList()), "has no layers that could be fused"),
+        (repeat, "layers 0 and 2 are one and the same module; give each a copy"),
         (turn_dynamically, r"rotary positions \(dynamic\) depend on the batch's length"),
         (lambda model: optimize(model), "optimised already"),
     ],
@@ -490,9 +495,10 @@ def test_a_model_that_cannot_be_fused_is_refused(change: Callable[[Any], object]
         optimize(model)
 
 
-def test_a_refused_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("change", [add_hook, repeat])
+def test_a_refused_model_is_left_as_it_was(change: Callable[[Any], object]) -> None:
     plain = compressed()
-    add_hook(plain)
+    change(plain)
     before = {name: type(module) for name, module in plain.named_modules()}
     expected = run(plain, inputs()).last_hidden_state
     with pytest.raises(BackendError):

@@ -13,6 +13,7 @@ from flashsvd import transformers_hook
 from flashsvd._version import __version__
 
 if TYPE_CHECKING:
+    from flashsvd import runtime
     from flashsvd.compress import CompressConfig, run_compress
     from flashsvd.errors import FlashSVDError
     from flashsvd.evaluate import EvalConfig, run_eval
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from flashsvd.report import CompressReport
     from flashsvd.runtime import optimize
 
+_MODULES = ("runtime",)
 _HOMES = {
     "CompressConfig": "flashsvd.compress",
     "CompressReport": "flashsvd.report",
@@ -51,6 +53,7 @@ __all__ = [
     "read_info",
     "run_compress",
     "run_eval",
+    "runtime",
     "save_compressed",
     "show_checkpoint_info",
 ]
@@ -59,6 +62,8 @@ transformers_hook.install()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"flashsvd.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'flashsvd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

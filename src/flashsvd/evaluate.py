@@ -7,10 +7,10 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flashsvd.device import BACKENDS, DTYPES, resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.errors import BackendError, CheckpointError, ConfigError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
 
@@ -215,8 +215,24 @@ def _make_job(config: EvalConfig, task: Task, data: Examples | str, subject: Sub
     if isinstance(data, str):
         tokens = read_tokens(tokenizer, data, subject.config.vocab_size, config.checkpoint)
         return Perplexity(tokens, shape, config.max_eval_samples)
+    if config.backend is not None and task.head == "classifier":
+        _refuse_left_padding(tokenizer, subject.config, config.checkpoint)
     predictor: Predictor = (
         Classifier(task, subject.config) if task.head == "classifier" else SentenceSimilarity(subject.source)
     )
     vocabulary = subject.config.vocab_size
     return LabelledTexts(task, data, predictor, tokenizer, shape, vocabulary, config.checkpoint)
+
+
+def _refuse_left_padding(tokenizer: Any, model_config: Any, checkpoint: str) -> None:
+    """Refuse a tokenizer that puts padding, where an optimised model has zeros, into the column that a head reads.
+
+    Raises:
+        BackendError: saying what to change.
+    """
+    # ModernBERT's head may read the mean of all real tokens instead.
+    if tokenizer.padding_side == "left" and getattr(model_config, "classifier_pooling", "cls") == "cls":
+        raise BackendError(
+            f"the head of {checkpoint} reads the first column, and its tokenizer pads on the left; "
+            "set padding_side to right in tokenizer_config.json, or leave out --backend"
+        )

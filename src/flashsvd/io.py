@@ -87,7 +87,9 @@ def load_compressed(
     Raises:
         CheckpointError: it is no compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
         BackendError: its architecture has no fused blocks, or the backend cannot run on the device.
+        ConfigError: the options do not fit one another.
     """
+    _refuse_name(optimize)
     directory = Path(directory).expanduser()
     CompressionInfo.read(directory)
     target = resolve_device(device) if device is not None else None
@@ -100,6 +102,12 @@ def load_compressed(
     model = load_factored(str(directory), config, wanted)
     model = model.to(target) if target is not None else model
     return runtime.optimize(model, backend, graph) if optimize else model
+
+
+def _refuse_name(optimize: Any) -> None:
+    """A backend's name in the place of the switch, which would be taken for `True` and forgotten."""
+    if isinstance(optimize, str):
+        raise ConfigError(f"optimize is True or False, not {optimize!r}; pass optimize=True, backend={optimize!r}")
 
 
 def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) -> Any:

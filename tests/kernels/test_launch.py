@@ -71,6 +71,19 @@ def test_triton_is_refused_where_it_cannot_run(dtype: torch.dtype, why: str) -> 
         use_triton("triton", torch.zeros(1, dtype=dtype))
 
 
+def test_bf16_is_refused_in_the_interpreter_which_multiplies_it_wrongly() -> None:
+    class OnGpu:
+        dtype, is_cuda, device = torch.bfloat16, True, torch.device("cuda:0")
+
+    on_gpu: Any = OnGpu()
+    with patch.object(launch, "interpreting", return_value=True):
+        for x in (torch.zeros(1, dtype=torch.bfloat16), on_gpu):
+            with pytest.raises(BackendError, match="multiplies bf16 wrongly; use backend auto or torch"):
+                use_triton("triton", x)
+        assert not use_triton("auto", on_gpu)
+        assert use_triton("triton", torch.zeros(1))
+
+
 def test_triton_is_refused_where_it_is_not_installed() -> None:
     with (
         patch.object(launch, "MISSING", "no module"),

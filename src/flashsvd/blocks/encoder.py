@@ -24,6 +24,7 @@ from flashsvd.blocks.refusals import (
     refuse_limits,
     refuse_no_layers,
     refuse_other_class,
+    refuse_repeated,
     refuse_scattered,
     refuse_watched,
 )
@@ -99,6 +100,7 @@ def check_encoder(
     refuse_config(base.config)
     refuse_other_class(encoder, "encoder", encoder_class)
     refuse_no_layers(encoder.layer)
+    refuse_repeated(encoder.layer)
     for i, layer in enumerate(encoder.layer):
         refuse_other_class(layer, f"encoder.layer.{i}", layer_class)
         refuse_watched({f"encoder.layer.{i}.{path}": module for path, module in layer.named_modules() if path})

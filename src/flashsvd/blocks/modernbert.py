@@ -42,6 +42,7 @@ from flashsvd.blocks.refusals import (
     refuse_no_layers,
     refuse_other_class,
     refuse_positions,
+    refuse_repeated,
     refuse_scattered,
     refuse_watched,
 )
@@ -130,6 +131,7 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
     refuse_watched({"rotary_emb": base.rotary_emb})
     refuse_other_class(base.final_norm, "final_norm", nn.LayerNorm)
     refuse_no_layers(base.layers)
+    refuse_repeated(base.layers)
     for i, layer in enumerate(base.layers):
         _check_layer(layer, f"layers.{i}")
     refuse_scattered([*base.layers.parameters(), *base.final_norm.parameters()])

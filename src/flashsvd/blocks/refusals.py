@@ -12,6 +12,8 @@ from flashsvd.blocks.hooks import foreign_hooks
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def refuse_config(config: Any) -> None:
     """Refuse a model that is more than an encoder.
@@ -32,6 +34,18 @@ def refuse_no_layers(layers: Sized) -> None:
     """
     if not len(layers):
         raise BackendError("the model has no layers that could be fused (num_hidden_layers is 0); run it as it is")
+
+
+def refuse_repeated(layers: Iterable[nn.Module]) -> None:
+    """Refuse one layer in two places, which could give up its weights only once.
+
+    Raises:
+        BackendError: naming the two places.
+    """
+    seen: dict[nn.Module, int] = {}
+    for i, layer in enumerate(layers):
+        if (first := seen.setdefault(layer, i)) != i:
+            raise BackendError(f"layers {first} and {i} are one and the same module; give each a copy (copy.deepcopy)")
 
 
 def refuse_other_class(module: nn.Module | None, path: str, known: type) -> None:
@@ -58,7 +72,7 @@ def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_scattered(parameters: Iterable[Tensor]) -> None:
-    """Refuse weights of several dtypes or devices, and those that are not there.
+    """Refuse weights of several dtypes or devices, those of a dtype to store in only, and those that are not there.
 
     Raises:
         BackendError: saying where they are.
@@ -67,7 +81,10 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
     if len(kinds) != 1:
         listed = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in kinds))
         raise BackendError(f"the layers' weights are {listed}; load the model in one dtype on one device")
-    ((device, _),) = kinds
+    ((device, dtype),) = kinds
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise BackendError(f"the layers' weights are {name}; load them in fp16, bf16, fp32 or fp64 for fused blocks")
     if device.type == "meta":
         raise BackendError("the layers' weights are on the meta device; load them before optimize")
 
@@ -100,6 +117,8 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
         raise BackendError(
             f"an optimised model cannot be traced or exported (its input is a {kind}); use the plain model"
         )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
+        raise BackendError("an optimised model cannot be traced or exported (torch.jit.trace); use the plain model")
     if options.get("output_attentions", getattr(config, "output_attentions", False)):
         raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
     for name in ("encoder_hidden_states", "past_key_values", "use_cache", "is_causal"):

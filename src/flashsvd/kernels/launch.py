@@ -36,6 +36,8 @@ def why_not_triton(x: Tensor) -> str:
         return f"triton 3.4 or later is not installed ({MISSING})"
     if x.dtype not in DTYPES:
         return f"the kernels take fp16, bf16 and fp32, not {str(x.dtype).removeprefix('torch.')}"
+    if x.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter (TRITON_INTERPRET=1) multiplies bf16 wrongly"
     if x.is_cuda and torch.version.hip is not None:
         return "the kernels were never tried on ROCm"
     if x.is_cuda:
