@@ -12,9 +12,9 @@ from flashsvd.blocks.chunks import materialised_parts
 from flashsvd.blocks.factors import Dense, Joint
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.residual import PackedResidual
-from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
-from flashsvd.kernels.launch import LARGEST_RANK, Backend
+from flashsvd.kernels.launch import LARGEST_RANK
 
 CORE = Operation("ffn core", "{} to {} to {}")
 
@@ -85,15 +85,19 @@ class PackedFFN(Packed):
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
         assert self.u2 is not None
         assert isinstance(self.activation, str)
-        backend: Backend = "torch" if implementation == "torch" else "triton"
-        return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend=backend)
+        if implementation == "torch":
+            return self._activated(p) @ self.u2
+        return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend="triton")
 
     def _plain(self, x: Tensor) -> Tensor:
         if self.u1 is not None:
             x = x @ self.u1
-        act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
-        h = act(torch.addmm(self.b1, x, self.w1.T))
+        h = self._activated(x)
         return h if self.u2 is None else h @ self.u2
+
+    def _activated(self, x: Tensor) -> Tensor:
+        act = IN_PLACE[self.activation] if isinstance(self.activation, str) else self.activation
+        return act(torch.addmm(self.b1, x, self.w1.T))
 
 
 def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:

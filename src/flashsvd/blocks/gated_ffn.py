@@ -6,6 +6,7 @@ Any of the matrices may be low-rank or dense.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.activation import Activation
@@ -17,9 +18,8 @@ from flashsvd.blocks.ffn import why_not_fused
 from flashsvd.blocks.norm import PackedNorm
 from flashsvd.blocks.projections import PackedProjections, Projection
 from flashsvd.blocks.residual import PackedResidual
-from flashsvd.kernels.activations import ACTIVATIONS
+from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
-from flashsvd.kernels.launch import Backend
 
 CORE = Operation("gated ffn core", "{} and {} to {} to {}")
 
@@ -97,8 +97,10 @@ class PackedGatedFFN(Packed):
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
         assert self.u2 is not None
         assert isinstance(self.activation, str)
-        backend: Backend = "torch" if implementation == "torch" else "triton"
         p_a, p_g = p.split_with_sizes((self.v_a.shape[1], self.v_g.shape[1]), 1)
+        if implementation == "torch":
+            activated = IN_PLACE[self.activation](F.linear(p_a, self.v_a, self.b_a))
+            return activated.mul_(F.linear(p_g, self.v_g, self.b_g)) @ self.u2
         return flashsvd_geglu(
             p_a,
             p_g,
@@ -108,11 +110,11 @@ class PackedGatedFFN(Packed):
             self.b_a,
             self.b_g,
             activation=self.activation,
-            backend=backend,
+            backend="triton",
         )
 
     def _plain(self, n: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        act = IN_PLACE[self.activation] if isinstance(self.activation, str) else self.activation
         activated, gate = self.first.project(n).chunk(2, dim=1)
-        h = act(activated) * gate
+        h = act(activated).mul_(gate)
         return h if self.u2 is None else h @ self.u2
