@@ -78,6 +78,9 @@ class HeadedModel:
             raise CheckpointError(
                 f"{name} lacks {INFO_FILE}, which a trained checkpoint needs; compress the model again"
             )
+        if compressed and new_head:
+            # Some versions of transformers put the old head into a compressed model whatever the new one's size is.
+            raise ModelError(f"{name} is compressed, head and all; give its dense model a new head and compress that")
         if mode == "mlm":
             model_class = masked_lm_class(config)
         else:
