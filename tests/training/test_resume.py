@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -68,8 +69,8 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
         finetune(source, tmp_path / "parts", **options)
     assert not (tmp_path / "parts").exists()
     checkpoints = {path.name for path in (tmp_path / "parts.partial").glob("checkpoint-*")}
-    assert (f"checkpoint-{last}" in checkpoints) if last else not checkpoints
-    resumed = finetune(source, tmp_path / "parts", resume=True, **options)
+    assert (f"checkpoint-{last}" in checkpoints) if last else not (tmp_path / "parts.partial").exists()
+    resumed = finetune(source, tmp_path / "parts", resume=last is not None, **options)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     assert (resumed.metrics, resumed.record.steps) == (whole.metrics, whole.record.steps)
     assert not (tmp_path / "parts.partial").exists()
@@ -129,6 +130,32 @@ def test_an_interrupted_run_is_neither_lost_nor_mixed_up(interrupted: dict[str, 
     assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
 
 
+def test_a_model_that_could_not_be_saved_is_saved_by_resuming(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 2}
+    whole = finetune(make_model(), tmp_path / "whole", **options)
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flashsvd.training.job.save_trained", full)
+        with pytest.raises(CheckpointError, match="no space left"):
+            finetune(tmp_path / "dense", tmp_path / "parts", **options)
+    resumed = finetune(tmp_path / "dense", tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert (resumed.metrics, resumed.record.steps) == (whole.metrics, whole.record.steps)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
+    interrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert finetune(**interrupted, resume=True).record.steps == 12
+
+
 def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial does not exist"):
@@ -179,3 +206,23 @@ def test_a_killed_process_is_resumed_from_the_shell(make_model: MakeModel, tmp_p
     assert main([*map(str, arguments), "--resume"]) == 0
     record = json.loads((tmp_path / "out" / "flashsvd_training.json").read_text())["trainings"][-1]
     assert (record["steps"], record["epochs"]) == (24, 1.0)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_whole(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    # A limit on file size fails the write itself, as a full disk does: the optimiser's state is twice the weights.
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (120000, 120000)); "
+        "from flashsvd.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["finetune", "--model", make_model(), "--task", "sst2", "--data", data, "--output", tmp_path / "out"]
+    arguments += ["--epochs", "1", "--seq-len", "24", "--device", "cpu"]
+    # Without coverage's own data file, which would meet the limit too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    result = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"error: cannot write {tmp_path / 'out.partial'}" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))

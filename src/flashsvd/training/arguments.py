@@ -61,6 +61,7 @@ def training_arguments(
         "seed": config.seed,
         "report_to": "none",
         "disable_tqdm": False,
+        "log_level_replica": "error",
     }
     for launcher in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{launcher}", "false").lower() in ("1", "true"):

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsvd.errors import ModelError
-from flashsvd.pretrained import load_tokenizer
-from flashsvd.training.headed_model import HeadedModel, Mode
 from flashsvd.training.objective import Objective, Question
 
 
@@ -105,29 +102,3 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     return torch.stack(
         [F.mse_loss(s[real].float(), t[real].float()) for s, t in zip(student, teacher, strict=True)]
     ).mean()
-
-
-def check_teacher(
-    teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: Any, distillation: Distillation
-) -> None:
-    """Refuse a teacher whose answers would mean something else than the student's.
-
-    Args:
-        tokenizer: the student's, whose tokens both models read.
-
-    Raises:
-        ModelError: it was not trained for the mode, knows other tokens, or has other hidden states.
-    """
-    who = f"--teacher {teacher.name}"
-    if mode != "similarity" and not teacher.has_head:
-        raise ModelError(f"{who} has no trained {teacher.model_class.__name__} to imitate; train it first")
-    if teacher.foreign_classes:
-        raise ModelError(f"{who} has the classes {', '.join(teacher.foreign_classes)}, which are not the task's")
-    if load_tokenizer(teacher.source).get_vocab() != tokenizer.get_vocab():
-        raise ModelError(f"{who} has other tokens than {student.name}; take a model of the same family")
-    if not distillation.hidden_weight:
-        return
-    for name in ("num_hidden_layers", "hidden_size"):
-        theirs, ours = (getattr(model.config, name) for model in (teacher, student))
-        if theirs != ours:
-            raise ModelError(f"{who} has {name} {theirs}, {student.name} {ours}; leave out --hidden-weight")

@@ -78,15 +78,15 @@ class HeadedModel:
             raise CheckpointError(
                 f"{name} lacks {INFO_FILE}, which a trained checkpoint needs; compress the model again"
             )
-        if compressed and new_head:
-            # Some versions of transformers put the old head into a compressed model whatever the new one's size is.
-            raise ModelError(f"{name} is compressed, head and all; give its dense model a new head and compress that")
         if mode == "mlm":
             model_class = masked_lm_class(config)
         else:
             model_class, options = class_for_task(name, task, config, new_head)
             for option, value in options.items():
                 setattr(config, option, value)
+        if compressed and new_head and own_class(config) is model_class:
+            # Some versions of transformers put the old head into a compressed model whatever the new one's size is.
+            raise ModelError(f"{name} is compressed, head and all; give its dense model a new head and compress that")
         has_head = own_class(config) is model_class and not new_head
         foreign: list[str] = []
         if mode == "cls":

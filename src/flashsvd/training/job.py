@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 
 from flashsvd.device import describe_device, resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ConfigError, DataError, FlashSVDError, ModelError, first_line
+from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.factorize import cast as cast_to
 from flashsvd.factorize import check_finite
-from flashsvd.finetune_config import DISTILL_WEIGHT, SEQ_LEN, TEMPERATURE, FinetuneConfig
+from flashsvd.finetune_config import SEQ_LEN, FinetuneConfig
 from flashsvd.pretrained import check_tokenizer, load_tokenizer, sequence_length
 from flashsvd.provenance import library_versions, timestamp
 from flashsvd.storage.atomic import check_target
@@ -26,10 +26,9 @@ from flashsvd.storage.training_file import TrainingRecord
 from flashsvd.tasks import Task
 from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
-from flashsvd.training.distill import Distillation, Teacher, check_teacher
 from flashsvd.training.freeze import freeze
 from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode
-from flashsvd.training.material import Material, make_objective, prepare_material, task_of
+from flashsvd.training.material import Material, prepare_material, task_of
 from flashsvd.training.output import (
     RandomParameters,
     companions_of,
@@ -39,21 +38,10 @@ from flashsvd.training.output import (
 )
 from flashsvd.training.result import FinetuneResult
 from flashsvd.training.rows import Collate
+from flashsvd.training.teacher import TeacherPlan
 from flashsvd.training.workplace import Workplace, check_checkpoint
 
 log = logging.getLogger("flashsvd")
-
-
-@dataclass(frozen=True)
-class TeacherPlan:
-    """A teacher before its weights are loaded."""
-
-    source: HeadedModel
-    distillation: Distillation
-
-    def load(self, task: Task | None, tokenizer: Any) -> Teacher:
-        objective = make_objective(task, self.source, tokenizer)
-        return Teacher(self.source.load(seed=0).model, objective, self.distillation)
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class TrainingJob:
         tokenizer = load_tokenizer(model.source)
         check_tokenizer(tokenizer, config.model, masks=mode == "mlm")
         seq_len = _seq_len(config, task, model, tokenizer)
-        teacher = _find_teacher(config, mode, task, model, tokenizer)
+        teacher = TeacherPlan.find(config, mode, task, model, tokenizer)
         material = prepare_material(config, task, model, tokenizer, seq_len)
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
@@ -106,13 +94,11 @@ class TrainingJob:
             FlashSVDError: the loss or the weights are not finite, there is too little memory, or the model cannot be
                 written. The checkpoints stay, to be resumed from.
         """
-        config, objective = self.config, self.material.objective
-        arguments = self._start()
-        log.info("loading %s", config.model)
-        loaded = self.model.load(config.seed)
-        freeze(loaded.model, config.frozen())
+        objective = self.material.objective
+        arguments = self._arguments()
+        loaded = self._load()
         random = RandomParameters.of(loaded, self.model.info)
-        with _unchanged_cache(loaded.model.config):
+        with self._at_work(arguments), _unchanged_cache(loaded.model.config):
             trainer = self._trainer(loaded.model, arguments)
             start = time.perf_counter()
             self._train(trainer)
@@ -124,8 +110,9 @@ class TrainingJob:
         trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
         if arguments.should_save:
             log.info("saving to %s", self.output)
-            files = write_curve(points, objective.metrics, self.workplace.directory)
-            self._save(loaded, record, files, random.left(loaded.model))
+            with self.workplace.writing():
+                files = write_curve(points, objective.metrics, self.workplace.directory)
+                self._save(loaded, record, files, random.left(loaded.model))
             self.workplace.remove()
         arguments.distributed_state.wait_for_everyone()
         return FinetuneResult(
@@ -146,20 +133,36 @@ class TrainingJob:
         """The metric that weights are chosen by."""
         return self.material.objective.metrics[0] if self.material.evaluation is not None else None
 
-    def _start(self) -> Any:
-        """Set up the processes and the workplace; returns the Trainer's arguments."""
+    def _arguments(self) -> Any:
+        """The Trainer's arguments; making them sets up the processes."""
         directory, objective = self.workplace.directory, self.material.objective
         on_cpu = self.device.type == "cpu"
         arguments = training_arguments(self.config, directory, on_cpu, self._metric, objective.greater_is_better)
         # Every process has looked at the output by now, and only the first one writes.
         arguments.distributed_state.wait_for_everyone()
+        return arguments
+
+    def _load(self) -> LoadedModel:
+        log.info("loading %s", self.config.model)
+        loaded = self.model.load(self.config.seed)
+        freeze(loaded.model, self.config.frozen())
+        return loaded
+
+    @contextlib.contextmanager
+    def _at_work(self, arguments: Any) -> Iterator[None]:
+        """The workplace open; where a training ends in an error before its first checkpoint, it is gone again."""
         if arguments.should_save:
             self.workplace.open(self.config)
         arguments.distributed_state.wait_for_everyone()
-        return arguments
+        try:
+            yield
+        except BaseException:
+            if arguments.should_save and self.workplace.last_checkpoint() is None:
+                self.workplace.remove()
+            raise
 
     def _trainer(self, model: Any, arguments: Any) -> Any:
-        from transformers import ProgressCallback
+        from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
         from flashsvd.training.callbacks import Checkpoints, EarlyStopping, LastEvaluation, Progress, StopWhenLost
         from flashsvd.training.trainer import ObjectiveTrainer
@@ -180,7 +183,7 @@ class TrainingJob:
             eval_dataset=material.evaluation,
             callbacks=callbacks,
         )
-        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         trainer.add_callback(Progress(material.objective.metrics))
         return trainer
 
@@ -192,17 +195,18 @@ class TrainingJob:
         elif self.workplace.resumes:
             log.info("%s holds no checkpoint yet; starting anew", self.workplace.directory)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with self.workplace.writing():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
-            log.warning("interrupted at step %d; --resume goes on from the last checkpoint", trainer.state.global_step)
+            last = self.workplace.last_checkpoint()
+            how = f"--resume goes on from {last}" if last else "there is no checkpoint yet"
+            log.warning("interrupted at step %d; %s", trainer.state.global_step, how)
             raise
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"there is too little memory ({first_line(error)}); lower --batch-size and raise --accumulation, or "
                 "lower --seq-len"
             ) from error
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.workplace.directory}: {error.strerror or error}") from error
 
     def _metrics(self, state: Any) -> dict[str, float | None]:
         """The metrics of the weights that the model has in the end: those of the best evaluation, or of the last."""
@@ -258,21 +262,6 @@ def _seq_len(config: FinetuneConfig, task: Task | None, model: HeadedModel, toke
     if seq_len < shortest:
         raise ConfigError(f"--seq-len {seq_len} is below {shortest}, the shortest that holds anything to learn from")
     return seq_len
-
-
-def _find_teacher(
-    config: FinetuneConfig, mode: Mode, task: Task | None, model: HeadedModel, tokenizer: Any
-) -> TeacherPlan | None:
-    if config.teacher is None:
-        return None
-    weight = DISTILL_WEIGHT if config.distill_weight is None else config.distill_weight
-    how = Distillation(weight, config.temperature or TEMPERATURE, config.hidden_weight or 0.0)
-    try:
-        teacher = HeadedModel.find(config.teacher, mode, task)
-    except FlashSVDError as error:
-        raise type(error)(f"--teacher cannot be used: {error}") from error
-    check_teacher(teacher, model, mode, tokenizer, how)
-    return TeacherPlan(teacher, how)
 
 
 @contextlib.contextmanager

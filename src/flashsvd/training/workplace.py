@@ -10,11 +10,12 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.finetune_config import FinetuneConfig
 from flashsvd.options import flag
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
@@ -59,17 +60,28 @@ class Workplace:
 
     def open(self, config: FinetuneConfig) -> None:
         """Make the directory, with the config in it; of checkpoints that are there, remove what is half-written."""
-        try:
+        with self.writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(config), indent=2)
             (self.directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             for checkpoint in self._checkpoints():
                 if not _is_whole(checkpoint):
                     shutil.rmtree(checkpoint)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.directory}: {error.strerror}; choose another --output"
-            ) from error
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the file system says to whoever writes here into a CheckpointError of one line."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError):
+                reason = error.strerror or first_line(error)
+            # Two writers report a full disk in types of their own: safetensors' and torch's.
+            elif type(error).__name__ == "SafetensorError" or "inline_container" in str(error):
+                reason = f"the file system takes no more ({first_line(error)})"
+            else:
+                raise
+            raise CheckpointError(f"cannot write {self.directory}: {reason}; choose another --output") from error
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None where there is none."""
