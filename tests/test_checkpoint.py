@@ -13,6 +13,7 @@ import flashsvd
 from conftest import ENCODERS, HEADS, MakeModel, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
 from flashsvd.compression import get_method
+from flashsvd.errors import CheckpointError
 from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.models import find_targets
 from flashsvd.ranks import RankRequest, plan_ranks
@@ -163,3 +164,15 @@ def test_metadata_names_versions_and_time(make_model: MakeModel, tmp_path: Path)
     assert torch.__version__.split("+")[0] == str(info.versions["torch"]).split("+")[0]
     assert info.timestamp.endswith("+00:00")
     assert info.format_version == 1
+
+
+def test_metadata_from_before_there_was_training_is_read(make_model: MakeModel, tmp_path: Path) -> None:
+    output = compress(make_model(), tmp_path / "out")
+    file = output / "compression_info.json"
+    info = json.loads(file.read_text())
+    assert info.pop("trainings") == []
+    file.write_text(json.dumps(info))
+    assert CompressionInfo.read(output).trainings == ()
+    file.write_text(json.dumps(info | {"trainings": ["sst2"]}))
+    with pytest.raises(CheckpointError, match="has trainings"):
+        CompressionInfo.read(output)

@@ -32,8 +32,14 @@ def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'gradio'} & set(sys.modules)"
-    for command in ("['--help']", "['compress', '--help']", "['eval', '--help']", "['info', '--help']"):
+    heavy = "{'torch', 'transformers', 'accelerate', 'datasets', 'evaluate', 'gradio'} & set(sys.modules)"
+    for command in (
+        "['--help']",
+        "['compress', '--help']",
+        "['eval', '--help']",
+        "['finetune', '--help']",
+        "['info', '--help']",
+    ):
         code = (
             "import contextlib, io, sys; from flashsvd.cli import main\n"
             "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
@@ -167,6 +173,22 @@ def test_importing_is_cheap_and_runs_without_datasets_evaluate_and_gradio(checkp
         "print(flashsvd.run_eval(config).num_eval_samples)"
     )
     assert python(code).splitlines()[-1] == "1"
+
+
+def test_training_needs_no_datasets_evaluate_gradio_or_matplotlib(make_model: MakeModel, tmp_path: Path) -> None:
+    data, output = tmp_path / "x.tsv", tmp_path / "out"
+    data.write_text("sentence\tlabel\na good movie\t1\na bad film\t0\n")
+    code = (
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'gradio', 'matplotlib'): sys.modules[name] = None\n"
+        "import flashsvd\n"
+        f"config = flashsvd.FinetuneConfig(model={str(make_model())!r}, task='sst2', data={str(data)!r}, seq_len=16, "
+        f"device='cpu', output={str(output)!r})\n"
+        "print(flashsvd.run_finetune(config).record.steps)"
+    )
+    assert python(code).splitlines()[-1] == "3"
+    assert (output / "loss.csv").is_file()
+    assert not (output / "loss.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from flashsvd.errors import FlashSVDError
     from flashsvd.evaluate import EvalConfig, run_eval
     from flashsvd.evaluation.result import EvalResult
+    from flashsvd.finetune import FinetuneConfig, run_finetune
     from flashsvd.info import read_info, show_checkpoint_info
     from flashsvd.io import export_dense, load_compressed, save_compressed
     from flashsvd.report import CompressReport
     from flashsvd.runtime import optimize
+    from flashsvd.training.result import FinetuneResult
 
 _MODULES = ("runtime",)
 _HOMES = {
@@ -29,6 +31,8 @@ _HOMES = {
     "CompressReport": "flashsvd.report",
     "EvalConfig": "flashsvd.evaluate",
     "EvalResult": "flashsvd.evaluation.result",
+    "FinetuneConfig": "flashsvd.finetune",
+    "FinetuneResult": "flashsvd.training.result",
     "FlashSVDError": "flashsvd.errors",
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",
@@ -36,6 +40,7 @@ _HOMES = {
     "read_info": "flashsvd.info",
     "run_compress": "flashsvd.compress",
     "run_eval": "flashsvd.evaluate",
+    "run_finetune": "flashsvd.finetune",
     "save_compressed": "flashsvd.io",
     "show_checkpoint_info": "flashsvd.info",
 }
@@ -45,6 +50,8 @@ __all__ = [
     "CompressReport",
     "EvalConfig",
     "EvalResult",
+    "FinetuneConfig",
+    "FinetuneResult",
     "FlashSVDError",
     "__version__",
     "export_dense",
@@ -53,6 +60,7 @@ __all__ = [
     "read_info",
     "run_compress",
     "run_eval",
+    "run_finetune",
     "runtime",
     "save_compressed",
     "show_checkpoint_info",

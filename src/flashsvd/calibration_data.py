@@ -122,11 +122,21 @@ def masked_batches(batches: Sequence[CalibrationBatch], tokenizer: Any, seed: in
     for batch in batches:
         (part,) = batch.inputs
         ids = part["input_ids"]
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-        draws = torch.rand(ids.shape, generator=generator).masked_fill(special, 1.0)
-        # At least one token a batch, or there is nothing to predict.
-        chosen = draws <= max(MASKED_FRACTION, draws.min().item())
-        chosen &= ~special
+        chosen = choose_masked(ids, tokenizer.all_special_ids, generator)
         inputs = part | {"input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id)}
         masked.append(CalibrationBatch((inputs,), ids.masked_fill(~chosen, IGNORED)))
     return masked
+
+
+def choose_masked(ids: Tensor, special_ids: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Draw which of the tokens [B, S] are to be predicted, [B, S]: 15 % of those that are not special.
+
+    At least one in all, where there is one, or there would be nothing to predict.
+
+    Args:
+        generator: on the tokens' device; None draws from the default one.
+    """
+    special = torch.isin(ids, torch.tensor(special_ids, device=ids.device))
+    draws = torch.rand(ids.shape, generator=generator, device=ids.device).masked_fill(special, 1.0)
+    chosen: Tensor = (draws <= draws.min().clamp_min(MASKED_FRACTION)) & ~special
+    return chosen

@@ -20,10 +20,10 @@ from flashsvd.calibration_data import (
 )
 from flashsvd.corpus import load_text
 from flashsvd.data import load_examples
-from flashsvd.errors import DataError, ModelError
+from flashsvd.errors import DataError
 from flashsvd.evaluation.predict import sentence_pooling
 from flashsvd.losses import Loss, head_loss, similarity_loss
-from flashsvd.pretrained import check_vocabulary, load_tokenizer
+from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer
 from flashsvd.tasks import TASKS, Task, check_classifier, label_permutation
 
 log = logging.getLogger("flashsvd")
@@ -77,7 +77,8 @@ def prepare_calibration(
     if seq_len > longest:
         raise DataError(f"--calib-seq-len {seq_len} is above {longest}, the longest {source} can read")
     tokenizer = load_tokenizer(source)
-    _check_tokenizer(tokenizer, kind, source)
+    if kind != "causal-lm":
+        check_tokenizer(tokenizer, source, masks=kind == "masked-lm")
     shortest = 2 if kind == "causal-lm" else 1 + tokenizer.num_special_tokens_to_add(pair=_is_pair(task))
     if seq_len < shortest:
         raise DataError(
@@ -119,14 +120,6 @@ def _kind(task: Task | None, model_class: Any) -> str:
     if model_class in MODEL_FOR_CAUSAL_LM_MAPPING.values():
         return "causal-lm"
     return "masked-lm" if model_class in MODEL_FOR_MASKED_LM_MAPPING.values() else "text"
-
-
-def _check_tokenizer(tokenizer: Any, kind: str, source: str) -> None:
-    """Raises ModelError where it cannot pad or mask, and must."""
-    if kind != "causal-lm" and tokenizer.pad_token is None:
-        raise ModelError(f"the tokenizer of {source} has no padding token; set one and save it again")
-    if kind == "masked-lm" and tokenizer.mask_token_id is None:
-        raise ModelError(f"the tokenizer of {source} has no mask token; set one and save it again")
 
 
 def _is_pair(task: Task | None) -> bool:

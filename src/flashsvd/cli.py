@@ -94,6 +94,10 @@ def eval_main() -> int:
     return run_command("eval", sys.argv[1:], prog="flashsvd-eval")
 
 
+def finetune_main() -> int:
+    return run_command("finetune", sys.argv[1:], prog="flashsvd-finetune")
+
+
 def info_main() -> int:
     return run_command("info", sys.argv[1:], prog="flashsvd-info")
 
@@ -133,6 +137,39 @@ def _run_eval(options: argparse.Namespace) -> None:
         print(f"written to {options.output}")
 
 
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    from flashsvd.finetune import FinetuneConfig
+
+    add_config_arguments(parser, FinetuneConfig)
+
+
+def _run_finetune(options: argparse.Namespace) -> None:
+    from flashsvd.finetune import FinetuneConfig, run_finetune
+
+    config = config_from(options, FinetuneConfig)
+    try:
+        result = run_finetune(config)
+    finally:
+        _leave_process_group()
+    if not _is_first_process():
+        return
+    print(result)
+    task = result.record.task
+    print(f"next: flashsvd eval --checkpoint {result.output} --task {task}" if task else f"loss curve: {result.output}")
+
+
+def _leave_process_group() -> None:
+    """Of torchrun, which warns of a process that ends without."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `flashsvd compress` wrote")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
@@ -150,6 +187,9 @@ def _run_info(options: argparse.Namespace) -> None:
 COMMANDS: dict[str, Command] = {
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
+    "finetune": Command(
+        "train a model, or what compression left of it, on a task or on text", _add_finetune, _run_finetune
+    ),
     "info": Command("show what a compressed checkpoint is", _add_info, _run_info),
 }
 
@@ -230,7 +270,7 @@ class _TerminalHandler(logging.Handler):
 
 def _log_to_terminal() -> None:
     log = logging.getLogger("flashsvd")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
     if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
         log.addHandler(_TerminalHandler())
 

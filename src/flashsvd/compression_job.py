@@ -23,7 +23,7 @@ from flashsvd.head import class_for_task, refuse_quantized
 from flashsvd.io import save_compressed
 from flashsvd.models import Target, architecture_of, find_targets
 from flashsvd.options import flag
-from flashsvd.pretrained import Pretrained, load_config, load_model, locate
+from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
 from flashsvd.provenance import git_commit, library_versions, timestamp
 from flashsvd.rank_search import search_ranks
 from flashsvd.ranks import (
@@ -153,9 +153,7 @@ class CompressionJob:
 
     def _load(self) -> Pretrained:
         log.info("loading %s", self.config.model)
-        # The CPU's generator alone: forking those of several GPUs takes long, and torch warns of it.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.config.seed)
+        with seeded(self.config.seed):
             loaded = load_model(self.source, self.model_config, self.model_class, **self.head_options)
         if loaded.untrained:
             log.warning(

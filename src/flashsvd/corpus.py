@@ -13,11 +13,12 @@ TEXT_SUFFIXES = (".txt", *SUFFIXES)
 ROW_SEPARATOR = "\n\n"
 
 
-def load_text(task: Task, split: Split, data: str | None = None) -> str:
+def load_text(task: Task, split: Split, data: str | None = None, option: str | None = None) -> str:
     """The text of a split as one string: a .txt file as it is, rows joined by an empty line.
 
     Args:
         data: a file, or a directory with a file named after the split; None takes the task's own from the hub.
+        option: the command's option for the data, where it is another than `data.DATA_OPTION` has.
 
     Raises:
         ConfigError: the task has no data of its own and none was given.
@@ -26,9 +27,9 @@ def load_text(task: Task, split: Split, data: str | None = None) -> str:
     if data is None:
         if not task.hub:
             raise ConfigError(f"--task {task.name} needs --data FILE: a .txt file, or rows with a column text")
-        where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split)
+        where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split, option)
     else:
-        file = find_file(Path(data).expanduser(), split, task, TEXT_SUFFIXES)
+        file = find_file(Path(data).expanduser(), split, task, TEXT_SUFFIXES, option)
         if file.suffix.lower() == ".txt":
             return _read_plain(file)
         if file.suffix.lower() not in TEXT_SUFFIXES:

@@ -31,19 +31,22 @@ class Examples:
         return len(self.texts)
 
 
-def load_examples(task: Task, split: Split, data: str | None = None, limit: int | None = None) -> Examples:
+def load_examples(
+    task: Task, split: Split, data: str | None = None, limit: int | None = None, option: str | None = None
+) -> Examples:
     """The first `limit` examples of a split.
 
     Args:
         data: a file, or a directory with train and validation files; None takes GLUE from the hub.
+        option: the command's option for the data, where it is another than `DATA_OPTION` has.
 
     Raises:
         DataError: the data cannot be had or does not fit the task.
     """
     if data is None:
-        where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split)
+        where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split, option)
     else:
-        file = find_file(Path(data).expanduser(), split, task)
+        file = find_file(Path(data).expanduser(), split, task, option=option)
         where, rows = str(file), read_rows(file)
     rows = [_with_our_names(row, task) for row in rows[:limit]]
     if not rows:
@@ -69,13 +72,15 @@ def load_examples(task: Task, split: Split, data: str | None = None, limit: int 
     return Examples(texts, labels)
 
 
-def find_file(path: Path, split: Split, task: Task, suffixes: Sequence[str] = SUFFIXES) -> Path:
+def find_file(
+    path: Path, split: Split, task: Task, suffixes: Sequence[str] = SUFFIXES, option: str | None = None
+) -> Path:
     """The file of a split: `path` itself, or the one in the directory `path` that is named after the split.
 
     Raises:
         DataError: there is none.
     """
-    option = DATA_OPTION[split]
+    option = option or DATA_OPTION[split]
     if path.is_file():
         return path
     if not path.is_dir():
@@ -152,13 +157,13 @@ def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def read_hub(task: Task, split: Split) -> Sequence[Mapping[str, Any]]:
+def read_hub(task: Task, split: Split, option: str | None = None) -> Sequence[Mapping[str, Any]]:
     """The rows of a task's own data.
 
     Raises:
         DataError: they cannot be had.
     """
-    option = DATA_OPTION[split]
+    option = option or DATA_OPTION[split]
     try:
         from datasets import load_dataset
     except ImportError as error:

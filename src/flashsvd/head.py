@@ -9,8 +9,13 @@ from flashsvd.pretrained import base_class, causal_lm_class, classifier_class, o
 from flashsvd.tasks import Task, check_label_count
 
 
-def class_for_task(name: str, task: Task | None, model_config: Any) -> tuple[Any, dict[str, Any]]:
+def class_for_task(
+    name: str, task: Task | None, model_config: Any, new_head: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The class to load the model as, and what to set on its config.
+
+    Args:
+        new_head: a classifier gets a head of its own for the task, whatever head it has.
 
     Raises:
         ModelError: the architecture has no such head.
@@ -23,7 +28,7 @@ def class_for_task(name: str, task: Task | None, model_config: Any) -> tuple[Any
     if task.head == "lm":
         return causal_lm_class(model_config), {}
     classifier = classifier_class(model_config)
-    if own_class(model_config) is classifier:
+    if own_class(model_config) is classifier and not new_head:
         check_label_count(task, model_config, name)
         return classifier, {}
     options: dict[str, Any] = {"num_labels": task.num_labels}

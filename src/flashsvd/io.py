@@ -68,6 +68,23 @@ def save_compressed(
             _save_state_dict(model, temporary / STATE_DICT_FILE)
 
 
+def save_dense(
+    model: Any, directory: str | Path, companions: Companions, marker: str, *, overwrite: bool = False
+) -> None:
+    """Write an ordinary model of transformers, all of it or nothing.
+
+    Args:
+        companions: what goes beside the weights.
+        marker: a file among the companions, by which the directory can be told from others and replaced.
+
+    Raises:
+        CheckpointError: the directory exists, holds something else, or cannot be written.
+    """
+    with atomic_directory(Path(directory), overwrite, marker) as temporary:
+        _save_pretrained(model, temporary, "5GB")
+        companions.copy_to(temporary)
+
+
 def load_compressed(
     directory: str | Path,
     device: str | None = None,

@@ -32,6 +32,11 @@ def similarity_loss(pooling: str) -> Loss:
         first, second = (
             pool(model(**part).last_hidden_state.float(), part["attention_mask"], pooling) for part in batch.inputs
         )
-        return F.mse_loss(torch.cosine_similarity(first, second), batch.labels / GOLD_SCALE)
+        return cosine_loss(torch.cosine_similarity(first, second), batch.labels)
 
     return loss
+
+
+def cosine_loss(cosines: Tensor, gold: Tensor) -> Tensor:
+    """Mean squared error of cosines [B] against gold scores [B] from 0 to 5, divided by 5."""
+    return F.mse_loss(cosines, (gold / GOLD_SCALE).to(cosines.dtype))

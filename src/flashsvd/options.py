@@ -81,6 +81,18 @@ def check_fraction(name: str, value: Any) -> None:
         raise ConfigError(f"{flag(name)} must lie strictly between 0 and 1, got {value}")
 
 
+def check_range(
+    name: str, value: Any, least: float, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Refuse anything but a finite number from `least` to `most`; `above` and `below` leave out the ends themselves."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{flag(name)} must be a number, got {value!r}")
+    if value < least or value > most or (above and value == least) or (below and value == most):
+        low = f"above {least:g}" if above else f"at least {least:g}"
+        high = f" and {'below' if below else 'at most'} {most:g}" if most < math.inf else ""
+        raise ConfigError(f"{flag(name)} must be {low}{high}, got {value}")
+
+
 def flag(name: str) -> str:
     """`rank_attn` -> `--rank-attn`."""
     return "--" + name.replace("_", "-")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashsvd.errors import ModelError, library_errors
+from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.models import architecture_of, base_prefix
 from flashsvd.storage.companions import has_tokenizer_files
 from flashsvd.storage.verify import INDEX, weight_files
@@ -62,12 +64,19 @@ def load_config(source: str) -> Any:
 
 
 def load_model(
-    source: str, config: Any, model_class: Any, dtype: torch.dtype | None = None, **options: Any
+    source: str,
+    config: Any,
+    model_class: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    new_head: bool = False,
+    **options: Any,
 ) -> Pretrained:
     """Load weights into `model_class`; those of another kind of head do not count, even under the same names.
 
     Args:
         dtype: None keeps the checkpoint's own.
+        new_head: give a sequence classifier a fresh head even where it has one.
         options: set on the config, such as `num_labels`.
 
     Raises:
@@ -86,7 +95,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        renewed = _renew_head(model) if _has_another_head(config, model_class) else []
+        renewed = _renew_head(model) if new_head or _has_another_head(config, model_class) else []
     mismatched = sorted(str(entry[0]) for entry in loading["mismatched_keys"])
     if mismatched := [name for name in mismatched if name not in renewed]:
         raise ModelError(f"{source}: the tensor {mismatched[0]} does not have the shape that its config.json implies")
@@ -97,6 +106,15 @@ def load_model(
         if name.startswith(prefix) and not name.removeprefix(prefix).startswith("pooler."):
             raise ModelError(f"{source} lacks the weights of {name}, a part of the base model; fetch it again")
     return Pretrained(model.eval(), source, untrained)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights that a model comes without depend on the seed alone; torch's generator is then as it was."""
+    # The CPU's generator alone: forking those of several GPUs takes long, and torch warns of it.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _has_another_head(config: Any, model_class: Any) -> bool:
@@ -164,6 +182,19 @@ def classifier_class(config: Any) -> Any:
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
 
 
+def masked_lm_class(config: Any) -> Any:
+    """The transformers class of the model with a head that predicts masked tokens.
+
+    Raises:
+        ModelError: the architecture has none, or the model reads text in one direction.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
+        raise ModelError(f"a {config.model_type} model has no head for masked tokens; choose another mode or model")
+    return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+
+
 def causal_lm_class(config: Any) -> Any:
     """The transformers class of the model with a head that predicts the next token.
 
@@ -177,6 +208,18 @@ def causal_lm_class(config: Any) -> Any:
     if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"a {config.model_type} model is no causal language model; choose another --task")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def sequence_length(config: Any, source: str, asked: int | None, default: int) -> int:
+    """The sequence length to use: the one asked for, or the default as far as the model can read it.
+
+    Raises:
+        ConfigError: the model cannot read as many tokens as asked.
+    """
+    longest = architecture_of(config).max_length(config)
+    if asked is not None and asked > longest:
+        raise ConfigError(f"--seq-len {asked} is above {longest}, the longest {source} can read")
+    return min(default, longest) if asked is None else asked
 
 
 def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
@@ -205,6 +248,18 @@ def load_tokenizer(source: str) -> Any:
         raise ModelError(f"{source} holds no tokenizer; save the base model's tokenizer into it")
     with library_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def check_tokenizer(tokenizer: Any, source: str, *, masks: bool = False) -> None:
+    """Refuse a tokenizer that cannot pad, or where `masks` has no token to mask with.
+
+    Raises:
+        ModelError: naming what it lacks.
+    """
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of {source} has no padding token; set one and save it again")
+    if masks and tokenizer.mask_token_id is None:
+        raise ModelError(f"the tokenizer of {source} has no mask token; set one and save it again")
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,28 @@ def label_permutation(task: Task, config: Any) -> list[int]:
     Some checkpoints order their classes differently from GLUE and say so in `config.label2id`; where their names are
     not the task's, the order is taken to be GLUE's.
     """
-    classes = {_plain(str(name)): int(index) for name, index in (config.label2id or {}).items()}
-    if set(classes) == {_plain(name) for name in task.labels}:
+    classes = _classes(config)
+    if names_classes_of(task, config):
         return [classes[_plain(name)] for name in task.labels]
-    if not all(name.startswith("label_") for name in classes):
-        _warn_of_names(", ".join(map(str, config.label2id)), task.name)
+    if foreign := foreign_classes(task, config):
+        _warn_of_names(", ".join(foreign), task.name)
     return list(range(len(task.labels)))
+
+
+def names_classes_of(task: Task, config: Any) -> bool:
+    """Whether a config's classes are called as the task's labels are, in whatever order."""
+    return set(_classes(config)) == {_plain(name) for name in task.labels}
+
+
+def foreign_classes(task: Task, config: Any) -> list[str]:
+    """What a config calls its classes, where that is neither what the task does nor just `LABEL_0` and so on."""
+    if names_classes_of(task, config) or all(name.startswith("label_") for name in _classes(config)):
+        return []
+    return [str(name) for name, _ in sorted(config.label2id.items(), key=lambda item: int(item[1]))]
+
+
+def _classes(config: Any) -> dict[str, int]:
+    return {_plain(str(name)): int(index) for name, index in (config.label2id or {}).items()}
 
 
 @functools.cache

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from flashsvd.data import Examples
-from flashsvd.errors import ModelError
 from flashsvd.evaluation.job import Batch, BatchShape
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.predict import Predictor
-from flashsvd.pretrained import check_vocabulary
+from flashsvd.pretrained import check_tokenizer, check_vocabulary
 from flashsvd.tasks import Task
 
 
@@ -39,8 +38,7 @@ class LabelledTexts:
         vocabulary: int,
         checkpoint: str,
     ) -> None:
-        if tokenizer.pad_token is None:
-            raise ModelError(f"the tokenizer of {checkpoint} has no padding token; set one and save it again")
+        check_tokenizer(tokenizer, checkpoint)
         self.timed_forward = "both texts of every pair of a full batch" if task.head == "encoder" else "a full batch"
         self._task = task
         self._examples = examples

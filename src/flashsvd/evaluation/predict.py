@@ -41,9 +41,17 @@ class Classifier:
         return [_columns(texts)]
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
-        logits = check_finite(outputs[0].logits).float().cpu()
-        values = logits[:, 0] if self._permutation is None else logits[:, self._permutation].argmax(dim=-1)
-        return [float(value) for value in values]
+        return self.decide(check_finite(self.scores(outputs[0])))
+
+    def scores(self, output: Any) -> Tensor:
+        """Logits in the order of the data's classes, [B, classes]; [B, 1] for a regression task. float32."""
+        logits: Tensor = output.logits.float()
+        return logits if self._permutation is None else logits[:, self._permutation]
+
+    def decide(self, scores: Tensor) -> list[float]:
+        """The prediction for each row of `scores`."""
+        values = scores[:, 0] if self._permutation is None else scores.argmax(dim=-1)
+        return [float(value) for value in values.cpu()]
 
 
 class SentenceSimilarity:
@@ -56,11 +64,13 @@ class SentenceSimilarity:
         return [[column] for column in _columns(texts)]
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
-        first, second = (
-            pool(output.last_hidden_state.float(), mask, self._mode)
-            for output, mask in zip(outputs, masks, strict=True)
-        )
-        return [float(value) for value in check_finite(torch.cosine_similarity(first, second)).cpu()]
+        states = [output.last_hidden_state for output in outputs]
+        return [float(value) for value in check_finite(self.cosines(states, masks)).cpu()]
+
+    def cosines(self, states: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """The cosine of each pair [B], from the token states [B, S, D] and attention masks [B, S] of the two texts."""
+        first, second = (pool(part.float(), mask, self._mode) for part, mask in zip(states, masks, strict=True))
+        return torch.cosine_similarity(first, second)
 
 
 def _columns(texts: Texts) -> list[list[str]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flashsvd.errors import ConfigError, ModelError
+from flashsvd.errors import ModelError
 from flashsvd.io import find_info, is_compressed, load_factored
-from flashsvd.models import architecture_of, base_prefix
+from flashsvd.models import base_prefix
 from flashsvd.pretrained import (
     base_class,
     causal_lm_class,
@@ -19,6 +19,7 @@ from flashsvd.pretrained import (
     load_model,
     locate,
     own_class,
+    sequence_length,
 )
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.tasks import Task, check_label_count
@@ -76,10 +77,7 @@ class Subject:
         Raises:
             ConfigError: the model cannot read as many tokens as asked.
         """
-        longest = architecture_of(self.config).max_length(self.config)
-        if asked is not None and asked > longest:
-            raise ConfigError(f"--seq-len {asked} is above {longest}, the longest {self.source} can read")
-        return min(default, longest) if asked is None else asked
+        return sequence_length(self.config, self.source, asked, default)
 
     @property
     def method(self) -> str:

@@ -31,6 +31,8 @@ class CompressionInfo:
             the targets alone (biases not counted).
         dense_bytes: size of the dense model's weights in the checkpoint's dtype.
         untrained: parameters the base model had no weights for, so that they are random (a new head, as a rule).
+        trainings: what the factors were trained on since, the last one last, as `TrainingRecord` has it. Files written
+            before there was any training lack it.
     """
 
     method: str
@@ -52,6 +54,7 @@ class CompressionInfo:
     versions: Mapping[str, str | None]
     git_commit: str | None
     timestamp: str
+    trainings: tuple[Mapping[str, Any], ...] = ()
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -78,6 +81,7 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({error!r}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
+        data = {"trainings": []} | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
@@ -85,7 +89,7 @@ class CompressionInfo:
             if not fits(data[name]):
                 raise CheckpointError(f"{path} has {name} {data[name]!r:.60}, which cannot be; compress again")
         known = {name: data[name] for name in names}
-        return cls(**(known | {"untrained": tuple(data["untrained"])}))
+        return cls(**(known | {name: tuple(data[name]) for name in ("untrained", "trainings")}))
 
 
 Check = Callable[[Any], bool]
@@ -123,4 +127,5 @@ _CHECKS: dict[str, Check] = {
     "dense_bytes": _count,
     "untrained": lambda value: isinstance(value, list) and all(map(_text, value)),
     "versions": _map_of(_or_null(_text)),
+    "trainings": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
 }

@@ -1,0 +1,123 @@
+"""The rows that `benchmark_finetune.py` measures: the CSV that holds them, and their tables."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from results import git_commit
+
+FILE = "finetune.csv"
+DENSE = "dense"
+# How a compressed model was trained: not at all, on the labels, or towards its dense model too.
+TRAININGS = ("none", "labels", "teacher")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's score.
+
+    Attributes:
+        method: how it was compressed; `dense` where it was not.
+        keep: fraction of the factored layers' parameters asked for, `kept` what they really hold.
+        training: since it was compressed, one of `TRAININGS`; `labels` for a dense model.
+        seconds: wall time of the training, or of the compression where there was none.
+    """
+
+    task: str
+    seed: int
+    method: str
+    keep: float
+    kept: float
+    training: str
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    metric: str
+    score: float
+    seconds: float
+    device: str
+    torch: str = torch.__version__
+    transformers: str = transformers.__version__
+    commit: str = dataclasses.field(default_factory=git_commit)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.task, self.seed, self.method, self.keep, self.training
+
+
+def merge(rows: Sequence[Row], row: Row) -> list[Row]:
+    """The rows with this one in the place of its older self, sorted."""
+    kept = [other for other in rows if other.key != row.key]
+    return sorted([*kept, row], key=lambda r: (r.task, r.method != DENSE, r.method, -r.keep, r.seed, r.training))
+
+
+def read_rows(file: Path) -> list[Row]:
+    if not file.is_file():
+        return []
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in dataclasses.fields(Row)}
+    with file.open(newline="") as handle:
+        return [Row(**{name: kinds[name](text) for name, text in record.items()}) for record in csv.DictReader(handle)]
+
+
+def write_rows(rows: Sequence[Row], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=[field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            values = dataclasses.asdict(row)
+            writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in values.items()})
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Markdown: the dense scores by task and seed, and for each task, method against size."""
+    whole = [row for row in rows if row.method == DENSE]
+    found = [dense_table(whole)] if whole else []
+    for task in dict.fromkeys(row.task for row in rows if row.method != DENSE):
+        found.append(compressed_table([row for row in rows if row.task == task], task))
+    return found
+
+
+def dense_table(rows: Sequence[Row]) -> str:
+    seeds = sorted({row.seed for row in rows})
+    head = f"| dense | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes, on |"
+    lines = [head, "| --- |" + " --- |" * (len(seeds) + 2)]
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = {row.seed: row for row in rows if row.task == task}
+        cells = [f"{mine[seed].score:.3f}" if seed in mine else "" for seed in seeds]
+        mean = statistics.mean(row.score for row in mine.values())
+        longest = max(mine.values(), key=lambda row: row.seconds)
+        name = f"{task}, {longest.metric.replace('_', ' ')}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} | {longest.seconds / 60:.1f}, {longest.device} |")
+    return "\n".join(lines)
+
+
+def compressed_table(rows: Sequence[Row], task: str) -> str:
+    """Cells read `before -> after` training, means over the seeds that were compressed."""
+    small = [row for row in rows if row.method != DENSE]
+    seeds = {row.seed for row in small}
+    dense_scores = [row.score for row in rows if row.method == DENSE and row.seed in seeds]
+    whole = f"{statistics.mean(dense_scores):.3f}" if dense_scores else "not measured"
+    keeps = sorted({row.keep for row in small}, reverse=True)
+    trainings = [training for training in TRAININGS if any(row.training == training for row in small)]
+    label = f"{task}, {small[0].metric.replace('_', ' ')} (dense {whole}), {' -> '.join(trainings)}"
+    lines = [f"| {label} | {' | '.join(f'keep {keep:g}' for keep in keeps)} |", "| --- |" + " --- |" * len(keeps)]
+    for method in dict.fromkeys(row.method for row in small):
+        cells = []
+        for keep in keeps:
+            parts = []
+            for training in trainings:
+                key = (method, keep, training)
+                scores = [row.score for row in small if (row.method, row.keep, row.training) == key]
+                parts.append(f"{statistics.mean(scores):.3f}" if scores else "-")
+            cells.append(" -> ".join(parts))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Fine-tuning on transformers' Trainer: what is trained, on what, towards what, and what is left behind."""

@@ -1,0 +1,128 @@
+"""A model under the head that a mode trains, dense or compressed, as far as it is known before its weights are."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from flashsvd.errors import CheckpointError, ModelError
+from flashsvd.factorize import check_finite
+from flashsvd.head import class_for_task
+from flashsvd.io import find_info, is_compressed, load_factored
+from flashsvd.pretrained import Pretrained, load_config, load_model, locate, masked_lm_class, own_class, seeded
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.tasks import Task, check_classifier, foreign_classes, names_classes_of
+
+log = logging.getLogger("flashsvd")
+
+Mode = Literal["cls", "mlm", "similarity"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with parameters in float32, on the CPU.
+
+    Attributes:
+        dtype: that of its checkpoint.
+        untrained: parameters its checkpoint had no weights for.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    untrained: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeadedModel:
+    """A model that fits a mode.
+
+    Attributes:
+        name: what the user calls it.
+        source: its directory or hub name.
+        config: its transformers config, with the classes of the task in it.
+        model_class: the transformers class that the mode trains.
+        has_head: whether its checkpoint has the head, and is to keep it.
+        foreign_classes: what the head's classes were called, where that was something else than the task's labels.
+        info: what is known of its compression; None for a dense model.
+    """
+
+    name: str
+    source: str
+    config: Any
+    model_class: Any
+    has_head: bool
+    foreign_classes: tuple[str, ...]
+    info: CompressionInfo | None
+
+    @classmethod
+    def find(cls, name: str, mode: Mode, task: Task | None, new_head: bool = False) -> HeadedModel:
+        """Find a model and hold it against a mode.
+
+        Args:
+            new_head: a classifier gets a fresh head for the task, whatever head it has.
+
+        Raises:
+            ModelError, CheckpointError: it cannot be had, trained, or given the head that the mode needs.
+            DataError: its head has another number of classes than the task.
+        """
+        source = locate(name)
+        config = load_config(source)
+        compressed = is_compressed(config)
+        if not compressed and getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"{name} is quantized, and rounded weights cannot be trained; give the unquantized model")
+        info = find_info(source) if compressed else None
+        if compressed and info is None:
+            raise CheckpointError(
+                f"{name} lacks {INFO_FILE}, which a trained checkpoint needs; compress the model again"
+            )
+        if mode == "mlm":
+            model_class = masked_lm_class(config)
+        else:
+            model_class, options = class_for_task(name, task, config, new_head)
+            for option, value in options.items():
+                setattr(config, option, value)
+        if compressed and new_head and own_class(config) is model_class:
+            # Some versions of transformers put the old head into a compressed model whatever the new one's size is.
+            raise ModelError(f"{name} is compressed, head and all; give its dense model a new head and compress that")
+        has_head = own_class(config) is model_class and not new_head
+        foreign: list[str] = []
+        if mode == "cls":
+            assert task is not None, "a classifier is trained on a task"
+            if not has_head:
+                config.problem_type = None
+            foreign = foreign_classes(task, config) if task.labels else []
+            _set_classes(task, config)
+            check_classifier(config, name)
+        return cls(name, source, config, model_class, has_head, tuple(foreign), info)
+
+    @property
+    def compressed(self) -> bool:
+        return self.info is not None
+
+    def load(self, seed: int) -> LoadedModel:
+        """Load it; weights of a head that it lacks are random, by the seed."""
+        with seeded(seed):
+            if self.compressed and self.has_head:
+                loaded = Pretrained(load_factored(self.source, self.config), self.source)
+            else:
+                new_head = own_class(self.config) is self.model_class and not self.has_head
+                loaded = load_model(self.source, self.config, self.model_class, new_head=new_head)
+        model = loaded.model
+        check_finite(model)
+        dtype = model.dtype
+        # The parameters alone: buffers such as rotary frequencies have a precision of their own.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        return LoadedModel(model, dtype, loaded.untrained)
+
+
+def _set_classes(task: Task, config: Any) -> None:
+    """Name the task's classes in the config, unless they are there in an order of their own."""
+    if task.labels and not names_classes_of(task, config):
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if config.problem_type is None:
+        config.problem_type = "single_label_classification" if task.labels else "regression"

@@ -1,0 +1,186 @@
+"""What a mode trains and evaluates on: its task, the rows of its data, and what they are trained towards."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsvd.calibration_data import Draw
+from flashsvd.corpus import TEXT_SUFFIXES, load_text
+from flashsvd.data import SUFFIXES, Examples, Split, find_file, load_examples
+from flashsvd.errors import ConfigError, DataError
+from flashsvd.finetune_config import FinetuneConfig
+from flashsvd.pretrained import check_vocabulary
+from flashsvd.tasks import TASKS, Task, get_task
+from flashsvd.training.classification import Classification, balanced_weights
+from flashsvd.training.headed_model import HeadedModel
+from flashsvd.training.masked_lm import MaskedLM, masked_rows
+from flashsvd.training.objective import Objective
+from flashsvd.training.pair_similarity import PairSimilarity
+from flashsvd.training.rows import Row, Rows, encode
+
+log = logging.getLogger("flashsvd")
+
+# Masks to evaluate on are the same whatever a training's seed is, so that trainings can be compared.
+EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Material:
+    """Tokenised data and the objective of the model that trains on it.
+
+    Attributes:
+        evaluation: None where there is no data to evaluate on.
+        about: where the data came from, for people.
+    """
+
+    train: Rows
+    evaluation: Rows | None
+    objective: Objective
+    about: str
+
+
+def task_of(config: FinetuneConfig) -> Task | None:
+    """The task of a mode; None for running text.
+
+    Raises:
+        ConfigError: the task is missing, unknown, or another mode's.
+    """
+    classifiers = ", ".join(task.name for task in TASKS.values() if task.head == "classifier")
+    task: Task | None = None
+    if config.mode == "mlm":
+        if config.task is not None:
+            raise ConfigError(f"--mode mlm reads running text and no task; leave out --task {config.task}")
+    elif config.mode == "similarity":
+        task = get_task(config.task or "similarity")
+        if task.head != "encoder":
+            raise ConfigError(f"--task {task.name} is not one of --mode similarity; leave it out")
+    else:
+        if config.task is None:
+            raise ConfigError(f"--mode cls needs a --task: {classifiers}")
+        task = get_task(config.task)
+        if task.head != "classifier":
+            raise ConfigError(f"--task {task.name} is not one of --mode cls; choose from {classifiers}")
+    if config.class_weights and (task is None or not task.labels):
+        raise ConfigError(f"--class-weights weighs classes, and {task.name if task else 'mlm'} has none; leave it out")
+    return task
+
+
+def prepare_material(
+    config: FinetuneConfig, task: Task | None, model: HeadedModel, tokenizer: Any, seq_len: int
+) -> Material:
+    """Read and tokenise.
+
+    Raises:
+        FlashSVDError: the data cannot be had, or does not fit the task, the tokenizer or the model.
+    """
+    splits = [_Source("train", config.data, "--data"), _evaluation_source(config, task)]
+    if task is None:
+        train, evaluation = (_text_rows(source, config, tokenizer, seq_len) for source in splits)
+        weights = None
+    else:
+        examples = [_examples(source, config, task) for source in splits]
+        train, evaluation = (_example_rows(part, task, tokenizer, seq_len) for part in examples)
+        weights = _class_weights(config, task, examples[0])
+    assert train is not None, "there is always something to train on"
+    for rows in (train, evaluation):
+        if rows is not None:
+            check_vocabulary(rows.largest_token, model.config.vocab_size, model.name)
+    objective = make_objective(task, model, tokenizer, weights)
+    return Material(train, evaluation, objective, config.data or f"hub:{(task or TASKS['wikitext2']).hub_config}")
+
+
+def make_objective(task: Task | None, model: HeadedModel, tokenizer: Any, class_weights: Any = None) -> Objective:
+    """The objective of a task for a model; of running text for None."""
+    if task is None:
+        return MaskedLM(tokenizer, model.config.vocab_size)
+    if task.head == "encoder":
+        return PairSimilarity(task, model.source)
+    return Classification(task, model.config, class_weights)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the data of a split lies, None for the hub, and the option that says so."""
+
+    split: Split
+    data: str | None
+    option: str
+
+
+def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | None:
+    """Where to find what is evaluated on; None where nothing is.
+
+    Raises:
+        ConfigError: an option asks for evaluations, and there is nothing to evaluate on.
+    """
+    if config.eval_data:
+        return _Source("validation", config.eval_data, "--eval-data")
+    path = Path(config.data).expanduser() if config.data else None
+    if path is None or (path.is_dir() and _has_validation(path, task)):
+        return _Source("validation", config.data, "--data")
+    for name in ("early_stopping", "eval_steps", "max_eval_samples"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs something to evaluate on, and there is no validation file in "
+                f"{path}; give one with --eval-data"
+            )
+    log.warning("%s holds no validation data and there is no --eval-data: nothing is evaluated", path)
+    return None
+
+
+def _has_validation(directory: Path, task: Task | None) -> bool:
+    try:
+        find_file(directory, "validation", task or TASKS["wikitext2"], SUFFIXES if task else TEXT_SUFFIXES)
+    except DataError:
+        return False
+    return True
+
+
+def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Examples | None:
+    if source is None:
+        return None
+    if source.split == "validation":
+        return load_examples(task, "validation", source.data, config.max_eval_samples, source.option)
+    examples = load_examples(task, "train", source.data, option=source.option)
+    chosen = _drawn(len(examples), config)
+    return Examples([examples.texts[i] for i in chosen], [examples.labels[i] for i in chosen])
+
+
+def _example_rows(examples: Examples | None, task: Task, tokenizer: Any, seq_len: int) -> Rows | None:
+    if examples is None:
+        return None
+    columns = [list(column) for column in zip(*examples.texts, strict=True)]
+    calls = [[column] for column in columns] if task.head == "encoder" else [columns]
+    parts = zip(*(encode(tokenizer, call, seq_len) for call in calls), strict=True)
+    return Rows([Row(tuple(part), label) for part, label in zip(parts, examples.labels, strict=True)])
+
+
+def _class_weights(config: FinetuneConfig, task: Task, train: Examples | None) -> Any:
+    return balanced_weights(task, train.labels) if config.class_weights and train else None
+
+
+def _text_rows(source: _Source | None, config: FinetuneConfig, tokenizer: Any, seq_len: int) -> Rows | None:
+    """The lines of a text, a long one in several rows."""
+    if source is None:
+        return None
+    text = load_text(TASKS["wikitext2"], source.split, source.data, source.option)
+    lines = [line for line in text.splitlines() if line.strip()]
+    special = set(tokenizer.all_special_ids)
+    encodings = encode(tokenizer, [lines], seq_len, whole=True) if lines else []
+    # A line of unknown words, say, leaves nothing to predict.
+    encodings = [encoding for encoding in encodings if set(encoding["input_ids"]) - special]
+    if not encodings:
+        raise DataError(f"the text for {source.split} holds nothing to predict; give another {source.option}")
+    if source.split == "validation":
+        return Rows(masked_rows(encodings[: config.max_eval_samples], tokenizer, EVALUATION_SEED))
+    return Rows([Row((encodings[i],)) for i in _drawn(len(encodings), config)])
+
+
+def _drawn(count: int, config: FinetuneConfig) -> list[int]:
+    """The examples to train on, of `count`, in the data's order."""
+    if config.max_train_samples is None:
+        return list(range(count))
+    return sorted(Draw(config.max_train_samples, config.seed).indices(count))

@@ -1,0 +1,114 @@
+"""A trained model's directory: an ordinary model of transformers, or an ordinary compressed checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsvd.io import save_compressed, save_dense
+from flashsvd.models import base_prefix
+from flashsvd.storage.companions import TOKENIZER_FILES, Companions, find_companions
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.training_file import TRAINING_FILE, read_trainings, write_trainings
+from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode
+
+
+def output_marker(model: HeadedModel) -> str:
+    """The file by which a directory of this kind is known as ours, and may be replaced."""
+    return INFO_FILE if model.compressed else TRAINING_FILE
+
+
+def companions_of(model: HeadedModel, mode: Mode) -> Companions:
+    """What goes beside the weights: under a head, a model is no sentence encoder any more, whatever it was before."""
+    found = find_companions(model.source, sentence_encoder=mode == "similarity")
+    if mode == "similarity":
+        return found
+    return Companions({name: file for name, file in found.files.items() if name in TOKENIZER_FILES})
+
+
+def past_trainings(model: HeadedModel) -> Sequence[Mapping[str, Any]]:
+    """The trainings that a model has behind it."""
+    if model.info is not None:
+        return model.info.trainings
+    try:
+        file = companion_file(model.source, TRAINING_FILE)
+    except HubUnreachableError:
+        return ()
+    return read_trainings(file) if file else ()
+
+
+@dataclass(frozen=True)
+class RandomParameters:
+    """Parameters that no checkpoint had weights for, with their values before the training."""
+
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, info: CompressionInfo | None) -> RandomParameters:
+        names = {*loaded.untrained, *(info.untrained if info else ())}
+        return cls({name: p.detach().clone() for name, p in loaded.model.named_parameters() if name in names})
+
+    def left(self, model: Any) -> tuple[str, ...]:
+        """Those that are as they were, and so still random."""
+        now = dict(model.named_parameters())
+        return tuple(sorted(name for name, value in self.values.items() if torch.equal(now[name].cpu(), value)))
+
+
+def save_trained(
+    model: Any,
+    headed: HeadedModel,
+    output: Path,
+    trainings: Sequence[Mapping[str, Any]],
+    companions: Companions,
+    untrained: tuple[str, ...],
+    overwrite: bool,
+    scratch: Path,
+) -> None:
+    """Write a trained model, all of it or nothing.
+
+    Args:
+        model: in the dtype to save, on the CPU.
+        headed: what it was before.
+        trainings: all it has behind it.
+        companions: with the curve of the loss among them.
+        untrained: parameters that are still random.
+        scratch: a directory for files on their way.
+
+    Raises:
+        CheckpointError: the output cannot be written.
+    """
+    if headed.info is not None:
+        info = trained_info(headed.info, model, trainings, untrained)
+        save_compressed(model, output, info, companions=companions, overwrite=overwrite)
+        return
+    file = scratch / TRAINING_FILE
+    write_trainings(file, trainings)
+    companions = Companions({**companions.files, TRAINING_FILE: file})
+    save_dense(model, output, companions, TRAINING_FILE, overwrite=overwrite)
+
+
+def trained_info(
+    info: CompressionInfo, model: Any, trainings: Sequence[Mapping[str, Any]], untrained: tuple[str, ...]
+) -> CompressionInfo:
+    """What is to say of a compressed model after a training, which may have given it another head."""
+    prefix, own = f"{model.base_model_prefix}.", base_prefix(model)
+    compressed = sum(p.numel() for p in model.parameters())
+    dense = info.parameters["dense"] + compressed - info.parameters["compressed"]
+    return dataclasses.replace(
+        info,
+        module_ranks={own + name.removeprefix(prefix): rank for name, rank in info.module_ranks.items()},
+        task=trainings[-1]["task"] or info.task,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters={**info.parameters, "dense": dense, "compressed": compressed},
+        dense_bytes=dense * model.dtype.itemsize,
+        untrained=untrained,
+        trainings=tuple(trainings),
+    )

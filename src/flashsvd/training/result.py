@@ -1,0 +1,50 @@
+"""What a training did, for people and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashsvd.storage.training_file import TrainingRecord
+from flashsvd.training.curve import Point
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The result of `run_finetune`.
+
+    Attributes:
+        output: the trained model's directory.
+        record: what its metadata says of this training.
+        metrics: of the saved weights; empty where nothing was evaluated, None where a metric is not defined.
+        curve: losses and metrics over the steps.
+        parameters, trainable: counts of the whole model, and of what was trained.
+        train_samples, eval_samples: examples in the data.
+        seconds: wall time of the training, evaluations within it included.
+        device: where it ran.
+    """
+
+    output: Path
+    record: TrainingRecord
+    metrics: Mapping[str, float | None]
+    curve: Sequence[Point]
+    parameters: int
+    trainable: int
+    train_samples: int
+    eval_samples: int
+    seconds: float
+    device: str
+
+    def __str__(self) -> str:
+        r = self.record
+        scores = ", ".join(
+            f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in self.metrics.items()
+        )
+        evaluated = f"{scores} on {self.eval_samples} examples" if scores else "not evaluated"
+        return (
+            f"{r.task or r.mode}: {evaluated}\n"
+            f"trained {self.trainable:,} of {self.parameters:,} parameters on {self.train_samples} examples, "
+            f"{r.epochs:g} epochs, {r.steps} steps of {r.batch_size}, on {self.device} in {self.seconds:.0f} s\n"
+            f"saved to {self.output}"
+        )

@@ -1,0 +1,67 @@
+"""Which model is imitated, found and held against the student before either is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashsvd.errors import FlashSVDError, ModelError
+from flashsvd.finetune_config import DISTILL_WEIGHT, TEMPERATURE, FinetuneConfig
+from flashsvd.pretrained import load_tokenizer
+from flashsvd.tasks import Task
+from flashsvd.training.distill import Distillation, Teacher
+from flashsvd.training.headed_model import HeadedModel, Mode
+from flashsvd.training.material import make_objective
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher that fits a student."""
+
+    source: HeadedModel
+    distillation: Distillation
+
+    @classmethod
+    def find(
+        cls, config: FinetuneConfig, mode: Mode, task: Task | None, student: HeadedModel, tokenizer: Any
+    ) -> TeacherPlan | None:
+        """The teacher that a config names; None where it names none.
+
+        Args:
+            tokenizer: the student's, whose tokens both models read.
+
+        Raises:
+            FlashSVDError: it cannot be had, was not trained for the mode and task, knows other tokens, or has other
+                hidden states.
+        """
+        if config.teacher is None:
+            return None
+        weight = DISTILL_WEIGHT if config.distill_weight is None else config.distill_weight
+        how = Distillation(weight, config.temperature or TEMPERATURE, config.hidden_weight or 0.0)
+        try:
+            teacher = HeadedModel.find(config.teacher, mode, task)
+        except FlashSVDError as error:
+            raise type(error)(f"--teacher cannot be used: {error}") from error
+        _check(teacher, student, mode, tokenizer, how)
+        return cls(teacher, how)
+
+    def load(self, task: Task | None, tokenizer: Any) -> Teacher:
+        objective = make_objective(task, self.source, tokenizer)
+        return Teacher(self.source.load(seed=0).model, objective, self.distillation)
+
+
+def _check(teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: Any, distillation: Distillation) -> None:
+    """Refuse a teacher whose answers would mean something else than the student's."""
+    who = f"--teacher {teacher.name}"
+    if mode != "similarity" and not teacher.has_head:
+        raise ModelError(f"{who} has no trained {teacher.model_class.__name__} to imitate; train it first")
+    if teacher.foreign_classes:
+        raise ModelError(f"{who} has the classes {', '.join(teacher.foreign_classes)}, which are not the task's")
+    if load_tokenizer(teacher.source).get_vocab() != tokenizer.get_vocab():
+        raise ModelError(f"{who} has other tokens than {student.name}; take a model of the same family")
+    if not distillation.hidden_weight:
+        return
+    for name in ("num_hidden_layers", "hidden_size"):
+        theirs, ours = (getattr(model.config, name) for model in (teacher, student))
+        if theirs != ours:
+            raise ModelError(f"{who} has {name} {theirs}, {student.name} {ours}; leave out --hidden-weight")

@@ -1,0 +1,138 @@
+"""Where a training keeps its checkpoints until the model is done: a directory beside the output.
+
+It is what an interrupted run leaves behind and a resumed one goes on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.finetune_config import FinetuneConfig
+from flashsvd.options import flag
+from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
+
+CONFIG_FILE = "finetune_config.json"
+# Written last into a checkpoint of the Trainer's.
+STATE_FILE = "trainer_state.json"
+# What may be another in a resumed run, which goes the same way all the same.
+_FREE = ("resume", "overwrite", "device", "dtype", "output", "save_steps")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The working directory of one output.
+
+    Attributes:
+        resumes: whether it goes on from what is there.
+    """
+
+    directory: Path
+    resumes: bool
+
+    @classmethod
+    def find(cls, output: Path, config: FinetuneConfig) -> Workplace:
+        """The workplace of an output, as far as it fits the config; nothing is written.
+
+        Raises:
+            ConfigError: there is an interrupted run that shall not be resumed, or nothing to resume, or an option
+                differs from that of the interrupted run.
+        """
+        directory = output.resolve().with_name(f"{output.name}.partial")
+        if not config.resume:
+            if directory.exists():
+                raise ConfigError(
+                    f"{directory} holds an interrupted run; pass --resume to continue it, or remove that directory"
+                )
+            return cls(directory, False)
+        if not directory.is_dir():
+            raise ConfigError(f"there is nothing to resume: {directory} does not exist; leave out --resume")
+        _check_same(_read(directory / CONFIG_FILE), config)
+        return cls(directory, True)
+
+    def open(self, config: FinetuneConfig) -> None:
+        """Make the directory, with the config in it; of checkpoints that are there, remove what is half-written."""
+        with self.writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+            (self.directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            for checkpoint in self._checkpoints():
+                if not _is_whole(checkpoint):
+                    shutil.rmtree(checkpoint)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the file system says to whoever writes here into a CheckpointError of one line."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError):
+                reason = error.strerror or first_line(error)
+            # Two writers report a full disk in types of their own: safetensors' and torch's.
+            elif type(error).__name__ == "SafetensorError" or "inline_container" in str(error):
+                reason = f"the file system takes no more ({first_line(error)})"
+            else:
+                raise
+            raise CheckpointError(f"cannot write {self.directory}: {reason}; choose another --output") from error
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; None where there is none."""
+        return max(filter(_is_whole, self._checkpoints()), key=_step, default=None)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return [path for path in self.directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def check_checkpoint(model: Any, checkpoint: Path) -> None:
+    """Refuse a checkpoint that does not hold every tensor of the model, since the Trainer only warns.
+
+    Raises:
+        CheckpointError: naming a tensor that is missing, misshapen or has no place.
+    """
+    found = tensor_shapes(weight_files(checkpoint))
+    state = model.state_dict()
+    # Tensors that share their memory are written once.
+    written = {tensor.data_ptr() for name, tensor in state.items() if name in found}
+    wanted = {name: tuple(t.shape) for name, t in state.items() if name in found or t.data_ptr() not in written}
+    compare_tensors(wanted, found, str(checkpoint))
+    check_no_extra(set(state), found, str(checkpoint))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return True
+    return False
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}); remove that directory to start anew") from error
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{file} holds no options; remove that directory to start anew")
+    return options
+
+
+def _check_same(earlier: dict[str, Any], config: FinetuneConfig) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if name not in _FREE and name in earlier and earlier[name] != value:
+            raise ConfigError(
+                f"{flag(name)} is {value!r}, but the run to resume had {earlier[name]!r}; give it the same options"
+            )

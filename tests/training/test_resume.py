@@ -1,0 +1,228 @@
+"""An interrupted training goes on to the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import MakeModel
+from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.training.callbacks import StopWhenLost
+from training_data import MNLI, SST2, TASKS, compress, finetune, write_task_data, write_text
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C after so many steps of the training that follows."""
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StopWhenLost, "on_step_begin", on_step_begin)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {"task": "mnli"},
+    "joint": {"task": "mnli"},
+    "per-head": {"task": "mnli"},
+    "masked-lm": {"mode": "mlm"},
+    "similarity": {"mode": "similarity"},
+}
+
+
+# Six steps an epoch, a checkpoint after each five: interrupted between two epochs, within one, and before there is any.
+@pytest.mark.parametrize(("step", "last"), [(6, 6), (11, 10), (3, None)])
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, step: int, last: int | None
+) -> None:
+    options = CASES[case] | {"epochs": 2, "save_steps": 5, "seed": 4}
+    if case == "masked-lm":
+        source, options["data"] = make_model("bert", "masked-lm"), write_text(tmp_path / "data", train=48)
+    elif case == "similarity":
+        source, options["data"] = make_model("bert", "base"), write_task_data(tmp_path / "data", TASKS["similarity"])
+    else:
+        source, options["data"] = make_model("bert", "base"), write_task_data(tmp_path / "data", MNLI)
+    if case in ("joint", "per-head"):
+        source = compress(source, tmp_path / "small", qkv=case)
+    whole = finetune(source, tmp_path / "whole", **options)
+    interrupt_at(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(source, tmp_path / "parts", **options)
+    assert not (tmp_path / "parts").exists()
+    checkpoints = {path.name for path in (tmp_path / "parts.partial").glob("checkpoint-*")}
+    assert (f"checkpoint-{last}" in checkpoints) if last else not (tmp_path / "parts.partial").exists()
+    resumed = finetune(source, tmp_path / "parts", resume=last is not None, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert (resumed.metrics, resumed.record.steps) == (whole.metrics, whole.record.steps)
+    assert not (tmp_path / "parts.partial").exists()
+
+
+def test_legacy_names_of_weights_survive_a_checkpoint(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT's first checkpoints call a norm's weight gamma; the Trainer's own checkpoints would again."""
+    source, data = make_model(), write_task_data(tmp_path / "data", SST2)
+    tensors = load_file(source / "model.safetensors")
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    assert set(renamed) != set(tensors)
+    save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    options = {"task": "sst2", "data": data, "epochs": 2}
+    finetune(source, tmp_path / "whole", **options)
+    interrupt_at(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(source, tmp_path / "parts", **options)
+    finetune(source, tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert set(load_file(tmp_path / "whole" / "model.safetensors")) == set(tensors)
+
+
+def test_early_stopping_remembers_what_it_saw(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 20, "early_stopping": 3}
+    whole = finetune(make_model(), tmp_path / "whole", **options)
+    interrupt_at(monkeypatch, whole.record.steps - 6)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path / "dense", tmp_path / "parts", **options)
+    resumed = finetune(tmp_path / "dense", tmp_path / "parts", resume=True, **options)
+    assert resumed.record.steps == whole.record.steps < 120
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.fixture
+def interrupted(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A training that was interrupted in its second epoch: the options that it had."""
+    options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 2}
+    options |= {"model": make_model(), "output": tmp_path / "out"}
+    interrupt_at(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**options)
+    return options
+
+
+def test_an_interrupted_run_is_neither_lost_nor_mixed_up(interrupted: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out\.partial holds an interrupted run; pass --resume"):
+        finetune(**interrupted)
+    with pytest.raises(ConfigError, match=r"--learning-rate is 0\.1, but the run to resume had 0\.005"):
+        finetune(**interrupted, resume=True, learning_rate=0.1)
+    assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
+
+
+def test_a_model_that_could_not_be_saved_is_saved_by_resuming(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 2}
+    whole = finetune(make_model(), tmp_path / "whole", **options)
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flashsvd.training.job.save_trained", full)
+        with pytest.raises(CheckpointError, match="no space left"):
+            finetune(tmp_path / "dense", tmp_path / "parts", **options)
+    resumed = finetune(tmp_path / "dense", tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert (resumed.metrics, resumed.record.steps) == (whole.metrics, whole.record.steps)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
+    interrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert finetune(**interrupted, resume=True).record.steps == 12
+
+
+def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial does not exist"):
+        finetune(make_model(), tmp_path / "out", task="sst2", data=data, resume=True)
+
+
+def test_a_half_written_checkpoint_does_not_count(interrupted: dict[str, Any], tmp_path: Path) -> None:
+    half = tmp_path / "out.partial" / "checkpoint-7"
+    shutil.copytree(tmp_path / "out.partial" / "checkpoint-6", half)
+    (half / "trainer_state.json").write_text('{"epoch": 1')
+    result = finetune(**interrupted, resume=True)
+    assert result.record.steps == 12
+
+
+@pytest.mark.parametrize("change", ["lost", "misshapen"])
+def test_a_checkpoint_of_other_tensors_is_refused(interrupted: dict[str, Any], tmp_path: Path, change: str) -> None:
+    """The Trainer itself would warn, and go on with what the model had before."""
+    file = tmp_path / "out.partial" / "checkpoint-6" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["classifier.bias"] = torch.zeros(7)
+    if change == "lost":
+        del tensors["classifier.bias"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"classifier\.bias"):
+        finetune(**interrupted, resume=True)
+
+
+def test_a_killed_process_is_resumed_from_the_shell(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    arguments = ["finetune", "--model", make_model(), "--task", "sst2", "--data", data, "--output", tmp_path / "out"]
+    arguments += ["--batch-size", "2", "--epochs", "1", "--seq-len", "24", "--save-steps", "3", "--device", "cpu"]
+    # The third step after a checkpoint never ends.
+    stalled = (
+        "import sys, time; from flashsvd.training.callbacks import StopWhenLost as C\n"
+        "C.on_step_begin = lambda self, args, state, control, **_: time.sleep(120 if state.global_step == 5 else 0)\n"
+        "from flashsvd.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", stalled, *map(str, arguments)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out.partial" / "checkpoint-3" / "trainer_state.json").is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    from flashsvd.cli import main
+
+    assert main([*map(str, arguments), "--resume"]) == 0
+    record = json.loads((tmp_path / "out" / "flashsvd_training.json").read_text())["trainings"][-1]
+    assert (record["steps"], record["epochs"]) == (24, 1.0)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_whole(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    # A limit on file size fails the write itself, as a full disk does: the optimiser's state is twice the weights.
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (120000, 120000)); "
+        "from flashsvd.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["finetune", "--model", make_model(), "--task", "sst2", "--data", data, "--output", tmp_path / "out"]
+    arguments += ["--epochs", "1", "--seq-len", "24", "--device", "cpu"]
+    # Without coverage's own data file, which would meet the limit too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    result = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"error: cannot write {tmp_path / 'out.partial'}" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))
