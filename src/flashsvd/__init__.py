@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from flashsvd.evaluation.result import EvalResult
     from flashsvd.info import read_info, show_checkpoint_info
     from flashsvd.io import export_dense, load_compressed, save_compressed
+    from flashsvd.profile import ProfileConfig, run_profile
+    from flashsvd.profiling.result import ProfileResult
     from flashsvd.report import CompressReport
     from flashsvd.runtime import optimize
 
@@ -30,12 +32,15 @@ _HOMES = {
     "EvalConfig": "flashsvd.evaluate",
     "EvalResult": "flashsvd.evaluation.result",
     "FlashSVDError": "flashsvd.errors",
+    "ProfileConfig": "flashsvd.profile",
+    "ProfileResult": "flashsvd.profiling.result",
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",
     "optimize": "flashsvd.runtime",
     "read_info": "flashsvd.info",
     "run_compress": "flashsvd.compress",
     "run_eval": "flashsvd.evaluate",
+    "run_profile": "flashsvd.profile",
     "save_compressed": "flashsvd.io",
     "show_checkpoint_info": "flashsvd.info",
 }
@@ -46,6 +51,8 @@ __all__ = [
     "EvalConfig",
     "EvalResult",
     "FlashSVDError",
+    "ProfileConfig",
+    "ProfileResult",
     "__version__",
     "export_dense",
     "load_compressed",
@@ -53,6 +60,7 @@ __all__ = [
     "read_info",
     "run_compress",
     "run_eval",
+    "run_profile",
     "runtime",
     "save_compressed",
     "show_checkpoint_info",

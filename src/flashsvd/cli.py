@@ -98,6 +98,10 @@ def info_main() -> int:
     return run_command("info", sys.argv[1:], prog="flashsvd-info")
 
 
+def profile_main() -> int:
+    return run_command("profile", sys.argv[1:], prog="flashsvd-profile")
+
+
 def _add_compress(parser: argparse.ArgumentParser) -> None:
     from flashsvd.compress import CompressConfig
 
@@ -147,10 +151,32 @@ def _run_info(options: argparse.Namespace) -> None:
         show_checkpoint_info(options.directory)
 
 
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    from flashsvd.profile_config import ProfileConfig
+
+    add_config_arguments(parser, ProfileConfig)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def _run_profile(options: argparse.Namespace) -> None:
+    from flashsvd.profile import ProfileConfig, run_profile
+
+    if options.json:
+        logging.getLogger("flashsvd").setLevel(logging.WARNING)
+    result = run_profile(config_from(options, ProfileConfig))
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2, allow_nan=False))
+        return
+    print(result)
+    if options.output:
+        print(f"written to {options.output}")
+
+
 COMMANDS: dict[str, Command] = {
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
     "info": Command("show what a compressed checkpoint is", _add_info, _run_info),
+    "profile": Command("measure a checkpoint against its dense base on this machine", _add_profile, _run_profile),
 }
 
 
