@@ -205,25 +205,40 @@ def _samples(workload: Workload, subject: Subject) -> int:
 
 def _definitions(workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting) -> dict[str, str]:
     from flashsvd.evaluation.job import WARMUP_FORWARDS
-    from flashsvd.evaluation.measure import PeakMemory
 
     cuda = setting.device.type == "cuda"
+    memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
     before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
-    where = "the device" if cuda else "the process"
-    offload = ", weights that are moved for it included" if setting.offload else ""
+    exact = "" if cuda else f"; {_how_exact()}"
     return {
         "latency": (
             f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full}, after {before} and "
             f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
         ),
-        "memory": PeakMemory(setting.device).definition,
+        "peak_memory": (
+            f"most {memory} while loading and while running the largest batch, above what it was before, all weights "
+            f"and captured graphs included; what compiling and measuring kernels took for a moment is not{exact}"
+        ),
         "transient_memory": (
-            f"most memory of {where} while evaluating, above what it was with the model loaded and ready{offload}; "
-            "what compiling and measuring kernels took for a moment is not counted, captured graphs are"
+            "of that, what running took above the loaded model"
+            + (", weights moved to the device for it included" if setting.offload else "")
         ),
         "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
     }
+
+
+def _how_exact() -> str:
+    """What to know of the resident memory of a process that has run other models before."""
+    from flashsvd.evaluation.measure import peak_resident_bytes
+    from flashsvd.profiling.housekeeping import freed_at_once
+
+    if not peak_resident_bytes():
+        return "not measured: this system does not say how much memory a process has had"
+    with freed_at_once() as exact:
+        if exact:
+            return "memory that is freed goes back to the system at once meanwhile"
+    return "memory that an earlier variant freed may be used again uncounted: profile one variant at a time to compare"
 
 
 def _write(result: ProfileResult, directory: Path) -> None:

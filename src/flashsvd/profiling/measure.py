@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from flashsvd.errors import described
-from flashsvd.evaluation.job import Job, Timings, run_job
+from flashsvd.evaluation.job import Batch, Job, Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
-from flashsvd.profiling.housekeeping import graph_pool_bytes, settle
+from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, settle
 from flashsvd.profiling.result import Row
 from flashsvd.profiling.variants import Ready, Setting, prepare
 
@@ -43,16 +43,19 @@ def measure(name: str, subject: Subject, workload: Workload, setting: Setting, r
 def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
     device = setting.device
     with _no_silent_fallback(name):
-        peak = PeakMemory(device)
-        ready = prepare(name, subject, setting)
-        with peak.paused():
-            transient = PeakMemory(device)
-            if _needs_a_pass(name, device):
-                with transient.paused():
-                    _run_untimed(workload.job(subject), ready, device)
+        with freed_at_once():
+            peak = PeakMemory(device)
+            ready = prepare(name, subject, setting)
+            with peak.paused():
+                transient = PeakMemory(device)
+                if _needs_a_pass(name, device):
+                    with transient.paused():
+                        _run_untimed(workload.job(subject), ready, device)
+            _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
+            pools = graph_pool_bytes(device) / MIB
+            peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
         jobs = [workload.job(subject) for _ in range(runs)]
         timings = _joined([run_job(job, ready.call, device) for job in jobs])
-        pools = graph_pool_bytes(device) / MIB
         found = jobs[0].metrics()
     return Row(
         variant=name,
@@ -64,8 +67,8 @@ def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, 
         tokens_per_second=timings.per_second(timings.tokens),
         timed_forwards=len(timings.full),
         full_batches=timings.any_full,
-        peak_memory_mib=round(peak.mib() + pools, 2),
-        transient_memory_mib=round(transient.mib() + pools, 2),
+        peak_memory_mib=round(peak_mib, 2),
+        transient_memory_mib=round(transient_mib, 2),
         parameters=ready.parameters,
         weight_bytes=ready.weight_bytes,
         dtype=ready.dtype,
@@ -77,11 +80,19 @@ def _needs_a_pass(name: str, device: torch.device) -> bool:
     return name == "compiled" or device.type == "cuda"
 
 
-def _run_untimed(job: Job, ready: Ready, device: torch.device) -> None:
+def _run_untimed(job: Job, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:
     with torch.inference_mode():
-        for batch in job:
+        for batch in job if batches is None else batches:
             for inputs in batch.to(device).inputs:
                 ready.call(**inputs, **job.forward_options)
+
+
+def _largest(job: Job) -> list[Batch]:
+    """The batch with most places and the one with most tokens, which are what memory follows, padded or not."""
+    return [
+        max(job, key=lambda batch: sum(inputs["input_ids"].numel() for inputs in batch.inputs)),
+        max(job, key=lambda batch: batch.tokens),
+    ]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from flashsvd import runtime
 from flashsvd.errors import BackendError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
-from flashsvd.profiling.housekeeping import parameter_count, weight_bytes
+from flashsvd.profiling.housekeeping import make_resident, parameter_count, weight_bytes
 from flashsvd.profiling.micro_batches import MicroBatches
 from flashsvd.profiling.offload import offloaded
 
@@ -70,6 +70,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
         if name == "fused":
             runtime.optimize(model, graph=setting.graph)
         size = weight_bytes(model)
+        make_resident(model)
     call: Any = model
     if name == "compiled":
         call = torch.compile(model)
