@@ -41,7 +41,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     from flashsvd.device import describe_device, resolve_device, resolve_dtype
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-    from flashsvd.profiling.measure import measure
+    from flashsvd.profiling.measure import measure, rehearse
     from flashsvd.profiling.offload import check_offload
     from flashsvd.profiling.result import ProfileResult, Row
     from flashsvd.profiling.variants import DENSE, Setting, why_not
@@ -67,6 +67,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     for one in subjects.values():
         workload.job(one)
 
+    rehearse(subject, setting)
     rows = []
     for name, reason in reasons.items():
         if reason is not None:

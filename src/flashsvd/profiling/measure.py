@@ -40,6 +40,14 @@ def measure(name: str, subject: Subject, workload: Workload, setting: Setting, r
         settle()
 
 
+def rehearse(subject: Subject, setting: Setting) -> None:
+    """Load a model for nothing on a CPU, where what the libraries import meanwhile would count as the first one's."""
+    if setting.device.type == "cpu":
+        # What cannot be loaded says so in the row of its variant.
+        with contextlib.suppress(Exception):
+            subject.load(setting.dtype)
+
+
 def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
     device = setting.device
     with _no_silent_fallback(name):
