@@ -33,7 +33,13 @@ def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'evaluate', 'gradio'} & set(sys.modules)"
-    for command in ("['--help']", "['compress', '--help']", "['eval', '--help']", "['info', '--help']"):
+    for command in (
+        "['--help']",
+        "['compress', '--help']",
+        "['eval', '--help']",
+        "['info', '--help']",
+        "['profile', '--help']",
+    ):
         code = (
             "import contextlib, io, sys; from flashsvd.cli import main\n"
             "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"

@@ -48,9 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse one command's arguments and run it; errors meant for users become one line and exit code 2."""
+    return run(COMMANDS[name], arguments, prog)
+
+
+def run(command: Command, arguments: Sequence[str], prog: str) -> int:
+    """`run_command` for a command that need not have a name."""
     try:
         try:
-            _parse_and_run(COMMANDS[name], arguments, prog)
+            _parse_and_run(command, arguments, prog)
         finally:
             sys.stdout.flush()
     except FlashSVDError as error:
@@ -151,14 +156,14 @@ def _run_info(options: argparse.Namespace) -> None:
         show_checkpoint_info(options.directory)
 
 
-def _add_profile(parser: argparse.ArgumentParser) -> None:
+def add_profile(parser: argparse.ArgumentParser) -> None:
     from flashsvd.profile_config import ProfileConfig
 
     add_config_arguments(parser, ProfileConfig)
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
 
 
-def _run_profile(options: argparse.Namespace) -> None:
+def run_profile_command(options: argparse.Namespace) -> None:
     from flashsvd.profile import ProfileConfig, run_profile
 
     if options.json:
@@ -176,7 +181,7 @@ COMMANDS: dict[str, Command] = {
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
     "info": Command("show what a compressed checkpoint is", _add_info, _run_info),
-    "profile": Command("measure a checkpoint against its dense base on this machine", _add_profile, _run_profile),
+    "profile": Command("measure a checkpoint against its dense base on this machine", add_profile, run_profile_command),
 }
 
 
