@@ -39,6 +39,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         "['eval', '--help']",
         "['finetune', '--help']",
         "['info', '--help']",
+        "['profile', '--help']",
     ):
         code = (
             "import contextlib, io, sys; from flashsvd.cli import main\n"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from flashsvd.finetune import FinetuneConfig, run_finetune
     from flashsvd.info import read_info, show_checkpoint_info
     from flashsvd.io import export_dense, load_compressed, save_compressed
+    from flashsvd.profile import ProfileConfig, run_profile
+    from flashsvd.profiling.result import ProfileResult
     from flashsvd.report import CompressReport
     from flashsvd.runtime import optimize
     from flashsvd.training.result import FinetuneResult
@@ -34,6 +36,8 @@ _HOMES = {
     "FinetuneConfig": "flashsvd.finetune",
     "FinetuneResult": "flashsvd.training.result",
     "FlashSVDError": "flashsvd.errors",
+    "ProfileConfig": "flashsvd.profile",
+    "ProfileResult": "flashsvd.profiling.result",
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",
     "optimize": "flashsvd.runtime",
@@ -41,6 +45,7 @@ _HOMES = {
     "run_compress": "flashsvd.compress",
     "run_eval": "flashsvd.evaluate",
     "run_finetune": "flashsvd.finetune",
+    "run_profile": "flashsvd.profile",
     "save_compressed": "flashsvd.io",
     "show_checkpoint_info": "flashsvd.info",
 }
@@ -53,6 +58,8 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneResult",
     "FlashSVDError",
+    "ProfileConfig",
+    "ProfileResult",
     "__version__",
     "export_dense",
     "load_compressed",
@@ -61,6 +68,7 @@ __all__ = [
     "run_compress",
     "run_eval",
     "run_finetune",
+    "run_profile",
     "runtime",
     "save_compressed",
     "show_checkpoint_info",

@@ -48,9 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse one command's arguments and run it; errors meant for users become one line and exit code 2."""
+    return run(COMMANDS[name], arguments, prog)
+
+
+def run(command: Command, arguments: Sequence[str], prog: str) -> int:
+    """`run_command` for a command that need not have a name."""
     try:
         try:
-            _parse_and_run(COMMANDS[name], arguments, prog)
+            _parse_and_run(command, arguments, prog)
         finally:
             sys.stdout.flush()
     except FlashSVDError as error:
@@ -100,6 +105,10 @@ def finetune_main() -> int:
 
 def info_main() -> int:
     return run_command("info", sys.argv[1:], prog="flashsvd-info")
+
+
+def profile_main() -> int:
+    return run_command("profile", sys.argv[1:], prog="flashsvd-profile")
 
 
 def _add_compress(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +193,27 @@ def _run_info(options: argparse.Namespace) -> None:
         show_checkpoint_info(options.directory)
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    from flashsvd.profile_config import ProfileConfig
+
+    add_config_arguments(parser, ProfileConfig)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def run_profile_command(options: argparse.Namespace) -> None:
+    from flashsvd.profile import ProfileConfig, run_profile
+
+    if options.json:
+        logging.getLogger("flashsvd").setLevel(logging.WARNING)
+    result = run_profile(config_from(options, ProfileConfig))
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2, allow_nan=False))
+        return
+    print(result)
+    if options.output:
+        print(f"written to {options.output}")
+
+
 COMMANDS: dict[str, Command] = {
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
@@ -191,6 +221,7 @@ COMMANDS: dict[str, Command] = {
         "train a model, or what compression left of it, on a task or on text", _add_finetune, _run_finetune
     ),
     "info": Command("show what a compressed checkpoint is", _add_info, _run_info),
+    "profile": Command("measure a checkpoint against its dense base on this machine", add_profile, run_profile_command),
 }
 
 

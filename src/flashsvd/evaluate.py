@@ -7,25 +7,18 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from flashsvd.device import BACKENDS, DTYPES, resolve_device, resolve_dtype
-from flashsvd.errors import BackendError, CheckpointError, ConfigError
+from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
+from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
 
 if TYPE_CHECKING:
-    from flashsvd.data import Examples
-    from flashsvd.evaluation.job import BatchShape, Job
-    from flashsvd.evaluation.subject import Subject
     from flashsvd.kernels.launch import Backend
-    from flashsvd.tasks import Task
 
 log = logging.getLogger("flashsvd")
-
-# Where a language model's batch is not given: its logits, not its layers, are what fills memory.
-BATCH_SIZE, LM_BATCH_SIZE = 32, 8
-SEQ_LEN, LM_SEQ_LEN = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -94,6 +87,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from flashsvd.evaluation.measure import PeakMemory
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.warm_up import compiles, warm_up
+    from flashsvd.evaluation.workload import Workload, batch_shape, load_data
     from flashsvd.provenance import git_commit, timestamp
     from flashsvd.storage.atomic import check_file_target, write_text
     from flashsvd.tasks import get_task
@@ -103,12 +97,15 @@ def run_eval(config: EvalConfig) -> EvalResult:
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if config.output:
         check_file_target(Path(config.output).expanduser())
-    data = _load_data(config, task)
+    data = load_data(task, config.data, config.max_eval_samples)
     subject = Subject.find(config.checkpoint, task)
     if backend is not None:
         runtime.check(subject.config, backend, device)
-    shape = _batch_shape(config, task, subject)
-    job = _make_job(config, task, data, subject, shape)
+    shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding, config.stride)
+    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    if backend is not None:
+        workload.check_fused(subject)
+    job = workload.job(subject)
 
     log.info("loading %s", config.checkpoint)
     memory = PeakMemory(device)
@@ -170,69 +167,3 @@ def run_eval(config: EvalConfig) -> EvalResult:
             log.warning("this result could not be written: %s", text)
             raise
     return result
-
-
-def _load_data(config: EvalConfig, task: Task) -> Examples | str:
-    from flashsvd.corpus import load_text
-    from flashsvd.data import load_examples
-
-    if task.head == "lm":
-        return load_text(task, "validation", config.data)
-    return load_examples(task, "validation", config.data, config.max_eval_samples)
-
-
-def _batch_shape(config: EvalConfig, task: Task, subject: Subject) -> BatchShape:
-    """The sizes asked for, the rest filled in.
-
-    Raises:
-        ConfigError: they do not fit the task, the model or one another.
-    """
-    from flashsvd.evaluation.job import BatchShape
-
-    if task.head != "lm":
-        if config.stride is not None:
-            raise ConfigError(f"--stride is for running text, {task.name} has single examples; leave it out")
-        seq_len = subject.seq_len(config.seq_len, SEQ_LEN)
-        return BatchShape(config.batch_size or BATCH_SIZE, seq_len, config.padding)
-    seq_len = subject.seq_len(config.seq_len, LM_SEQ_LEN)
-    stride = config.stride or seq_len
-    if seq_len < 2:
-        raise ConfigError(f"--seq-len must be at least 2 for {task.name}: a token is predicted from those before it")
-    if stride > seq_len:
-        raise ConfigError(f"--stride {stride} is above --seq-len {seq_len}, so that tokens would be left out; lower it")
-    if config.padding == "max":
-        raise ConfigError(f"--padding max is for single examples, {task.name} has none to pad; leave it out")
-    return BatchShape(config.batch_size or LM_BATCH_SIZE, seq_len, "none", stride)
-
-
-def _make_job(config: EvalConfig, task: Task, data: Examples | str, subject: Subject, shape: BatchShape) -> Job:
-    from flashsvd.evaluation.labelled import LabelledTexts
-    from flashsvd.evaluation.perplexity import Perplexity, read_tokens
-    from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarity
-    from flashsvd.pretrained import load_tokenizer
-
-    tokenizer = load_tokenizer(subject.source)
-    if isinstance(data, str):
-        tokens = read_tokens(tokenizer, data, subject.config.vocab_size, config.checkpoint)
-        return Perplexity(tokens, shape, config.max_eval_samples)
-    if config.backend is not None and task.head == "classifier":
-        _refuse_left_padding(tokenizer, subject.config, config.checkpoint)
-    predictor: Predictor = (
-        Classifier(task, subject.config) if task.head == "classifier" else SentenceSimilarity(subject.source)
-    )
-    vocabulary = subject.config.vocab_size
-    return LabelledTexts(task, data, predictor, tokenizer, shape, vocabulary, config.checkpoint)
-
-
-def _refuse_left_padding(tokenizer: Any, model_config: Any, checkpoint: str) -> None:
-    """Refuse a tokenizer that puts padding, where an optimised model has zeros, into the column that a head reads.
-
-    Raises:
-        BackendError: saying what to change.
-    """
-    # ModernBERT's head may read the mean of all real tokens instead.
-    if tokenizer.padding_side == "left" and getattr(model_config, "classifier_pooling", "cls") == "cls":
-        raise BackendError(
-            f"the head of {checkpoint} reads the first column, and its tokenizer pads on the left; "
-            "set padding_side to right in tokenizer_config.json, or leave out --backend"
-        )

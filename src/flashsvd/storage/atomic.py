@@ -81,6 +81,11 @@ def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_F
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file as `write_bytes` does, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary one beside it; its parent directories are created, a link is written through.
 
     Raises:
@@ -91,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name[:40]}.writing-{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             temporary.replace(path)
         finally:
             with contextlib.suppress(OSError):

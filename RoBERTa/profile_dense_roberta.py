@@ -1,0 +1,12 @@
+"""Profile a dense RoBERTa: as it is, on micro-batches, and compiled."""
+
+import sys
+
+from flashsvd.scripts import profile_script
+
+if __name__ == "__main__":
+    sys.exit(
+        profile_script(
+            __doc__, checkpoint="textattack/roberta-base-SST-2", task="sst2", variants="dense,micro-batches,compiled"
+        )
+    )

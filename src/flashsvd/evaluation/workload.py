@@ -1,0 +1,118 @@
+"""The data that models are evaluated on and how it is cut into batches, known before any weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flashsvd.corpus import load_text
+from flashsvd.data import Examples, load_examples
+from flashsvd.errors import BackendError, ConfigError
+from flashsvd.evaluation.job import BatchShape, Job
+from flashsvd.evaluation.labelled import LabelledTexts
+from flashsvd.evaluation.perplexity import Perplexity, read_tokens
+from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarity
+from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
+from flashsvd.evaluation.subject import Subject
+from flashsvd.pretrained import load_tokenizer
+from flashsvd.tasks import Task
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every model that is compared is asked, the same tokens for each.
+
+    Attributes:
+        data: examples, or the tokens [n] of running text.
+        limit: use only this many windows of running text.
+    """
+
+    task: Task
+    data: Examples | Tensor
+    tokenizer: Any
+    shape: BatchShape
+    limit: int | None
+
+    @classmethod
+    def prepare(
+        cls, task: Task, data: Examples | str, subject: Subject, shape: BatchShape, limit: int | None
+    ) -> Workload:
+        """Tokenize by the subject's own tokenizer: running text now, examples batch by batch.
+
+        Raises:
+            ModelError: there is no tokenizer, or it is not the model's.
+            DataError: the text is too short.
+        """
+        tokenizer = load_tokenizer(subject.source)
+        tokens: Examples | Tensor
+        if isinstance(data, str):
+            tokens = read_tokens(tokenizer, data, subject.config.vocab_size, subject.source)
+        else:
+            tokens = data
+        return cls(task, tokens, tokenizer, shape, limit)
+
+    def job(self, subject: Subject) -> Job:
+        """A fresh job for a model, whose own classes and pooling say what its outputs mean.
+
+        Raises:
+            ModelError: the tokenizer cannot pad, or the model's pooling is not supported.
+        """
+        if isinstance(self.data, Tensor):
+            return Perplexity(self.data, self.shape, self.limit)
+        predictor: Predictor = (
+            Classifier(self.task, subject.config)
+            if self.task.head == "classifier"
+            else SentenceSimilarity(subject.source)
+        )
+        vocabulary = subject.config.vocab_size
+        return LabelledTexts(self.task, self.data, predictor, self.tokenizer, self.shape, vocabulary, subject.source)
+
+    def check_fused(self, subject: Subject) -> None:
+        """Refuse a tokenizer that puts padding, where an optimised model has zeros, into the column a head reads.
+
+        Raises:
+            BackendError: saying what to change.
+        """
+        # ModernBERT's head may read the mean of all real tokens instead.
+        reads_first = getattr(subject.config, "classifier_pooling", "cls") == "cls"
+        if self.task.head == "classifier" and self.tokenizer.padding_side == "left" and reads_first:
+            raise BackendError(
+                f"the head of {subject.source} reads the first column, and its tokenizer pads on the left; "
+                "set padding_side to right in tokenizer_config.json, or run the plain model"
+            )
+
+
+def load_data(task: Task, data: str | None, limit: int | None) -> Examples | str:
+    """The task's validation data: examples, the first `limit` of them, or one running text.
+
+    Raises:
+        DataError: it cannot be had, or does not fit the task.
+    """
+    if task.head == "lm":
+        return load_text(task, "validation", data)
+    return load_examples(task, "validation", data, limit)
+
+
+def batch_shape(
+    task: Task, subject: Subject, batch_size: int | None, seq_len: int | None, padding: str, stride: int | None = None
+) -> BatchShape:
+    """The sizes asked for, the rest filled in.
+
+    Raises:
+        ConfigError: they do not fit the task, the model or one another.
+    """
+    if task.head != "lm":
+        if stride is not None:
+            raise ConfigError(f"--stride is for running text, {task.name} has single examples; leave it out")
+        return BatchShape(batch_size or BATCH_SIZE, subject.seq_len(seq_len, SEQ_LEN), padding)
+    seq_len = subject.seq_len(seq_len, LM_SEQ_LEN)
+    stride = stride or seq_len
+    if seq_len < 2:
+        raise ConfigError(f"--seq-len must be at least 2 for {task.name}: a token is predicted from those before it")
+    if stride > seq_len:
+        raise ConfigError(f"--stride {stride} is above --seq-len {seq_len}, so that tokens would be left out; lower it")
+    if padding == "max":
+        raise ConfigError(f"--padding max is for single examples, {task.name} has none to pad; leave it out")
+    return BatchShape(batch_size or LM_BATCH_SIZE, seq_len, "none", stride)

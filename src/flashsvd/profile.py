@@ -1,0 +1,255 @@
+"""`flashsvd profile`: a checkpoint against its dense base on this machine, in accuracy, time, memory and size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
+from flashsvd.profile_config import ProfileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashsvd.evaluation.subject import Subject
+    from flashsvd.evaluation.workload import Workload
+    from flashsvd.profiling.result import ProfileResult, Row
+    from flashsvd.profiling.variants import Setting
+    from flashsvd.tasks import Task
+
+__all__ = ["ProfileConfig", "run_profile"]
+
+log = logging.getLogger("flashsvd")
+
+JSON_FILE, PLOT_FILE = "profile.json", "profile.png"
+
+
+def run_profile(config: ProfileConfig) -> ProfileResult:
+    """Measure each variant by itself, one after the other, and write the files where the config names a directory.
+
+    Everything that can be refused is refused before any weights are loaded. A variant that cannot run, or fails, is a
+    row that says why.
+
+    Raises:
+        FlashSVDError: the config, the checkpoints or the data cannot be used, or no variant could be measured.
+    """
+    from flashsvd import runtime
+    from flashsvd.device import describe_device, resolve_device, resolve_dtype
+    from flashsvd.evaluation.subject import Subject
+    from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+    from flashsvd.profiling.measure import measure, rehearse
+    from flashsvd.profiling.offload import check_offload
+    from flashsvd.profiling.result import ProfileResult, Row
+    from flashsvd.profiling.variants import DENSE, Setting, why_not
+    from flashsvd.provenance import git_commit, library_versions, timestamp
+
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    if config.offload:
+        check_offload(device)
+    _check_output(config.output)
+    task = _task(config)
+    data = load_data(task, config.data, config.max_eval_samples)
+    subject = Subject.find(config.checkpoint, task)
+    names = config.variant_names()
+    dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
+    if config.graph:
+        runtime.check(subject.config, "auto", device, graph=True)
+    shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
+    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    setting = Setting(device, dtype or _own_dtype(subject), config.micro_batches, config.graph, config.offload)
+    reasons = {name: why_not(name, subject, workload, setting) for name in names}
+    _refuse_what_was_asked_for(config, reasons)
+    subjects = {name: dense if name in DENSE and dense is not None else subject for name in names}
+    for one in subjects.values():
+        workload.job(one)
+
+    rehearse(subject, setting)
+    rows = []
+    for name, reason in reasons.items():
+        if reason is not None:
+            log.info("%s is skipped: %s", name, reason)
+            rows.append(Row(name, "skipped", reason))
+        else:
+            rows.append(measure(name, subjects[name], workload, setting, config.runs))
+    _refuse_nothing(rows)
+    info = subject.info
+    result = ProfileResult(
+        task=task.name,
+        metric_name=task.metrics[0],
+        checkpoint=config.checkpoint,
+        dense=dense.source if dense else None,
+        method=subject.method,
+        ratio=info.ratio if info else None,
+        device=describe_device(device),
+        batch_size=shape.batch_size,
+        seq_len=shape.seq_len,
+        padding=shape.padding,
+        micro_batches=config.micro_batches,
+        graph=config.graph,
+        offload=config.offload,
+        runs=config.runs,
+        num_eval_samples=_samples(workload, subject),
+        data=config.data or f"hub:{task.hub_config}",
+        timestamp=timestamp(),
+        git_commit=git_commit(),
+        versions=library_versions(),
+        rows=_with_speed_up(rows),
+        definitions=_definitions(workload, subject, rows, setting),
+    )
+    if config.output:
+        _write(result, Path(config.output).expanduser())
+    return result
+
+
+def _check_output(output: str | None) -> None:
+    from flashsvd.storage.atomic import check_file_target
+
+    if output:
+        for name in (JSON_FILE, PLOT_FILE):
+            check_file_target(Path(output).expanduser() / name)
+
+
+def _task(config: ProfileConfig) -> Task:
+    """The task asked for, or the one in the checkpoint's own metadata.
+
+    Raises:
+        ConfigError: neither names one.
+    """
+    from flashsvd.io import find_info
+    from flashsvd.pretrained import locate
+    from flashsvd.tasks import get_task
+
+    if config.task is not None:
+        return get_task(config.task)
+    info = find_info(locate(config.checkpoint))
+    if info is None or info.task is None:
+        raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
+    return get_task(info.task)
+
+
+def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
+    """The dense model to compare with.
+
+    Raises:
+        ConfigError: it is not known, cannot be had, or is another model than the one that was compressed.
+    """
+    from flashsvd.evaluation.subject import Subject
+
+    if not subject.compressed:
+        if config.dense is not None:
+            raise ConfigError(f"{config.checkpoint} is dense itself; leave out --dense")
+        return subject
+    if config.dense is not None:
+        dense = Subject.find(config.dense, task)
+    elif subject.info is None:
+        raise ConfigError(f"{config.checkpoint} does not say what it was compressed from; name it with --dense")
+    else:
+        try:
+            dense = Subject.find(subject.info.base_model, task)
+        except (ModelError, CheckpointError) as error:
+            raise ConfigError(
+                f"the dense model that {config.checkpoint} was compressed from cannot be used ({error}); "
+                "name it with --dense"
+            ) from error
+    if dense.compressed:
+        raise ConfigError(f"{dense.source} is compressed itself; name the dense model with --dense")
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        here, there = getattr(subject.config, name, None), getattr(dense.config, name, None)
+        if here != there:
+            raise ConfigError(
+                f"{dense.source} has {name} {there}, {config.checkpoint} has {here}, so it was not compressed from it; "
+                "name the dense model with --dense"
+            )
+    return dense
+
+
+def _own_dtype(subject: Subject) -> torch.dtype | None:
+    """The checkpoint's, which its dense base then runs in too."""
+    import torch
+
+    dtype = getattr(subject.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:
+    """A variant that was named must apply; of all of them by default, some may not.
+
+    Raises:
+        BackendError: one that was named does not.
+    """
+    for name, reason in reasons.items():
+        if config.variants is not None and reason is not None:
+            raise BackendError(f"the variant {name} does not apply: {reason}")
+
+
+def _refuse_nothing(rows: Sequence[Row]) -> None:
+    if not any(row.status == "ok" for row in rows):
+        row = next((row for row in rows if row.status == "failed"), rows[0])
+        raise FlashSVDError(f"nothing could be measured; {row.variant} was {row.status}: {row.reason}")
+
+
+def _with_speed_up(rows: Sequence[Row]) -> tuple[Row, ...]:
+    dense = next((row.latency_ms for row in rows if row.variant == "dense"), None)
+    return tuple(
+        dataclasses.replace(row, speed_up=round(dense / row.latency_ms, 3)) if dense and row.latency_ms else row
+        for row in rows
+    )
+
+
+def _samples(workload: Workload, subject: Subject) -> int:
+    return sum(batch.samples for batch in workload.job(subject))
+
+
+def _definitions(workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting) -> dict[str, str]:
+    from flashsvd.evaluation.job import WARMUP_FORWARDS
+
+    cuda = setting.device.type == "cuda"
+    memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
+    before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
+    none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
+    exact = "" if cuda else f"; {_how_exact()}"
+    return {
+        "latency": (
+            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full}, after {before} and "
+            f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
+        ),
+        "peak_memory": (
+            f"most {memory} while loading and while running the largest batch, above what it was before, all weights "
+            f"and captured graphs included; what compiling and measuring kernels took for a moment is not{exact}"
+        ),
+        "transient_memory": (
+            "of that, what running took above the loaded model"
+            + (", weights moved to the device for it included" if setting.offload else "")
+        ),
+        "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
+    }
+
+
+def _how_exact() -> str:
+    """What to know of the resident memory of a process that has run other models before."""
+    from flashsvd.evaluation.measure import peak_resident_bytes
+    from flashsvd.profiling.housekeeping import freed_at_once
+
+    if not peak_resident_bytes():
+        return "not measured: this system does not say how much memory a process has had"
+    with freed_at_once() as exact:
+        if exact:
+            return "memory that is freed goes back to the system at once meanwhile"
+    return "memory that an earlier variant freed may be used again uncounted: profile one variant at a time to compare"
+
+
+def _write(result: ProfileResult, directory: Path) -> None:
+    from flashsvd.profiling.plot import png
+    from flashsvd.storage.atomic import write_bytes, write_text
+
+    text = json.dumps(result.to_json(), indent=2, allow_nan=False)
+    try:
+        write_text(directory / JSON_FILE, text + "\n")
+    except CheckpointError:
+        log.warning("this result could not be written: %s", text)
+        raise
+    write_bytes(directory / PLOT_FILE, png(result))

@@ -1,0 +1,85 @@
+"""The same start for every variant: what the one before it left is freed, on the device and in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def settle() -> None:
+    """Free what nobody holds: modules, compiled code, cached blocks, and the C library's own reserves."""
+    # Only where something was compiled; importing it takes seconds.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        # cuBLAS keeps a workspace for good once it ran; each variant shall pay for its own.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[bool]:
+    """Inside, memory that is freed goes back to the system at once, so that the process's peak is what was in use.
+
+    Yields whether that is so: it is glibc that can be told. It is slower, so nothing shall be timed inside.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield False
+        return
+    mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+    mallopt(_M_TRIM_THRESHOLD, 64 << 10)
+    try:
+        yield True
+    finally:
+        # Where glibc's own thresholds, which follow what a process frees, come to rest.
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def graph_pool_bytes(device: torch.device) -> int:
+    """What captured CUDA graphs hold that does not count as allocated: a replay writes there, and allocates nothing."""
+    if device.type != "cuda":
+        return 0
+    pools = [
+        s
+        for s in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
+    ]
+    return sum(int(s["total_size"]) - int(s["allocated_size"]) for s in pools)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of what a model computes with: parameters, and the buffers that fused blocks have them packed into."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _weights(model))
+
+
+def make_resident(model: nn.Module) -> None:
+    """Read all weights once: a mapped file's pages come into memory as they are read, not when it is loaded."""
+    for tensor in _weights(model):
+        if tensor.device.type == "cpu" and tensor.numel():
+            torch.aminmax(tensor.detach())
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    return list(tensors.values())

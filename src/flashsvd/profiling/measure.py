@@ -1,0 +1,133 @@
+"""One variant, loaded by itself, run over the data, and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from flashsvd.errors import described
+from flashsvd.evaluation.job import Batch, Job, Timings, run_job
+from flashsvd.evaluation.measure import MIB, PeakMemory
+from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.workload import Workload
+from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, settle
+from flashsvd.profiling.result import Row
+from flashsvd.profiling.variants import Ready, Setting, prepare
+
+log = logging.getLogger("flashsvd")
+
+
+def measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
+    """Measure a variant; whatever goes wrong becomes its row's status, and the next one has a clean start.
+
+    Args:
+        runs: timed passes over the data.
+    """
+    log.info("measuring %s", name)
+    settle()
+    try:
+        return _measure(name, subject, workload, setting, runs)
+    except Exception as error:  # any library's: a variant that cannot run must not take the others with it
+        log.debug("%s failed", name, exc_info=True)
+        row = _unmeasured(name, error)
+        log.warning("%s was %s: %s", name, row.status, row.reason)
+        return row
+    finally:
+        settle()
+
+
+def rehearse(subject: Subject, setting: Setting) -> None:
+    """Load a model for nothing on a CPU, where what the libraries import meanwhile would count as the first one's."""
+    if setting.device.type == "cpu":
+        # What cannot be loaded says so in the row of its variant.
+        with contextlib.suppress(Exception):
+            subject.load(setting.dtype)
+
+
+def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
+    device = setting.device
+    with _no_silent_fallback(name):
+        with freed_at_once():
+            peak = PeakMemory(device)
+            ready = prepare(name, subject, setting)
+            with peak.paused():
+                transient = PeakMemory(device)
+                if _needs_a_pass(name, device):
+                    with transient.paused():
+                        _run_untimed(workload.job(subject), ready, device)
+            _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
+            pools = graph_pool_bytes(device) / MIB
+            peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
+        jobs = [workload.job(subject) for _ in range(runs)]
+        timings = _joined([run_job(job, ready.call, device) for job in jobs])
+        found = jobs[0].metrics()
+    return Row(
+        variant=name,
+        status="ok",
+        metrics={key: value if math.isfinite(value) else None for key, value in found.items()},
+        latency_ms=timings.percentile(50),
+        latency_p90_ms=timings.percentile(90),
+        samples_per_second=timings.per_second(timings.samples),
+        tokens_per_second=timings.per_second(timings.tokens),
+        timed_forwards=len(timings.full),
+        full_batches=timings.any_full,
+        peak_memory_mib=round(peak_mib, 2),
+        transient_memory_mib=round(transient_mib, 2),
+        parameters=ready.parameters,
+        weight_bytes=ready.weight_bytes,
+        dtype=ready.dtype,
+    )
+
+
+def _needs_a_pass(name: str, device: torch.device) -> bool:
+    """Whether kernels are compiled or chosen for the size of a batch when it first comes."""
+    return name == "compiled" or device.type == "cuda"
+
+
+def _run_untimed(job: Job, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:
+    with torch.inference_mode():
+        for batch in job if batches is None else batches:
+            for inputs in batch.to(device).inputs:
+                ready.call(**inputs, **job.forward_options)
+
+
+def _largest(job: Job) -> list[Batch]:
+    """The batch with most places and the one with most tokens, which are what memory follows, padded or not."""
+    return [
+        max(job, key=lambda batch: sum(inputs["input_ids"].numel() for inputs in batch.inputs)),
+        max(job, key=lambda batch: batch.tokens),
+    ]
+
+
+@contextlib.contextmanager
+def _no_silent_fallback(name: str) -> Iterator[None]:
+    """torch.compile runs on uncompiled, with a line in the log, where it had to compile too often: here that fails."""
+    if name != "compiled":
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def _joined(passes: list[Timings]) -> Timings:
+    return Timings(
+        [ms for timings in passes for ms in timings.milliseconds],
+        [ms for timings in passes for ms in timings.full],
+        sum(timings.samples for timings in passes),
+        sum(timings.tokens for timings in passes),
+        passes[0].any_full,
+    )
+
+
+def _unmeasured(name: str, error: Exception) -> Row:
+    if name == "compiled" and ("C++ compiler" in str(error) or "C compiler" in str(error)):
+        return Row(name, "skipped", "torch.compile needs a C++ compiler and finds none here; install g++")
+    if isinstance(error, torch.OutOfMemoryError):
+        return Row(name, "failed", "out of memory; take a smaller --batch-size")
+    return Row(name, "failed", described(error))

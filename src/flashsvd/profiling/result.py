@@ -1,0 +1,157 @@
+"""What a profile found: a table for people and notebooks, and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal["ok", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        status: `ok`, `skipped` where it cannot run here, `failed` where it broke.
+        reason: why, where it is not `ok`; the figures are then None.
+        metrics: the task's; None where one is not defined.
+        latency_ms: median of the timed forwards; `latency_p90_ms`: nine of ten stay within.
+        timed_forwards: how many those are, of full batches where there was one (`full_batches`).
+        peak_memory_mib: most memory while loading and running, above what it was before.
+        transient_memory_mib: most memory while running, above the loaded model.
+        parameters: of the checkpoint.
+        weight_bytes: of the weights as they are in memory.
+        speed_up: the dense variant's median latency over this one's.
+    """
+
+    variant: str
+    status: Status
+    reason: str = ""
+    metrics: Mapping[str, float | None] | None = None
+    latency_ms: float | None = None
+    latency_p90_ms: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    timed_forwards: int | None = None
+    full_batches: bool | None = None
+    peak_memory_mib: float | None = None
+    transient_memory_mib: float | None = None
+    parameters: int | None = None
+    weight_bytes: int | None = None
+    dtype: str | None = None
+    speed_up: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ProfileResult:
+    """The result of `run_profile`.
+
+    Attributes:
+        metric_name: the task's first metric, the one shown.
+        checkpoint: what was profiled; `dense`: what it stands against, None where that was not asked for.
+        method: of the compression; `dense` where the checkpoint is not compressed.
+        runs: timed passes over the data.
+        rows: the variants, in the order they were measured.
+        definitions: what latency, the two memories and the sizes mean.
+    """
+
+    task: str
+    metric_name: str
+    checkpoint: str
+    dense: str | None
+    method: str
+    ratio: float | None
+    device: str
+    batch_size: int
+    seq_len: int
+    padding: str
+    micro_batches: int
+    graph: bool
+    offload: bool
+    runs: int
+    num_eval_samples: int
+    data: str
+    timestamp: str
+    git_commit: str | None
+    versions: Mapping[str, str | None]
+    rows: tuple[Row, ...]
+    definitions: Mapping[str, str]
+
+    def __getitem__(self, variant: str) -> Row:
+        """The row of a variant."""
+        for row in self.rows:
+            if row.variant == variant:
+                return row
+        raise KeyError(variant)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, with what the figures mean under `_latency_definition` and the like."""
+        data = dataclasses.asdict(self)
+        data |= {f"_{name}_definition": text for name, text in data.pop("definitions").items()}
+        return data
+
+    def header(self) -> list[str]:
+        """The table's columns."""
+        return [
+            "variant", self.metric_name, "p50 ms", "p90 ms", "samples/s", "x dense",
+            "peak MiB", "transient MiB", "parameters", "weights MB",
+        ]  # fmt: skip
+
+    def cells(self, row: Row) -> list[str]:
+        """A row as text; a figure that is not there is a dash."""
+        metric = (row.metrics or {}).get(self.metric_name)
+        size = None if row.weight_bytes is None else row.weight_bytes / 1e6
+        return [
+            row.variant,
+            _text(metric, ".4f"),
+            _text(row.latency_ms, ".2f"),
+            _text(row.latency_p90_ms, ".2f"),
+            _text(row.samples_per_second, ".1f"),
+            _text(row.speed_up, ".2f"),
+            _text(row.peak_memory_mib, ".1f"),
+            _text(row.transient_memory_mib, ".1f"),
+            _text(row.parameters, ",d"),
+            _text(size, ".1f"),
+        ]
+
+    def notes(self) -> list[str]:
+        """A line for each variant without figures, then what was measured."""
+        lines = [f"{row.variant} was {row.status}: {row.reason}" for row in self.rows if row.status != "ok"]
+        return [*lines, self.title(), *(f"{name}: {text}" for name, text in self.definitions.items())]
+
+    def title(self) -> str:
+        """What was measured on what, in one line."""
+        against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
+        return (
+            f"{self.checkpoint} ({self.method}){against}: {self.task} on {self.num_eval_samples} samples, "
+            f"batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, {self.device}"
+        )
+
+    def __str__(self) -> str:
+        table = [self.header(), *(self.cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * width for width in widths])
+        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+        return "\n".join([*lines, "", *self.notes()])
+
+    def __repr__(self) -> str:
+        rows = ", ".join(
+            f"{row.variant} {row.status if row.latency_ms is None else f'{row.latency_ms:.2f} ms'}" for row in self.rows
+        )
+        return f"ProfileResult({self.task} of {self.checkpoint} on {self.device}: {rows})"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header())
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in self.cells(row)) + "</tr>" for row in self.rows
+        )
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

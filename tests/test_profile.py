@@ -1,0 +1,337 @@
+"""`run_profile`: the variants of one checkpoint against its dense base, each a row with figures or a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SIZES, MakeModel, build_model
+from flashsvd import CompressConfig, EvalConfig, ProfileConfig, ProfileResult, run_compress, run_eval, run_profile
+from flashsvd.cli import main
+from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError
+from flashsvd.evaluation.subject import Subject
+from flashsvd.profile_config import VARIANTS
+from flashsvd.profiling import variants
+from flashsvd.profiling.housekeeping import freed_at_once
+from flashsvd.profiling.micro_batches import MicroBatches
+from flashsvd.profiling.offload import offloaded
+from flashsvd.profiling.plot import png
+from flashsvd.profiling.result import Row
+
+WITHOUT_COMPILING = "dense,micro-batches,low-rank,fused"
+SENTENCES = ["a man eats .", "the dog runs in the film", "very good movie", "not a good film .", "bad", "a woman runs"]
+
+MakeConfig = Callable[..., ProfileConfig]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "sst2.tsv"
+    file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(SENTENCES)))
+    return file
+
+
+@pytest.fixture
+def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
+    run_compress(CompressConfig(model=str(make_model()), rank=4, task="sst2", output=str(tmp_path / "small")))
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def config(checkpoint: Path, data: Path) -> MakeConfig:
+    """A config of the small checkpoint that compiles nothing, with other options where they are given."""
+
+    def make(**options: Any) -> ProfileConfig:
+        common = {"checkpoint": str(checkpoint), "data": str(data), "batch_size": 4, "device": "cpu"}
+        return ProfileConfig(**(common | {"variants": WITHOUT_COMPILING} | options))
+
+    return make
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+
+
+def test_each_variant_has_the_score_that_eval_gives_its_model(
+    config: MakeConfig, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    result = run_profile(config())
+    common: dict[str, Any] = {"task": "sst2", "data": str(data), "batch_size": 4, "device": "cpu"}
+    dense = run_eval(EvalConfig(checkpoint=str(tmp_path / "dense"), **common))
+    small = run_eval(EvalConfig(checkpoint=str(checkpoint), **common))
+    assert [row.variant for row in result.rows] == ["dense", "micro-batches", "low-rank", "fused"]
+    assert all(row.status == "ok" for row in result.rows)
+    assert result["dense"].metrics == result["micro-batches"].metrics == dense.metrics
+    assert result["low-rank"].metrics == result["fused"].metrics == small.metrics
+    assert (result["dense"].parameters, result["low-rank"].parameters) == (dense.parameters, small.parameters)
+
+
+def test_figures_fit_together(config: MakeConfig) -> None:
+    result = run_profile(config(runs=3))
+    dense, fused = result["dense"], result["fused"]
+    assert dense.weight_bytes == 4 * (dense.parameters or 0)
+    assert (fused.weight_bytes or 0) > 0
+    assert dense.speed_up == 1.0
+    for row in result.rows:
+        assert row.latency_ms is not None
+        assert row.latency_p90_ms is not None
+        assert 0 < row.latency_ms <= row.latency_p90_ms
+        assert row.speed_up == pytest.approx((dense.latency_ms or 0) / row.latency_ms, abs=1e-3)
+        # One full batch of four in each pass over six examples.
+        assert (row.timed_forwards, row.full_batches, row.dtype) == (3, True, "float32")
+    assert result.num_eval_samples == 6
+
+
+def test_the_default_is_every_variant_and_the_compiled_one_computes_the_same(config: MakeConfig) -> None:
+    result = run_profile(config(variants=None))
+    assert tuple(row.variant for row in result.rows) == VARIANTS
+    compiled = result["compiled"]
+    if compiled.status == "skipped":
+        assert "C++ compiler" in compiled.reason
+    else:
+        assert compiled.metrics == result["dense"].metrics
+
+
+def test_without_a_compiler_the_compiled_row_says_so_and_the_others_stand(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def prepare(name: str, subject: Subject, setting: variants.Setting) -> variants.Ready:
+        if name == "compiled":
+            raise InvalidCxxCompiler
+        return variants.prepare(name, subject, setting)
+
+    monkeypatch.setattr("flashsvd.profiling.measure.prepare", prepare)
+    result = run_profile(config(variants="dense,compiled"))
+    assert result["dense"].status == "ok"
+    assert (result["compiled"].status, result["compiled"].latency_ms) == ("skipped", None)
+    assert "install g++" in result["compiled"].reason
+
+
+def test_a_variant_that_breaks_is_a_row_and_the_others_stand(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("flashsvd.runtime.optimize", out_of_memory)
+    result = run_profile(config())
+    assert (result["fused"].status, result["low-rank"].status) == ("failed", "ok")
+    assert "out of memory" in result["fused"].reason
+    assert f"fused was failed: {result['fused'].reason}" in str(result)
+    with pytest.raises(FlashSVDError, match="nothing could be measured; fused was failed: out of memory"):
+        run_profile(config(variants="fused"))
+
+
+def test_a_decoder_has_no_fused_row_and_is_told_why(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("gpt2", "causal-lm", max_position_embeddings=40)
+    run_compress(CompressConfig(model=str(source), rank=4, task="perplexity", output=str(tmp_path / "small")))
+    (tmp_path / "text.txt").write_text("a good film . the dog runs in the movie . " * 12)
+    options: dict[str, Any] = {"checkpoint": str(tmp_path / "small"), "data": str(tmp_path / "text.txt")}
+    options |= {"seq_len": 16, "batch_size": 4, "device": "cpu"}
+    result = run_profile(ProfileConfig(**options, offload=False, variants=WITHOUT_COMPILING.removesuffix(",fused")))
+    assert result["dense"].metrics == pytest.approx(result["micro-batches"].metrics)
+    with pytest.raises(BackendError, match="the variant fused does not apply: there are no fused blocks for 'gpt2'"):
+        run_profile(ProfileConfig(**options, variants="fused"))
+
+
+def test_a_dense_model_is_profiled_by_itself(make_model: MakeModel, data: Path) -> None:
+    options: dict[str, Any] = {"checkpoint": str(make_model()), "task": "sst2", "data": str(data), "device": "cpu"}
+    result = run_profile(ProfileConfig(**options, variants="dense,micro-batches"))
+    assert [row.status for row in result.rows] == ["ok", "ok"]
+    assert result.method == "dense"
+    with pytest.raises(BackendError, match=r"low-rank does not apply: .* is dense, not compressed"):
+        run_profile(ProfileConfig(**options, variants="dense,low-rank"))
+    with pytest.raises(ConfigError, match="leave out --dense"):
+        run_profile(ProfileConfig(**options, dense=options["checkpoint"]))
+
+
+def test_models_run_in_the_dtype_of_the_checkpoint_unless_another_is_asked_for(
+    make_model: MakeModel, data: Path, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "half")
+    run_compress(CompressConfig(model=str(make_model()), rank=4, task="sst2", dtype="bfloat16", output=output))
+    options: dict[str, Any] = {"checkpoint": output, "data": str(data), "device": "cpu", "variants": "dense,low-rank"}
+    assert {row.dtype for row in run_profile(ProfileConfig(**options)).rows} == {"bfloat16"}
+    assert {row.dtype for row in run_profile(ProfileConfig(**options, dtype="float32")).rows} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"variants": "dense,quick"}, "--variants 'quick' is not known; choose from dense, "),
+        ({"variants": " , "}, "--variants names none"),
+        ({"runs": 0}, "--runs must be at least 1"),
+        ({"micro_batches": 0}, "--micro-batches must be at least 1"),
+        ({"variants": "dense", "graph": True}, "--graph is for the variant fused"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_at_once(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ProfileConfig(checkpoint="x", **options)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"offload": True}, "--offload keeps weights off a GPU, and this runs on cpu; leave it out"),
+        ({"graph": True}, "CUDA graphs cannot run here"),
+        ({"micro_batches": 5}, "micro-batches does not apply: a batch of 4 has no 5 parts"),
+        ({"dense": "./nowhere"}, "there is no directory"),
+        ({"task": "mnli"}, "mnli|premise"),
+        ({"seq_len": 400}, "--seq-len 400 is above"),
+        ({"data": "nowhere.tsv"}, "nowhere.tsv"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_loaded(
+    config: MakeConfig, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(FlashSVDError, match=says):
+        run_profile(config(**options))
+
+
+def test_a_base_model_that_is_gone_or_another_one_is_refused(
+    config: MakeConfig, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_options = config()
+    deeper = make_model(name="deeper", num_hidden_layers=3)
+    monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+    with pytest.raises(ConfigError, match=r"deeper has num_hidden_layers 3, .* has 2"):
+        run_profile(config(dense=str(deeper)))
+    with pytest.raises(ConfigError, match="is compressed itself"):
+        run_profile(config(dense=make_options.checkpoint))
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"cannot be used .* name it with --dense"):
+        run_profile(make_options)
+
+
+def test_a_base_model_that_moved_is_named(config: MakeConfig, tmp_path: Path) -> None:
+    make_options = config(dense=str(tmp_path / "moved"), variants="dense,low-rank")
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    assert run_profile(make_options).dense == str(tmp_path / "moved")
+
+
+def test_variants_of_the_checkpoint_alone_need_no_base_model(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    result = run_profile(config(variants="low-rank"))
+    assert (result.dense, result["low-rank"].speed_up) == (None, None)
+
+
+def test_a_checkpoint_without_a_task_needs_one_named(make_model: MakeModel) -> None:
+    with pytest.raises(ConfigError, match="does not say which task it is for; name one with --task"):
+        run_profile(ProfileConfig(checkpoint=str(make_model())))
+
+
+def test_files_are_written_to_a_directory_and_only_there(config: MakeConfig, tmp_path: Path) -> None:
+    result = run_profile(config(variants="dense,low-rank", output=str(tmp_path / "results" / "sst2")))
+    written = json.loads((tmp_path / "results" / "sst2" / "profile.json").read_text())
+    assert written == json.loads(json.dumps(result.to_json()))
+    assert {"_latency_definition", "_peak_memory_definition", "_transient_memory_definition"} <= set(written)
+    assert (tmp_path / "results" / "sst2" / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "results" / "sst2").iterdir()} == {"profile.json", "profile.png"}
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_an_output_that_cannot_be_written_is_refused_before_weights_are_loaded(config: MakeConfig, data: Path) -> None:
+    with pytest.raises(CheckpointError, match="choose another --output"):
+        run_profile(config(output=str(data)))
+
+
+def test_the_command_prints_the_table_or_json(config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    made = config()
+    arguments = ["profile", "--checkpoint", made.checkpoint, "--data", str(made.data), "--variants", "low-rank"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "variant" in printed
+    assert "transient_memory: " in printed
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["variant"] == "low-rank"
+    assert main([*arguments, "--dense", "x", "--task", "none"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def a_result(*rows: Row) -> ProfileResult:
+    return ProfileResult(
+        task="sst2", metric_name="accuracy", checkpoint="small", dense="large", method="drone", ratio=0.5,
+        device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
+        num_eval_samples=6, data="x.tsv", timestamp="now", git_commit=None, versions={}, rows=rows,
+        definitions={"latency": "how <long>"},
+    )  # fmt: skip
+
+
+MEASURED = Row(
+    "dense", "ok", metrics={"accuracy": 0.5}, latency_ms=2.0, latency_p90_ms=3.0, peak_memory_mib=7.0,
+    transient_memory_mib=1.0, parameters=1000, weight_bytes=4000, samples_per_second=10.0, speed_up=1.0,
+)  # fmt: skip
+
+
+def test_a_result_shows_its_rows_and_the_reasons_of_those_without_figures() -> None:
+    result = a_result(MEASURED, Row("fused", "skipped", "no <blocks>"))
+    lines = str(result).splitlines()
+    assert lines[2].split() == ["dense", "0.5000", "2.00", "3.00", "10.0", "1.00", "7.0", "1.0", "1,000", "0.0"]
+    assert lines[3].split() == ["fused", *"-" * 9]
+    assert "fused was skipped: no <blocks>" in lines
+    assert "latency: how <long>" in lines
+    assert repr(result) == "ProfileResult(sst2 of small on cpu: dense 2.00 ms, fused skipped)"
+    page = result._repr_html_()
+    assert page.count("<tr>") == 3
+    assert "no &lt;blocks&gt;" in page
+    with pytest.raises(KeyError):
+        result["low-rank"]
+
+
+def test_a_plot_needs_no_defined_metric() -> None:
+    undefined = Row("low-rank", "ok", metrics={"accuracy": None}, latency_ms=1.0, latency_p90_ms=1.0)
+    assert png(a_result(MEASURED, undefined, Row("fused", "failed", "why"))).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("head", ["base", "classifier"])
+def test_micro_batches_compute_what_the_whole_batch_does(head: str, rows: int) -> None:
+    model = build_model("bert", head)
+    inputs = {"input_ids": torch.randint(5, SIZES["vocab_size"], (rows, 7)), "attention_mask": torch.ones(rows, 7)}
+    with torch.inference_mode():
+        whole, parts = model(**inputs), MicroBatches(model, 3)(**inputs)
+    assert type(parts) is type(whole)
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name])
+    assert repr(MicroBatches(model, 3)) == f"MicroBatches({type(model).__name__}, parts=3)"
+
+
+def test_an_offloaded_model_computes_the_same_and_holds_no_weights_on_its_device() -> None:
+    ids = torch.randint(5, SIZES["vocab_size"], (2, 7))
+    with torch.inference_mode():
+        expected = build_model()(input_ids=ids).logits
+        model = offloaded(build_model(), torch.device("cpu"))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_offloading_without_accelerate_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashsvd.profiling import offload
+
+    monkeypatch.setattr(offload, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install accelerate"):
+        offload.check_offload(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
+    from flashsvd.evaluation.measure import PeakMemory
+
+    with freed_at_once() as exact:
+        if not exact:
+            pytest.skip("needs glibc")
+        for _ in range(2):
+            memory = PeakMemory(torch.device("cpu"))
+            torch.ones(1 << 20).add_(1)
+            assert 3.5 < memory.mib() < 6
