@@ -168,6 +168,7 @@ def test_models_run_in_the_dtype_of_the_checkpoint_unless_another_is_asked_for(
     [
         ({"variants": "dense,quick"}, "--variants 'quick' is not known; choose from dense, "),
         ({"variants": " , "}, "--variants names none"),
+        ({"variants": ["dense"]}, "--variants must be names with commas between them"),
         ({"runs": 0}, "--runs must be at least 1"),
         ({"micro_batches": 0}, "--micro-batches must be at least 1"),
         ({"variants": "dense", "graph": True}, "--graph is for the variant fused"),

@@ -52,10 +52,10 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
         check_offload(device)
     _check_output(config.output)
     task = _task(config)
-    data = load_data(task, config.data, config.max_eval_samples)
     subject = Subject.find(config.checkpoint, task)
     names = config.variant_names()
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
+    data = load_data(task, config.data, config.max_eval_samples)
     if config.graph:
         runtime.check(subject.config, "auto", device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
@@ -211,10 +211,10 @@ def _definitions(workload: Workload, subject: Subject, rows: Sequence[Row], sett
     memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
     before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
-    exact = "" if cuda else f"; {_how_exact()}"
+    exact = "" if cuda else f"; {_how_exact()}; that of the compiled variant has the compiler itself in it"
     return {
         "latency": (
-            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full}, after {before} and "
+            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full} after {before} and "
             f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
         ),
         "peak_memory": (

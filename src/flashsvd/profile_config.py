@@ -79,6 +79,8 @@ class ProfileConfig:
         """
         if self.variants is None:
             return VARIANTS
+        if not isinstance(self.variants, str):
+            raise ConfigError(f"--variants must be names with commas between them, got {self.variants!r}")
         asked = [name.strip() for name in self.variants.split(",") if name.strip()]
         for name in asked:
             if name not in VARIANTS:

@@ -97,10 +97,15 @@ def _run_untimed(job: Job, ready: Ready, device: torch.device, batches: Iterable
 
 def _largest(job: Job) -> list[Batch]:
     """The batch with most places and the one with most tokens, which are what memory follows, padded or not."""
-    return [
-        max(job, key=lambda batch: sum(inputs["input_ids"].numel() for inputs in batch.inputs)),
-        max(job, key=lambda batch: batch.tokens),
-    ]
+    widest = fullest = None
+    for batch in job:
+        widest = batch if widest is None or _places(batch) > _places(widest) else widest
+        fullest = batch if fullest is None or batch.tokens > fullest.tokens else fullest
+    return [batch for batch in (widest, fullest) if batch is not None]
+
+
+def _places(batch: Batch) -> int:
+    return sum(inputs["input_ids"].numel() for inputs in batch.inputs)
 
 
 @contextlib.contextmanager
