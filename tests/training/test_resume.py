@@ -48,9 +48,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# Six steps an epoch, a checkpoint after each five: interrupted between two epochs, within one, and before there is any.
-@pytest.mark.parametrize(("step", "last"), [(6, 6), (11, 10), (3, None)])
-@pytest.mark.parametrize("case", CASES)
+# Six steps an epoch, a checkpoint after each five: interrupted between two epochs, within one, before there is any.
+@pytest.mark.parametrize(
+    ("case", "step", "last"),
+    [*((case, 11, 10) for case in CASES), ("dense", 6, 6), ("per-head", 6, 6), ("dense", 3, None)],
+)
 def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, step: int, last: int | None
 ) -> None:
