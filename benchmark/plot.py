@@ -45,6 +45,8 @@ def lines(file: Path, x: str, panel: Sequence[str], y: Sequence[str] = ("ms",)) 
     if pyplot is None or not rows:
         return
     keys = list(dict.fromkeys(_key(row, panel) for row in rows))
+    # A variant has one colour in all panels.
+    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(row.variant for row in rows))}
     figure, panels = pyplot.subplots(len(keys), len(y), figsize=(6.5 * len(y), 3.2 * len(keys)), squeeze=False)
     for beside, key in zip(panels, keys, strict=True):
         mine = [row for row in rows if _key(row, panel) == key]
@@ -57,7 +59,7 @@ def lines(file: Path, x: str, panel: Sequence[str], y: Sequence[str] = ("ms",)) 
                 )
                 style = "o-" if variant.startswith("flashsvd") else "x--"
                 if points:
-                    one.plot(*zip(*points, strict=True), style, label=variant, markersize=4)
+                    one.plot(*zip(*points, strict=True), style, color=colours[variant], label=variant, markersize=4)
             one.set_title(key, fontsize=9)
             one.set_xlabel(x)
             one.set_ylabel(quantity)
