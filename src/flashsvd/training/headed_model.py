@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from flashsvd.errors import CheckpointError, ModelError
+from flashsvd.errors import CheckpointError, DataError, ModelError
 from flashsvd.factorize import check_finite
 from flashsvd.head import class_for_task
 from flashsvd.io import find_info, is_compressed, load_factored
@@ -81,7 +81,12 @@ class HeadedModel:
         if mode == "mlm":
             model_class = masked_lm_class(config)
         else:
-            model_class, options = class_for_task(name, task, config, new_head)
+            try:
+                model_class, options = class_for_task(name, task, config, new_head)
+            except DataError as error:
+                if compressed:
+                    raise
+                raise DataError(f"{error}, or train a fresh head with --new-head") from error
             for option, value in options.items():
                 setattr(config, option, value)
         if compressed and new_head and own_class(config) is model_class:

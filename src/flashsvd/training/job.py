@@ -79,7 +79,7 @@ class TrainingJob:
         tokenizer = load_tokenizer(model.source)
         check_tokenizer(tokenizer, config.model, masks=mode == "mlm")
         seq_len = _seq_len(config, task, model, tokenizer)
-        teacher = TeacherPlan.find(config, mode, task, model, tokenizer)
+        teacher = TeacherPlan.find(config, mode, task, model, tokenizer, seq_len)
         material = prepare_material(config, task, model, tokenizer, seq_len)
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
