@@ -18,6 +18,8 @@ FILE, SWEEP_FILE = "finetune.csv", "finetune_sweep.csv"
 DENSE = "dense"
 # How a compressed model was trained: not at all, on the labels, or towards its dense model too.
 TRAININGS = ("none", "labels", "teacher")
+# How a dense model was trained: by flashsvd, or by transformers' Trainer with nothing of flashsvd's.
+LABELS, PLAIN = "labels", "plain"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Row:
     Attributes:
         method: how it was compressed; `dense` where it was not.
         keep: fraction of the factored layers' parameters asked for, `kept` what they really hold.
-        training: since it was compressed, one of `TRAININGS`; `labels` for a dense model.
+        training: since it was compressed, one of `TRAININGS`; `LABELS` or `PLAIN` for a dense model.
         seconds: wall time of the training, or of the compression where there was none.
     """
 
@@ -123,12 +125,12 @@ def dense_table(rows: Sequence[Row]) -> str:
     seeds = sorted({row.seed for row in rows})
     head = f"| dense | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes, on |"
     lines = [head, "| --- |" + " --- |" * (len(seeds) + 2)]
-    for task in dict.fromkeys(row.task for row in rows):
-        mine = {row.seed: row for row in rows if row.task == task}
+    for task, training in dict.fromkeys((row.task, row.training) for row in rows):
+        mine = {row.seed: row for row in rows if (row.task, row.training) == (task, training)}
         cells = [f"{mine[seed].score:.3f}" if seed in mine else "" for seed in seeds]
         mean = statistics.mean(row.score for row in mine.values())
         longest = max(mine.values(), key=lambda row: row.seconds)
-        name = f"{task}, {longest.metric.replace('_', ' ')}"
+        name = f"{task}, {longest.metric.replace('_', ' ')}" + ", plain Trainer" * (training == PLAIN)
         lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} | {longest.seconds / 60:.1f}, {longest.device} |")
     return "\n".join(lines)
 
@@ -137,7 +139,8 @@ def compressed_table(rows: Sequence[Row], task: str) -> str:
     """Cells read `before -> after` training, means over the seeds that were compressed."""
     small = [row for row in rows if row.method != DENSE]
     seeds = {row.seed for row in small}
-    dense_scores = [row.score for row in rows if row.method == DENSE and row.seed in seeds]
+    whole_rows = [row for row in rows if row.method == DENSE and row.training == LABELS]
+    dense_scores = [row.score for row in whole_rows if row.seed in seeds]
     whole = f"{statistics.mean(dense_scores):.3f}" if dense_scores else "not measured"
     keeps = sorted({row.keep for row in small}, reverse=True)
     trainings = [training for training in TRAININGS if any(row.training == training for row in small)]
