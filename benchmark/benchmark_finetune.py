@@ -235,7 +235,7 @@ def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
         for piece in pieces:
             yield from measure(piece)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         for done in as_completed([pool.submit(measure_all, piece) for piece in pieces]):
             yield from done.result()
 
@@ -246,7 +246,6 @@ def measure_all(piece: Piece) -> list[Row]:
 
 def measure(piece: Piece) -> Iterator[Row]:
     """Train and score one piece."""
-    logging.getLogger("flashsvd").setLevel(logging.ERROR)
     piece.place.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=piece.place.work, prefix="piece-") as scratch:
         yield from (
@@ -346,5 +345,11 @@ def start_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def quiet() -> None:
+    """A process's own progress is one line a model."""
+    logging.getLogger("flashsvd").setLevel(logging.ERROR)
+
+
 if __name__ == "__main__":
+    quiet()
     main()
