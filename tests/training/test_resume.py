@@ -169,6 +169,13 @@ def test_a_run_is_resumed_with_as_many_processes(
         finetune(resume=True, **interrupted)
 
 
+def test_a_run_is_resumed_on_the_same_data(interrupted: dict[str, Any]) -> None:
+    file = interrupted["data"] / "train.tsv"
+    file.write_text(file.read_text().replace("good", "very", 1))
+    with pytest.raises(ConfigError, match="the training data are not those of the run to resume"):
+        finetune(resume=True, **interrupted)
+
+
 def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial does not exist"):

@@ -81,6 +81,7 @@ class TrainingJob:
         seq_len = _seq_len(config, task, model, tokenizer)
         teacher = TeacherPlan.find(config, mode, task, model, tokenizer, seq_len)
         material = prepare_material(config, task, model, tokenizer, seq_len)
+        workplace.check_data(material.train.digest)
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
         return cls(
@@ -152,7 +153,7 @@ class TrainingJob:
     def _at_work(self, arguments: Any) -> Iterator[None]:
         """The workplace open; where a training ends in an error before its first checkpoint, it is gone again."""
         if arguments.should_save:
-            self.workplace.open(self.config)
+            self.workplace.open(self.config, self.material.train.digest)
         arguments.distributed_state.wait_for_everyone()
         try:
             yield
