@@ -289,6 +289,23 @@ def test_checkpoints_come_every_so_many_steps_whatever_evaluations_do(
     assert saved == [3, 6, 8, 9, 12]
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "halfway"),
+    # Of ten steps, two rise to the highest rate; half of the rest is left at the seventh.
+    [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)],
+)
+def test_the_learning_rate_rises_and_falls_as_asked(
+    make_model: MakeModel, tmp_path: Path, scheduler: str, halfway: float
+) -> None:
+    data = write_task_data(tmp_path / "data", SST2, train=80, validation=2)
+    options = {"task": "sst2", "data": data, "epochs": 1, "learning_rate": 1e-3, "scheduler": scheduler, "warmup": 0.2}
+    result = finetune(make_model(), tmp_path / "out", **options)
+    rates = [point.learning_rate for point in result.curve]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert rates[6] == pytest.approx(halfway * 1e-3)
+    assert (rates[-1] == rates[2]) == (scheduler == "constant")
+
+
 def test_the_seed_decides_on_everything_random(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     source = make_model("bert", "base")
