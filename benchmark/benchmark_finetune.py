@@ -21,6 +21,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,6 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
         pieces = [
             p for p in made if not p.is_in(known) or (p.method == DENSE and p.keep and not p.dense_model.is_dir())
         ]
+        for piece in pieces:
+            if piece.method != DENSE and not piece.dense_model.is_dir():
+                raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
         for row in measured(pieces, options.jobs):
             append_row(row, file)
             print(row.summary(), flush=True)
@@ -230,14 +234,18 @@ def sweep(options: argparse.Namespace) -> list[Piece]:
 
 
 def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
-    """The rows of all pieces, in the order in which they are done."""
+    """The rows of all pieces, in the order in which they are done; a piece that fails does not stop the others."""
     if jobs == 1:
         for piece in pieces:
             yield from measure(piece)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
-        for done in as_completed([pool.submit(measure_all, piece) for piece in pieces]):
-            yield from done.result()
+        pending = {pool.submit(measure_all, piece): piece for piece in pieces}
+        for done in as_completed(pending):
+            try:
+                yield from done.result()
+            except Exception as error:
+                print(f"failed: {pending[done]}: {error!r}", file=sys.stderr, flush=True)
 
 
 def measure_all(piece: Piece) -> list[Row]:
@@ -276,8 +284,6 @@ def measure_plain(piece: Piece) -> Row:
 
 
 def measure_compressed(piece: Piece, scratch: Path) -> Iterator[Row]:
-    if not piece.dense_model.is_dir():
-        raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
     small = scratch / "small"
     start = time.perf_counter()
     report = flashsvd.run_compress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_the_plain_trainer_learns_the_same_task(make_model: MakeModel, tmp_path:
     (row,) = read_rows(tmp_path / FILE)
     assert (row.method, row.training, row.metric) == ("dense", "plain", "pearson")
     assert row.score > 0.9
+
+
+def test_compression_needs_the_dense_model(tmp_path: Path) -> None:
+    where = ["--data", tmp_path, "--work", tmp_path / "work", "--output", tmp_path, "--model", tmp_path]
+    with pytest.raises(SystemExit, match=r"there is no .*sst2-0; measure the dense model first"):
+        benchmark_finetune.main(["compressed", *map(str, where), "--tasks", "sst2"])
+
+
+def test_of_several_models_at_a_time_one_may_fail(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A thread starts at once, where each process of its own imports everything anew.
+    monkeypatch.setattr(benchmark_finetune, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    write_task_data(tmp_path / "glue" / "sst2", SST2, train=8, validation=4)
+    where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
+    where["model"] = make_model("bert", "base", **LEARNS)
+    how = {"tasks": "sst2,cola", "seeds": "0", "epochs": "1", "jobs": "2"}
+    benchmark_finetune.main(["dense", *(f"--{name}={value}" for name, value in (where | how).items())])
+    assert [row.task for row in read_rows(tmp_path / FILE)] == ["sst2"]
+    assert "failed: Piece(" in capsys.readouterr().err
 
 
 def test_a_sweep_measures_each_way_and_keeps_no_model(make_model: MakeModel, tmp_path: Path) -> None:
