@@ -169,9 +169,7 @@ class TrainingJob:
         from flashsvd.training.trainer import ObjectiveTrainer
 
         config, material = self.config, self.material
-        callbacks = [StopWhenLost(), LastEvaluation()]
-        if config.save_steps:
-            callbacks.append(Checkpoints(config.save_steps))
+        callbacks = [StopWhenLost(), LastEvaluation(), Checkpoints(config.save_steps)]
         if config.early_stopping:
             callbacks.append(EarlyStopping(config.early_stopping))
         trainer = ObjectiveTrainer(
