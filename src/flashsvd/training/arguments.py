@@ -54,6 +54,8 @@ def training_arguments(
         "logging_steps": 1 / POINTS,
         # What is not finite shall show.
         "logging_nan_inf_filter": False,
+        # A sentence encoder's own pooling leaves the model's pooler aside; every other mode uses all there is.
+        "ddp_find_unused_parameters": config.mode == "similarity",
         "label_names": ["labels"],
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu,
