@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from conftest import MakeModel, build_model
@@ -287,6 +288,25 @@ def test_checkpoints_come_every_so_many_steps_whatever_evaluations_do(
     saved.clear()
     finetune(make_model(), tmp_path / "by-steps", save_steps=3, eval_steps=8, **options)
     assert saved == [3, 6, 8, 9, 12]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert with biases"])
+def test_a_new_regression_starts_at_the_mean_of_the_labels(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    data = write_task_data(tmp_path / "data", STSB)
+    labels = [float(line.rpartition("\t")[2]) for line in (data / "train.tsv").read_text().splitlines()[1:]]
+    options = {"task": "stsb", "data": data, "epochs": 0.2, "learning_rate": 1e-9}
+    finetune(make_model(name, "base", **LEARNS), tmp_path / "once", **options)
+    (bias,) = (b for b in _head_biases(tmp_path / "once") if b.shape == (1,))
+    assert float(bias) == pytest.approx(sum(labels) / len(labels), abs=1e-4)
+    # A trained head goes on from where it is.
+    (data / "train.tsv").write_text("sentence1\tsentence2\tlabel\n" + "a man\ta dog\t0.5\n" * 8)
+    finetune(tmp_path / "once", tmp_path / "twice", **options)
+    (later,) = (b for b in _head_biases(tmp_path / "twice") if b.shape == (1,))
+    assert float(later) == pytest.approx(float(bias), abs=1e-4)
+
+
+def _head_biases(directory: Path) -> list[torch.Tensor]:
+    return [tensor for name, tensor in load_file(directory / "model.safetensors").items() if name.endswith("bias")]
 
 
 @pytest.mark.parametrize(

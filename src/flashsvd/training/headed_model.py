@@ -124,6 +124,13 @@ class HeadedModel:
         return LoadedModel(model, dtype, loaded.untrained)
 
 
+def start_at(loaded: LoadedModel, value: float) -> None:
+    """Let a new regression head answer with about this value at first, so that no step goes into finding it."""
+    for name, parameter in loaded.model.named_parameters():
+        if name in loaded.untrained and name.endswith("bias") and parameter.shape == (1,):
+            parameter.data.fill_(value)
+
+
 def _set_classes(task: Task, config: Any) -> None:
     """Name the task's classes in the config, unless they are there in an order of their own."""
     if task.labels and not names_classes_of(task, config):

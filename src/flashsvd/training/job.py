@@ -27,7 +27,7 @@ from flashsvd.tasks import Task
 from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.freeze import freeze
-from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode
+from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, start_at
 from flashsvd.training.material import Material, prepare_material, task_of
 from flashsvd.training.output import (
     RandomParameters,
@@ -146,6 +146,8 @@ class TrainingJob:
     def _load(self) -> LoadedModel:
         log.info("loading %s", self.config.model)
         loaded = self.model.load(self.config.seed)
+        if self.task is not None and self.task.head == "classifier" and not self.task.labels:
+            start_at(loaded, self.material.train.mean_label)
         freeze(loaded.model, self.config.frozen())
         return loaded
 

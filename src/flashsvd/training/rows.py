@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Rows(Dataset[Row]):
             for part in row.parts:
                 found.update(array("q", part["input_ids"]))
         return found.hexdigest()
+
+    @property
+    def mean_label(self) -> float:
+        """Of labels that are numbers."""
+        return statistics.fmean(row.label for row in self._rows if isinstance(row.label, float))
 
     @property
     def largest_token(self) -> int:
