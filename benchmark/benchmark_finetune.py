@@ -2,22 +2,26 @@
 
     python benchmark/benchmark_finetune.py dense --data GLUE --work DIR --tasks sst2,mrpc,cola,stsb --seeds 0,1,2
     python benchmark/benchmark_finetune.py compressed --data GLUE --work DIR --tasks sst2,stsb --methods drone
+    python benchmark/benchmark_finetune.py plain --data GLUE --work DIR --tasks cola
     python benchmark/benchmark_finetune.py sweep --data GLUE --work DIR --learning-rates 5e-5,1e-4 --epochs 3,5
     python benchmark/benchmark_finetune.py table
 
 GLUE is a directory with one folder a task, which holds its train and validation file. Dense models start from
 all-MiniLM-L6-v2 and stay in DIR, where `compressed` finds them: it factors each on its training data, scores it, trains
-it on, and scores it again. Scores are those of `flashsvd eval` on the saved model, in float32. Each row is written as
-soon as it is measured, and a call that is repeated measures only what is missing.
+it on, and scores it again. Scores are those of `flashsvd eval` on the saved model, in float32. `plain` trains dense
+models by transformers' Trainer alone, to hold `dense` against. Each row is written as soon as it is measured, and a
+call that is repeated measures only what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +36,22 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import flashsvd
-from finetune_rows import DENSE, FILE, SWEEP_FILE, TRAININGS, Row, append_row, latest, read_rows, sweep_table, tables
+from finetune_rows import (
+    DENSE,
+    FILE,
+    LABELS,
+    PLAIN,
+    SWEEP_FILE,
+    TRAININGS,
+    Row,
+    append_row,
+    latest,
+    read_rows,
+    sweep_table,
+    tables,
+)
+from flashsvd.device import describe_device, resolve_device
+from flashsvd.tasks import get_task
 from results import RESULTS
 
 
@@ -77,7 +96,7 @@ class Piece:
     recipe: Recipe
     method: str = DENSE
     ratio: float = 1.0
-    trainings: tuple[str, ...] = ("labels",)
+    trainings: tuple[str, ...] = (LABELS,)
     keep: bool = True
 
     @property
@@ -99,12 +118,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     file = options.output / (SWEEP_FILE if options.piece == "sweep" else FILE)
     if options.piece != "table":
-        made = {"dense": dense, "compressed": compressed, "sweep": sweep}[options.piece](options)
+        made = {"dense": dense, "plain": plain, "compressed": compressed, "sweep": sweep}[options.piece](options)
         known = latest(read_rows(file), with_recipe=True)
         # A dense model that was measured is measured again where it is gone, since compression needs it.
         pieces = [
             p for p in made if not p.is_in(known) or (p.method == DENSE and p.keep and not p.dense_model.is_dir())
         ]
+        for piece in pieces:
+            if piece.method != DENSE and not piece.dense_model.is_dir():
+                raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
         for row in measured(pieces, options.jobs):
             append_row(row, file)
             print(row.summary(), flush=True)
@@ -127,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--jobs", type=int, default=1, help="models trained at a time, each by a process of its own")
     for name, tasks, seeds in (
         ("dense", ",".join(RECIPES), "0,1,2"),
+        ("plain", ",".join(RECIPES), "0,1,2"),
         ("compressed", "sst2,stsb", "0"),
         ("sweep", ",".join(RECIPES), "0,1,2"),
     ):
@@ -185,6 +208,11 @@ def dense(options: argparse.Namespace) -> list[Piece]:
     return [Piece(where, task, seed, recipe(options, task)) for task, seed in product(options.tasks, options.seeds)]
 
 
+def plain(options: argparse.Namespace) -> list[Piece]:
+    """The same by transformers' Trainer alone; the models are not kept."""
+    return [dataclasses.replace(piece, trainings=(PLAIN,), keep=False) for piece in dense(options)]
+
+
 def compressed(options: argparse.Namespace) -> list[Piece]:
     """Each dense model factored by each method at each size, then trained."""
     where = place(options)
@@ -206,14 +234,18 @@ def sweep(options: argparse.Namespace) -> list[Piece]:
 
 
 def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
-    """The rows of all pieces, in the order in which they are done."""
+    """The rows of all pieces, in the order in which they are done; a piece that fails does not stop the others."""
     if jobs == 1:
         for piece in pieces:
             yield from measure(piece)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(measure_all, piece) for piece in pieces]):
-            yield from done.result()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
+        pending = {pool.submit(measure_all, piece): piece for piece in pieces}
+        for done in as_completed(pending):
+            try:
+                yield from done.result()
+            except Exception as error:
+                print(f"failed: {pending[done]}: {error!r}", file=sys.stderr, flush=True)
 
 
 def measure_all(piece: Piece) -> list[Row]:
@@ -222,7 +254,6 @@ def measure_all(piece: Piece) -> list[Row]:
 
 def measure(piece: Piece) -> Iterator[Row]:
     """Train and score one piece."""
-    logging.getLogger("flashsvd").setLevel(logging.ERROR)
     piece.place.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=piece.place.work, prefix="piece-") as scratch:
         yield from (
@@ -231,18 +262,28 @@ def measure(piece: Piece) -> Iterator[Row]:
 
 
 def measure_dense(piece: Piece, scratch: Path) -> Row:
+    if piece.trainings == (PLAIN,):
+        return measure_plain(piece)
     output = scratch / "dense"
     seconds = train(piece, piece.place.model, output)
-    row = score(piece, output, "labels", seconds)
+    row = score(piece, output, LABELS, seconds)
     if piece.keep:
         shutil.rmtree(piece.dense_model, ignore_errors=True)
         output.rename(piece.dense_model)
     return row
 
 
+def measure_plain(piece: Piece) -> Row:
+    from plain_trainer import train_plainly
+
+    device, task = resolve_device(piece.place.device), get_task(piece.task)
+    value, seconds = train_plainly(
+        piece.place.model, piece.place.data / piece.task, task, piece.seed, *piece.recipe_of(PLAIN), device.type
+    )
+    return row_of(piece, PLAIN, task.metrics[0], value, seconds, describe_device(device))
+
+
 def measure_compressed(piece: Piece, scratch: Path) -> Iterator[Row]:
-    if not piece.dense_model.is_dir():
-        raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
     small = scratch / "small"
     start = time.perf_counter()
     report = flashsvd.run_compress(
@@ -278,6 +319,13 @@ def train(piece: Piece, model: Path, output: Path, teacher: Path | None = None) 
 def score(piece: Piece, model: Path, training: str, seconds: float, kept: float = 1.0) -> Row:
     data, device = piece.place.data / piece.task, piece.place.device
     result = flashsvd.run_eval(flashsvd.EvalConfig(model, piece.task, data=data, device=device, dtype="float32"))
+    value = float("nan") if result.metric_value is None else result.metric_value
+    return row_of(piece, training, result.metric_name, value, seconds, result.device, kept)
+
+
+def row_of(
+    piece: Piece, training: str, metric: str, value: float, seconds: float, device: str, kept: float = 1.0
+) -> Row:
     epochs, learning_rate, batch_size = piece.recipe_of(training)
     return Row(
         task=piece.task,
@@ -289,10 +337,10 @@ def score(piece: Piece, model: Path, training: str, seconds: float, kept: float 
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
-        metric=result.metric_name,
-        score=float("nan") if result.metric_value is None else result.metric_value,
+        metric=metric,
+        score=value,
         seconds=seconds,
-        device=result.device,
+        device=device,
     )
 
 
@@ -303,5 +351,11 @@ def start_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def quiet() -> None:
+    """A process's own progress is one line a model."""
+    logging.getLogger("flashsvd").setLevel(logging.ERROR)
+
+
 if __name__ == "__main__":
+    quiet()
     main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ FILE, SWEEP_FILE = "finetune.csv", "finetune_sweep.csv"
 DENSE = "dense"
 # How a compressed model was trained: not at all, on the labels, or towards its dense model too.
 TRAININGS = ("none", "labels", "teacher")
+# How a dense model was trained: by flashsvd, or by transformers' Trainer with nothing of flashsvd's.
+LABELS, PLAIN = "labels", "plain"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Row:
     Attributes:
         method: how it was compressed; `dense` where it was not.
         keep: fraction of the factored layers' parameters asked for, `kept` what they really hold.
-        training: since it was compressed, one of `TRAININGS`; `labels` for a dense model.
+        training: since it was compressed, one of `TRAININGS`; `LABELS` or `PLAIN` for a dense model.
         seconds: wall time of the training, or of the compression where there was none.
     """
 
@@ -123,34 +125,38 @@ def dense_table(rows: Sequence[Row]) -> str:
     seeds = sorted({row.seed for row in rows})
     head = f"| dense | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes, on |"
     lines = [head, "| --- |" + " --- |" * (len(seeds) + 2)]
-    for task in dict.fromkeys(row.task for row in rows):
-        mine = {row.seed: row for row in rows if row.task == task}
+    for task, training in dict.fromkeys((row.task, row.training) for row in rows):
+        mine = {row.seed: row for row in rows if (row.task, row.training) == (task, training)}
         cells = [f"{mine[seed].score:.3f}" if seed in mine else "" for seed in seeds]
         mean = statistics.mean(row.score for row in mine.values())
         longest = max(mine.values(), key=lambda row: row.seconds)
-        name = f"{task}, {longest.metric.replace('_', ' ')}"
+        name = f"{task}, {longest.metric.replace('_', ' ')}" + ", plain Trainer" * (training == PLAIN)
         lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} | {longest.seconds / 60:.1f}, {longest.device} |")
     return "\n".join(lines)
 
 
 def compressed_table(rows: Sequence[Row], task: str) -> str:
-    """Cells read `before -> after` training, means over the seeds that were compressed."""
+    """Cells read `before -> after` training: means over the seeds that all of a line's cells were measured with."""
     small = [row for row in rows if row.method != DENSE]
-    seeds = {row.seed for row in small}
-    dense_scores = [row.score for row in rows if row.method == DENSE and row.seed in seeds]
-    whole = f"{statistics.mean(dense_scores):.3f}" if dense_scores else "not measured"
+    dense = {row.seed: row.score for row in rows if row.method == DENSE and row.training == LABELS}
     keeps = sorted({row.keep for row in small}, reverse=True)
     trainings = [training for training in TRAININGS if any(row.training == training for row in small)]
-    label = f"{task}, {small[0].metric.replace('_', ' ')} (dense {whole}), {' -> '.join(trainings)}"
-    lines = [f"| {label} | {' | '.join(f'keep {keep:g}' for keep in keeps)} |", "| --- |" + " --- |" * len(keeps)]
+    label = f"{task}, {small[0].metric.replace('_', ' ')}, {' -> '.join(trainings)}"
+    head = ["method", "seeds", "dense", *(f"keep {keep:g}" for keep in keeps)]
+    lines = [f"{label}:", "", f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
     for method in dict.fromkeys(row.method for row in small):
-        cells = []
-        for keep in keeps:
-            parts = []
-            for training in trainings:
-                key = (method, keep, training)
-                scores = [row.score for row in small if (row.method, row.keep, row.training) == key]
-                parts.append(f"{statistics.mean(scores):.3f}" if scores else "-")
-            cells.append(" -> ".join(parts))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        cells: dict[tuple[float, str], dict[int, float]] = {}
+        for row in small:
+            if row.method == method:
+                cells.setdefault((row.keep, row.training), {})[row.seed] = row.score
+        seeds = sorted(set.intersection(*(set(scores) for scores in cells.values())))
+        line = [method, ", ".join(map(str, seeds)), _mean(dense, seeds)]
+        line += [" -> ".join(_mean(cells.get((keep, training), {}), seeds) for training in trainings) for keep in keeps]
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
+
+
+def _mean(scores: Mapping[int, float], seeds: Sequence[int]) -> str:
+    """The mean over the seeds; a dash where some were not measured, or there are none."""
+    known = [scores[seed] for seed in seeds if seed in scores]
+    return f"{statistics.mean(known):.3f}" if known and len(known) == len(seeds) else "-"

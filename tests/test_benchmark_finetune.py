@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import benchmark_finetune
 from conftest import MakeModel
 from finetune_rows import FILE, SWEEP_FILE, Row, append_row, latest, read_rows, sweep_table, tables
 from flashsvd import EvalConfig, run_eval
-from training_data import LEARNS, SST2, write_task_data
+from training_data import LEARNS, SST2, STSB, write_task_data
 
 
 def test_pieces_add_up_to_tables(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +41,37 @@ def test_pieces_add_up_to_tables(make_model: MakeModel, tmp_path: Path, capsys: 
     assert [path.name for path in work.iterdir()] == ["sst2-0"]
     run("table", "--output", tmp_path)
     assert "| drone | " in capsys.readouterr().out
+
+
+def test_the_plain_trainer_learns_the_same_task(make_model: MakeModel, tmp_path: Path) -> None:
+    write_task_data(tmp_path / "glue" / "stsb", STSB, validation=8)
+    where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
+    where["model"] = make_model("bert", "base", **LEARNS)
+    how = {"tasks": "stsb", "seeds": "0", "epochs": "10", "learning-rate": "5e-3", "batch-size": "8"}
+    benchmark_finetune.main(["plain", *(f"--{name}={value}" for name, value in (where | how).items())])
+    (row,) = read_rows(tmp_path / FILE)
+    assert (row.method, row.training, row.metric) == ("dense", "plain", "pearson")
+    assert row.score > 0.9
+
+
+def test_compression_needs_the_dense_model(tmp_path: Path) -> None:
+    where = ["--data", tmp_path, "--work", tmp_path / "work", "--output", tmp_path, "--model", tmp_path]
+    with pytest.raises(SystemExit, match=r"there is no .*sst2-0; measure the dense model first"):
+        benchmark_finetune.main(["compressed", *map(str, where), "--tasks", "sst2"])
+
+
+def test_of_several_models_at_a_time_one_may_fail(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A thread starts at once, where each process of its own imports everything anew.
+    monkeypatch.setattr(benchmark_finetune, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    write_task_data(tmp_path / "glue" / "sst2", SST2, train=8, validation=4)
+    where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
+    where["model"] = make_model("bert", "base", **LEARNS)
+    how = {"tasks": "sst2,cola", "seeds": "0", "epochs": "1", "jobs": "2"}
+    benchmark_finetune.main(["dense", *(f"--{name}={value}" for name, value in (where | how).items())])
+    assert [row.task for row in read_rows(tmp_path / FILE)] == ["sst2"]
+    assert "failed: Piece(" in capsys.readouterr().err
 
 
 def test_a_sweep_measures_each_way_and_keeps_no_model(make_model: MakeModel, tmp_path: Path) -> None:
@@ -93,10 +125,19 @@ def test_tables_say_what_came_before_and_after_training() -> None:
             "sst2", seed, method, keep, keep, training, 2.0, 5e-5, 32, "accuracy", score, 60.0, "cpu", commit="x"
         )
 
-    rows = [row("dense", 1, "labels", 0.9), row("dense", 1, "labels", 0.8, seed=1)]
-    rows += [row("drone", 0.5, "none", 0.7), row("drone", 0.5, "labels", 0.85), row("asvd", 0.25, "none", 0.6)]
+    rows = [row("dense", 1, "labels", 0.9), row("dense", 1, "labels", 0.8, seed=1), row("dense", 1, "plain", 0.7)]
+    rows += [row("drone", 0.5, training, score, seed) for training, score, seed in (
+        ("none", 0.7, 0), ("labels", 0.85, 0), ("none", 0.6, 1), ("labels", 0.75, 1)
+    )]  # fmt: skip
+    rows += [row("asvd", 0.25, "none", 0.6), row("asvd", 0.25, "none", 0.5, seed=1), row("asvd", 0.5, "none", 0.8)]
     dense, compressed = tables(rows)
     assert "| sst2, accuracy | 0.900 | 0.800 | 0.850 | 1.0, cpu |" in dense
-    assert "sst2, accuracy (dense 0.900), none -> labels | keep 0.5 | keep 0.25 |" in compressed
-    assert "| drone | 0.700 -> 0.850 | - -> - |" in compressed
-    assert "| asvd | - -> - | 0.600 -> - |" in compressed
+    assert "| sst2, accuracy, plain Trainer | 0.700 |  | 0.700 | 1.0, cpu |" in dense
+    assert compressed.splitlines() == [
+        "sst2, accuracy, none -> labels:",
+        "",
+        "| method | seeds | dense | keep 0.5 | keep 0.25 |",
+        "| --- | --- | --- | --- | --- |",
+        "| asvd | 0 | 0.900 | 0.800 -> - | 0.600 -> - |",
+        "| drone | 0, 1 | 0.850 | 0.650 -> 0.800 | - -> - |",
+    ]

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import types
@@ -154,6 +155,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
 def _run_finetune(options: argparse.Namespace) -> None:
     from flashsvd.finetune import FinetuneConfig, run_finetune
+    from flashsvd.storage.training_file import CURVE_CSV
 
     config = config_from(options, FinetuneConfig)
     try:
@@ -163,8 +165,13 @@ def _run_finetune(options: argparse.Namespace) -> None:
     if not _is_first_process():
         return
     print(result)
-    task = result.record.task
-    print(f"next: flashsvd eval --checkpoint {result.output} --task {task}" if task else f"loss curve: {result.output}")
+    if result.record.task is None:
+        print(f"loss curve: {result.output / CURVE_CSV}")
+        return
+    command = ["flashsvd", "eval", "--checkpoint", str(result.output), "--task", result.record.task]
+    if data := config.eval_data or config.data:
+        command += ["--data", data]
+    print(f"next: {shlex.join(command)}")
 
 
 def _leave_process_group() -> None:

@@ -63,8 +63,8 @@ class FinetuneConfig:
     bf16: bool = option(False, help="compute in bfloat16; weights and optimiser stay in float32")
     early_stopping: int | None = option(None, help="stop after this many evaluations without a better metric")
     eval_steps: int | None = option(None, help="steps between evaluations; the default is one after each epoch")
-    save_steps: int | None = option(
-        None, help="steps between checkpoints to resume from, beside the one after each evaluation or epoch"
+    save_steps: int = option(
+        500, help="steps between checkpoints to resume from, beside the one after each evaluation or epoch"
     )
     new_head: bool = option(
         False, help="cls: give a classifier a fresh head, for other classes than it was trained for"
@@ -109,9 +109,9 @@ class FinetuneConfig:
         # NumPy, which transformers seeds too, takes no larger one.
         if self.seed >= 1 << 32:
             raise ConfigError(f"--seed must be below 2**32 for training, got {self.seed}")
-        for name in ("batch_size", "accumulation"):
+        for name in ("batch_size", "accumulation", "save_steps"):
             check_count(name, getattr(self, name))
-        optional = ("early_stopping", "eval_steps", "save_steps", "max_train_samples", "max_eval_samples", "seq_len")
+        optional = ("early_stopping", "eval_steps", "max_train_samples", "max_eval_samples", "seq_len")
         for name in optional:
             check_count(name, getattr(self, name), optional=True)
         for name in ("epochs", "learning_rate"):

@@ -120,7 +120,10 @@ def check_classifier(config: Any, source: str) -> None:
             f"only {kinds[0]} is supported for that many"
         )
     if config.pad_token_id is None:
-        raise DataError(f"config.json of {source} names no pad_token_id, without which batches cannot be classified")
+        raise DataError(
+            f"config.json of {source} names no pad_token_id, without which batches cannot be classified; write the "
+            "tokenizer's into it"
+        )
 
 
 def label_permutation(task: Task, config: Any) -> list[int]:

@@ -131,6 +131,7 @@ def test_a_teacher_may_have_its_classes_in_another_order(make_model: MakeModel, 
             "has the classes yes, no, which are not the task's",
         ),
         ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "has num_hidden_layers 3, .* 2; leave out --hidden-weight"),
+        ({"max_position_embeddings": 16}, {}, "reads 16 tokens at most; pass --seq-len 16"),
         ({"hidden_size": 48}, {"hidden_weight": 1.0}, "has hidden_size 48, .* 32; leave out --hidden-weight"),
     ],
 )

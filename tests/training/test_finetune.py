@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from conftest import MakeModel, build_model
@@ -15,6 +16,7 @@ from flashsvd import EvalConfig, export_dense, load_compressed, read_info, run_e
 from flashsvd.errors import ModelError
 from flashsvd.storage.training_file import TRAINING_FILE
 from flashsvd.tasks import TASKS, Task
+from flashsvd.training.trainer import ObjectiveTrainer
 from training_data import LEARNS, MNLI, SST2, STSB, compress, finetune, write_task_data, write_text
 
 CLASSIFIED = [task for task in TASKS.values() if task.head == "classifier"]
@@ -55,8 +57,13 @@ def test_every_encoder_learns_dense_and_in_its_factors(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_decoder_is_trained_as_a_classifier(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_decoder_is_trained_as_a_classifier(
+    make_model: MakeModel, tmp_path: Path, family: str, compressed: bool
+) -> None:
     model = make_model(family, "base", pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    if compressed:
+        model = compress(model, tmp_path / "small")
     data = write_task_data(tmp_path / "data", SST2)
     result = finetune(model, tmp_path / "out", task="sst2", data=data, epochs=6)
     assert result.metrics["accuracy"] > 0.8
@@ -233,11 +240,15 @@ def test_the_curve_has_losses_and_metrics_by_step(make_model: MakeModel, tmp_pat
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_weights_are_kept(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_best_weights_are_kept(make_model: MakeModel, tmp_path: Path, compressed: bool) -> None:
     """The learning rate rises until it ruins the model: the best evaluation is not the last."""
     data = write_task_data(tmp_path / "data", STSB)
     options = {"task": "stsb", "data": data, "epochs": 6, "learning_rate": 0.5, "warmup": 0.99}
-    result = finetune(make_model(num_labels=1, **LEARNS), tmp_path / "out", **options)
+    source = make_model(num_labels=1, **LEARNS)
+    if compressed:
+        source = compress(source, tmp_path / "small")
+    result = finetune(source, tmp_path / "out", **options)
     scores = [point.metrics["pearson"] for point in result.curve if point.eval_loss is not None]
     assert len(scores) == 6
     best = max(score for score in scores if score is not None)
@@ -258,6 +269,85 @@ def test_evaluations_come_every_so_many_steps_and_after_the_last(make_model: Mak
     data = write_task_data(tmp_path / "data", SST2)
     result = finetune(make_model(), tmp_path / "out", task="sst2", data=data, epochs=2, eval_steps=5)
     assert [point.step for point in result.curve if point.eval_loss is not None] == [5, 10, 12]
+
+
+def test_checkpoints_come_every_so_many_steps_whatever_evaluations_do(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = ObjectiveTrainer._save_checkpoint
+    monkeypatch.setattr(
+        ObjectiveTrainer,
+        "_save_checkpoint",
+        lambda self, *a, **k: (saved.append(self.state.global_step), save(self, *a, **k)),
+    )
+    data = write_task_data(tmp_path / "data", SST2)
+    options = {"task": "sst2", "data": data, "epochs": 2}
+    finetune(make_model(), tmp_path / "by-epoch", save_steps=3, **options)
+    assert saved == [3, 6, 9, 12]
+    saved.clear()
+    finetune(make_model(), tmp_path / "by-steps", save_steps=3, eval_steps=8, **options)
+    assert saved == [3, 6, 8, 9, 12]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert with biases"])
+def test_a_new_regression_starts_at_the_mean_of_the_labels(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    data = write_task_data(tmp_path / "data", STSB)
+    labels = [float(line.rpartition("\t")[2]) for line in (data / "train.tsv").read_text().splitlines()[1:]]
+    options = {"task": "stsb", "data": data, "epochs": 0.2, "learning_rate": 1e-9}
+    finetune(make_model(name, "base", **LEARNS), tmp_path / "once", **options)
+    (bias,) = (b for b in _head_biases(tmp_path / "once") if b.shape == (1,))
+    assert float(bias) == pytest.approx(sum(labels) / len(labels), abs=1e-4)
+    # A trained head goes on from where it is.
+    (data / "train.tsv").write_text("sentence1\tsentence2\tlabel\n" + "a man\ta dog\t0.5\n" * 8)
+    finetune(tmp_path / "once", tmp_path / "twice", **options)
+    (later,) = (b for b in _head_biases(tmp_path / "twice") if b.shape == (1,))
+    assert float(later) == pytest.approx(float(bias), abs=1e-4)
+
+
+def _head_biases(directory: Path) -> list[torch.Tensor]:
+    return [tensor for name, tensor in load_file(directory / "model.safetensors").items() if name.endswith("bias")]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "halfway"),
+    # Of ten steps, two rise to the highest rate; half of the rest is left at the seventh.
+    [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)],
+)
+def test_the_learning_rate_rises_and_falls_as_asked(
+    make_model: MakeModel, tmp_path: Path, scheduler: str, halfway: float
+) -> None:
+    data = write_task_data(tmp_path / "data", SST2, train=80, validation=2)
+    options = {"task": "sst2", "data": data, "epochs": 1, "learning_rate": 1e-3, "scheduler": scheduler, "warmup": 0.2}
+    result = finetune(make_model(), tmp_path / "out", **options)
+    rates = [point.learning_rate for point in result.curve]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert rates[6] == pytest.approx(halfway * 1e-3)
+    assert (rates[-1] == rates[2]) == (scheduler == "constant")
+
+
+def test_the_seed_decides_on_everything_random(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    source = make_model("bert", "base")
+    for name, seed in (("one", 5), ("again", 5), ("other", 6)):
+        torch.rand(3)
+        finetune(source, tmp_path / name, task="sst2", data=data, epochs=1, seed=seed, max_train_samples=24)
+    one, again, other = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
+        for name in ("one", "again", "other")
+    )
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+
+
+def test_bfloat16_is_left_behind_with_the_training_that_asked_for_it(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_task_data(tmp_path / "data", SST2)
+    losses = []
+    for name, bf16 in (("plain", False), ("bf16", True), ("again", False)):
+        result = finetune(make_model(), tmp_path / name, task="sst2", data=data, epochs=1, bf16=bf16)
+        losses.append([point.loss for point in result.curve])
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_without_validation_data_the_last_weights_are_kept(

@@ -18,7 +18,7 @@ from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.masked_lm import MaskedLM, masked_rows
 from flashsvd.training.objective import Question
-from flashsvd.training.rows import Collate, Encoding, Row, encode
+from flashsvd.training.rows import Collate, Encoding, Row, Rows, encode
 from training_data import MNLI, SST2
 
 
@@ -147,6 +147,21 @@ def test_the_curve_is_a_table_even_where_it_cannot_be_drawn(
         rows = list(csv.DictReader(file))
     assert rows[0] == {"step": "2", "epoch": "1.0", "loss": "0.7", "learning_rate": "0.1", "eval_loss": "0.5", "f1": ""}
     assert any("matplotlib" in record.message for record in caplog.records)
+
+
+def test_a_digest_tells_examples_apart() -> None:
+    def digest(*rows: tuple[list[list[int]], float]) -> str:
+        return Rows([Row(tuple({"input_ids": ids} for ids in parts), label) for parts, label in rows]).digest
+
+    base = digest(([[1, 2], [3]], 0.0), ([[4], [5]], 1.0))
+    assert base == digest(([[1, 2], [3]], 0.0), ([[4], [5]], 1.0))
+    others = [
+        digest(([[1], [2, 3]], 0.0), ([[4], [5]], 1.0)),
+        digest(([[1, 2], [3]], 1.0), ([[4], [5]], 1.0)),
+        digest(([[4], [5]], 1.0), ([[1, 2], [3]], 0.0)),
+        digest(([[1, 2], [3]], 0.0)),
+    ]
+    assert len({base, *others}) == 5
 
 
 def test_an_encoding_keeps_what_the_tokenizer_gives() -> None:

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "per-head": {"task": "mnli"},
     "masked-lm": {"mode": "mlm"},
     "similarity": {"mode": "similarity"},
+    "distilled": {"task": "mnli", "hidden_weight": 0.5, "batch_size": 4, "accumulation": 2, "warmup": 0.3},
 }
 
 
@@ -63,8 +64,10 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
         source, options["data"] = make_model("bert", "base"), write_task_data(tmp_path / "data", TASKS["similarity"])
     else:
         source, options["data"] = make_model("bert", "base"), write_task_data(tmp_path / "data", MNLI)
-    if case in ("joint", "per-head"):
-        source = compress(source, tmp_path / "small", qkv=case)
+    if case == "distilled":
+        options["teacher"] = make_model(name="teacher", num_labels=3)
+    if case in ("joint", "per-head", "distilled"):
+        source = compress(source, tmp_path / "small", qkv="joint" if case == "distilled" else case)
     whole = finetune(source, tmp_path / "whole", **options)
     interrupt_at(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
@@ -156,6 +159,21 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
     for checkpoint in (tmp_path / "out.partial").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     assert finetune(**interrupted, resume=True).record.steps == 12
+
+
+def test_a_run_is_resumed_with_as_many_processes(
+    interrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the run to resume had 1 processes, not 2; start as many with torchrun"):
+        finetune(resume=True, **interrupted)
+
+
+def test_a_run_is_resumed_on_the_same_data(interrupted: dict[str, Any]) -> None:
+    file = interrupted["data"] / "train.tsv"
+    file.write_text(file.read_text().replace("good", "very", 1))
+    with pytest.raises(ConfigError, match="the training data are not those of the run to resume"):
+        finetune(resume=True, **interrupted)
 
 
 def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:

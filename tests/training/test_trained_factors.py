@@ -13,7 +13,7 @@ from conftest import MakeModel
 from flashsvd.fused import FusedProjections
 from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.training.trainer import ObjectiveTrainer
-from training_data import SST2, compress, finetune, write_task_data
+from training_data import SST2, compress, finetune, write_task_data, write_text
 
 FACTORED = (LowRankLinear, PerHeadLowRankLinear, FusedProjections)
 
@@ -85,6 +85,29 @@ def test_gradients_reach_every_factor_and_the_optimiser_keeps_their_moments(
         state = trainer.optimizer.state[parameter]
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
         assert "key" in name or state["exp_avg_sq"].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "cls") for name in ("bert", "roberta", "modernbert", "gpt2", "llama")),
+        *((name, "mlm") for name in ("bert", "roberta", "modernbert")),
+    ],
+)
+def test_no_parameter_is_left_out_of_a_step(
+    make_model: MakeModel, tmp_path: Path, steps: list[dict[str, Any]], trainers: list[Any], name: str, mode: str
+) -> None:
+    """Several processes add up their gradients without looking for parameters that have none."""
+    if mode == "mlm":
+        source, options = make_model(name, "base"), {"mode": "mlm", "data": write_text(tmp_path / "data")}
+    else:
+        source = make_model(name, "base", pad_token_id=0, bos_token_id=2, eos_token_id=3)
+        options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2)}
+    finetune(source, tmp_path / "out", epochs=0.3, **options)
+    (trainer,) = trainers
+    assert not trainer.args.ddp_find_unused_parameters
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert all(set(step["grads"]) == trained for step in steps)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def test_the_default_output_says_model_and_task() -> None:
     ("model", "options", "says"),
     [
         ({}, {"task": None}, "--mode cls needs a --task: cola, sst2"),
-        ({}, {"task": "sst3"}, "--task 'sst3' is not known"),
-        ({}, {"task": "wikitext2"}, "--task wikitext2 is not one of --mode cls"),
-        ({}, {"task": "mnli"}, "has a head for 2 labels, but mnli needs 3 classes"),
+        ({}, {"task": "sst3"}, "--task 'sst3' is not one of --mode cls; choose from cola, .*, rte$"),
+        ({}, {"task": "wikitext2"}, "--task 'wikitext2' is not one of --mode cls"),
+        ({}, {"task": "mnli"}, "has a head for 2 labels, but mnli needs 3 classes .*, or .* head with --new-head$"),
         ({}, {"mode": "similarity"}, "--task sst2 is not one of --mode similarity"),
         ({}, {"mode": "mlm"}, "reads running text and no task; leave out --task sst2"),
         (
@@ -104,6 +105,14 @@ def test_evaluations_need_something_to_evaluate_on(make_model: MakeModel, tmp_pa
     for option in ({"early_stopping": 1}, {"eval_steps": 2}, {"max_eval_samples": 2}):
         with pytest.raises(ConfigError, match="needs something to evaluate on"):
             finetune(make_model(), tmp_path / "out", task="sst2", data=train, **option)
+
+
+def test_data_that_are_not_there_are_not_warned_of_too(
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match="there is no file or directory"):
+        finetune(make_model(), tmp_path / "out", task="sst2", data=tmp_path / "nowhere", early_stopping=1)
+    assert not caplog.records
 
 
 def test_an_output_that_is_not_ours_is_never_replaced(make_model: MakeModel, tmp_path: Path) -> None:
@@ -184,7 +193,9 @@ def test_the_command_line_trains_shows_and_refuses(
     assert main(list(map(str, arguments))) == 0
     printed = capsys.readouterr().out
     assert "epoch 1.00, step 2: evaluation loss" in printed
-    assert f"next: flashsvd eval --checkpoint {tmp_path / 'out'} --task sst2" in printed
+    (follows,) = (line for line in printed.splitlines() if line.startswith("next: flashsvd "))
+    assert main([*shlex.split(follows)[2:], "--device", "cpu"]) == 0
+    assert "accuracy" in capsys.readouterr().out
     assert main(list(map(str, arguments))) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == (

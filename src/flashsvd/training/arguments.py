@@ -45,7 +45,7 @@ def training_arguments(
         "eval_steps": config.eval_steps,
         # The Trainer keeps the best weights only where it saves them as often as it evaluates.
         "save_strategy": "steps" if evaluation == "steps" else "epoch",
-        "save_steps": config.eval_steps or 500,
+        "save_steps": config.eval_steps or config.save_steps,
         "save_total_limit": 2,
         "load_best_model_at_end": metric is not None,
         "metric_for_best_model": metric,
@@ -54,6 +54,8 @@ def training_arguments(
         "logging_steps": 1 / POINTS,
         # What is not finite shall show.
         "logging_nan_inf_filter": False,
+        # A sentence encoder's own pooling leaves the model's pooler aside; every other mode uses all there is.
+        "ddp_find_unused_parameters": config.mode == "similarity",
         "label_names": ["labels"],
         "remove_unused_columns": False,
         "dataloader_pin_memory": not on_cpu,

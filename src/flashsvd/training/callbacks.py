@@ -21,8 +21,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # At the end of an epoch one is written anyway, after the evaluation, whose result it then holds.
-        if state.global_step % self._steps == 0 and state.epoch != round(state.epoch):
+        # Where one is written after each epoch, it waits for the evaluation, whose result it then holds.
+        written_anyway = args.save_strategy == "epoch" and state.epoch == round(state.epoch)
+        if state.global_step % self._steps == 0 and not written_anyway:
             control.should_save = True
 
 

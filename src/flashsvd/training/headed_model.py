@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from flashsvd.errors import CheckpointError, ModelError
+from flashsvd.errors import CheckpointError, DataError, ModelError
 from flashsvd.factorize import check_finite
 from flashsvd.head import class_for_task
 from flashsvd.io import find_info, is_compressed, load_factored
@@ -81,7 +81,12 @@ class HeadedModel:
         if mode == "mlm":
             model_class = masked_lm_class(config)
         else:
-            model_class, options = class_for_task(name, task, config, new_head)
+            try:
+                model_class, options = class_for_task(name, task, config, new_head)
+            except DataError as error:
+                if compressed:
+                    raise
+                raise DataError(f"{error}, or train a fresh head with --new-head") from error
             for option, value in options.items():
                 setattr(config, option, value)
         if compressed and new_head and own_class(config) is model_class:
@@ -117,6 +122,13 @@ class HeadedModel:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         return LoadedModel(model, dtype, loaded.untrained)
+
+
+def start_at(loaded: LoadedModel, value: float) -> None:
+    """Let a new regression head answer with about this value at first, so that no step goes into finding it."""
+    for name, parameter in loaded.model.named_parameters():
+        if name in loaded.untrained and name.endswith("bias") and parameter.shape == (1,):
+            parameter.data.fill_(value)
 
 
 def _set_classes(task: Task, config: Any) -> None:

@@ -27,7 +27,7 @@ from flashsvd.tasks import Task
 from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.freeze import freeze
-from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode
+from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, start_at
 from flashsvd.training.material import Material, prepare_material, task_of
 from flashsvd.training.output import (
     RandomParameters,
@@ -79,8 +79,9 @@ class TrainingJob:
         tokenizer = load_tokenizer(model.source)
         check_tokenizer(tokenizer, config.model, masks=mode == "mlm")
         seq_len = _seq_len(config, task, model, tokenizer)
-        teacher = TeacherPlan.find(config, mode, task, model, tokenizer)
+        teacher = TeacherPlan.find(config, mode, task, model, tokenizer, seq_len)
         material = prepare_material(config, task, model, tokenizer, seq_len)
+        workplace.check_data(material.train.digest)
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
         return cls(
@@ -145,6 +146,8 @@ class TrainingJob:
     def _load(self) -> LoadedModel:
         log.info("loading %s", self.config.model)
         loaded = self.model.load(self.config.seed)
+        if self.task is not None and self.task.head == "classifier" and not self.task.labels:
+            start_at(loaded, self.material.train.mean_label)
         freeze(loaded.model, self.config.frozen())
         return loaded
 
@@ -152,7 +155,7 @@ class TrainingJob:
     def _at_work(self, arguments: Any) -> Iterator[None]:
         """The workplace open; where a training ends in an error before its first checkpoint, it is gone again."""
         if arguments.should_save:
-            self.workplace.open(self.config)
+            self.workplace.open(self.config, self.material.train.digest)
         arguments.distributed_state.wait_for_everyone()
         try:
             yield
@@ -168,9 +171,7 @@ class TrainingJob:
         from flashsvd.training.trainer import ObjectiveTrainer
 
         config, material = self.config, self.material
-        callbacks = [StopWhenLost(), LastEvaluation()]
-        if config.save_steps:
-            callbacks.append(Checkpoints(config.save_steps))
+        callbacks = [StopWhenLost(), LastEvaluation(), Checkpoints(config.save_steps)]
         if config.early_stopping:
             callbacks.append(EarlyStopping(config.early_stopping))
         trainer = ObjectiveTrainer(

@@ -60,9 +60,9 @@ def task_of(config: FinetuneConfig) -> Task | None:
     else:
         if config.task is None:
             raise ConfigError(f"--mode cls needs a --task: {classifiers}")
-        task = get_task(config.task)
-        if task.head != "classifier":
-            raise ConfigError(f"--task {task.name} is not one of --mode cls; choose from {classifiers}")
+        task = TASKS.get(config.task)
+        if task is None or task.head != "classifier":
+            raise ConfigError(f"--task {config.task!r} is not one of --mode cls; choose from {classifiers}")
     if config.class_weights and (task is None or not task.labels):
         raise ConfigError(f"--class-weights weighs classes, and {task.name if task else 'mlm'} has none; leave it out")
     return task
@@ -119,7 +119,8 @@ def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | N
     if config.eval_data:
         return _Source("validation", config.eval_data, "--eval-data")
     path = Path(config.data).expanduser() if config.data else None
-    if path is None or (path.is_dir() and _has_validation(path, task)):
+    # Where there is nothing at all, whoever reads it says so.
+    if path is None or not path.exists() or (path.is_dir() and _has_validation(path, task)):
         return _Source("validation", config.data, "--data")
     for name in ("early_stopping", "eval_steps", "max_eval_samples"):
         if getattr(config, name):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import statistics
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -37,6 +40,22 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
+
+    @property
+    def digest(self) -> str:
+        """The same for the same tokens and labels in the same order, and for no others."""
+        found = hashlib.sha256()
+        for row in self._rows:
+            lengths = [len(part["input_ids"]) for part in row.parts]
+            found.update(f"{lengths} {row.label} ".encode())
+            for part in row.parts:
+                found.update(array("q", part["input_ids"]))
+        return found.hexdigest()
+
+    @property
+    def mean_label(self) -> float:
+        """Of labels that are numbers."""
+        return statistics.fmean(row.label for row in self._rows if isinstance(row.label, float))
 
     @property
     def largest_token(self) -> int:

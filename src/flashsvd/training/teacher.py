@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flashsvd.errors import FlashSVDError, ModelError
+from flashsvd.errors import ConfigError, FlashSVDError, ModelError
 from flashsvd.finetune_config import DISTILL_WEIGHT, TEMPERATURE, FinetuneConfig
+from flashsvd.models import architecture_of
 from flashsvd.pretrained import load_tokenizer
 from flashsvd.tasks import Task
 from flashsvd.training.distill import Distillation, Teacher
@@ -23,16 +24,17 @@ class TeacherPlan:
 
     @classmethod
     def find(
-        cls, config: FinetuneConfig, mode: Mode, task: Task | None, student: HeadedModel, tokenizer: Any
+        cls, config: FinetuneConfig, mode: Mode, task: Task | None, student: HeadedModel, tokenizer: Any, seq_len: int
     ) -> TeacherPlan | None:
         """The teacher that a config names; None where it names none.
 
         Args:
             tokenizer: the student's, whose tokens both models read.
+            seq_len: most tokens of an example.
 
         Raises:
-            FlashSVDError: it cannot be had, was not trained for the mode and task, knows other tokens, or has other
-                hidden states.
+            FlashSVDError: it cannot be had, was not trained for the mode and task, knows other tokens or fewer of them
+                at a time, or has other hidden states.
         """
         if config.teacher is None:
             return None
@@ -43,6 +45,9 @@ class TeacherPlan:
         except FlashSVDError as error:
             raise type(error)(f"--teacher cannot be used: {error}") from error
         _check(teacher, student, mode, tokenizer, how)
+        longest = architecture_of(teacher.config).max_length(teacher.config)
+        if seq_len > longest:
+            raise ConfigError(f"--teacher {teacher.name} reads {longest} tokens at most; pass --seq-len {longest}")
         return cls(teacher, how)
 
     def load(self, task: Task | None, tokenizer: Any) -> Teacher:

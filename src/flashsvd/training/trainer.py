@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.utils import logging
 
 from flashsvd.training.distill import Answer, Teacher
 from flashsvd.training.objective import Objective
@@ -49,8 +51,21 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         Those of the file it came from may be older ones (LayerNorm.gamma), which resuming would not find.
         """
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, save_original_format=False)
+            with _no_bars():
+                self.model.save_pretrained(output_dir, save_original_format=False)
 
     def _metrics_of(self, outcome: Any) -> Mapping[str, float]:
         predictions, labels = (torch.from_numpy(values) for values in (outcome.predictions, outcome.label_ids))
         return self._objective.evaluate(predictions, labels)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers shows a bar for every file it writes, which would tear the one of the training."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

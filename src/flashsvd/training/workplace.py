@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from flashsvd.options import flag
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 
 CONFIG_FILE = "finetune_config.json"
+_PROCESSES, _DATA = "processes", "data_digest"
 # Written last into a checkpoint of the Trainer's.
 STATE_FILE = "trainer_state.json"
 # What may be another in a resumed run, which goes the same way all the same.
@@ -44,7 +46,7 @@ class Workplace:
 
         Raises:
             ConfigError: there is an interrupted run that shall not be resumed, or nothing to resume, or an option
-                differs from that of the interrupted run.
+                or the number of processes differs from that of the interrupted run.
         """
         directory = output.resolve().with_name(f"{output.name}.partial")
         if not config.resume:
@@ -58,11 +60,27 @@ class Workplace:
         _check_same(_read(directory / CONFIG_FILE), config)
         return cls(directory, True)
 
-    def open(self, config: FinetuneConfig) -> None:
-        """Make the directory, with the config in it; of checkpoints that are there, remove what is half-written."""
+    def check_data(self, digest: str) -> None:
+        """Refuse to go on with other examples than those that the interrupted run trained on.
+
+        Args:
+            digest: of the examples to train on.
+        """
+        if self.resumes and _read(self.directory / CONFIG_FILE).get(_DATA, digest) != digest:
+            raise ConfigError(
+                f"the training data are not those of the run to resume; restore them, or remove {self.directory}"
+            )
+
+    def open(self, config: FinetuneConfig, digest: str) -> None:
+        """Make the directory, with the config in it; of checkpoints that are there, remove what is half-written.
+
+        Args:
+            digest: of the examples to train on.
+        """
         with self.writing():
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dataclasses.asdict(config), indent=2)
+            others = {_PROCESSES: _processes(), _DATA: digest}
+            text = json.dumps(dataclasses.asdict(config) | others, indent=2)
             (self.directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             for checkpoint in self._checkpoints():
                 if not _is_whole(checkpoint):
@@ -136,3 +154,10 @@ def _check_same(earlier: dict[str, Any], config: FinetuneConfig) -> None:
             raise ConfigError(
                 f"{flag(name)} is {value!r}, but the run to resume had {earlier[name]!r}; give it the same options"
             )
+    if (before := earlier.get(_PROCESSES, 1)) != _processes():
+        raise ConfigError(f"the run to resume had {before} processes, not {_processes()}; start as many with torchrun")
+
+
+def _processes() -> int:
+    """How many torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
