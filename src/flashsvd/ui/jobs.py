@@ -1,0 +1,70 @@
+"""The jobs that the page can start: which library function each calls, in the process that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashsvd.ui.root import Root
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job.
+
+    Attributes:
+        name: the command that does the same in a shell.
+        configs: one config, or several for `profile`.
+        root: what its paths are held against once more before it begins.
+    """
+
+    name: str
+    configs: tuple[Any, ...]
+    root: Root
+
+
+def prepare_imports() -> None:
+    """Import what every job needs, which takes seconds."""
+    import transformers  # noqa: F401
+
+    from flashsvd import compression_job, evaluate, runtime  # noqa: F401
+
+
+def run_job(job: Job) -> tuple[Any, ...]:
+    """Run a job and return its results.
+
+    Raises:
+        FlashSVDError: it cannot be done.
+    """
+    for config in job.configs:
+        job.root.check(config)
+    match job.name:
+        case "compress":
+            from flashsvd.compress import run_compress
+
+            return tuple(map(run_compress, job.configs))
+        case "eval":
+            from flashsvd.evaluate import run_eval
+
+            return tuple(map(run_eval, job.configs))
+        case "finetune":
+            from flashsvd.finetune import run_finetune
+
+            return tuple(map(run_finetune, job.configs))
+        case "profile":
+            from flashsvd.profile import run_profile
+
+            for config in job.configs:
+                _check_dense(config, job.root)
+            return tuple(map(run_profile, job.configs))
+        case _:
+            raise ValueError(job.name)
+
+
+def _check_dense(config: Any, root: Root) -> None:
+    """Hold the dense model that a checkpoint's own metadata names against the root, since a profile follows it."""
+    from flashsvd.io import find_info
+    from flashsvd.pretrained import locate
+
+    if config.dense is None and (info := find_info(locate(config.checkpoint))) is not None:
+        root.check_path(f"{config.checkpoint} was compressed from", info.base_model, "model")

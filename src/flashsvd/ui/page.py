@@ -1,0 +1,200 @@
+"""The page: a tab for each thing that the library does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from flashsvd._version import __version__
+from flashsvd.compress_config import CompressConfig
+from flashsvd.errors import FlashSVDError
+from flashsvd.evaluate import EvalConfig
+from flashsvd.finetune_config import FinetuneConfig
+from flashsvd.profile_config import ProfileConfig
+from flashsvd.ui import markup
+from flashsvd.ui.downloads import Downloads
+from flashsvd.ui.jobs import Job
+from flashsvd.ui.machine import Machine
+from flashsvd.ui.root import Root
+from flashsvd.ui.run import View, no_files, watch
+from flashsvd.ui.show import show_info
+from flashsvd.ui.widgets import config_from, widgets_for
+
+
+@dataclass(frozen=True)
+class Site:
+    """What all tabs share."""
+
+    root: Root
+    machine: Machine
+    downloads: Downloads
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of widgets, and the configs that it describes.
+
+    Attributes:
+        configs: from the widgets' values, in their order.
+    """
+
+    widgets: Sequence[Any]
+    configs: Callable[..., tuple[Any, ...]]
+
+
+def build_page(site: Site) -> gr.Blocks:
+    with gr.Blocks(title="flashsvd", analytics_enabled=False) as page:
+        gr.HTML(
+            "<h1>flashsvd</h1><p>Compress transformers with SVD methods, train what is left, and measure what it "
+            f"gained. Version {__version__}, in {escape(str(site.root.directory))}.</p>",
+            elem_classes="page-head",
+        )
+        with gr.Tab("Compress"):
+            _job_tab(
+                site, "compress", "Compress", "Factor a model's linear layers and save a smaller checkpoint.",
+                lambda: _form(CompressConfig, ("model", "method", "task", "ratio", "rank", "calib_data", "output")),
+            )  # fmt: skip
+        with gr.Tab("Evaluate"):
+            _job_tab(
+                site, "eval", "Evaluate", "Score and time a checkpoint, compressed or dense, on a task.",
+                lambda: _form(EvalConfig, ("checkpoint", "task", "data", "backend")),
+            )  # fmt: skip
+        with gr.Tab("Fine-tune"):
+            _job_tab(
+                site, "finetune", "Fine-tune", "Train a model, or what compression left of it, on a task or on text.",
+                lambda: _form(FinetuneConfig, ("model", "mode", "task", "data", "epochs", "teacher", "output")),
+            )  # fmt: skip
+        with gr.Tab("Info"):
+            _info_tab(site)
+        with gr.Tab("Compare"):
+            _job_tab(
+                site, "profile", "Compare", "Measure one or several checkpoints against the dense model on this "
+                "machine: score, latency, memory and size.", _compare_form,
+            )  # fmt: skip
+    return page
+
+
+def _form(config_class: Any, essential: Sequence[str]) -> Form:
+    widgets = widgets_for(config_class, essential)
+    names = list(widgets)
+    return Form(list(widgets.values()), lambda *values: (config_from(config_class, names, values),))
+
+
+def _compare_form() -> Form:
+    checkpoints = gr.Textbox(
+        label="Checkpoints", info="Compressed checkpoints, or dense models; one on each line", lines=3, max_lines=8
+    )
+    widgets = widgets_for(ProfileConfig, ("task", "data", "variants"), left_out=("checkpoint", "output"))
+    names = list(widgets)
+
+    def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
+        named = [line.strip() for line in checkpoints.splitlines() if line.strip()]
+        # Without any, the config says what is missing.
+        return tuple(config_from(ProfileConfig, names, values, checkpoint=name) for name in named or [""])
+
+    return Form([checkpoints, *widgets.values()], configs)
+
+
+def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[], Form]) -> None:
+    """A form on the left, what its job does on the right; below each other where the page is narrow."""
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown(intro, elem_classes="intro")
+            form = make_form()
+            with gr.Row():
+                start = gr.Button(verb, variant="primary", min_width=120)
+                cancel = gr.Button("Cancel", interactive=False, min_width=120)
+        with gr.Column(scale=7, min_width=320):
+            view = _view()
+    buttons = [start, cancel]
+
+    def check(*values: Any) -> Iterator[tuple[Any, ...]]:
+        """What can be refused at once is, without a place in the queue."""
+        try:
+            for config in form.configs(*values):
+                site.root.check(config)
+        except FlashSVDError as error:
+            yield (markup.failed(_one_line(error)), "", "", *no_files(), *_ready())
+            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+        yield (markup.state("Waiting for the job before this one"), "", "", *no_files(), *_started())
+
+    def run(*values: Any) -> Iterator[View]:
+        try:
+            job = Job(name, form.configs(*values), site.root)
+        except FlashSVDError as error:
+            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+        yield from watch(site.machine, site.downloads, job)
+
+    checked = start.click(
+        check, form.widgets, [*view, *buttons], show_progress="hidden", concurrency_limit=None,
+        api_visibility="private",
+    )  # fmt: skip
+    ran = checked.success(
+        run, form.widgets, view, show_progress="hidden", concurrency_id="machine", concurrency_limit=1, api_name=name
+    )
+    ran.then(_ready, None, buttons, show_progress="hidden", queue=False, api_visibility="private")
+    cancel.click(
+        lambda: (markup.state("Cancelled"), *_ready()), None, [view[0], *buttons], cancels=[ran],
+        show_progress="hidden", queue=False, api_visibility="private",
+    )  # fmt: skip
+
+
+def _info_tab(site: Site) -> None:
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown("Show what a compressed checkpoint is, how large, and how to use it.", elem_classes="intro")
+            checkpoint = gr.Textbox(label="Checkpoint", info="A directory that was written by Compress", max_lines=1)
+            show = gr.Button("Show", variant="primary")
+        with gr.Column(scale=7, min_width=320):
+            state, result, data, info = _info_view()
+
+    def read(checkpoint: str) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield show_info(site.root, site.downloads, checkpoint)
+        except FlashSVDError as error:
+            yield (markup.failed(_one_line(error)), "", *no_files())
+            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+
+    outputs = [state, result, data, info]
+    gr.on([show.click, checkpoint.submit], read, checkpoint, outputs, show_progress="hidden", api_name="info")
+
+
+def _view() -> list[Any]:
+    state = gr.HTML(markup.state("Nothing has been started"))
+    result = gr.HTML()
+    with gr.Row():
+        data, info = _download_buttons()
+    log = gr.Textbox(
+        label="Log", lines=8, max_lines=16, interactive=False, autoscroll=True, elem_classes="log", buttons=["copy"]
+    )
+    return [state, log, result, data, info]
+
+
+def _info_view() -> list[Any]:
+    state, result = gr.HTML(), gr.HTML()
+    with gr.Row():
+        data, info = _download_buttons()
+    return [state, result, data, info]
+
+
+def _download_buttons() -> tuple[Any, Any]:
+    return (
+        gr.DownloadButton("Download result as JSON", visible=False, min_width=200),
+        gr.DownloadButton("Download compression_info.json", visible=False, min_width=200),
+    )
+
+
+def _started() -> tuple[Any, Any]:
+    return gr.Button(interactive=False), gr.Button(interactive=True)
+
+
+def _ready() -> tuple[Any, Any]:
+    return gr.Button(interactive=True), gr.Button(interactive=False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
