@@ -75,7 +75,7 @@ class CompressConfig:
     dtype: str | None = option(None, help="dtype of the saved weights; the default is the model's own", choices=DTYPES)
     output: str | None = option(
         None,
-        help=f"directory to write; the default is {OUTPUT_ROOT}/<model>_<method>_<ranks>",
+        help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_METHOD_RANKS",
         path="write",
         default_path=OUTPUT_ROOT,
     )

@@ -103,7 +103,7 @@ class FinetuneConfig:
     dtype: str | None = option(None, help="dtype of the saved weights; the default is the model's own", choices=DTYPES)
     output: str | None = option(
         None,
-        help=f"directory to write; the default is {OUTPUT_ROOT}/<model>_<task>",
+        help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_TASK",
         path="write",
         default_path=OUTPUT_ROOT,
     )

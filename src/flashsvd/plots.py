@@ -12,7 +12,8 @@ from flashsvd.storage.metadata import split_module_path
 
 _COLOURS = {"dense": "#8a8f98", "micro-batches": "#b4b8bf", "compiled": "#5f6570", "low-rank": "#f2a65a"}
 _FUSED = "#c2560c"
-_SIZE = 5.4
+# Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
+_WIDTH = 4.4
 
 
 def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
@@ -112,12 +113,14 @@ def _points(results: Sequence[ProfileResult]) -> Iterator[tuple[float, float, st
 
 def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> Any:
     figure, panel = _figure(3.4)
-    for x, y, label in points:
+    for number, (x, y, label) in enumerate(points):
         panel.scatter([x], [y], color=_COLOURS["dense"] if label == "dense" else _FUSED, s=45, zorder=3)
-        panel.annotate(label, (x, y), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
+        panel.annotate(
+            label, (x, y), textcoords="offset points", xytext=(0, -16 if number % 2 else 8), ha="center", fontsize=9
+        )
     panel.set_xlabel("parameters of the whole model, over the dense one's")
     panel.set_ylabel(metric)
-    panel.margins(x=0.22, y=0.25)
+    panel.margins(x=0.3, y=0.3)
     panel.grid(alpha=0.3)
     return figure
 
@@ -130,9 +133,10 @@ def _layer_figure(values: Mapping[str, float | None], unit: str) -> Any:
     figure, panel = _figure(3.4)
     for name, by_layer in lines.items():
         layers = sorted(by_layer)
-        panel.plot(layers, [by_layer[n] for n in layers], marker="o", markersize=4, label=name)
+        panel.plot(layers, [by_layer[n] for n in layers], marker="o", markersize=4, alpha=0.8, label=name)
     panel.set_xlabel("layer")
     panel.set_ylabel(unit)
+    panel.margins(y=0.1)
     panel.set_ylim(bottom=0)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
@@ -145,7 +149,7 @@ def _figure(height: float) -> tuple[Any, Any]:
     """A figure with one panel. Not pyplot's, which would settle on a backend for the whole process."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_SIZE, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panel = figure.subplots()
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=9)

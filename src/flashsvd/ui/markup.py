@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from html import escape
 
-from flashsvd.ui.news import Bar, Picture
+from flashsvd.ui.news import Bar, Picture, Shown
 
 
 def state(text: str, bar: Bar | None = None) -> str:
@@ -27,14 +26,18 @@ def failed(text: str) -> str:
     return _state(f'<p class="failed" role="alert"><strong>error:</strong> {escape(text)}</p>')
 
 
-def result(text: str, pictures: Iterable[Picture]) -> str:
-    """A result's text, as wide as it is, and its pictures beside or below each other."""
-    figures = "".join(_figure(picture) for picture in pictures)
-    return (
-        f'<div class="result"><pre tabindex="0" role="region" aria-label="Result as text">{escape(text)}</pre>'
-        + (f'<div class="pictures">{figures}</div>' if figures else "")
-        + "</div>"
-    )
+def result(shown: Shown) -> str:
+    """A result's pictures, beside or below each other, then its table; or its text, then its pictures."""
+    figures = "".join(map(_figure, shown.pictures))
+    pictures = f'<div class="pictures">{figures}</div>' if figures else ""
+    if shown.table is not None:
+        return f'<div class="result">{pictures}{_scrolled("div", "table", shown.table)}</div>'
+    return f'<div class="result">{_scrolled("pre", "text", escape(shown.text))}{pictures}</div>'
+
+
+def _scrolled(tag: str, name: str, inner: str) -> str:
+    """What may be wider than the page: a keyboard can reach it, and move it."""
+    return f'<{tag} class="{name}" tabindex="0" role="region" aria-label="Result as {name}">{inner}</{tag}>'
 
 
 def _state(inner: str) -> str:

@@ -50,6 +50,7 @@ class Shown:
     Attributes:
         text: the result as a shell prints it.
         data: the result, JSON-ready.
+        table: the result as HTML, where it is one that has figures to compare.
         info: what the checkpoint that was written says of itself: the file's name and content.
     """
 
@@ -57,6 +58,7 @@ class Shown:
     data: Any
     info: tuple[str, bytes] | None
     pictures: tuple[Picture, ...]
+    table: str | None = None
 
 
 News = Line | Bar | Failed | Shown

@@ -20,7 +20,7 @@ from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.root import Root
-from flashsvd.ui.run import View, no_files, watch
+from flashsvd.ui.run import WAITING, View, no_files, watch
 from flashsvd.ui.show import show_info
 from flashsvd.ui.widgets import config_from, widgets_for
 
@@ -56,17 +56,21 @@ def build_page(site: Site) -> gr.Blocks:
         with gr.Tab("Compress"):
             _job_tab(
                 site, "compress", "Compress", "Factor a model's linear layers and save a smaller checkpoint.",
-                lambda: _form(CompressConfig, ("model", "method", "task", "ratio", "rank", "calib_data", "output")),
+                lambda: _form(
+                    CompressConfig, "compress", ("model", "method", "task", "ratio", "rank", "calib_data", "output")
+                ),
             )  # fmt: skip
         with gr.Tab("Evaluate"):
             _job_tab(
                 site, "eval", "Evaluate", "Score and time a checkpoint, compressed or dense, on a task.",
-                lambda: _form(EvalConfig, ("checkpoint", "task", "data", "backend")),
+                lambda: _form(EvalConfig, "eval", ("checkpoint", "task", "data", "backend")),
             )  # fmt: skip
         with gr.Tab("Fine-tune"):
             _job_tab(
                 site, "finetune", "Fine-tune", "Train a model, or what compression left of it, on a task or on text.",
-                lambda: _form(FinetuneConfig, ("model", "mode", "task", "data", "epochs", "teacher", "output")),
+                lambda: _form(
+                    FinetuneConfig, "finetune", ("model", "mode", "task", "data", "epochs", "teacher", "output")
+                ),
             )  # fmt: skip
         with gr.Tab("Info"):
             _info_tab(site)
@@ -78,17 +82,21 @@ def build_page(site: Site) -> gr.Blocks:
     return page
 
 
-def _form(config_class: Any, essential: Sequence[str]) -> Form:
-    widgets = widgets_for(config_class, essential)
+def _form(config_class: Any, tab: str, essential: Sequence[str]) -> Form:
+    widgets = widgets_for(config_class, tab, essential)
     names = list(widgets)
     return Form(list(widgets.values()), lambda *values: (config_from(config_class, names, values),))
 
 
 def _compare_form() -> Form:
     checkpoints = gr.Textbox(
-        label="Checkpoints", info="Compressed checkpoints, or dense models; one on each line", lines=3, max_lines=8
+        label="Checkpoints",
+        info="Compressed checkpoints, or dense models; one on each line",
+        lines=3,
+        max_lines=8,
+        elem_id="profile-checkpoints",
     )
-    widgets = widgets_for(ProfileConfig, ("task", "data", "variants"), left_out=("checkpoint", "output"))
+    widgets = widgets_for(ProfileConfig, "profile", ("task", "data", "variants"), left_out=("checkpoint", "output"))
     names = list(widgets)
 
     def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
@@ -106,10 +114,10 @@ def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[
             gr.Markdown(intro, elem_classes="intro")
             form = make_form()
             with gr.Row():
-                start = gr.Button(verb, variant="primary", min_width=120)
-                cancel = gr.Button("Cancel", interactive=False, min_width=120)
+                start = gr.Button(verb, variant="primary", min_width=120, elem_id=f"{name}-start")
+                cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{name}-cancel")
         with gr.Column(scale=7, min_width=320):
-            view = _view()
+            view = _view(name)
     buttons = [start, cancel]
 
     def check(*values: Any) -> Iterator[tuple[Any, ...]]:
@@ -120,7 +128,7 @@ def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[
         except FlashSVDError as error:
             yield (markup.failed(_one_line(error)), "", "", *no_files(), *_ready())
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
-        yield (markup.state("Waiting for the job before this one"), "", "", *no_files(), *_started())
+        yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
         try:
@@ -147,10 +155,15 @@ def _info_tab(site: Site) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown("Show what a compressed checkpoint is, how large, and how to use it.", elem_classes="intro")
-            checkpoint = gr.Textbox(label="Checkpoint", info="A directory that was written by Compress", max_lines=1)
-            show = gr.Button("Show", variant="primary")
+            checkpoint = gr.Textbox(
+                label="Checkpoint",
+                info="A directory that was written by Compress",
+                max_lines=1,
+                elem_id="info-checkpoint",
+            )
+            show = gr.Button("Show", variant="primary", elem_id="info-start")
         with gr.Column(scale=7, min_width=320):
-            state, result, data, info = _info_view()
+            state, result, data, info = _info_view("info")
 
     def read(checkpoint: str) -> Iterator[tuple[Any, ...]]:
         try:
@@ -163,28 +176,40 @@ def _info_tab(site: Site) -> None:
     gr.on([show.click, checkpoint.submit], read, checkpoint, outputs, show_progress="hidden", api_name="info")
 
 
-def _view() -> list[Any]:
-    state = gr.HTML(markup.state("Nothing has been started"))
-    result = gr.HTML()
+def _view(tab: str) -> list[Any]:
+    state = gr.HTML(markup.state("Nothing has been started"), elem_id=f"{tab}-state")
+    result = gr.HTML(elem_id=f"{tab}-result")
     with gr.Row():
-        data, info = _download_buttons()
+        data, info = _download_buttons(tab)
     log = gr.Textbox(
-        label="Log", lines=8, max_lines=16, interactive=False, autoscroll=True, elem_classes="log", buttons=["copy"]
+        label="Log",
+        visible=False,
+        lines=8,
+        max_lines=16,
+        interactive=False,
+        autoscroll=True,
+        elem_classes="log",
+        buttons=["copy"],
+        elem_id=f"{tab}-log",
     )
     return [state, log, result, data, info]
 
 
-def _info_view() -> list[Any]:
-    state, result = gr.HTML(), gr.HTML()
+def _info_view(tab: str) -> list[Any]:
+    state, result = gr.HTML(elem_id=f"{tab}-state"), gr.HTML(elem_id=f"{tab}-result")
     with gr.Row():
-        data, info = _download_buttons()
+        data, info = _download_buttons(tab)
     return [state, result, data, info]
 
 
-def _download_buttons() -> tuple[Any, Any]:
+def _download_buttons(tab: str) -> tuple[Any, Any]:
     return (
-        gr.DownloadButton("Download result as JSON", visible=False, min_width=200),
-        gr.DownloadButton("Download compression_info.json", visible=False, min_width=200),
+        gr.DownloadButton(
+            "Download result as JSON", visible=False, size="md", min_width=200, elem_id=f"{tab}-download"
+        ),
+        gr.DownloadButton(
+            "Download compression_info.json", visible=False, size="md", min_width=200, elem_id=f"{tab}-info-file"
+        ),
     )
 
 

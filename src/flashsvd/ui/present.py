@@ -17,10 +17,11 @@ def present(results: tuple[Any, ...]) -> Shown:
     """One result, or several of the same kind."""
     data = [_json(result) for result in results]
     return Shown(
-        text="\n\n".join(map(str, results)),
+        text="\n\n".join(map(_text, results)),
         data=data[0] if len(data) == 1 else data,
         info=_info_file(results[0]),
         pictures=tuple(_pictures(results)),
+        table=_table(results),
     )
 
 
@@ -28,6 +29,17 @@ def rank_picture(module_ranks: Mapping[str, int | None]) -> Picture:
     from flashsvd.plots import rank_figure
 
     return _svg("Rank by layer", rank_figure(module_ranks))
+
+
+def _text(result: Any) -> str:
+    """What the command prints in the end; where it has a line for each layer, the log has those."""
+    return "\n".join(result.summary()) if hasattr(result, "summary") else str(result)
+
+
+def _table(results: tuple[Any, ...]) -> str | None:
+    from flashsvd.profiling.result import ProfileResult
+
+    return "".join(r._repr_html_() for r in results) if isinstance(results[0], ProfileResult) else None
 
 
 def _json(result: Any) -> Any:

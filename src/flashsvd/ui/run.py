@@ -22,6 +22,8 @@ TICK = 0.5
 _PAUSE = 0.25
 _LINES = 2000
 
+WAITING = "Waiting for its turn: one job runs at a time"
+
 View = tuple[Any, ...]
 
 
@@ -29,7 +31,7 @@ View = tuple[Any, ...]
 class _Seen:
     """What was heard of a job so far."""
 
-    what: str = "Waiting for the job before this one"
+    what: str = WAITING
     bar: Bar | None = None
     lines: list[str] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ def watch(machine: Machine, downloads: Downloads, job: Job) -> Iterator[View]:
     """
     seen, shown_at, began = _Seen(), 0.0, time.monotonic()
     for news in machine.run(job, TICK):
-        if seen.what.startswith("Waiting") and news is None and machine.runs(job):
+        if seen.what == WAITING and news is None and machine.runs(job):
             seen.what = "Starting"
         match news:
             case Shown():
@@ -90,5 +92,5 @@ def files(shown: Shown, name: str, downloads: Downloads) -> tuple[Any, Any]:
 
 
 def _finished(shown: Shown, seen: _Seen, downloads: Downloads, text: str) -> View:
-    page = markup.result(shown.text, shown.pictures)
+    page = markup.result(shown)
     return (markup.done(text), seen.log(), page, *files(shown, "result.json", downloads))

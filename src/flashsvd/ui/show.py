@@ -32,4 +32,4 @@ def show_info(root: Root, downloads: Downloads, checkpoint: str) -> tuple[Any, .
         info=(INFO_FILE, (info.directory / INFO_FILE).read_bytes()),
         pictures=(rank_picture(info.compression.module_ranks),),
     )
-    return "", markup.result(shown.text, shown.pictures), *files(shown, "info.json", downloads)
+    return "", markup.result(shown), *files(shown, "info.json", downloads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,19 +15,20 @@ import gradio as gr
 UNSET = "default"
 
 
-def widgets_for(config_class: Any, essential: Sequence[str], left_out: Iterable[str] = ()) -> dict[str, Any]:
+def widgets_for(config_class: Any, tab: str, essential: Sequence[str], left_out: Iterable[str] = ()) -> dict[str, Any]:
     """Widgets by field name: the essential ones in their order, all others in a fold below them.
 
     Args:
+        tab: begins the widgets' ids in the page: `compress-model`.
         left_out: fields that the page fills in by other means.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in left_out}
     types_by_name = typing.get_type_hints(config_class)
-    made = {name: _widget(fields[name], types_by_name[name]) for name in essential if name in fields}
+    made = {name: _widget(fields[name], types_by_name[name], tab) for name in essential if name in fields}
     others = [name for name in fields if name not in made]
-    with gr.Accordion("More options", open=False), gr.Row(elem_classes="options"):
+    with gr.Accordion("More options", open=False, elem_classes="options"):
         for name in others:
-            made[name] = _widget(fields[name], types_by_name[name])
+            made[name] = _widget(fields[name], types_by_name[name], tab)
     return made
 
 
@@ -59,21 +59,25 @@ def label_of(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _widget(field: dataclasses.Field[Any], annotation: Any) -> Any:
-    about = {"label": label_of(field.name), "info": _sentence(field.metadata["help"])}
+def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
+    about = {
+        "label": label_of(field.name),
+        "info": field.metadata["help"],
+        "elem_id": f"{tab}-{field.name.replace('_', '-')}",
+    }
     default = None if field.default is dataclasses.MISSING else field.default
     choices, suggestions = field.metadata["choices"], field.metadata["suggestions"]
     if annotation is bool:
-        return gr.Checkbox(value=bool(default), container=True, min_width=260, **about)
+        return gr.Checkbox(value=bool(default), container=True, **about)
     if choices:
         unset = [(UNSET, "")] if default is None else []
         named = [*unset, *((choice, choice) for choice in choices)]
-        return gr.Dropdown(named, value=default or "", min_width=260, **about)
+        return gr.Dropdown(named, value=default or "", **about)
     if suggestions:
-        return gr.Dropdown(list(suggestions), value=default or None, allow_custom_value=True, min_width=260, **about)
+        return gr.Dropdown(list(suggestions), value=default or None, allow_custom_value=True, **about)
     # Numbers too: Gradio's own field for them has no empty value.
     shown = "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
-    return gr.Textbox(value=shown, max_lines=1, min_width=260, **about)
+    return gr.Textbox(value=shown, max_lines=1, **about)
 
 
 def _value(value: Any, annotation: Any) -> Any:
@@ -93,8 +97,3 @@ def _plain(annotation: Any) -> Any:
     if isinstance(annotation, types.UnionType):
         return next(part for part in typing.get_args(annotation) if part is not type(None))
     return annotation
-
-
-def _sentence(text: str) -> str:
-    """A help text as it is, where Gradio reads Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>#~|])", r"\\\1", text[:1].upper() + text[1:])
