@@ -21,6 +21,9 @@ CSS = """
 .options .form > .block { min-width: 0 !important; }
 .options .form > .block > .container { height: 100%; display: flex; flex-direction: column; }
 .options .form > .block > .container > :last-child { margin-top: auto; }
+.gradio-container .tab-container button.selected { color: #a8470a; }
+.dark .gradio-container .tab-container button.selected, .gradio-container.dark .tab-container button.selected {
+  color: #fb923c; }
 @media (max-width: 520px) {
   .gradio-container .tab-container button { padding: 0 0.5rem; font-size: 0.85rem; }
   .gradio-container main { padding-left: 0.5rem; padding-right: 0.5rem; }
@@ -40,7 +43,8 @@ CSS = """
   background: var(--background-fill-secondary); border-radius: var(--radius-md);
   color: var(--body-text-color); }
 .result .table { overflow-x: auto; }
-.result table { border: 0; border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; width: 100%; }
+.result table { border: 0; border-collapse: collapse; font-size: 0.85rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
 .result th, .result td { text-align: right; padding: 0.35rem 0.6rem; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
 .result th:first-child, .result td:first-child { text-align: left; }
