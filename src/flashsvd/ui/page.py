@@ -24,6 +24,9 @@ from flashsvd.ui.run import WAITING, View, no_files, watch
 from flashsvd.ui.show import show_info
 from flashsvd.ui.widgets import config_from, widgets_for
 
+# What a shell prints as one line.
+REFUSALS = (FlashSVDError, OSError)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -46,6 +49,55 @@ class Form:
     configs: Callable[..., tuple[Any, ...]]
 
 
+@dataclass(frozen=True)
+class Tab:
+    """A job that the page can start.
+
+    Attributes:
+        command: what does the same in a shell; it begins the ids of everything in the tab.
+        intro: what it is for.
+        essential: the fields to show first.
+    """
+
+    command: str
+    title: str
+    intro: str
+    config_class: Any
+    essential: tuple[str, ...]
+
+
+TABS = (
+    Tab(
+        "compress",
+        "Compress",
+        "Factor a model's linear layers and save a smaller checkpoint.",
+        CompressConfig,
+        ("model", "method", "task", "ratio", "rank", "calib_data", "output"),
+    ),
+    Tab(
+        "eval",
+        "Evaluate",
+        "Score and time a checkpoint, compressed or dense, on a task.",
+        EvalConfig,
+        ("checkpoint", "task", "data", "backend"),
+    ),
+    Tab(
+        "finetune",
+        "Fine-tune",
+        "Train a model, or what compression left of it, on a task or on text.",
+        FinetuneConfig,
+        ("model", "mode", "task", "data", "epochs", "teacher", "output"),
+    ),
+    Tab(
+        "profile",
+        "Compare",
+        "Measure one or several checkpoints against the dense model on this machine: score, latency, memory and size.",
+        ProfileConfig,
+        ("task", "data", "variants"),
+    ),
+)
+
+
 def build_page(site: Site) -> gr.Blocks:
     with gr.Blocks(title="flashsvd", analytics_enabled=False) as page:
         gr.HTML(
@@ -53,71 +105,52 @@ def build_page(site: Site) -> gr.Blocks:
             f"gained. Version {__version__}, in {escape(str(site.root.directory))}.</p>",
             elem_classes="page-head",
         )
-        with gr.Tab("Compress"):
-            _job_tab(
-                site, "compress", "Compress", "Factor a model's linear layers and save a smaller checkpoint.",
-                lambda: _form(
-                    CompressConfig, "compress", ("model", "method", "task", "ratio", "rank", "calib_data", "output")
-                ),
-            )  # fmt: skip
-        with gr.Tab("Evaluate"):
-            _job_tab(
-                site, "eval", "Evaluate", "Score and time a checkpoint, compressed or dense, on a task.",
-                lambda: _form(EvalConfig, "eval", ("checkpoint", "task", "data", "backend")),
-            )  # fmt: skip
-        with gr.Tab("Fine-tune"):
-            _job_tab(
-                site, "finetune", "Fine-tune", "Train a model, or what compression left of it, on a task or on text.",
-                lambda: _form(
-                    FinetuneConfig, "finetune", ("model", "mode", "task", "data", "epochs", "teacher", "output")
-                ),
-            )  # fmt: skip
-        with gr.Tab("Info"):
-            _info_tab(site)
-        with gr.Tab("Compare"):
-            _job_tab(
-                site, "profile", "Compare", "Measure one or several checkpoints against the dense model on this "
-                "machine: score, latency, memory and size.", _compare_form,
-            )  # fmt: skip
+        with gr.Tabs(overflow_behavior="wrap"):
+            for tab in TABS:
+                with gr.Tab(tab.title):
+                    _job_tab(site, tab)
+            with gr.Tab("Info"):
+                _info_tab(site)
     return page
 
 
-def _form(config_class: Any, tab: str, essential: Sequence[str]) -> Form:
-    widgets = widgets_for(config_class, tab, essential)
+def _form(tab: Tab) -> Form:
+    widgets = widgets_for(tab.config_class, tab.command, tab.essential)
     names = list(widgets)
-    return Form(list(widgets.values()), lambda *values: (config_from(config_class, names, values),))
+    return Form(list(widgets.values()), lambda *values: (config_from(tab.config_class, names, values),))
 
 
-def _compare_form() -> Form:
+def _comparison_form(tab: Tab) -> Form:
+    """A config for each checkpoint that is named. What they write would be in one place, so nothing is."""
     checkpoints = gr.Textbox(
         label="Checkpoints",
-        info="Compressed checkpoints, or dense models; one on each line",
+        info="compressed checkpoints, or dense models; one on each line",
         lines=3,
         max_lines=8,
-        elem_id="profile-checkpoints",
+        elem_id=f"{tab.command}-checkpoints",
     )
-    widgets = widgets_for(ProfileConfig, "profile", ("task", "data", "variants"), left_out=("checkpoint", "output"))
+    widgets = widgets_for(tab.config_class, tab.command, tab.essential, left_out=("checkpoint", "output"))
     names = list(widgets)
 
     def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
         named = [line.strip() for line in checkpoints.splitlines() if line.strip()]
         # Without any, the config says what is missing.
-        return tuple(config_from(ProfileConfig, names, values, checkpoint=name) for name in named or [""])
+        return tuple(config_from(tab.config_class, names, values, checkpoint=name) for name in named or [""])
 
     return Form([checkpoints, *widgets.values()], configs)
 
 
-def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[], Form]) -> None:
+def _job_tab(site: Site, tab: Tab) -> None:
     """A form on the left, what its job does on the right; below each other where the page is narrow."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            gr.Markdown(intro, elem_classes="intro")
-            form = make_form()
+            gr.Markdown(tab.intro, elem_classes="intro")
+            form = _comparison_form(tab) if tab.config_class is ProfileConfig else _form(tab)
             with gr.Row():
-                start = gr.Button(verb, variant="primary", min_width=120, elem_id=f"{name}-start")
-                cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{name}-cancel")
+                start = gr.Button(tab.title, variant="primary", min_width=120, elem_id=f"{tab.command}-start")
+                cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{tab.command}-cancel")
         with gr.Column(scale=7, min_width=320):
-            view = _view(name)
+            view = _view(tab.command)
     buttons = [start, cancel]
 
     def check(*values: Any) -> Iterator[tuple[Any, ...]]:
@@ -125,15 +158,15 @@ def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[
         try:
             for config in form.configs(*values):
                 site.root.check(config)
-        except FlashSVDError as error:
+        except REFUSALS as error:
             yield (markup.failed(_one_line(error)), "", "", *no_files(), *_ready())
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
         yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
         try:
-            job = Job(name, form.configs(*values), site.root)
-        except FlashSVDError as error:
+            job = Job(tab.command, form.configs(*values), site.root)
+        except REFUSALS as error:
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
         yield from watch(site.machine, site.downloads, job)
 
@@ -142,11 +175,18 @@ def _job_tab(site: Site, name: str, verb: str, intro: str, make_form: Callable[[
         api_visibility="private",
     )  # fmt: skip
     ran = checked.success(
-        run, form.widgets, view, show_progress="hidden", concurrency_id="machine", concurrency_limit=1, api_name=name
+        run,
+        form.widgets,
+        view,
+        show_progress="hidden",
+        concurrency_id="machine",
+        concurrency_limit=1,
+        api_name=tab.command,
     )
     ran.then(_ready, None, buttons, show_progress="hidden", queue=False, api_visibility="private")
-    cancel.click(
-        lambda: (markup.state("Cancelled"), *_ready()), None, [view[0], *buttons], cancels=[ran],
+    # First the job, so that nothing it still says comes after the last word.
+    cancel.click(None, cancels=[ran]).then(
+        lambda: (markup.state("Cancelled"), *_ready()), None, [view[0], *buttons],
         show_progress="hidden", queue=False, api_visibility="private",
     )  # fmt: skip
 
@@ -168,7 +208,7 @@ def _info_tab(site: Site) -> None:
     def read(checkpoint: str) -> Iterator[tuple[Any, ...]]:
         try:
             yield show_info(site.root, site.downloads, checkpoint)
-        except FlashSVDError as error:
+        except REFUSALS as error:
             yield (markup.failed(_one_line(error)), "", *no_files())
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
 

@@ -25,7 +25,7 @@ CSS = """
 .dark .gradio-container .tab-container button.selected, .gradio-container.dark .tab-container button.selected {
   color: #fb923c; }
 @media (max-width: 520px) {
-  .gradio-container .tab-container button { padding: 0 0.5rem; font-size: 0.85rem; }
+  .gradio-container .tab-container button { padding: 0 0.45rem; font-size: 0.85rem; }
   .gradio-container main { padding-left: 0.5rem; padding-right: 0.5rem; }
 }
 .info-text { overflow-wrap: anywhere; }
