@@ -228,8 +228,7 @@ def test_a_job_is_cancelled_by_its_button_and_by_closing_the_page(visit: Visit, 
     assert not (visit.root / "second").exists()
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_every_tab_fits_its_window_and_has_no_serious_barrier(
     chromium: Any, address: str, width: int, scheme: str
 ) -> None:

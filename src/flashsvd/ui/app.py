@@ -66,22 +66,28 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> None:
+    from flashsvd.ui.downloads import Downloads
+
+    downloads = Downloads()
+    atexit.register(downloads.close)
     # Read when gradio is imported: it would ask its makers whether it is the newest, and tell them that it is used.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    from flashsvd.ui.downloads import Downloads
+    # Its own copies of what it hands out go with the page too.
+    os.environ["GRADIO_TEMP_DIR"] = str(downloads.path)
     from flashsvd.ui.machine import Machine
     from flashsvd.ui.page import Site, build_page
     from flashsvd.ui.theme import CSS, theme
 
-    machine, downloads = Machine(), Downloads()
-    atexit.register(downloads.close)
+    machine = Machine()
     atexit.register(machine.close)
     page = build_page(Site(root, machine, downloads))
     machine.prepare()
+    # No visitor has a file to send: the smallest size that can be set refuses all.
     page.launch(
         server_name=host, server_port=port, auth=auth, share=False, inbrowser=False, quiet=True, footer_links=[],
         run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True,
+        max_file_size=1,
         theme=theme(), css=CSS, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)

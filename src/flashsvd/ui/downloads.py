@@ -11,10 +11,11 @@ class Downloads:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="flashsvd-ui-")
+        self.path = Path(self._directory.name)
 
     def keep(self, name: str, content: bytes) -> str:
         """Write a copy under its own name, where nobody else's can have the same path."""
-        file = Path(tempfile.mkdtemp(dir=self._directory.name)) / name
+        file = Path(tempfile.mkdtemp(dir=self.path)) / name
         file.write_bytes(content)
         return str(file)
 

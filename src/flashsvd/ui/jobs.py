@@ -22,6 +22,11 @@ class Job:
     configs: tuple[Any, ...]
     root: Root
 
+    def check_paths(self) -> None:
+        """Raises ConfigError where a config names a path outside of the root."""
+        for config in self.configs:
+            self.root.check(config)
+
 
 def prepare_imports() -> None:
     """Import what every job needs, which takes seconds."""
@@ -36,8 +41,7 @@ def run_job(job: Job) -> tuple[Any, ...]:
     Raises:
         FlashSVDError: it cannot be done.
     """
-    for config in job.configs:
-        job.root.check(config)
+    job.check_paths()
     match job.name:
         case "compress":
             from flashsvd.compress import run_compress

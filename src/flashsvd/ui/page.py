@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -42,10 +43,11 @@ class Form:
     """A form of widgets, and the configs that it describes.
 
     Attributes:
+        widgets: by the names that callers of the API know them by.
         configs: from the widgets' values, in their order.
     """
 
-    widgets: Sequence[Any]
+    widgets: Mapping[str, Any]
     configs: Callable[..., tuple[Any, ...]]
 
 
@@ -117,7 +119,7 @@ def build_page(site: Site) -> gr.Blocks:
 def _form(tab: Tab) -> Form:
     widgets = widgets_for(tab.config_class, tab.command, tab.essential)
     names = list(widgets)
-    return Form(list(widgets.values()), lambda *values: (config_from(tab.config_class, names, values),))
+    return Form(widgets, lambda *values: (config_from(tab.config_class, names, values),))
 
 
 def _comparison_form(tab: Tab) -> Form:
@@ -125,6 +127,7 @@ def _comparison_form(tab: Tab) -> Form:
     checkpoints = gr.Textbox(
         label="Checkpoints",
         info="compressed checkpoints, or dense models; one on each line",
+        value="",
         lines=3,
         max_lines=8,
         elem_id=f"{tab.command}-checkpoints",
@@ -137,7 +140,7 @@ def _comparison_form(tab: Tab) -> Form:
         # Without any, the config says what is missing.
         return tuple(config_from(tab.config_class, names, values, checkpoint=name) for name in named or [""])
 
-    return Form([checkpoints, *widgets.values()], configs)
+    return Form({"checkpoints": checkpoints, **widgets}, configs)
 
 
 def _job_tab(site: Site, tab: Tab) -> None:
@@ -151,13 +154,17 @@ def _job_tab(site: Site, tab: Tab) -> None:
                 cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{tab.command}-cancel")
         with gr.Column(scale=7, min_width=320):
             view = _view(tab.command)
-    buttons = [start, cancel]
+    buttons, inputs = [start, cancel], list(form.widgets.values())
+
+    def job_of(values: tuple[Any, ...]) -> Job:
+        job = Job(tab.command, form.configs(*values), site.root)
+        job.check_paths()
+        return job
 
     def check(*values: Any) -> Iterator[tuple[Any, ...]]:
         """What can be refused at once is, without a place in the queue."""
         try:
-            for config in form.configs(*values):
-                site.root.check(config)
+            job_of(values)
         except REFUSALS as error:
             yield (markup.failed(_one_line(error)), "", "", *no_files(), *_ready())
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
@@ -165,18 +172,21 @@ def _job_tab(site: Site, tab: Tab) -> None:
 
     def run(*values: Any) -> Iterator[View]:
         try:
-            job = Job(tab.command, form.configs(*values), site.root)
+            job = job_of(values)
         except REFUSALS as error:
             raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
         yield from watch(site.machine, site.downloads, job)
 
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where Gradio looks for parameters' names
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in form.widgets]
+    )
     checked = start.click(
-        check, form.widgets, [*view, *buttons], show_progress="hidden", concurrency_limit=None,
+        check, inputs, [*view, *buttons], show_progress="hidden", concurrency_limit=None,
         api_visibility="private",
     )  # fmt: skip
     ran = checked.success(
         run,
-        form.widgets,
+        inputs,
         view,
         show_progress="hidden",
         concurrency_id="machine",
@@ -217,8 +227,8 @@ def _info_tab(site: Site) -> None:
 
 
 def _view(tab: str) -> list[Any]:
-    state = gr.HTML(markup.state("Nothing has been started"), elem_id=f"{tab}-state")
-    result = gr.HTML(elem_id=f"{tab}-result")
+    state = gr.HTML(markup.state("Nothing has been started"), label="State", elem_id=f"{tab}-state")
+    result = gr.HTML(label="Result", elem_id=f"{tab}-result")
     with gr.Row():
         data, info = _download_buttons(tab)
     log = gr.Textbox(
@@ -236,7 +246,7 @@ def _view(tab: str) -> list[Any]:
 
 
 def _info_view(tab: str) -> list[Any]:
-    state, result = gr.HTML(elem_id=f"{tab}-state"), gr.HTML(elem_id=f"{tab}-result")
+    state, result = gr.HTML(label="State", elem_id=f"{tab}-state"), gr.HTML(label="Result", elem_id=f"{tab}-result")
     with gr.Row():
         data, info = _download_buttons(tab)
     return [state, result, data, info]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -43,15 +43,11 @@ def config_from(config_class: Any, names: Sequence[str], values: Sequence[Any], 
         ConfigError: an option has a value that cannot be used.
     """
     types_by_name = typing.get_type_hints(config_class)
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    taken = {name: _value(value, types_by_name[name]) for name, value in zip(names, values, strict=True)}
+    read = {name: _value(value, types_by_name[name]) for name, value in zip(names, values, strict=True)}
     # A field that was emptied has its default again, as an option that is left out has in a shell.
-    filled: Mapping[str, Any] = {
-        name: "" if value is None and defaults[name] is dataclasses.MISSING else value
-        for name, value in taken.items()
-        if value is not None or defaults[name] is dataclasses.MISSING
-    }
-    return config_class(**filled, **given)
+    taken = {name: value for name, value in read.items() if value is not None}
+    required = {f.name: "" for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING}
+    return config_class(**(required | taken | given))
 
 
 def label_of(name: str) -> str:
@@ -74,7 +70,7 @@ def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
         named = [*unset, *((choice, choice) for choice in choices)]
         return gr.Dropdown(named, value=default or "", **about)
     if suggestions:
-        return gr.Dropdown(list(suggestions), value=default or None, allow_custom_value=True, **about)
+        return gr.Dropdown(list(suggestions), value=default or "", allow_custom_value=True, **about)
     # Numbers too: Gradio's own field for them has no empty value.
     shown = "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
     return gr.Textbox(value=shown, max_lines=1, **about)
