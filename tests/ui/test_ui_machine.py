@@ -18,8 +18,6 @@ from flashsvd.ui.machine import Machine
 from flashsvd.ui.news import Bar, Failed, Line, Shown
 from flashsvd.ui.root import Root
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
-
 TICK = 0.2
 
 
@@ -62,19 +60,6 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def children() -> set[int]:
-    """Processes of this one that are still there; those that wait to be buried are not."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, rest = int(status.parent.name), status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if rest[1] == str(os.getpid()) and rest[0] != "Z":
-            found.add(pid)
-    return found
-
-
 def test_a_job_tells_its_progress_and_its_log_and_then_its_result(machine: Machine, root: Root) -> None:
     news = [one for one in machine.run(compress(root, "small"), TICK) if one is not None]
     bars = {one.what for one in news if isinstance(one, Bar)}
@@ -97,29 +82,42 @@ def test_an_error_is_the_line_that_a_shell_prints(machine: Machine, root: Root) 
     )
 
 
-def test_what_nobody_expected_is_a_line_too_and_the_log_says_where(machine: Machine, root: Root) -> None:
-    news = [one for one in machine.run(Job("dance", (), root), TICK) if one is not None]
-    assert isinstance(news[-2], Line)
-    assert news[-2].text.startswith("Traceback")
-    assert news[-1] == Failed("ValueError: dance (unexpected; the log says where)")
-
-
 def test_a_job_that_is_left_stops_for_good_and_then_the_next_one_begins(machine: Machine, root: Root) -> None:
     job = machine.run(endless(root, "left"), TICK)
     until(lambda: isinstance(next(job), Bar) and (root.directory / "left.partial").is_dir())
     following = machine.run(compress(root, "following"), TICK)
     assert [next(following), next(following)] == [None, None]
-    running = children()
+    running: Any = machine._running
     began = time.monotonic()
     job.close()
     # The call does not wait, whatever the job is at.
     assert time.monotonic() - began < 1
     news = [one for one in following if one is not None]
-    assert not children() & running
+    assert running._process.exitcode is not None
     assert not (root.directory / "left").exists()
     assert not [path for path in root.directory.rglob("*") if "writing-" in path.name]
     assert isinstance(news[-1], Shown)
     assert not [one for one in news if isinstance(one, Line) and "left" in one.text]
+
+
+def test_a_process_that_died_while_it_waited_is_replaced_and_an_unknown_error_is_told(
+    machine: Machine, root: Root
+) -> None:
+    waiting: Any = None
+
+    def ready() -> bool:
+        nonlocal waiting
+        waiting = machine._spare
+        return waiting is not None
+
+    until(ready)
+    os.kill(waiting._process.pid, signal.SIGKILL)
+    until(lambda: not waiting.waits())
+    # What nobody expected is a line too, and the log says where it was.
+    *_, log, end = [one for one in machine.run(Job("dance", (), root), TICK) if one is not None]
+    assert isinstance(log, Line)
+    assert log.text.startswith("Traceback")
+    assert end == Failed("ValueError: dance (unexpected; the log says where)")
 
 
 def test_a_job_whose_process_dies_says_so(machine: Machine, root: Root) -> None:

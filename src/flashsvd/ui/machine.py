@@ -35,6 +35,9 @@ class Machine:
     def prepare(self) -> None:
         """Start the process for the next job."""
         with self._lock:
+            if self._spare is not None and not self._spare.waits():
+                self._spare.end()
+                self._spare = None
             if self._spare is None and not self._closed:
                 self._spare = _Process()
 
@@ -96,6 +99,10 @@ class _Process:
         self._process.start()
         theirs.close()
         self._ending, self._ended, self._finished = threading.Lock(), False, False
+
+    def waits(self) -> bool:
+        """Whether it is still there: the system may have ended it while nobody looked."""
+        return not wait([self._process.sentinel], 0)
 
     def run(self, job: Job, tick: float) -> Iterator[News | None]:
         with contextlib.suppress(OSError):
