@@ -12,6 +12,8 @@ from flashsvd.storage.metadata import split_module_path
 
 _COLOURS = {"dense": "#8a8f98", "micro-batches": "#b4b8bf", "compiled": "#5f6570", "low-rank": "#f2a65a"}
 _FUSED = "#c2560c"
+# Variants of the checkpoint itself; the others are of its dense model.
+_SMALL = ("low-rank", "fused")
 # Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
 _WIDTH = 4.4
 
@@ -19,7 +21,7 @@ _WIDTH = 4.4
 def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
     """What one or several profiles measured, by the figures' titles: bars for each variant, then scores against size.
 
-    A dense model that several checkpoints stand against is shown once.
+    A dense model that several checkpoints stand against is shown once, and scores are those of the first one's metric.
     """
     bars = list(_bars(results))
     metric = results[0].metric_name
@@ -27,9 +29,9 @@ def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
         "Median latency (line: to the 90th percentile)": _bar_figure(bars, "ms", _latency, _latency_p90),
         "Peak memory": _bar_figure(bars, "MiB", lambda _, row: row.peak_memory_mib),
         "Transient memory": _bar_figure(bars, "MiB", lambda _, row: row.transient_memory_mib),
-        "Score": _bar_figure(bars, metric, _score),
+        "Score": _bar_figure([bar for bar in bars if bar[1].metric_name == metric], metric, _score),
     }
-    if points := list(_points(results)):
+    if points := list(_points([result for result in results if result.metric_name == metric])):
         figures["Score against size"] = _score_figure(points, metric)
     return figures
 
@@ -47,15 +49,21 @@ def error_figure(errors: Mapping[str, float | None]) -> Any:
 def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, Row]]:
     """Label, result and row of each bar."""
     shown = set()
+    one_setting = len({_setting(result) for result in results}) == 1
     for result in results:
         for row in result.rows:
-            is_dense = row.variant not in ("low-rank", "fused")
-            if row.status != "ok" or (is_dense and (row.variant, result.dense) in shown):
+            is_dense = row.variant not in _SMALL
+            if row.status != "ok" or (is_dense and (row.variant, _setting(result)) in shown):
                 continue
-            if is_dense:
-                shown.add((row.variant, result.dense))
-            own = len(results) > 1 and not is_dense
-            yield (f"{_name(result)}, {row.variant}" if own else row.variant), result, row
+            shown.add((row.variant, _setting(result)))
+            alone = len(results) == 1 or (is_dense and one_setting)
+            yield (row.variant if alone else f"{_name(result)}, {row.variant}"), result, row
+
+
+def _setting(result: ProfileResult) -> tuple[Any, ...]:
+    """What figures of the dense model depend on: it, and what it ran on."""
+    sizes = (result.batch_size, result.seq_len, result.padding, result.micro_batches, result.offload)
+    return (result.dense, result.task, result.data, result.num_eval_samples, result.device, *sizes)
 
 
 def _latency(_: ProfileResult, row: Row) -> float | None:
@@ -105,8 +113,8 @@ def _points(results: Sequence[ProfileResult]) -> Iterator[tuple[float, float, st
         score, full = _score(result, small), _score(result, dense)
         if score is None or full is None:
             continue
-        if result.dense not in dense_seen:
-            dense_seen.add(result.dense)
+        if _setting(result) not in dense_seen:
+            dense_seen.add(_setting(result))
             yield 1.0, full, "dense"
         yield small.parameters / dense.parameters, score, _name(result)
 

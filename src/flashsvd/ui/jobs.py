@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from flashsvd.options import option
 from flashsvd.ui.root import Root
+
+
+@dataclass(frozen=True)
+class SavedProfile:
+    """In the place of a config: a profile that was measured before, to be shown again."""
+
+    file: str = option(help="profile.json of an earlier run", path="read")
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,7 @@ class Job:
 
     Attributes:
         name: the command that does the same in a shell.
-        configs: one config, or several for `profile`.
+        configs: one config, or several for `profile`, some of which may be a `SavedProfile`.
         root: what its paths are held against once more before it begins.
     """
 
@@ -57,18 +66,28 @@ def run_job(job: Job) -> tuple[Any, ...]:
             return tuple(map(run_finetune, job.configs))
         case "profile":
             from flashsvd.profile import run_profile
+            from flashsvd.profiling.result import ProfileResult
 
-            for config in job.configs:
+            measured = [config for config in job.configs if not isinstance(config, SavedProfile)]
+            for config in measured:
                 _check_dense(config, job.root)
-            return tuple(map(run_profile, job.configs))
+            read = {
+                config: ProfileResult.read(Path(config.file).expanduser())
+                for config in job.configs
+                if config not in measured
+            }
+            return tuple(read[config] if config in read else run_profile(config) for config in job.configs)
         case _:
             raise ValueError(job.name)
 
 
 def _check_dense(config: Any, root: Root) -> None:
-    """Hold the dense model that a checkpoint's own metadata names against the root, since a profile follows it."""
+    """Hold the dense model that a checkpoint's own metadata names against the root, where a profile follows it."""
     from flashsvd.io import find_info
     from flashsvd.pretrained import locate
+    from flashsvd.profiling.variants import DENSE
 
-    if config.dense is None and (info := find_info(locate(config.checkpoint))) is not None:
+    if config.dense is not None or not set(config.variant_names()) & set(DENSE):
+        return
+    if (info := find_info(locate(config.checkpoint))) is not None:
         root.check_path(f"{config.checkpoint} was compressed from", info.base_model, "model")

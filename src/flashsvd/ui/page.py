@@ -18,7 +18,7 @@ from flashsvd.finetune_config import FinetuneConfig
 from flashsvd.profile_config import ProfileConfig
 from flashsvd.ui import markup
 from flashsvd.ui.downloads import Downloads
-from flashsvd.ui.jobs import Job
+from flashsvd.ui.jobs import Job, SavedProfile
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.root import Root
 from flashsvd.ui.run import WAITING, View, no_files, watch
@@ -126,7 +126,7 @@ def _comparison_form(tab: Tab) -> Form:
     """A config for each checkpoint that is named. What they write would be in one place, so nothing is."""
     checkpoints = gr.Textbox(
         label="Checkpoints",
-        info="compressed checkpoints, or dense models; one on each line",
+        info="compressed checkpoints, dense models, or profile.json files of earlier runs; one on each line",
         value="",
         lines=3,
         max_lines=8,
@@ -135,10 +135,15 @@ def _comparison_form(tab: Tab) -> Form:
     widgets = widgets_for(tab.config_class, tab.command, tab.essential, left_out=("checkpoint", "output"))
     names = list(widgets)
 
+    def config(name: str, values: tuple[Any, ...]) -> Any:
+        if name.endswith(".json"):
+            return SavedProfile(name)
+        return config_from(tab.config_class, names, values, checkpoint=name)
+
     def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
         named = [line.strip() for line in checkpoints.splitlines() if line.strip()]
         # Without any, the config says what is missing.
-        return tuple(config_from(tab.config_class, names, values, checkpoint=name) for name in named or [""])
+        return tuple(config(name, values) for name in named or [""])
 
     return Form({"checkpoints": checkpoints, **widgets}, configs)
 
