@@ -128,7 +128,7 @@ def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> An
         )
     panel.set_xlabel("parameters of the whole model, over the dense one's")
     panel.set_ylabel(metric)
-    panel.margins(x=0.3, y=0.3)
+    panel.margins(x=0.45, y=0.3)
     panel.grid(alpha=0.3)
     return figure
 

@@ -68,35 +68,33 @@ class Tab:
     essential: tuple[str, ...]
 
 
-TABS = (
-    Tab(
-        "compress",
-        "Compress",
-        "Factor a model's linear layers and save a smaller checkpoint.",
-        CompressConfig,
-        ("model", "method", "task", "ratio", "rank", "calib_data", "output"),
-    ),
-    Tab(
-        "eval",
-        "Evaluate",
-        "Score and time a checkpoint, compressed or dense, on a task.",
-        EvalConfig,
-        ("checkpoint", "task", "data", "backend"),
-    ),
-    Tab(
-        "finetune",
-        "Fine-tune",
-        "Train a model, or what compression left of it, on a task or on text.",
-        FinetuneConfig,
-        ("model", "mode", "task", "data", "epochs", "teacher", "output"),
-    ),
-    Tab(
-        "profile",
-        "Compare",
-        "Measure one or several checkpoints against the dense model on this machine: score, latency, memory and size.",
-        ProfileConfig,
-        ("task", "data", "variants"),
-    ),
+COMPRESS = Tab(
+    "compress",
+    "Compress",
+    "Factor a model's linear layers and save a smaller checkpoint.",
+    CompressConfig,
+    ("model", "method", "task", "ratio", "rank", "calib_data", "output"),
+)
+EVALUATE = Tab(
+    "eval",
+    "Evaluate",
+    "Score and time a checkpoint, compressed or dense, on a task.",
+    EvalConfig,
+    ("checkpoint", "task", "data", "backend"),
+)
+FINETUNE = Tab(
+    "finetune",
+    "Fine-tune",
+    "Train a model, or what compression left of it, on a task or on text.",
+    FinetuneConfig,
+    ("model", "mode", "task", "data", "epochs", "teacher", "output"),
+)
+COMPARE = Tab(
+    "profile",
+    "Compare",
+    "Measure one or several checkpoints against the dense model on this machine: score, latency, memory and size.",
+    ProfileConfig,
+    ("task", "data", "variants"),
 )
 
 
@@ -108,11 +106,13 @@ def build_page(site: Site) -> gr.Blocks:
             elem_classes="page-head",
         )
         with gr.Tabs(overflow_behavior="wrap"):
-            for tab in TABS:
+            for tab in (COMPRESS, EVALUATE, FINETUNE):
                 with gr.Tab(tab.title):
                     _job_tab(site, tab)
             with gr.Tab("Info"):
                 _info_tab(site)
+            with gr.Tab(COMPARE.title):
+                _job_tab(site, COMPARE)
     return page
 
 
@@ -153,7 +153,7 @@ def _job_tab(site: Site, tab: Tab) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(tab.intro, elem_classes="intro")
-            form = _comparison_form(tab) if tab.config_class is ProfileConfig else _form(tab)
+            form = _comparison_form(tab) if tab is COMPARE else _form(tab)
             with gr.Row():
                 start = gr.Button(tab.title, variant="primary", min_width=120, elem_id=f"{tab.command}-start")
                 cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{tab.command}-cancel")

@@ -24,10 +24,6 @@ CSS = """
 .gradio-container .tab-container button.selected { color: #a8470a; }
 .dark .gradio-container .tab-container button.selected, .gradio-container.dark .tab-container button.selected {
   color: #fb923c; }
-@media (max-width: 520px) {
-  .gradio-container .tab-container button { padding: 0 0.45rem; font-size: 0.85rem; }
-  .gradio-container main { padding-left: 0.5rem; padding-right: 0.5rem; }
-}
 .info-text { overflow-wrap: anywhere; }
 .job-state { padding: 0.1rem 0; }
 .job-state p { margin: 0 0 0.4rem; overflow-wrap: anywhere; }
@@ -43,7 +39,8 @@ CSS = """
   background: var(--background-fill-secondary); border-radius: var(--radius-md);
   color: var(--body-text-color); }
 .result .table { overflow-x: auto; }
-.result table { border: 0; border-collapse: collapse; font-size: 0.85rem; width: 100%;
+/* Over what Gradio has for all tables. */
+.result table { border: 0 !important; border-collapse: collapse; font-size: 0.85rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 .result th, .result td { text-align: right; padding: 0.35rem 0.6rem; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
@@ -56,6 +53,11 @@ CSS = """
 .pictures figcaption { color: #1f2937; font-weight: 600; font-size: 0.9rem; margin-bottom: 0.4rem; }
 .pictures img { width: 100%; height: auto; display: block; }
 .log textarea { font-family: var(--font-mono); font-size: 0.78rem; white-space: pre; overflow-x: auto !important; }
+@media (max-width: 520px) {
+  .gradio-container .tab-container button { padding: 0 0.45rem; font-size: 0.85rem; }
+  .result pre { font-size: 0.7rem; }
+  .gradio-container main { padding-left: 0.5rem; padding-right: 0.5rem; }
+}
 """
 
 
