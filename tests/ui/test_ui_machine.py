@@ -128,3 +128,19 @@ def test_a_job_whose_process_dies_says_so(machine: Machine, root: Root) -> None:
     assert [one for one in job if isinstance(one, Failed)] == [
         Failed("the job's process ended by itself (signal SIGKILL; is memory short?)")
     ]
+
+
+def test_without_a_process_to_run_in_a_job_says_so(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process() -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr("flashsvd.ui.machine._Process", no_process)
+    machine = Machine()
+    for _ in range(2):
+        assert [*machine.run(compress(root, "never"), TICK)] == [
+            Failed("no process can be started for the job: Cannot allocate memory")
+        ]
+    machine.close()
+    assert [*machine.run(compress(root, "never"), TICK)] == [
+        Failed("no process can be started for the job: the page is being closed")
+    ]

@@ -49,22 +49,25 @@ class Machine:
         while not self._busy.acquire(timeout=tick):
             yield None
         try:
-            self.prepare()
-            with self._lock:
-                process, self._spare = self._spare, None
-                self._running, self._job = process, job
-        except BaseException:
+            process = self._take(job)
+        except OSError as error:
             self._busy.release()
-            raise
-        if process is None:
-            self._busy.release()
-            yield Failed("the page is shutting down")
+            yield Failed(f"no process can be started for the job: {error}")
             return
         try:
             yield from process.run(job, tick)
         finally:
             # Whoever closes the iterator may be the server's own loop, which must not wait.
             threading.Thread(target=self._end, args=(process,)).start()
+
+    def _take(self, job: Job) -> _Process:
+        self.prepare()
+        with self._lock:
+            if self._spare is None:
+                raise OSError("the page is being closed")
+            process, self._spare = self._spare, None
+            self._running, self._job = process, job
+        return process
 
     def runs(self, job: Job) -> bool:
         """Whether a job's turn has come."""
@@ -85,7 +88,9 @@ class Machine:
             with self._lock:
                 self._running = self._job = None
             self._busy.release()
-        self.prepare()
+        # If it cannot be started now, the next job says so.
+        with contextlib.suppress(OSError):
+            self.prepare()
 
 
 class _Process:
