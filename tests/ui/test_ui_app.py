@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from ui_server import free_port
 
 from flashsvd.ui.app import main
 
@@ -56,3 +59,33 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     assert result.stderr.startswith("flashsvd-ui: error: ")
     assert str(port) in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_page_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", str(free_port()), "--root", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("flashsvd is at http://127.0.0.1:")
+        started = children(server.pid)
+        # The one that waits for a job, at least.
+        assert started
+        server.send_signal(how)
+        assert server.wait(60) == (0 if how == signal.SIGTERM else -how)
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(parent: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if parent_of(pid) == parent]
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
