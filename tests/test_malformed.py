@@ -21,7 +21,7 @@ from transformers import (
 from conftest import HEADS, MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, FlashSVDError, export_dense, load_compressed, run_compress, run_eval
 from flashsvd.errors import CheckpointError, ConfigError, DataError, ModelError
-from flashsvd.pretrained import load_config, own_class
+from flashsvd.pretrained import load_config, load_tokenizer, own_class
 from flashsvd.storage.metadata import CompressionInfo
 
 LAYER = "bert.encoder.layer.0.output.dense"
@@ -154,6 +154,17 @@ def test_a_damaged_pickle_is_one_line(make_model: MakeModel, tmp_path: Path, con
     with pytest.raises(ModelError) as refused:
         run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(tmp_path / "out")))
     assert_one_line(refused)
+
+
+@pytest.mark.parametrize("name", ["vocab", "merges"])
+def test_a_tokenizer_is_not_read_from_outside_its_model(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    source, elsewhere = make_model(), tmp_path / "elsewhere.txt"
+    elsewhere.write_text("secret\n")
+    edit(source / "tokenizer_config.json", lambda config: config.update({name: str(elsewhere)}))
+    with pytest.raises(ModelError, match=r"elsewhere\.txt', which lies outside the model; do not trust it"):
+        load_tokenizer(str(source))
+    edit(source / "tokenizer_config.json", lambda config: config.pop(name))
+    assert "good" in load_tokenizer(str(source)).get_vocab()
 
 
 def test_tokens_the_model_does_not_know_are_refused(make_model: MakeModel, tmp_path: Path) -> None:

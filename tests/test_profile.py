@@ -291,6 +291,38 @@ def test_a_result_shows_its_rows_and_the_reasons_of_those_without_figures() -> N
         result["low-rank"]
 
 
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    result = a_result(MEASURED, Row("fused", "skipped", "no blocks"))
+    (tmp_path / "profile.json").write_text(json.dumps(result.to_json()))
+    assert ProfileResult.read(tmp_path / "profile.json") == result
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": None}, {"rows": 5}, {"rows": [{"variant": "dense"}]}, {"rows": [{"variant": 1, "status": "ok"}]},
+        {"rows": [{"variant": "dense", "status": "great"}]}, {"batch_size": True}, {"versions": {"torch": 2}},
+        {"rows": [{"variant": "dense", "status": "ok", "latency_ms": "<b>"}]}, {"other": 1}, {"_latency_definition": 1},
+        {"rows": [{"variant": "dense", "status": "ok", "metrics": {"accuracy": "x"}}]},
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(a_result(MEASURED).to_json() | change))
+    with pytest.raises(
+        CheckpointError, match=r"is no profile that flashsvd wrote \(.*\); profile the checkpoint again"
+    ):
+        ProfileResult.read(file)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "5"])
+def test_a_file_that_is_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    for name in ("x.json", "none.json"):
+        with pytest.raises(CheckpointError, match=f"{name} is no profile that flashsvd wrote"):
+            ProfileResult.read(tmp_path / name)
+
+
 def test_a_plot_needs_no_defined_metric() -> None:
     undefined = Row("low-rank", "ok", metrics={"accuracy": None}, latency_ms=1.0, latency_p90_ms=1.0)
     assert png(a_result(MEASURED, undefined, Row("fused", "failed", "why"))).startswith(b"\x89PNG")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsvd.device import DTYPES
+from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
 from flashsvd.options import check_choices, check_count, check_not_empty, check_seed, option, take_plain_types
 from flashsvd.ranks import RankRequest
+from flashsvd.tasks import TASKS
 
 OUTPUT_ROOT = "compressed_models"
+# Those of `flashsvd.compression`, whose own table needs torch.
+METHODS = ("standard", "fwsvd", "drone", "asvd", "adasvd")
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,23 @@ class CompressConfig:
         ConfigError: an option has a value that cannot be used.
     """
 
-    model: str = option(help="hub name or local directory of the model to compress")
+    model: str = option(help="hub name or local directory of the model to compress", path="model")
     method: str = option(
-        "standard", help="compression method, such as standard, drone or adasvd; an unknown name lists them all"
+        "standard",
+        help="compression method, such as standard, drone or adasvd; an unknown name lists them all",
+        suggestions=METHODS,
     )
-    task: str | None = option(None, help="task the model is for (a GLUE task, similarity, perplexity or wikitext2)")
+    task: str | None = option(
+        None,
+        help="task the model is for (a GLUE task, similarity, perplexity or wikitext2)",
+        suggestions=tuple(TASKS),
+    )
     rank: int | None = option(None, help="rank r of all layers: attention r, feed-forward and attention output 4r")
     rank_attn: int | None = option(None, help="rank of the Q, K, V projections (per head with --qkv per-head)")
     rank_ffn: int | None = option(None, help="rank of the feed-forward matrices")
     rank_wo: int | None = option(None, help="rank of the attention output projection")
     ratio: float | None = option(None, help="fraction of the factored layers' parameters to keep; finds the ranks")
-    ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix")
+    ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")
     qkv: str = option(
         "joint",
         help="factor each of Q, K, V as a whole, or every head by itself",
@@ -41,6 +50,7 @@ class CompressConfig:
         None,
         help="training data to calibrate on: a text file, a file of the task's rows, or a directory with a train "
         "file; the default is the task's training split, or WikiText-2's, from the hub",
+        path="read",
     )
     calib_samples: int = option(512, help="texts, pairs or windows to calibrate on")
     calib_order: str = option(
@@ -50,14 +60,25 @@ class CompressConfig:
         None, help="tokens a calibration sample is cut to; the default is 128, or windows of 512 for a causal model"
     )
     calib_batch_size: int = option(8, help="samples in a calibration batch; fwsvd squares gradients batch by batch")
-    save_stats: str | None = option(None, help="directory to write the calibration statistics to")
-    stats: str | None = option(None, help="statistics of the same model to use instead of calibrating")
+    save_stats: str | None = option(None, help="directory to write the calibration statistics to", path="write")
+    stats: str | None = option(None, help="statistics of the same model to use instead of calibrating", path="read")
     alpha: float | None = option(None, help="asvd: exponent of the mean activation that scales a channel (0.5)")
     asvd_search: bool = option(False, help="asvd: find each matrix's rank by its sensitivity, within the budget")
-    adasvd_base: str | None = option(None, help="adasvd: method of the factors, standard, fwsvd or drone (drone)")
-    device: str | None = option(None, help="where to compute: cuda or cpu; the default is cuda where there is one")
+    adasvd_base: str | None = option(
+        None,
+        help="adasvd: method of the factors, standard, fwsvd or drone (drone)",
+        suggestions=("standard", "fwsvd", "drone"),
+    )
+    device: str | None = option(
+        None, help="where to compute: cuda or cpu; the default is cuda where there is one", suggestions=DEVICES
+    )
     dtype: str | None = option(None, help="dtype of the saved weights; the default is the model's own", choices=DTYPES)
-    output: str | None = option(None, help=f"directory to write; the default is {OUTPUT_ROOT}/<model>_<method>_<ranks>")
+    output: str | None = option(
+        None,
+        help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_METHOD_RANKS",
+        path="write",
+        default_path=OUTPUT_ROOT,
+    )
     overwrite: bool = option(False, help="replace an existing compressed checkpoint, or existing statistics")
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
     seed: int = option(0, help="seeds calibration, rank search and the weights of a head the model comes without")

@@ -9,6 +9,7 @@ from flashsvd.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("cuda", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 # Those that `flashsvd.kernels.launch.Backend` is typed as, for whoever may not import torch.
 BACKENDS = ("auto", "torch", "triton")

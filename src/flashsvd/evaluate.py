@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from flashsvd.device import BACKENDS, DTYPES, resolve_device, resolve_dtype
+from flashsvd.device import BACKENDS, DEVICES, DTYPES, resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
+from flashsvd.tasks import TASKS
 
 if TYPE_CHECKING:
     from flashsvd.kernels.launch import Backend
@@ -29,15 +30,19 @@ class EvalConfig:
         ConfigError: an option has a value that cannot be used.
     """
 
-    checkpoint: str = option(help="compressed checkpoint, or a dense model's directory or hub name to compare with")
+    checkpoint: str = option(
+        help="compressed checkpoint, or a dense model's directory or hub name to compare with", path="model"
+    )
     task: str = option(
         help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; similarity for sentence encoders; perplexity (of --data) "
-        "or wikitext2 for causal language models"
+        "or wikitext2 for causal language models",
+        suggestions=tuple(TASKS),
     )
     data: str | None = option(
         None,
         help="a TSV, CSV, parquet or JSON-lines file (a .txt file too for language models), or a directory with a "
         "validation file; the default is the task's own data on the hub",
+        path="read",
     )
     batch_size: int | None = option(
         None, help=f"examples or windows in a batch; the default is {BATCH_SIZE}, {LM_BATCH_SIZE} for language models"
@@ -54,7 +59,7 @@ class EvalConfig:
     )
     padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
     max_eval_samples: int | None = option(None, help="evaluate only this many examples or windows, the first ones")
-    device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one")
+    device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(
         None,
@@ -62,7 +67,7 @@ class EvalConfig:
         "measurement; torch and triton force one; the default is the plain model",
         choices=BACKENDS,
     )
-    output: str | None = option(None, help="JSON file to write, such as results/x.json")
+    output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
 
     def __post_init__(self) -> None:
         take_plain_types(self)

@@ -17,11 +17,13 @@ from flashsvd.options import (
     option,
     take_plain_types,
 )
+from flashsvd.tasks import TASKS
 
 OUTPUT_ROOT = "finetuned_models"
 MODES = ("cls", "mlm", "similarity")
 FREEZABLE = ("embeddings", "attention", "ffn")
 SEQ_LEN = 128
+GLUE_TASKS = tuple(task.name for task in TASKS.values() if task.head == "classifier")
 # Where a teacher is given and these are not.
 DISTILL_WEIGHT, TEMPERATURE = 0.5, 2.0
 
@@ -34,21 +36,24 @@ class FinetuneConfig:
         ConfigError: an option has a value that cannot be used.
     """
 
-    model: str = option(help="hub name or directory of the model to train, dense or compressed")
+    model: str = option(help="hub name or directory of the model to train, dense or compressed", path="model")
     mode: str = option(
         "cls",
         help="cls trains a classifier or regression on a GLUE task, similarity a sentence encoder on scored pairs, mlm "
         "a masked language model on running text",
         choices=MODES,
     )
-    task: str | None = option(None, help="cls: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte")
+    task: str | None = option(None, help="cls: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte", suggestions=GLUE_TASKS)
     data: str | None = option(
         None,
         help="a directory with a train and a validation file, or a file to train on (TSV, CSV, parquet, JSON lines; "
         "text for mlm); the default is the task's data, or WikiText-2, from the hub",
+        path="read",
     )
     eval_data: str | None = option(
-        None, help="a file, or a directory with a validation file, to evaluate on; the default is the one in --data"
+        None,
+        help="a file, or a directory with a validation file, to evaluate on; the default is the one in --data",
+        path="read",
     )
     epochs: float = option(3.0, help="passes over the training data; a fraction is one")
     batch_size: int = option(32, help="examples in a batch of each process")
@@ -81,7 +86,7 @@ class FinetuneConfig:
         None, help=f"tokens an example is cut to; the default is {SEQ_LEN}, or less where the model reads no more"
     )
     teacher: str | None = option(
-        None, help="model to imitate, as a rule the dense one that the model to train was compressed from"
+        None, help="model to imitate, as a rule the dense one that the model to train was compressed from", path="model"
     )
     distill_weight: float | None = option(
         None, help=f"share of the teacher's outputs in the loss, from 0 to 1 ({DISTILL_WEIGHT})"
@@ -96,7 +101,12 @@ class FinetuneConfig:
         None, help="where to train; the default is cuda where there is one", choices=("cuda", "cpu")
     )
     dtype: str | None = option(None, help="dtype of the saved weights; the default is the model's own", choices=DTYPES)
-    output: str | None = option(None, help=f"directory to write; the default is {OUTPUT_ROOT}/<model>_<task>")
+    output: str | None = option(
+        None,
+        help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_TASK",
+        path="write",
+        default_path=OUTPUT_ROOT,
+    )
     overwrite: bool = option(False, help="replace an existing model that flashsvd wrote")
     resume: bool = option(False, help="continue an interrupted run of the same options")
     seed: int = option(0, help="seeds a new head, the order of the data, dropout and masks")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.metadata import CompressionInfo, split_module_path
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,7 @@ def _rank_summary(module_ranks: Mapping[str, int | None]) -> str:
     """Ranks by the layers' own names, which follow the layer number: `attention.self.query 96, output.dense 152`."""
     by_name: dict[str, list[int | None]] = {}
     for path, rank in module_ranks.items():
-        parts = path.split(".")
-        number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-        by_name.setdefault(".".join(parts[number + 1 :]), []).append(rank)
+        by_name.setdefault(split_module_path(path)[1], []).append(rank)
     return ", ".join(f"{name} {_range(ranks)}" for name, ranks in by_name.items())
 
 

@@ -6,17 +6,59 @@ import dataclasses
 import math
 import numbers
 import os
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from flashsvd.errors import ConfigError
 
+# How a path is used: a model's may be a hub name instead.
+PathUse = Literal["model", "read", "write"]
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with help text and, where the values are few, its choices. No default means required."""
-    metadata = {"help": help, "choices": choices}
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    suggestions: tuple[str, ...] = (),
+    path: PathUse | None = None,
+    default_path: str | None = None,
+) -> Any:
+    """A dataclass field with help text and, where the values are few, its choices. No default means required.
+
+    Args:
+        suggestions: values to offer where others are taken too, or are refused later on.
+        path: the text names a file or directory, and this is what is done with it.
+        default_path: the directory that is written to, or below, where none is named.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "suggestions": suggestions,
+        "path": path,
+        "default_path": default_path,
+    }
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A path in a config: the field that names it, the text, and what is done with it."""
+
+    field: str
+    text: str
+    use: PathUse
+
+
+def named_paths(config: Any) -> Iterator[NamedPath]:
+    """Every path that a config names, those that it names by default too."""
+    for field in dataclasses.fields(config):
+        text = getattr(config, field.name) or field.metadata["default_path"]
+        if field.metadata["path"] and text:
+            yield NamedPath(field.name, text, field.metadata["path"])
 
 
 def check_choices(config: Any) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashsvd.device import DTYPES
+from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
+from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")
@@ -21,18 +22,20 @@ class ProfileConfig:
         ConfigError: an option has a value that cannot be used.
     """
 
-    checkpoint: str = option(help="compressed checkpoint, or a dense model to profile by itself")
+    checkpoint: str = option(help="compressed checkpoint, or a dense model to profile by itself", path="model")
     dense: str | None = option(
         None,
         help="hub name or directory of the dense model to compare with; the default is the one that the checkpoint "
         "was compressed from",
+        path="model",
     )
     task: str | None = option(
         None,
         help="what to score on, as for flashsvd eval; the default is the task that the checkpoint was compressed for",
+        suggestions=tuple(TASKS),
     )
     data: str | None = option(
-        None, help="validation data, as for flashsvd eval; the default is the task's own data on the hub"
+        None, help="validation data, as for flashsvd eval; the default is the task's own data on the hub", path="read"
     )
     variants: str | None = option(
         None,
@@ -52,12 +55,12 @@ class ProfileConfig:
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
     max_eval_samples: int | None = option(None, help="read only this many examples or windows, the first ones")
     runs: int = option(1, help="timed passes over the data")
-    device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one")
+    device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run all in; the default is the checkpoint's own", choices=DTYPES)
     offload: bool = option(
         False, help="keep weights on the host and move each to the GPU when it is used, by accelerate"
     )
-    output: str | None = option(None, help="directory to write profile.json and profile.png to")
+    output: str | None = option(None, help="directory to write profile.json and profile.png to", path="write")
 
     def __post_init__(self) -> None:
         take_plain_types(self)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from flashsvd.errors import CheckpointError, described
 
 Status = Literal["ok", "skipped", "failed"]
 
@@ -94,6 +100,23 @@ class ProfileResult:
         data |= {f"_{name}_definition": text for name, text in data.pop("definitions").items()}
         return data
 
+    @classmethod
+    def read(cls, file: Path) -> ProfileResult:
+        """A result that `flashsvd profile --output` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it is none of those.
+        """
+        try:
+            data: Any = json.loads(file.read_text(encoding="utf-8"))
+            definitions = {key[1:-11]: data.pop(key) for key in list(data) if key.endswith("_definition")}
+            rows = tuple(_checked(Row(**row)) for row in data.pop("rows"))
+            return _checked(cls(rows=rows, definitions=definitions, **data))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file} is no profile that flashsvd wrote ({described(error)}); profile the checkpoint again"
+            ) from error
+
     def header(self) -> list[str]:
         """The table's columns."""
         return [
@@ -154,6 +177,30 @@ class ProfileResult:
         )
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+
+_Read = TypeVar("_Read", Row, ProfileResult)
+
+
+def _checked(read: _Read) -> _Read:
+    """What was read, where each value is of its field's type, so that it can be shown."""
+    for name, annotation in typing.get_type_hints(type(read)).items():
+        if not _is(getattr(read, name), annotation):
+            raise ValueError(f"{name} is {getattr(read, name)!r:.40}")
+    return read
+
+
+def _is(value: Any, annotation: Any) -> bool:
+    kind, parts = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_is(item, parts[1]) for item in value.values())
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _text(value: float | None, form: str) -> str:

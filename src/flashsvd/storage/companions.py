@@ -19,9 +19,10 @@ from flashsvd.storage.verify import WEIGHTS, is_plain_name
 
 log = logging.getLogger("flashsvd")
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",

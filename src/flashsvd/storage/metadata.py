@@ -92,6 +92,13 @@ class CompressionInfo:
         return cls(**(known | {name: tuple(data[name]) for name in ("untrained", "trainings")}))
 
 
+def split_module_path(path: str) -> tuple[int, str]:
+    """The layer number in a module path, and the layer's own name that follows it; -1 and all of it without one."""
+    parts = path.split(".")
+    number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return (int(parts[number]) if number >= 0 else -1), ".".join(parts[number + 1 :])
+
+
 Check = Callable[[Any], bool]
 
 

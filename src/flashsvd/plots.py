@@ -1,0 +1,168 @@
+"""Pictures of results, as matplotlib figures: bars of a profile, scores against size, ranks and errors by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.storage.metadata import split_module_path
+
+_COLOURS = {"dense": "#8a8f98", "micro-batches": "#b4b8bf", "compiled": "#5f6570", "low-rank": "#f2a65a"}
+_FUSED = "#c2560c"
+# Variants of the checkpoint itself; the others are of its dense model.
+_SMALL = ("low-rank", "fused")
+# Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
+_WIDTH = 4.4
+
+
+def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
+    """What one or several profiles measured, by the figures' titles: bars for each variant, then scores against size.
+
+    A dense model that several checkpoints stand against is shown once, and scores are those of the first one's metric.
+    """
+    bars = list(_bars(results))
+    metric = results[0].metric_name
+    figures = {
+        "Median latency (line: to the 90th percentile)": _bar_figure(bars, "ms", _latency, _latency_p90),
+        "Peak memory": _bar_figure(bars, "MiB", lambda _, row: row.peak_memory_mib),
+        "Transient memory": _bar_figure(bars, "MiB", lambda _, row: row.transient_memory_mib),
+        "Score": _bar_figure([bar for bar in bars if bar[1].metric_name == metric], metric, _score),
+    }
+    if points := list(_points([result for result in results if result.metric_name == metric])):
+        figures["Score against size"] = _score_figure(points, metric)
+    return figures
+
+
+def rank_figure(module_ranks: Mapping[str, int | None]) -> Any:
+    """The rank of each matrix over the layers, a line for each kind; a gap is a matrix that stayed dense."""
+    return _layer_figure(module_ranks, "rank")
+
+
+def error_figure(errors: Mapping[str, float | None]) -> Any:
+    """The relative error of each matrix over the layers; a gap is a matrix that stayed dense."""
+    return _layer_figure(errors, "relative error")
+
+
+def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, Row]]:
+    """Label, result and row of each bar."""
+    shown = set()
+    one_setting = len({_setting(result) for result in results}) == 1
+    for result in results:
+        for row in result.rows:
+            is_dense = row.variant not in _SMALL
+            if row.status != "ok" or (is_dense and (row.variant, _setting(result)) in shown):
+                continue
+            shown.add((row.variant, _setting(result)))
+            alone = len(results) == 1 or (is_dense and one_setting)
+            yield (row.variant if alone else f"{_name(result)}, {row.variant}"), result, row
+
+
+def _setting(result: ProfileResult) -> tuple[Any, ...]:
+    """What figures of the dense model depend on: it, and what it ran on."""
+    sizes = (result.batch_size, result.seq_len, result.padding, result.micro_batches, result.offload)
+    return (result.dense, result.task, result.data, result.num_eval_samples, result.device, *sizes)
+
+
+def _latency(_: ProfileResult, row: Row) -> float | None:
+    return row.latency_ms
+
+
+def _latency_p90(_: ProfileResult, row: Row) -> float | None:
+    return row.latency_p90_ms
+
+
+def _score(result: ProfileResult, row: Row) -> float | None:
+    return (row.metrics or {}).get(result.metric_name)
+
+
+_Value = Callable[[ProfileResult, Row], "float | None"]
+
+
+def _bar_figure(
+    bars: Sequence[tuple[str, ProfileResult, Row]], unit: str, value: _Value, upper: _Value | None = None
+) -> Any:
+    figure, panel = _figure(1.1 + 0.36 * len(bars))
+    values = [value(result, row) for _, result, row in bars]
+    # By position: two checkpoints may have one name.
+    places = range(len(bars))
+    colours = [_COLOURS.get(row.variant, _FUSED) for _, _, row in bars]
+    drawn = panel.barh(places, [v or 0.0 for v in values], color=colours)
+    panel.bar_label(drawn, ["-" if v is None else f"{v:.4g}" for v in values], fontsize=9, padding=6)
+    for place, (_, result, row) in zip(places, bars, strict=True):
+        ends = (value(result, row), upper(result, row)) if upper else (None, None)
+        if ends[0] is not None and ends[1] is not None:
+            panel.plot(ends, [place, place], color="black", linewidth=1)
+    panel.set_yticks(places, [label for label, _, _ in bars])
+    panel.invert_yaxis()
+    panel.set_xlabel(unit)
+    panel.margins(x=0.18)
+    return figure
+
+
+def _points(results: Sequence[ProfileResult]) -> Iterator[tuple[float, float, str]]:
+    """Parameters over the dense model's, score and label, of what was measured beside its dense model."""
+    dense_seen = set()
+    for result in results:
+        rows = {row.variant: row for row in result.rows if row.status == "ok"}
+        small, dense = rows.get("low-rank") or rows.get("fused"), rows.get("dense")
+        if small is None or dense is None or not small.parameters or not dense.parameters:
+            continue
+        score, full = _score(result, small), _score(result, dense)
+        if score is None or full is None:
+            continue
+        if _setting(result) not in dense_seen:
+            dense_seen.add(_setting(result))
+            yield 1.0, full, "dense"
+        yield small.parameters / dense.parameters, score, _name(result)
+
+
+def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> Any:
+    figure, panel = _figure(3.4)
+    for number, (x, y, label) in enumerate(points):
+        panel.scatter([x], [y], color=_COLOURS["dense"] if label == "dense" else _FUSED, s=45, zorder=3)
+        panel.annotate(
+            label, (x, y), textcoords="offset points", xytext=(0, -16 if number % 2 else 8), ha="center", fontsize=9
+        )
+    panel.set_xlabel("parameters of the whole model, over the dense one's")
+    panel.set_ylabel(metric)
+    panel.margins(x=0.45, y=0.3)
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def _layer_figure(values: Mapping[str, float | None], unit: str) -> Any:
+    lines: dict[str, dict[int, float]] = {}
+    for path, value in values.items():
+        layer, name = split_module_path(path)
+        lines.setdefault(name, {})[layer] = math.nan if value is None else value
+    figure, panel = _figure(3.4)
+    for name, by_layer in lines.items():
+        layers = sorted(by_layer)
+        panel.plot(layers, [by_layer[n] for n in layers], marker="o", markersize=4, alpha=0.8, label=name)
+    panel.set_xlabel("layer")
+    panel.set_ylabel(unit)
+    panel.margins(y=0.1)
+    panel.set_ylim(bottom=0)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    if lines:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    """A figure with one panel. Not pyplot's, which would settle on a backend for the whole process."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    panel = figure.subplots()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=9)
+    return figure, panel
+
+
+def _name(result: ProfileResult) -> str:
+    return Path(result.checkpoint).name or result.checkpoint

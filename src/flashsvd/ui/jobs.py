@@ -1,0 +1,93 @@
+"""The jobs that the page can start: which library function each calls, in the process that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsvd.options import option
+from flashsvd.ui.root import Root
+
+
+@dataclass(frozen=True)
+class SavedProfile:
+    """In the place of a config: a profile that was measured before, to be shown again."""
+
+    file: str = option(help="profile.json of an earlier run", path="read")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job.
+
+    Attributes:
+        name: the command that does the same in a shell.
+        configs: one config, or several for `profile`, some of which may be a `SavedProfile`.
+        root: what its paths are held against once more before it begins.
+    """
+
+    name: str
+    configs: tuple[Any, ...]
+    root: Root
+
+    def check_paths(self) -> None:
+        """Raises ConfigError where a config names a path outside of the root."""
+        for config in self.configs:
+            self.root.check(config)
+
+
+def prepare_imports() -> None:
+    """Import what every job needs, which takes seconds."""
+    import transformers  # noqa: F401
+
+    from flashsvd import compression_job, evaluate, runtime  # noqa: F401
+
+
+def run_job(job: Job) -> tuple[Any, ...]:
+    """Run a job and return its results.
+
+    Raises:
+        FlashSVDError: it cannot be done.
+    """
+    job.check_paths()
+    match job.name:
+        case "compress":
+            from flashsvd.compress import run_compress
+
+            return tuple(map(run_compress, job.configs))
+        case "eval":
+            from flashsvd.evaluate import run_eval
+
+            return tuple(map(run_eval, job.configs))
+        case "finetune":
+            from flashsvd.finetune import run_finetune
+
+            return tuple(map(run_finetune, job.configs))
+        case "profile":
+            from flashsvd.profile import run_profile
+            from flashsvd.profiling.result import ProfileResult
+
+            measured = [config for config in job.configs if not isinstance(config, SavedProfile)]
+            for config in measured:
+                _check_dense(config, job.root)
+            read = {
+                config: ProfileResult.read(Path(config.file).expanduser())
+                for config in job.configs
+                if config not in measured
+            }
+            return tuple(read[config] if config in read else run_profile(config) for config in job.configs)
+        case _:
+            raise ValueError(job.name)
+
+
+def _check_dense(config: Any, root: Root) -> None:
+    """Hold the dense model that a checkpoint's own metadata names against the root, where a profile follows it."""
+    from flashsvd.io import find_info
+    from flashsvd.pretrained import locate
+    from flashsvd.profiling.variants import DENSE
+
+    if config.dense is not None or not set(config.variant_names()) & set(DENSE):
+        return
+    if (info := find_info(locate(config.checkpoint))) is not None:
+        root.check_path(f"{config.checkpoint} was compressed from", info.base_model, "model")

@@ -1,0 +1,91 @@
+"""A result as the page shows it: text, JSON, pictures, and the file that describes a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.training_file import CURVE_PNG, TRAINING_FILE
+from flashsvd.ui.news import Picture, Shown
+
+
+def present(results: tuple[Any, ...]) -> Shown:
+    """One result, or several of the same kind."""
+    data = [_json(result) for result in results]
+    return Shown(
+        text="\n\n".join(map(_text, results)),
+        data=data[0] if len(data) == 1 else data,
+        info=_info_file(results[0]),
+        pictures=tuple(_pictures(results)),
+        table=_table(results),
+    )
+
+
+def rank_picture(module_ranks: Mapping[str, int | None]) -> Picture:
+    from flashsvd.plots import rank_figure
+
+    return _svg("Rank by layer", rank_figure(module_ranks))
+
+
+def _text(result: Any) -> str:
+    """What the command prints in the end; where it has a line for each layer, the log has those."""
+    return "\n".join(result.summary()) if hasattr(result, "summary") else str(result)
+
+
+def _table(results: tuple[Any, ...]) -> str | None:
+    from flashsvd.profiling.result import ProfileResult
+
+    return "".join(r._repr_html_() for r in results) if isinstance(results[0], ProfileResult) else None
+
+
+def _json(result: Any) -> Any:
+    return result.to_json() if hasattr(result, "to_json") else _plain(dataclasses.asdict(result))
+
+
+def _plain(value: Any) -> Any:
+    """Without paths and tuples, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _info_file(result: Any) -> tuple[str, bytes] | None:
+    """The description of the checkpoint that a job wrote; None where it wrote none."""
+    output = getattr(result, "output", None)
+    if output is None:
+        return None
+    for name in (INFO_FILE, TRAINING_FILE):
+        if (output / name).is_file():
+            return name, (output / name).read_bytes()
+    return None
+
+
+def _pictures(results: tuple[Any, ...]) -> Iterable[Picture]:
+    from flashsvd.plots import error_figure, profile_figures
+    from flashsvd.profiling.result import ProfileResult
+    from flashsvd.report import CompressReport
+    from flashsvd.training.result import FinetuneResult
+
+    match results[0]:
+        case CompressReport() as report:
+            yield rank_picture({m.name: m.rank for m in report.matrices})
+            errors = {m.name: None if m.rank is None else m.error for m in report.matrices}
+            yield _svg("Relative error of the weights by layer", error_figure(errors))
+        case FinetuneResult() as result:
+            if (result.output / CURVE_PNG).is_file():
+                yield Picture("Loss and score over the steps", "image/png", (result.output / CURVE_PNG).read_bytes())
+        case ProfileResult():
+            for title, figure in profile_figures(results).items():
+                yield _svg(title, figure)
+
+
+def _svg(title: str, figure: Any) -> Picture:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return Picture(title, "image/svg+xml", buffer.getvalue())

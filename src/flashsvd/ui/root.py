@@ -1,0 +1,101 @@
+"""The one directory that visitors of the page may name paths in."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashsvd.errors import ConfigError
+from flashsvd.options import PathUse, flag, named_paths
+
+
+@dataclass(frozen=True)
+class Root:
+    """A directory, with no link in its own path.
+
+    A hub name is a relative path like any other here: nothing of it lies outside, and where no such directory exists
+    the library asks the hub.
+    """
+
+    directory: Path
+
+    @classmethod
+    def of(cls, name: str) -> Root:
+        """Raises ConfigError where there is no such directory."""
+        directory = Path(name).expanduser()
+        if not directory.is_dir():
+            raise ConfigError(f"--root {name} is not a directory; give an existing one")
+        return cls(directory.resolve())
+
+    def check(self, config: Any) -> None:
+        """Hold every path in a config against the root, as the file system is now.
+
+        Raises:
+            ConfigError: one leads out of it, by itself, through a link, or through a link below it.
+        """
+        for path in named_paths(config):
+            self.check_path(flag(path.field), path.text, path.use)
+
+    def check_path(self, option: str, text: str, use: PathUse) -> None:
+        """`check` for one path.
+
+        Args:
+            option: what names it, for the error.
+        """
+        path = self._resolve(option, text)
+        if not self._holds(path) or (use == "write" and path == self.directory):
+            raise ConfigError(
+                f"{option} {text} lies outside of {self.directory}, the directory that this page may use; "
+                "name one inside of it"
+            )
+        beside = _beside(path, Path(text).name) if use == "write" else ()
+        for link in itertools.chain(beside, _links(path)):
+            if not self._holds(_real(link)):
+                raise ConfigError(
+                    f"{option} {text} holds the link {link.name}, which leads out of {self.directory}, the directory "
+                    "that this page may use; put the file itself there"
+                )
+
+    def _resolve(self, option: str, text: str) -> Path:
+        try:
+            return _real(self.directory / Path(text).expanduser())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{option} {text!r} cannot be a path: {error}") from error
+
+    def _holds(self, path: Path) -> bool:
+        return path.is_relative_to(self.directory)
+
+
+def _links(top: Path) -> Iterator[Path]:
+    """Every link below a directory, and below what such links lead to."""
+    seen: set[Path] = set()
+    waiting = [top]
+    while waiting:
+        directory = waiting.pop()
+        if directory in seen or not directory.is_dir():
+            continue
+        seen.add(directory)
+        for entry in os.scandir(directory):
+            path = Path(entry.path)
+            if entry.is_symlink():
+                yield path
+                waiting.append(_real(path))
+            elif entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+
+
+def _beside(target: Path, name: str) -> Iterator[Path]:
+    """Links beside a target that its writing would go through, such as the working directory of a training."""
+    if target.parent.is_dir():
+        for entry in os.scandir(target.parent):
+            if entry.is_symlink() and entry.name.startswith((f"{target.name}.", f"{name}.")):
+                yield Path(entry.path)
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads. Unlike `Path.resolve`, it takes a link to itself for what it is."""
+    return Path(os.path.realpath(path))

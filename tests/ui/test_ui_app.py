@@ -1,0 +1,91 @@
+"""The command `flashsvd-ui`: what it refuses before anything is served."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ui_server import free_port
+
+from flashsvd.ui.app import main
+
+
+def test_help_needs_neither_torch_nor_gradio() -> None:
+    code = (
+        "import contextlib, io, sys; from flashsvd.ui.app import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['--help'])\n"
+        "print({'torch', 'transformers', 'gradio'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in; give visitors a password with --auth"),
+        (["--host", "::"], "--host :: lets other machines in"),
+        (["--host", "192.168.0.1"], "--host 192.168.0.1 lets other machines in"),
+        (["--host", "localhost.example"], "--host localhost.example lets other machines in"),
+        (["--auth", "ada"], "--auth must be USER:PASSWORD, neither of them empty"),
+        (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
+        (["--auth", "ada:"], "--auth must be USER:PASSWORD"),
+        (["--root", "none/there"], "--root none/there is not a directory"),
+        (["--port", "0"], "--port must be from 1 to 65535, got 0"),
+        (["--port", "70000"], "--port must be from 1 to 65535, got 70000"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"flashsvd-ui: error: {says}")
+    assert error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "-m", "flashsvd.ui.app", "--port", str(port), "--root", str(tmp_path)],
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("flashsvd-ui: error: ")
+    assert str(port) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_page_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", str(free_port()), "--root", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("flashsvd is at http://127.0.0.1:")
+        started = children(server.pid)
+        # The one that waits for a job, at least.
+        assert started
+        server.send_signal(how)
+        assert server.wait(60) == (0 if how == signal.SIGTERM else -how)
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(parent: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if parent_of(pid) == parent]
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
