@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from flashsvd.tables import html_table, text_table
 
 Status = Literal["ok", "skipped", "failed"]
 
@@ -135,11 +136,7 @@ class ProfileResult:
         )
 
     def __str__(self) -> str:
-        table = [self.header(), *(self.cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        table.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-        return "\n".join([*lines, "", *self.notes()])
+        return "\n".join([text_table(self.header(), self._table()), "", *self.notes()])
 
     def __repr__(self) -> str:
         rows = ", ".join(
@@ -148,12 +145,10 @@ class ProfileResult:
         return f"ProfileResult({self.task} of {self.checkpoint} on {self.device}: {rows})"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header())
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in self.cells(row)) + "</tr>" for row in self.rows
-        )
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        return html_table(f"profile of {self.checkpoint}", self.header(), self._table(), self.notes())
+
+    def _table(self) -> list[list[str]]:
+        return [self.cells(row) for row in self.rows]
 
 
 def _text(value: float | None, form: str) -> str:
