@@ -13,6 +13,27 @@ Status = Literal["ok", "skipped", "failed"]
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What generating cost.
+
+    Attributes:
+        prefill_ms: time to the first token, for the whole batch.
+        ms_per_token: time of each token after it, for the whole batch.
+        tokens_per_second: those tokens, of all prompts, over their time.
+        cache_bytes: of keys and values in the end.
+        prefill_memory_mib: most memory above the loaded model until the first token.
+        decode_memory_mib: most memory above the loaded model from then on.
+    """
+
+    prefill_ms: float
+    ms_per_token: float
+    tokens_per_second: float
+    cache_bytes: int
+    prefill_memory_mib: float
+    decode_memory_mib: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant.
 
@@ -27,6 +48,7 @@ class Row:
         parameters: of the checkpoint.
         weight_bytes: of the weights as they are in memory.
         speed_up: the dense variant's median latency over this one's.
+        generation: None where it was not asked for, or where this variant cannot; `no_generation` then says why.
     """
 
     variant: str
@@ -45,6 +67,8 @@ class Row:
     weight_bytes: int | None = None
     dtype: str | None = None
     speed_up: float | None = None
+    generation: Generation | None = None
+    no_generation: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +81,8 @@ class ProfileResult:
         method: of the compression; `dense` where the checkpoint is not compressed.
         runs: timed passes over the data.
         rows: the variants, in the order they were measured.
-        definitions: what latency, the two memories and the sizes mean.
+        definitions: what latency, the two memories, the sizes and generation mean.
+        new_tokens: generated after each prompt; None where that was not asked for.
     """
 
     task: str
@@ -81,6 +106,7 @@ class ProfileResult:
     versions: Mapping[str, str | None]
     rows: tuple[Row, ...]
     definitions: Mapping[str, str]
+    new_tokens: int | None = None
 
     def __getitem__(self, variant: str) -> Row:
         """The row of a variant."""
@@ -97,9 +123,10 @@ class ProfileResult:
 
     def header(self) -> list[str]:
         """The table's columns."""
+        generation = ["prefill ms", "ms/token", "tokens/s", "cache MiB", "prefill MiB", "decode MiB"]
         return [
             "variant", self.metric_name, "p50 ms", "p90 ms", "samples/s", "x dense",
-            "peak MiB", "transient MiB", "parameters", "weights MB",
+            "peak MiB", "transient MiB", "parameters", "weights MB", *(generation if self.new_tokens else []),
         ]  # fmt: skip
 
     def cells(self, row: Row) -> list[str]:
@@ -117,11 +144,13 @@ class ProfileResult:
             _text(row.transient_memory_mib, ".1f"),
             _text(row.parameters, ",d"),
             _text(size, ".1f"),
+            *(_generation_cells(row.generation) if self.new_tokens else []),
         ]
 
     def notes(self) -> list[str]:
         """A line for each variant without figures, then what was measured."""
         lines = [f"{row.variant} was {row.status}: {row.reason}" for row in self.rows if row.status != "ok"]
+        lines += [f"{row.variant} did not generate: {row.no_generation}" for row in self.rows if row.no_generation]
         return [*lines, self.title(), *(f"{name}: {text}" for name, text in self.definitions.items())]
 
     def title(self) -> str:
@@ -149,6 +178,19 @@ class ProfileResult:
 
     def _table(self) -> list[list[str]]:
         return [self.cells(row) for row in self.rows]
+
+
+def _generation_cells(found: Generation | None) -> list[str]:
+    if found is None:
+        return ["-"] * 6
+    return [
+        f"{found.prefill_ms:.2f}",
+        f"{found.ms_per_token:.2f}",
+        f"{found.tokens_per_second:.1f}",
+        f"{found.cache_bytes / (1 << 20):.2f}",
+        f"{found.prefill_memory_mib:.1f}",
+        f"{found.decode_memory_mib:.1f}",
+    ]
 
 
 def _text(value: float | None, form: str) -> str:
