@@ -48,7 +48,11 @@ def _generation_bars(panels: Sequence[Any], rows: list[Row]) -> None:
 def _bars(panel: Any, title: str, rows: list[Row], values: list[float | None]) -> None:
     colours = ["tab:orange" if row.variant in ("low-rank", "fused") else "tab:gray" for row in rows]
     bars = panel.barh([row.variant for row in rows], [value or 0.0 for value in values], color=colours)
-    panel.bar_label(bars, ["-" if value is None else f"{value:.4g}" for value in values], fontsize=7, padding=2)
+    panel.bar_label(bars, ["-" if value is None else _label(value) for value in values], fontsize=7, padding=2)
     panel.set_title(title, fontsize=9)
     panel.tick_params(labelsize=8)
     panel.margins(x=0.18)
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
