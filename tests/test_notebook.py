@@ -53,6 +53,11 @@ def test_reports_are_tables_and_curves_are_pictures(stored: Any) -> None:
     assert kinds.count("image/png") == 2
 
 
+def test_the_readme_quotes_what_is_stored(stored: Any) -> None:
+    (quoted,) = re.findall(r"^CompressReport\(.*$", (EXAMPLES.parent / "README.md").read_text(), re.MULTILINE)
+    assert quoted in text(stored, "text/plain").splitlines()
+
+
 def test_what_is_stored_is_small_and_names_no_place_on_a_machine(stored: Any) -> None:
     assert (EXAMPLES / "quickstart.ipynb").stat().st_size < 150_000
     for cell in stored.cells:
