@@ -18,6 +18,7 @@ import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import flashsvd
+import table
 from conftest import build_tokenizer, factor
 from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_eval
 from flashsvd.cli import COMMANDS, config_from, main
@@ -218,6 +219,13 @@ def test_every_method_and_architecture_is_in_a_table_of_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for name in (*METHODS, *ARCHITECTURES):
         assert re.search(rf"^\|.*`{name}`", text, re.MULTILINE), name
+
+
+def test_the_readme_has_the_table_that_the_results_give(capsys: pytest.CaptureFixture[str]) -> None:
+    table.main([])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 10
+    assert "\n".join(printed) in (ROOT / "README.md").read_text()
 
 
 def marked(mark: str) -> Block:
