@@ -15,6 +15,7 @@ import pytest
 
 from conftest import MODERNBERT, MakeModel
 from flashsvd import CompressConfig, read_info, run_compress
+from flashsvd.compression import adasvd
 from flashsvd.scripts import compress_and_profile_script
 
 ROOT = Path(__file__).parent.parent
@@ -119,14 +120,29 @@ def test_a_script_compresses_a_model_of_its_family_and_profiles_it(
 
 @pytest.mark.parametrize("method", ["fwsvd", "drone", "adasvd"])
 def test_a_script_takes_any_method_and_size(
-    method: str, run: Run, material: Callable[[str], Material], tmp_path: Path
+    method: str, run: Run, material: Callable[[str], Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # How well adasvd learns is tested elsewhere.
+    monkeypatch.setattr(adasvd, "STEPS", 4)
     script = "BERT/profile_svd.py"
     made = material(script)
     result = run(script, made, "--model", made.model, "--method", method, "--rank", 2, "--calib-data", made.data,
                  "--calib-samples", 2, "--keep", tmp_path / "kept")  # fmt: skip
     # A rank that is given takes the place of the script's own ratio.
     assert (result["method"], result["ratio"], result["checkpoint"]) == (method, None, str(tmp_path / "kept"))
+    assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
+
+
+def test_a_checkpoint_that_is_kept_is_replaced_only_where_that_is_asked_for(
+    run: Run, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    script = "BERT/profile_svd.py"
+    made = material(script)
+    keep = ["--model", made.model, "--keep", tmp_path / "kept"]
+    run(script, made, *keep)
+    with pytest.raises(AssertionError, match="pass --overwrite"):
+        run(script, made, *keep)
+    run(script, made, *keep, "--overwrite", "--rank", 2)
     assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
 
 

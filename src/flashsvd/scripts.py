@@ -17,7 +17,7 @@ from flashsvd.options import flag
 from flashsvd.profile_config import ProfileConfig
 
 # Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.
-NOT_ASKED = ("task", "device", "dtype", "output", "overwrite", "state_dict", "save_stats")
+NOT_ASKED = ("task", "device", "dtype", "output", "state_dict", "save_stats")
 SIZES = ("rank", "rank_attn", "rank_ffn", "rank_wo", "ratio", "ranks_json")
 
 
