@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint types layers bench bench-gpu clean
+.PHONY: demo notebook test lint types layers bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,9 @@ types: $(VENV)/.ready
 
 layers: $(VENV)/.ready
 	$(BIN)/lint-imports
+
+notebook: $(VENV)/.ready
+	$(BIN)/python examples/run_notebook.py
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmark/benchmark_main_job.py

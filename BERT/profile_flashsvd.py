@@ -2,7 +2,9 @@
 
 import sys
 
-from flashsvd.scripts import profile_script
+from flashsvd.scripts import compress_and_profile_script
+
+COMPRESS = {"model": "textattack/bert-base-uncased-SST-2", "task": "sst2", "ratio": 0.5, "qkv": "per-head"}
 
 if __name__ == "__main__":
-    sys.exit(profile_script(__doc__, variants="dense,low-rank,fused"))
+    sys.exit(compress_and_profile_script(__doc__, COMPRESS, variants="dense,low-rank,fused"))

@@ -2,7 +2,9 @@
 
 import sys
 
-from flashsvd.scripts import profile_script
+from flashsvd.scripts import compress_and_profile_script
+
+COMPRESS = {"task": "sst2", "ratio": 0.5}
 
 if __name__ == "__main__":
-    sys.exit(profile_script(__doc__, variants="dense,low-rank"))
+    sys.exit(compress_and_profile_script(__doc__, COMPRESS, variants="dense,low-rank"))

@@ -6,13 +6,17 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import MODERNBERT, MakeModel
-from flashsvd import CompressConfig, run_compress
+from flashsvd import CompressConfig, read_info, run_compress
+from flashsvd.compression import adasvd
+from flashsvd.scripts import compress_and_profile_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -29,34 +33,158 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_profiles_a_model_of_its_family(
-    script: str,
-    make_model: MakeModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+DENSE = [script for script in SCRIPTS if "svd" not in script]
+COMPRESSED = [script for script in SCRIPTS if "svd" in script]
+NAMES = """
+    BERT/profile_dense.py BERT/profile_svd.py BERT/profile_flashsvd.py
+    RoBERTa/profile_dense_roberta.py RoBERTa/profile_svd_roberta.py RoBERTa/profile_flashsvd_roberta.py
+    ModernBERT/run_modernbert.py ModernBERT/run_modernbert_svd.py ModernBERT/run_modernbert_flashsvd.py
+    decoders/gpt2/profile_dense.py decoders/gpt2/profile_asvd.py decoders/gpt2/profile_asvd_accum_flashsvd.py
+    decoders/llama/profile_dense.py decoders/llama/profile_svd_kv_llama_decode.py
+    decoders/llama/profile_asvd_flashsvd_llama_decode.py
+"""
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """A small dense model of a script's family, its task and data for that."""
+
+    model: Path
+    task: str
+    data: Path
+
+
+@pytest.fixture
+def material(make_model: MakeModel, tmp_path: Path) -> Callable[[str], Material]:
+    def make(script: str) -> Material:
+        family, head, task, options = FAMILIES[Path(script).parent.name]
+        text = task == "perplexity"
+        data = tmp_path / ("x.txt" if text else "x.tsv")
+        data.write_text("a good film . " * 20 if text else "sentence\tlabel\na good film .\t1\nbad\t0\n")
+        return Material(make_model(family, head, **options), task, data)
+
+    return make
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script in this process on tiny sizes and returns its JSON."""
+
+    def run_script(script: str, made: Material, *arguments: object) -> Any:
+        common = ["--data", made.data, "--task", made.task, "--seq-len", 16, "--batch-size", 2,
+                  "--micro-batches", 2, "--device", "cpu", "--json"]  # fmt: skip
+        common += ["--new-tokens", 4] if "decode" in script or "accum" in script else []
+        monkeypatch.setattr(sys, "argv", [script, *map(str, [*common, *arguments])])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        printed = capsys.readouterr()
+        assert stop.value.code == 0, printed.err
+        return json.loads(printed.out)
+
+    return run_script
+
+
+def test_every_script_that_people_know_by_name_is_there() -> None:
+    assert sorted(NAMES.split()) == SCRIPTS
+
+
+@pytest.mark.parametrize("script", DENSE)
+def test_a_script_profiles_a_dense_model_of_its_family(
+    script: str, run: Run, material: Callable[[str], Material]
 ) -> None:
-    family, head, task, options = FAMILIES[Path(script).parent.name]
-    model, data = make_model(family, head, **options), tmp_path / ("x.txt" if task == "perplexity" else "x.tsv")
-    data.write_text("a good film . " * 20 if task == "perplexity" else "sentence\tlabel\na good film .\t1\nbad\t0\n")
-    dense = "svd" not in script
-    if not dense:
-        # Reading, not compressing, is the script's part: any method will do.
-        run_compress(CompressConfig(model=str(model), rank=4, task=task, output=str(tmp_path / "small")))
-        model = tmp_path / "small"
-    arguments = ["--checkpoint", model, "--data", data, "--task", task, "--seq-len", 16, "--batch-size", 2,
-                 "--micro-batches", 2, "--device", "cpu", "--json"]  # fmt: skip
+    made = material(script)
     # What a compiled variant does is tested where it is not one of many.
-    arguments += ["--variants", "dense,micro-batches"] if dense else []
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert stop.value.code == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["status"] for row in rows] == ["ok"] * len(rows)
-    fused = ["fused"] if "flashsvd" in script else []
-    assert [row["variant"] for row in rows] == ["dense", *(["micro-batches"] if dense else ["low-rank", *fused])]
+    result = run(script, made, "--checkpoint", made.model, "--variants", "dense,micro-batches")
+    assert [(row["variant"], row["status"]) for row in result["rows"]] == [("dense", "ok"), ("micro-batches", "ok")]
+
+
+@pytest.mark.parametrize("script", COMPRESSED)
+def test_a_script_compresses_a_model_of_its_family_and_profiles_it(
+    script: str, run: Run, material: Callable[[str], Material]
+) -> None:
+    made = material(script)
+    result = run(script, made, "--model", made.model, "--calib-data", made.data, "--calib-seq-len", 16)
+    assert result["method"] == ("asvd" if "asvd" in script else "standard")
+    assert result["ratio"] == 0.5
+    fused = "skipped" if "decoders" in script else "ok"
+    expected = {"dense": "ok", "low-rank": "ok"} | ({"fused": fused} if "flashsvd" in script else {})
+    assert {row["variant"]: row["status"] for row in result["rows"]} == expected
+    for row in result["rows"]:
+        if row["status"] == "skipped":
+            assert row["reason"].startswith("there are no fused blocks for")
+        elif result["new_tokens"]:
+            assert row["generation"]["ms_per_token"] > 0
+
+
+@pytest.mark.parametrize("method", ["fwsvd", "drone", "adasvd"])
+def test_a_script_takes_any_method_and_size(
+    method: str, run: Run, material: Callable[[str], Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How well adasvd learns is tested elsewhere.
+    monkeypatch.setattr(adasvd, "STEPS", 4)
+    script = "BERT/profile_svd.py"
+    made = material(script)
+    result = run(script, made, "--model", made.model, "--method", method, "--rank", 2, "--calib-data", made.data,
+                 "--calib-samples", 2, "--keep", tmp_path / "kept")  # fmt: skip
+    # A rank that is given takes the place of the script's own ratio.
+    assert (result["method"], result["ratio"], result["checkpoint"]) == (method, None, str(tmp_path / "kept"))
+    assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
+
+
+def test_a_checkpoint_that_is_kept_is_replaced_only_where_that_is_asked_for(
+    run: Run, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    script = "BERT/profile_svd.py"
+    made = material(script)
+    keep = ["--model", made.model, "--keep", tmp_path / "kept"]
+    run(script, made, *keep)
+    with pytest.raises(AssertionError, match="pass --overwrite"):
+        run(script, made, *keep)
+    run(script, made, *keep, "--overwrite", "--rank", 2)
+    assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
+
+
+def test_a_script_leaves_no_checkpoint_behind_unless_it_is_told_to(
+    run: Run, material: Callable[[str], Material]
+) -> None:
+    script = "BERT/profile_svd.py"
+    made = material(script)
+    checkpoint = Path(run(script, made, "--model", made.model)["checkpoint"])
+    assert checkpoint.name == "dense_standard_p0.5"
+    assert not checkpoint.parent.exists()
+
+
+def test_a_script_profiles_a_checkpoint_that_is_there(
+    run: Run, material: Callable[[str], Material], tmp_path: Path
+) -> None:
+    script = "BERT/profile_flashsvd.py"
+    made, small = material(script), tmp_path / "small"
+    run_compress(CompressConfig(model=str(made.model), rank=4, task="sst2", output=str(small)))
+    result = run(script, made, "--checkpoint", small)
+    assert [row["status"] for row in result["rows"]] == ["ok"] * 3
+    assert result["checkpoint"] == str(small)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--checkpoint", "x", "--ratio", "0.3"], "--ratio is for compressing a model; leave out it or --checkpoint"),
+        (["--checkpoint", "x", "--keep", "y"], "--keep is for compressing a model"),
+        ([], "name a compressed --checkpoint, or a --model to compress"),
+        (["--model", "x", "--runs", "0"], "--runs must be at least 1"),
+        (["--model", "x", "--ratio", "2"], "--ratio must lie strictly between 0 and 1"),
+        (["--model", "x", "--method", "magic"], "magic"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_nothing_is_loaded(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compress_and_profile_script("about", {"task": "sst2", "ratio": 0.5}, arguments) == 2
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -71,3 +199,16 @@ def test_help_shows_the_options_of_the_command_and_the_defaults_of_the_script() 
     result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert "usage: profile_dense.py" in result.stdout
     assert "here --task sst2" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_the_script(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert printed.startswith(f"usage: {Path(script).name}")
+    assert ("--method" in printed) == (script in COMPRESSED)

@@ -13,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -242,18 +242,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, config_class: Any) -> None:
-    """One option for each field of a config dataclass, with the field's own help, choices and default."""
+def add_config_arguments(
+    parser: argparse._ActionsContainer, config_class: Any, without: Collection[str] = ()
+) -> list[argparse.Action]:
+    """One option for each field of a config dataclass, with the field's own help, choices and default.
+
+    Args:
+        without: names of fields that get none.
+    """
     types_by_name = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
+    actions = []
+    for field in (field for field in dataclasses.fields(config_class) if field.name not in without):
         help_text = field.metadata["help"].replace("%", "%%")
         required = field.default is dataclasses.MISSING
         if field.default is False:
-            parser.add_argument(flag(field.name), action="store_true", help=help_text)
+            actions.append(parser.add_argument(flag(field.name), action="store_true", help=help_text))
             continue
         if not required and field.default is not None:
             help_text += f" (default: {field.default})"
-        parser.add_argument(
+        action = parser.add_argument(
             flag(field.name),
             type=_READERS[_plain_type(types_by_name[field.name])],
             default=None if required else field.default,
@@ -262,6 +269,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: Any) -> 
             metavar=None if field.metadata["choices"] else field.name.upper(),
             help=help_text,
         )
+        actions.append(action)
+    return actions
 
 
 def config_from(options: argparse.Namespace, config_class: Any) -> Any:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.storage.metadata import CompressionInfo, split_module_path
+from flashsvd.tables import html_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointInfo:
     """A checkpoint's metadata and its files.
 
@@ -36,7 +37,7 @@ class CheckpointInfo:
             **dataclasses.asdict(self.compression),
         }
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         c, p = self.compression, self.compression.parameters
         rows = [
             ("checkpoint", str(self.directory)),
@@ -56,6 +57,10 @@ class CheckpointInfo:
         rows += [("trained", _training(training)) for training in c.trainings]
         if c.untrained:
             rows.append(("random weights", ", ".join(c.untrained)))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._rows()
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
@@ -64,9 +69,17 @@ class CheckpointInfo:
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {c.task or 'TASK'}",
+            f"  flashsvd eval --checkpoint {self.directory} --task {self.compression.task or 'TASK'}",
         ]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        c = self.compression
+        return f"CheckpointInfo({self.directory}: {c.base_model}, {c.method}, {self.weight_bytes:,} bytes of weights)"
+
+    def _repr_html_(self) -> str:
+        rows = [*self._rows(), *((f"file {name}", f"{size:,} bytes") for name, size in self.files.items())]
+        return html_table(f"{self.compression.base_model}, compressed", (), rows)
 
 
 def read_info(directory: str | Path) -> CheckpointInfo:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload
+    from flashsvd.profiling.generation import Prompts
     from flashsvd.profiling.result import ProfileResult, Row
     from flashsvd.profiling.variants import Setting
     from flashsvd.tasks import Task
@@ -41,6 +42,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     from flashsvd.device import describe_device, resolve_device, resolve_dtype
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+    from flashsvd.profiling.generation import Prompts
     from flashsvd.profiling.measure import measure, rehearse
     from flashsvd.profiling.offload import check_offload
     from flashsvd.profiling.result import ProfileResult, Row
@@ -66,6 +68,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     subjects = {name: dense if name in DENSE and dense is not None else subject for name in names}
     for one in subjects.values():
         workload.job(one)
+    prompts = Prompts.cut(workload, subject, config.new_tokens) if config.new_tokens else None
 
     rehearse(subject, setting)
     rows = []
@@ -74,7 +77,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
             log.info("%s is skipped: %s", name, reason)
             rows.append(Row(name, "skipped", reason))
         else:
-            rows.append(measure(name, subjects[name], workload, setting, config.runs))
+            rows.append(measure(name, subjects[name], workload, setting, config.runs, prompts))
     _refuse_nothing(rows)
     info = subject.info
     result = ProfileResult(
@@ -98,7 +101,8 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
         git_commit=git_commit(),
         versions=library_versions(),
         rows=_with_speed_up(rows),
-        definitions=_definitions(workload, subject, rows, setting),
+        definitions=_definitions(workload, subject, rows, setting, prompts),
+        new_tokens=config.new_tokens,
     )
     if config.output:
         _write(result, Path(config.output).expanduser())
@@ -176,13 +180,13 @@ def _own_dtype(subject: Subject) -> torch.dtype | None:
 
 
 def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:
-    """A variant that was named must apply; of all of them by default, some may not.
+    """A variant that was named must apply, unless it may be skipped; of all of them by default, some may not.
 
     Raises:
         BackendError: one that was named does not.
     """
     for name, reason in reasons.items():
-        if config.variants is not None and reason is not None:
+        if config.variants is not None and reason is not None and not config.may_skip:
             raise BackendError(f"the variant {name} does not apply: {reason}")
 
 
@@ -204,8 +208,11 @@ def _samples(workload: Workload, subject: Subject) -> int:
     return sum(batch.samples for batch in workload.job(subject))
 
 
-def _definitions(workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting) -> dict[str, str]:
+def _definitions(
+    workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting, prompts: Prompts | None
+) -> dict[str, str]:
     from flashsvd.evaluation.job import WARMUP_FORWARDS
+    from flashsvd.profiling.generation import definition
 
     cuda = setting.device.type == "cuda"
     memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
@@ -226,6 +233,7 @@ def _definitions(workload: Workload, subject: Subject, rows: Sequence[Row], sett
             + (", weights moved to the device for it included" if setting.offload else "")
         ),
         "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
+        **({"generation": definition(prompts)} if prompts else {}),
     }
 
 

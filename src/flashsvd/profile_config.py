@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
-from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
+from flashsvd.options import check_choices, check_count, check_not_empty, check_range, option, take_plain_types
 from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")
+# Those that can generate.
+GENERATING = ("dense", "low-rank", "fused")
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,18 @@ class ProfileConfig:
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
     max_eval_samples: int | None = option(None, help="read only this many examples or windows, the first ones")
     runs: int = option(1, help="timed passes over the data")
+    new_tokens: int | None = option(
+        None,
+        help="language models only: also time generating so many tokens after prompts, which are windows of seq-len "
+        "without their last new-tokens",
+    )
     device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run all in; the default is the checkpoint's own", choices=DTYPES)
     offload: bool = option(
         False, help="keep weights on the host and move each to the GPU when it is used, by accelerate"
+    )
+    may_skip: bool = option(
+        False, help="report a variant of --variants that does not apply as skipped, with the reason, and measure others"
     )
     output: str | None = option(None, help="directory to write profile.json and profile.png to", path="write")
 
@@ -66,11 +76,17 @@ class ProfileConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
-        for name in ("batch_size", "seq_len", "max_eval_samples"):
+        for name in ("batch_size", "seq_len", "max_eval_samples", "new_tokens"):
             check_count(name, getattr(self, name), optional=True)
         for name in ("micro_batches", "runs"):
             check_count(name, getattr(self, name))
+        if self.new_tokens is not None:
+            check_range("new_tokens", self.new_tokens, 2)
         names = self.variant_names()
+        if self.new_tokens is not None and not set(names) & set(GENERATING):
+            raise ConfigError(
+                f"--new-tokens is for the variants {', '.join(GENERATING)}, which --variants leaves out; name one"
+            )
         if self.graph and "fused" not in names:
             raise ConfigError("--graph is for the variant fused, which --variants leaves out; leave out one of them")
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from flashsvd.factorize import FactoredMatrix
 from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.tables import html_table
 
 log = logging.getLogger("flashsvd")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressReport:
     """The result of `run_compress`.
 
@@ -33,6 +34,17 @@ class CompressReport:
 
     def __str__(self) -> str:
         return "\n".join([*(group_line(group) for group in group_matrices(self.matrices)), *self.summary()])
+
+    def __repr__(self) -> str:
+        p = self.info.parameters
+        return f"CompressReport({self.info.method}: {p['dense']:,} -> {p['compressed']:,} parameters, in {self.output})"
+
+    def _repr_html_(self) -> str:
+        caption = f"{self.info.base_model}, {self.info.method}, Q/K/V {self.info.qkv}"
+        header = ["layer", "role", "rank", "parameters", "kept", "relative error", "remarks"]
+        rows = [_Line.of(group) for group in group_matrices(self.matrices)]
+        cells = [[str(r.layer), r.role, r.ranks, f"{r.before:,}", f"{r.after:,}", r.errors, r.remarks] for r in rows]
+        return html_table(caption, header, cells, self.summary())
 
     def summary(self) -> list[str]:
         """The closing lines: totals, what stayed dense, where the checkpoint is."""
@@ -91,16 +103,44 @@ def group_matrices(matrices: Sequence[FactoredMatrix]) -> list[list[FactoredMatr
 
 def group_line(group: Sequence[FactoredMatrix]) -> str:
     """One line on a layer group: ranks, parameters, relative errors, what stayed dense and why."""
-    first = group[0]
-    ranks = [("dense" if m.rank is None else f"{m.rank}x{m.heads}" if m.heads else str(m.rank)) for m in group]
-    before, after = sum(m.dense_parameters for m in group), sum(m.kept_parameters for m in group)
-    line = f"layer {first.layer:>2} {first.role:<4} rank {_compact(ranks):<12} {before:>11,} -> {after:>11,}"
-    factored = [m.error for m in group if m.rank is not None]
-    if factored:
-        line += f"  error {_compact([f'{error:.3f}' for error in factored])}"
-    reasons = {m.reason for m in group if m.rank is None}
-    line += "".join(f"  dense: {reason}" for reason in sorted(reasons))
-    return line + "".join(f"  note: {note}" for note in sorted({m.note for m in group if m.note}))
+    one = _Line.of(group)
+    line = f"layer {one.layer:>2} {one.role:<4} rank {one.ranks:<12} {one.before:>11,} -> {one.after:>11,}"
+    line += f"  error {one.errors}" if one.errors else ""
+    return f"{line}  {one.remarks}" if one.remarks else line
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is said of a layer group.
+
+    Attributes:
+        before, after: parameters of the dense and of the kept matrices.
+        errors: relative ones, empty where all stayed dense.
+    """
+
+    layer: int
+    role: str
+    ranks: str
+    before: int
+    after: int
+    errors: str
+    remarks: str
+
+    @classmethod
+    def of(cls, group: Sequence[FactoredMatrix]) -> _Line:
+        ranks = [("dense" if m.rank is None else f"{m.rank}x{m.heads}" if m.heads else str(m.rank)) for m in group]
+        errors = [f"{m.error:.3f}" for m in group if m.rank is not None]
+        reasons = sorted({m.reason for m in group if m.rank is None})
+        notes = sorted({m.note for m in group if m.note})
+        return cls(
+            group[0].layer,
+            group[0].role,
+            _compact(ranks),
+            sum(m.dense_parameters for m in group),
+            sum(m.kept_parameters for m in group),
+            _compact(errors) if errors else "",
+            "  ".join([*(f"dense: {reason}" for reason in reasons), *(f"note: {note}" for note in notes)]),
+        )
 
 
 def _compact(values: Sequence[str]) -> str:

@@ -1,15 +1,24 @@
-"""What the experiment scripts share: `flashsvd profile` with other defaults."""
+"""What the experiment scripts share: `flashsvd profile` with other defaults, and a compression before it."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd.cli import Command, add_profile, run, run_profile_command
+from flashsvd.cli import Command, add_config_arguments, add_profile, config_from, run, run_profile_command
+from flashsvd.compress import CompressConfig, run_compress
+from flashsvd.errors import ConfigError
 from flashsvd.options import flag
+from flashsvd.profile_config import ProfileConfig
+
+# Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.
+NOT_ASKED = ("task", "device", "dtype", "output", "state_dict", "save_stats")
+SIZES = ("rank", "rank_attn", "rank_ffn", "rank_wo", "ratio", "ranks_json")
 
 
 def profile_script(about: str | None, arguments: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -23,11 +32,86 @@ def profile_script(about: str | None, arguments: Sequence[str] | None = None, **
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_profile(parser)
-        for action in parser._actions:
-            if action.dest in defaults:
-                action.required = False
-                action.help = f"{action.help}; here {flag(action.dest)} {defaults[action.dest]}"
-        parser.set_defaults(**defaults)
+        _set_defaults(parser, defaults)
 
-    command = Command(" ".join((about or "").split()), add_arguments, run_profile_command)
+    return _run(about, add_arguments, run_profile_command, arguments)
+
+
+def compress_and_profile_script(
+    about: str | None, compress: dict[str, Any], arguments: Sequence[str] | None = None, **defaults: Any
+) -> int:
+    """`profile_script` of a compressed checkpoint, or of a model that is compressed first where none is given.
+
+    Args:
+        compress: defaults of the compression, by field name of CompressConfig.
+    """
+    names: list[str] = []
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_profile(parser)
+        _set_defaults(parser, {"checkpoint": None, **defaults})
+        group = parser.add_argument_group("to compress a model first, where no --checkpoint is given")
+        for action in add_config_arguments(group, CompressConfig, without=NOT_ASKED):
+            # So that what was given can be told from what was not.
+            action.default, action.required = argparse.SUPPRESS, False
+            if action.dest in compress:
+                action.help = f"{action.help}; here {compress[action.dest]}"
+            names.append(action.dest)
+        group.add_argument("--keep", help="directory to keep the compressed checkpoint in; the default keeps none")
+
+    def run_script(options: argparse.Namespace) -> None:
+        given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+        if options.checkpoint is not None:
+            if given or options.keep:
+                name = next(iter(given), "keep")
+                raise ConfigError(f"{flag(name)} is for compressing a model; leave out it or --checkpoint")
+            run_profile_command(options)
+            return
+        with tempfile.TemporaryDirectory(prefix="flashsvd-") as scratch:
+            _compress(options, compress, given, Path(scratch))
+            run_profile_command(options)
+
+    return _run(about, add_arguments, run_script, arguments)
+
+
+def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict[str, Any], scratch: Path) -> None:
+    """Compress, and make the result the checkpoint to profile.
+
+    Raises:
+        FlashSVDError: there is no model, or it cannot be compressed like that.
+    """
+    if any(name in given for name in SIZES):
+        defaults = {name: value for name, value in defaults.items() if name not in SIZES}
+    chosen = {"task": options.task, "device": options.device, "output": options.keep}
+    merged = defaults | given | {name: value for name, value in chosen.items() if value is not None}
+    if "model" not in merged:
+        raise ConfigError("what to profile is not known; name a compressed --checkpoint, or a --model to compress")
+    config = CompressConfig(**merged)
+    if options.keep is None:
+        config = CompressConfig(**merged, output=str(scratch / config.output_directory(config.method).name))
+    options.checkpoint = config.output
+    # What it refuses, it refuses before the compression.
+    config_from(options, ProfileConfig)
+    if options.json:
+        logging.getLogger("flashsvd").setLevel(logging.WARNING)
+    run_compress(config)
+
+
+def _set_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    for action in parser._actions:
+        if action.dest in defaults:
+            action.required = False
+            value = defaults[action.dest]
+            if value is not None:
+                action.help = f"{action.help}; here {flag(action.dest)} {'' if value is True else value}".rstrip()
+    parser.set_defaults(**defaults)
+
+
+def _run(
+    about: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run_script: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    command = Command(" ".join((about or "").split()), add_arguments, run_script)
     return run(command, sys.argv[1:] if arguments is None else arguments, prog=Path(sys.argv[0]).name)

@@ -43,6 +43,11 @@ class PeakMemory:
         """The peak so far, in MiB."""
         return (max(self._most, self._peak()) - self._before) / MIB
 
+    def forget(self) -> None:
+        """The peak so far does not count any more, where the system forgets one; the start stays what it was."""
+        if self._forget():
+            self._most = self._before
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What is used inside does not count, where the system forgets a peak; what is still in use after it does."""

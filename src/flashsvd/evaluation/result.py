@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashsvd.tables import html_table, score_text
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class EvalResult:
     """The result of `run_eval`; `to_json` gives the keys users know.
 
@@ -60,21 +62,50 @@ class EvalResult:
         return data
 
     def __str__(self) -> str:
-        scores = ", ".join(
-            f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in self.metrics.items()
-        )
-        if self.stride is None:
-            samples = f"{self.num_eval_samples} examples"
-            size = min(self.batch_size, self.num_eval_samples)
-            batch = f"{size} (median, padded to {self.padding}, at most {self.seq_len} tokens)"
-            speed = f"{self.samples_per_second:.0f} examples/s"
-        else:
-            samples = f"{self.num_eval_samples} windows of {self.seq_len} tokens, {self.stride} apart"
-            batch = f"{self.batch_size} windows (median)"
-            speed = f"{self.tokens_per_second:.0f} tokens/s"
+        scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())
         blocks = "" if self.backend == "plain" else f", fused blocks ({self.backend})"
         return (
-            f"{self.task}: {scores} on {samples}\n"
+            f"{self.task}: {scores} on {self._samples()}\n"
             f"{self.method} model of {self.parameters:,} parameters, {self.dtype} on {self.device}{blocks}: "
-            f"{self.latency_ms:.1f} ms a batch of {batch}, {speed}, peak memory {self.peak_memory_mib:.0f} MiB"
+            f"{self.latency_ms:.1f} ms a batch of {self._batch()}, {self._speed()}, "
+            f"peak memory {self.peak_memory_mib:.0f} MiB"
         )
+
+    def __repr__(self) -> str:
+        score = score_text(self.metric_value)
+        return (
+            f"EvalResult({self.task} of {self.checkpoint_dir}: {self.metric_name} {score}, "
+            f"{self.latency_ms:.1f} ms a batch on {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        percentiles = ", ".join(f"{name} {value:.1f}" for name, value in self.latency_percentiles_ms.items())
+        rows = [
+            *((name, score_text(value)) for name, value in self.metrics.items()),
+            ("measured on", f"{self._samples()} of {self.data}"),
+            ("method", self.method),
+            ("parameters", f"{self.parameters:,}"),
+            ("latency, ms a batch", percentiles),
+            ("batch", self._batch()),
+            ("throughput", self._speed()),
+            ("peak memory", f"{self.peak_memory_mib:.0f} MiB"),
+            ("run", f"{self.dtype} on {self.device}, backend {self.backend}"),
+        ]
+        notes = [f"latency: {self.latency_definition}", f"peak memory: {self.memory_definition}"]
+        return html_table(f"{self.task} of {self.checkpoint_dir}", (), rows, notes)
+
+    def _samples(self) -> str:
+        if self.stride is None:
+            return f"{self.num_eval_samples} examples"
+        return f"{self.num_eval_samples} windows of {self.seq_len} tokens, {self.stride} apart"
+
+    def _batch(self) -> str:
+        if self.stride is not None:
+            return f"{self.batch_size} windows (median)"
+        size = min(self.batch_size, self.num_eval_samples)
+        return f"{size} (median, padded to {self.padding}, at most {self.seq_len} tokens)"
+
+    def _speed(self) -> str:
+        if self.stride is None:
+            return f"{self.samples_per_second:.0f} examples/s"
+        return f"{self.tokens_per_second:.0f} tokens/s"

@@ -14,6 +14,7 @@ from flashsvd.evaluation.job import Batch, Job, Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
+from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
 from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, settle
 from flashsvd.profiling.result import Row
 from flashsvd.profiling.variants import Ready, Setting, prepare
@@ -21,16 +22,19 @@ from flashsvd.profiling.variants import Ready, Setting, prepare
 log = logging.getLogger("flashsvd")
 
 
-def measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
+def measure(
+    name: str, subject: Subject, workload: Workload, setting: Setting, runs: int, prompts: Prompts | None = None
+) -> Row:
     """Measure a variant; whatever goes wrong becomes its row's status, and the next one has a clean start.
 
     Args:
         runs: timed passes over the data.
+        prompts: what to generate after, where the variant can.
     """
     log.info("measuring %s", name)
     settle()
     try:
-        return _measure(name, subject, workload, setting, runs)
+        return _measure(name, subject, workload, setting, runs, prompts)
     except Exception as error:  # any library's: a variant that cannot run must not take the others with it
         log.debug("%s failed", name, exc_info=True)
         row = _unmeasured(name, error)
@@ -48,8 +52,12 @@ def rehearse(subject: Subject, setting: Setting) -> None:
             subject.load(setting.dtype)
 
 
-def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, runs: int) -> Row:
+def _measure(
+    name: str, subject: Subject, workload: Workload, setting: Setting, runs: int, prompts: Prompts | None
+) -> Row:
     device = setting.device
+    no_generation = WHY_NOT.get(name, "") if prompts else ""
+    generation = None
     with _no_silent_fallback(name):
         with freed_at_once():
             peak = PeakMemory(device)
@@ -62,6 +70,10 @@ def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, 
             _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
             pools = graph_pool_bytes(device) / MIB
             peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
+            if prompts and not no_generation:
+                memory = memory_of_generation(ready.call, prompts, device)
+        if prompts and not no_generation:
+            generation = measure_generation(ready.call, prompts, device, runs, memory)
         jobs = [workload.job(subject) for _ in range(runs)]
         timings = _joined([run_job(job, ready.call, device) for job in jobs])
         found = jobs[0].metrics()
@@ -80,6 +92,8 @@ def _measure(name: str, subject: Subject, workload: Workload, setting: Setting, 
         parameters=ready.parameters,
         weight_bytes=ready.weight_bytes,
         dtype=ready.dtype,
+        generation=generation,
+        no_generation=no_generation,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import types
 import typing
@@ -13,8 +12,30 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from flashsvd.errors import CheckpointError, described
+from flashsvd.tables import html_table, text_table
 
 Status = Literal["ok", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What generating cost.
+
+    Attributes:
+        prefill_ms: time to the first token, for the whole batch.
+        ms_per_token: time of each token after it, for the whole batch.
+        tokens_per_second: those tokens, of all prompts, over their time.
+        cache_bytes: of keys and values in the end.
+        prefill_memory_mib: most memory above the loaded model until the first token.
+        decode_memory_mib: most memory above the loaded model from then on.
+    """
+
+    prefill_ms: float
+    ms_per_token: float
+    tokens_per_second: float
+    cache_bytes: int
+    prefill_memory_mib: float
+    decode_memory_mib: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,7 @@ class Row:
         parameters: of the checkpoint.
         weight_bytes: of the weights as they are in memory.
         speed_up: the dense variant's median latency over this one's.
+        generation: None where it was not asked for, or where this variant cannot; `no_generation` then says why.
     """
 
     variant: str
@@ -50,6 +72,8 @@ class Row:
     weight_bytes: int | None = None
     dtype: str | None = None
     speed_up: float | None = None
+    generation: Generation | None = None
+    no_generation: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +86,8 @@ class ProfileResult:
         method: of the compression; `dense` where the checkpoint is not compressed.
         runs: timed passes over the data.
         rows: the variants, in the order they were measured.
-        definitions: what latency, the two memories and the sizes mean.
+        definitions: what latency, the two memories, the sizes and generation mean.
+        new_tokens: generated after each prompt; None where that was not asked for.
     """
 
     task: str
@@ -86,6 +111,7 @@ class ProfileResult:
     versions: Mapping[str, str | None]
     rows: tuple[Row, ...]
     definitions: Mapping[str, str]
+    new_tokens: int | None = None
 
     def __getitem__(self, variant: str) -> Row:
         """The row of a variant."""
@@ -110,7 +136,7 @@ class ProfileResult:
         try:
             data: Any = json.loads(file.read_text(encoding="utf-8"))
             definitions = {key[1:-11]: data.pop(key) for key in list(data) if key.endswith("_definition")}
-            rows = tuple(_checked(Row(**row)) for row in data.pop("rows"))
+            rows = tuple(_row(row) for row in data.pop("rows"))
             return _checked(cls(rows=rows, definitions=definitions, **data))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
@@ -119,9 +145,10 @@ class ProfileResult:
 
     def header(self) -> list[str]:
         """The table's columns."""
+        generation = ["prefill ms", "ms/token", "tokens/s", "cache MiB", "prefill MiB", "decode MiB"]
         return [
             "variant", self.metric_name, "p50 ms", "p90 ms", "samples/s", "x dense",
-            "peak MiB", "transient MiB", "parameters", "weights MB",
+            "peak MiB", "transient MiB", "parameters", "weights MB", *(generation if self.new_tokens else []),
         ]  # fmt: skip
 
     def cells(self, row: Row) -> list[str]:
@@ -139,11 +166,13 @@ class ProfileResult:
             _text(row.transient_memory_mib, ".1f"),
             _text(row.parameters, ",d"),
             _text(size, ".1f"),
+            *(_generation_cells(row.generation) if self.new_tokens else []),
         ]
 
     def notes(self) -> list[str]:
         """A line for each variant without figures, then what was measured."""
         lines = [f"{row.variant} was {row.status}: {row.reason}" for row in self.rows if row.status != "ok"]
+        lines += [f"{row.variant} did not generate: {row.no_generation}" for row in self.rows if row.no_generation]
         return [*lines, self.title(), *(f"{name}: {text}" for name, text in self.definitions.items())]
 
     def title(self) -> str:
@@ -158,11 +187,7 @@ class ProfileResult:
         )
 
     def __str__(self) -> str:
-        table = [self.header(), *(self.cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        table.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-        return "\n".join([*lines, "", *self.notes()])
+        return "\n".join([text_table(self.header(), self._table()), "", *self.notes()])
 
     def __repr__(self) -> str:
         rows = ", ".join(
@@ -171,15 +196,31 @@ class ProfileResult:
         return f"ProfileResult({self.task} of {self.checkpoint} on {self.device}: {rows})"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header())
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in self.cells(row)) + "</tr>" for row in self.rows
-        )
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        return html_table(f"profile of {self.checkpoint}", self.header(), self._table(), self.notes())
+
+    def _table(self) -> list[list[str]]:
+        return [self.cells(row) for row in self.rows]
 
 
-_Read = TypeVar("_Read", Row, ProfileResult)
+def _generation_cells(found: Generation | None) -> list[str]:
+    if found is None:
+        return ["-"] * 6
+    return [
+        f"{found.prefill_ms:.2f}",
+        f"{found.ms_per_token:.2f}",
+        f"{found.tokens_per_second:.1f}",
+        f"{found.cache_bytes / (1 << 20):.2f}",
+        f"{found.prefill_memory_mib:.1f}",
+        f"{found.decode_memory_mib:.1f}",
+    ]
+
+
+_Read = TypeVar("_Read", Generation, Row, ProfileResult)
+
+
+def _row(data: dict[str, Any]) -> Row:
+    generation = data.pop("generation")
+    return _checked(Row(**data, generation=None if generation is None else _checked(Generation(**generation))))
 
 
 def _checked(read: _Read) -> _Read:

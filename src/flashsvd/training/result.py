@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashsvd.storage.training_file import TrainingRecord
+from flashsvd.tables import html_table, score_text
 from flashsvd.training.curve import Point
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinetuneResult:
     """The result of `run_finetune`.
 
@@ -38,13 +39,27 @@ class FinetuneResult:
 
     def __str__(self) -> str:
         r = self.record
-        scores = ", ".join(
-            f"{name} {'undefined' if value is None else format(value, '.4f')}" for name, value in self.metrics.items()
-        )
+        scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())
         evaluated = f"{scores} on {self.eval_samples} examples" if scores else "not evaluated"
+        return f"{r.task or r.mode}: {evaluated}\n{self._training()} in {self.seconds:.0f} s\nsaved to {self.output}"
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())
+        what = self.record.task or self.record.mode
+        return f"FinetuneResult({what}: {scores or 'not evaluated'} after {self.record.steps} steps, in {self.output})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            *((name, f"{score_text(value)} on {self.eval_samples} examples") for name, value in self.metrics.items()),
+            ("training", self._training()),
+            ("time", f"{self.seconds:.0f} s"),
+            ("saved to", str(self.output)),
+        ]
+        return html_table(f"{self.record.model} on {self.record.task or self.record.mode}", (), rows)
+
+    def _training(self) -> str:
+        r = self.record
         return (
-            f"{r.task or r.mode}: {evaluated}\n"
             f"trained {self.trainable:,} of {self.parameters:,} parameters on {self.train_samples} examples, "
-            f"{r.epochs:g} epochs, {r.steps} steps of {r.batch_size}, on {self.device} in {self.seconds:.0f} s\n"
-            f"saved to {self.output}"
+            f"{r.epochs:g} epochs, {r.steps} steps of {r.batch_size}, on {self.device}"
         )

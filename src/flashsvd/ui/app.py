@@ -18,11 +18,11 @@ HOST, PORT = "127.0.0.1", 7860
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is interrupted; returns the exit code."""
-    command = cli.Command("compress, train and measure models in a browser", _add_arguments, _run)
+    command = cli.Command("compress, train and measure models in a browser", add_page_arguments, _run)
     return cli.run(command, sys.argv[1:] if arguments is None else arguments, prog="flashsvd-ui")
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=PORT, help=f"port to serve on (default: {PORT})")
     parser.add_argument(
         "--host", default=HOST, help=f"address to serve on (default: {HOST}, this machine alone); others need --auth"

@@ -1,0 +1,20 @@
+"""Profile a GPT-2 that asvd compressed while it generates: time, memory, and the cache that accumulates."""
+
+import sys
+
+from flashsvd.scripts import compress_and_profile_script
+
+COMPRESS = {"model": "openai-community/gpt2", "task": "wikitext2", "method": "asvd", "ratio": 0.5}
+
+if __name__ == "__main__":
+    sys.exit(
+        compress_and_profile_script(
+            __doc__,
+            COMPRESS,
+            variants="dense,low-rank,fused",
+            may_skip=True,
+            batch_size=16,
+            seq_len=384,
+            new_tokens=128,
+        )
+    )
