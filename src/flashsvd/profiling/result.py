@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -237,6 +238,8 @@ def _is(value: Any, annotation: Any) -> bool:
         return any(_is(value, part) for part in parts)
     if kind is Literal:
         return value in parts
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
+        return False
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is Mapping:
