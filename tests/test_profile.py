@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,21 @@ def test_micro_batches_compute_what_the_whole_batch_does(head: str, rows: int) -
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])
     assert repr(MicroBatches(model, 3)) == f"MicroBatches({type(model).__name__}, parts=3)"
+
+
+def test_no_part_of_a_batch_is_held_beside_the_whole_output() -> None:
+    model = build_model("bert", "base")
+    outputs: list[weakref.ref[torch.Tensor]] = []
+
+    def call(**inputs: Any) -> Any:
+        assert not any(output() is not None for output in outputs), "the part before is still there"
+        output = model(**inputs)
+        outputs.append(weakref.ref(output.last_hidden_state))
+        return output
+
+    with torch.inference_mode():
+        MicroBatches(call, 3)(input_ids=torch.randint(5, SIZES["vocab_size"], (6, 7)))
+    assert len(outputs) == 3
 
 
 def test_an_offloaded_model_computes_the_same_and_holds_no_weights_on_its_device() -> None:
