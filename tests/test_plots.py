@@ -56,6 +56,14 @@ def test_a_dense_model_that_ran_on_something_else_has_its_own(change: dict[str, 
     assert labels(profile_figures(results)["Score"]) == ["one, dense", "two, dense"]
 
 
+def test_a_dense_model_that_ran_in_another_dtype_has_its_own() -> None:
+    results = [
+        result(dataclasses.replace(row("dense"), dtype=dtype), checkpoint=name)
+        for name, dtype in (("one", "float32"), ("two", "float16"))
+    ]
+    assert labels(profile_figures(results)["Score"]) == ["one, dense", "two, dense"]
+
+
 def test_scores_stand_against_the_parameters_that_were_kept() -> None:
     results = [
         result(row("dense", score=0.9), row("low-rank", parameters=kept, score=score), checkpoint=name)

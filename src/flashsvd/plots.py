@@ -63,7 +63,8 @@ def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult
 def _setting(result: ProfileResult) -> tuple[Any, ...]:
     """What figures of the dense model depend on: it, and what it ran on."""
     sizes = (result.batch_size, result.seq_len, result.padding, result.micro_batches, result.offload)
-    return (result.dense, result.task, result.data, result.num_eval_samples, result.device, *sizes)
+    dtypes = frozenset(row.dtype for row in result.rows if row.dtype)
+    return (result.dense, result.task, result.data, result.num_eval_samples, result.device, dtypes, *sizes)
 
 
 def _latency(_: ProfileResult, row: Row) -> float | None:
