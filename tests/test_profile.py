@@ -21,6 +21,7 @@ from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVD
 from flashsvd.evaluation.subject import Subject
 from flashsvd.profile_config import VARIANTS
 from flashsvd.profiling import variants
+from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.housekeeping import freed_at_once
 from flashsvd.profiling.micro_batches import MicroBatches
 from flashsvd.profiling.offload import offloaded
@@ -381,6 +382,14 @@ def test_an_offloaded_model_computes_the_same_and_holds_no_weights_on_its_device
         model = offloaded(build_model(), torch.device("cpu"))
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("offload", "weights"), [(False, "all weights"), (True, "those in use")])
+def test_the_peak_says_which_weights_are_in_it(offload: bool, weights: str) -> None:
+    setting = variants.Setting(torch.device("cuda"), None, 2, graph=False, offload=offload)
+    says = memory_definitions(setting)["peak_memory"]
+    assert f"{weights} and captured graphs included" in says
+    assert "CUDA memory" in says
 
 
 def test_offloading_without_accelerate_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload
-    from flashsvd.profiling.generation import Prompts
     from flashsvd.profiling.result import ProfileResult, Row
-    from flashsvd.profiling.variants import Setting
     from flashsvd.tasks import Task
 
 __all__ = ["ProfileConfig", "run_profile"]
@@ -42,6 +40,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     from flashsvd.device import describe_device, resolve_device, resolve_dtype
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+    from flashsvd.profiling.definitions import definitions
     from flashsvd.profiling.generation import Prompts
     from flashsvd.profiling.measure import measure, rehearse
     from flashsvd.profiling.offload import check_offload
@@ -101,7 +100,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
         git_commit=git_commit(),
         versions=library_versions(),
         rows=_with_speed_up(rows),
-        definitions=_definitions(workload, subject, rows, setting, prompts),
+        definitions=definitions(workload, subject, rows, setting, prompts),
         new_tokens=config.new_tokens,
     )
     if config.output:
@@ -206,48 +205,6 @@ def _with_speed_up(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 def _samples(workload: Workload, subject: Subject) -> int:
     return sum(batch.samples for batch in workload.job(subject))
-
-
-def _definitions(
-    workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting, prompts: Prompts | None
-) -> dict[str, str]:
-    from flashsvd.evaluation.job import WARMUP_FORWARDS
-    from flashsvd.profiling.generation import definition
-
-    cuda = setting.device.type == "cuda"
-    memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
-    before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
-    none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
-    exact = "" if cuda else f"; {_how_exact()}; that of the compiled variant has the compiler itself in it"
-    return {
-        "latency": (
-            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full} after {before} and "
-            f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
-        ),
-        "peak_memory": (
-            f"most {memory} while loading and while running the largest batch, above what it was before, all weights "
-            f"and captured graphs included; what compiling and measuring kernels took for a moment is not{exact}"
-        ),
-        "transient_memory": (
-            "of that, what running took above the loaded model"
-            + (", weights moved to the device for it included" if setting.offload else "")
-        ),
-        "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
-        **({"generation": definition(prompts)} if prompts else {}),
-    }
-
-
-def _how_exact() -> str:
-    """What to know of the resident memory of a process that has run other models before."""
-    from flashsvd.evaluation.measure import peak_resident_bytes
-    from flashsvd.profiling.housekeeping import freed_at_once
-
-    if not peak_resident_bytes():
-        return "not measured: this system does not say how much memory a process has had"
-    with freed_at_once() as exact:
-        if exact:
-            return "memory that is freed goes back to the system at once meanwhile"
-    return "memory that an earlier variant freed may be used again uncounted: profile one variant at a time to compare"
 
 
 def _write(result: ProfileResult, directory: Path) -> None:

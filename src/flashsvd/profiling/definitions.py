@@ -1,0 +1,65 @@
+"""What the figures of a profile mean, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashsvd.evaluation.job import WARMUP_FORWARDS
+from flashsvd.evaluation.measure import peak_resident_bytes
+from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.workload import Workload
+from flashsvd.profiling import generation
+from flashsvd.profiling.generation import Prompts
+from flashsvd.profiling.housekeeping import freed_at_once
+from flashsvd.profiling.result import Row
+from flashsvd.profiling.variants import Setting
+
+
+def definitions(
+    workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting, prompts: Prompts | None
+) -> dict[str, str]:
+    """What was measured, by the names of the figures.
+
+    Args:
+        prompts: what was generated after; None where nothing was.
+    """
+    cuda = setting.device.type == "cuda"
+    before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
+    none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
+    return {
+        "latency": (
+            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full} after {before} and "
+            f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
+        ),
+        **memory_definitions(setting),
+        "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
+        **({"generation": generation.definition(prompts)} if prompts else {}),
+    }
+
+
+def memory_definitions(setting: Setting) -> dict[str, str]:
+    """What peak and transient memory were."""
+    cuda = setting.device.type == "cuda"
+    memory = "CUDA memory allocated by torch" if cuda else "resident memory of the process"
+    included = "of the weights, which stay on the host, those in use" if setting.offload else "all weights"
+    exact = "" if cuda else f"; {_how_exact()}; that of the compiled variant has the compiler itself in it"
+    return {
+        "peak_memory": (
+            f"most {memory} while loading and while running the largest batch, above what it was before, {included} "
+            f"and captured graphs included; what compiling and measuring kernels took for a moment is not{exact}"
+        ),
+        "transient_memory": (
+            "of that, what running took above the loaded model"
+            + (", weights moved to the device for it included" if setting.offload else "")
+        ),
+    }
+
+
+def _how_exact() -> str:
+    """What to know of the resident memory of a process that has run other models before."""
+    if not peak_resident_bytes():
+        return "not measured: this system does not say how much memory a process has had"
+    with freed_at_once() as exact:
+        if exact:
+            return "memory that is freed goes back to the system at once meanwhile"
+    return "memory that an earlier variant freed may be used again uncounted: profile one variant at a time to compare"
