@@ -20,6 +20,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 import flashsvd
 import table
 from conftest import build_tokenizer, factor
+from finetune_rows import FILE, read_rows, tables
 from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_eval
 from flashsvd.cli import COMMANDS, config_from, main
 from flashsvd.compression import METHODS, adasvd
@@ -27,6 +28,7 @@ from flashsvd.models import ARCHITECTURES
 from flashsvd.tasks import TASKS
 from flashsvd.ui.app import add_page_arguments
 from markdown import DOCUMENTS, ROOT, Block, blocks, inline_code
+from results import RESULTS
 from stand_ins import GIVEN, MADE, load_dataset
 from training_data import write_task_data
 
@@ -123,7 +125,12 @@ def parse(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     COMMANDS[arguments[0]].add_arguments(parser)
     options = parser.parse_args(arguments[1:])
-    configs = {"compress": flashsvd.CompressConfig, "eval": flashsvd.EvalConfig, "profile": flashsvd.ProfileConfig}
+    configs = {
+        "compress": flashsvd.CompressConfig,
+        "eval": flashsvd.EvalConfig,
+        "finetune": flashsvd.FinetuneConfig,
+        "profile": flashsvd.ProfileConfig,
+    }
     if arguments[0] in configs:
         config_from(options, configs[arguments[0]])
 
@@ -154,6 +161,12 @@ def test_a_block_runs(block: Block, workplace: Path, library: Path, monkeypatch:
             pytest.fail(f"{block} is in {other}; use sh, python, or text for what is printed")
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_fence_is_overlooked(document: Path) -> None:
+    fences = re.findall(r"^[ \t>]*(?:```|~~~)", document.read_text(), re.MULTILINE)
+    assert len(fences) == 2 * len(list(blocks(document)))
+
+
 def test_the_documents_have_blocks_of_each_kind() -> None:
     assert {block.language for block in BLOCKS} >= {"sh", "python", "text"}
     assert {block.document.name for block in BLOCKS} >= {"README.md", "profiling.md", "running-fast.md"}
@@ -180,7 +193,11 @@ def test_a_command_that_does_not_work_fails(
 
 
 def test_a_command_that_is_not_run_is_parsed(workplace: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in ("flashsvd compress --model x --ratio nine", "flashsvd compress --model x --ratio 9"):
+    for command in (
+        "flashsvd compress --model x --ratio nine",
+        "flashsvd compress --model x --ratio 9",
+        "flashsvd finetune --model x --task sst2 --epochs 0",
+    ):
         with pytest.raises((argparse.ArgumentError, flashsvd.FlashSVDError)):
             run_shell(Block(ROOT / "README.md", 1, "sh", "not run: needs a GPU", command), library, monkeypatch)
 
@@ -232,6 +249,14 @@ def test_the_readme_has_the_table_that_the_results_give(capsys: pytest.CaptureFi
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) > 10
     assert "\n".join(printed) in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_has_the_rows_that_the_fine_tuning_results_give() -> None:
+    readme = (ROOT / "README.md").read_text().splitlines()
+    compressed = [text for text in tables(read_rows(RESULTS / FILE)) if "->" in text]
+    rows = [line for text in compressed for line in text.splitlines() if "->" in line and line.startswith("|")]
+    assert len(rows) >= 10
+    assert [row for row in rows if row not in readme] == []
 
 
 def marked(mark: str) -> Block:
