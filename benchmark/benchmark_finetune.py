@@ -16,6 +16,7 @@ call that is repeated measures only what is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -243,15 +244,22 @@ def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
     """The rows of all pieces, in the order in which they are done; a piece that fails does not stop the others."""
     if jobs == 1:
         for piece in pieces:
-            yield from measure(piece)
+            with failure_printed(piece):
+                yield from measure(piece)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         pending = {pool.submit(measure_all, piece): piece for piece in pieces}
         for done in as_completed(pending):
-            try:
+            with failure_printed(pending[done]):
                 yield from done.result()
-            except Exception as error:
-                print(f"failed: {pending[done]}: {error!r}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def failure_printed(piece: Piece) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        print(f"failed: {piece}: {error!r}", file=sys.stderr, flush=True)
 
 
 def measure_all(piece: Piece) -> list[Row]:
@@ -283,8 +291,17 @@ def measure_plain(piece: Piece) -> Row:
     from plain_trainer import train_plainly
 
     device, task = resolve_device(piece.place.device), get_task(piece.task)
+    epochs, learning_rate, batch_size = piece.recipe_of(PLAIN)
     value, seconds = train_plainly(
-        piece.place.model, piece.place.data / piece.task, task, piece.seed, *piece.recipe_of(PLAIN), device.type
+        piece.place.model,
+        piece.place.data / piece.task,
+        task,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        seed=piece.seed,
+        bf16=piece.place.bf16,
+        use_cpu=device.type == "cpu",
     )
     return row_of(piece, PLAIN, task.metrics[0], value, seconds, describe_device(device))
 

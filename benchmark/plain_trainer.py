@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,12 @@ class Encoded(torch.utils.data.Dataset[dict[str, Any]]):
         return {name: values[index] for name, values in self._encodings.items()} | {"labels": self._labels[index]}
 
 
-def train_plainly(
-    model: Path, data: Path, task: Task, seed: int, epochs: float, learning_rate: float, batch_size: int, device: str
-) -> tuple[float, float]:
+def train_plainly(model: Path, data: Path, task: Task, seed: int, **how: Any) -> tuple[float, float]:
     """The best evaluation's first metric, and the seconds that the training took.
 
     Args:
         data: directory with the task's train and validation TSV.
-        device: cuda or cpu.
+        how: further arguments of the Trainer.
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -57,16 +56,13 @@ def train_plainly(
             classifier,
             TrainingArguments(
                 output_dir=scratch,
-                num_train_epochs=epochs,
-                learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size,
                 warmup_steps=0.06,
                 weight_decay=0.01,
                 seed=seed,
                 eval_strategy="epoch",
                 save_strategy="no",
-                use_cpu=device == "cpu",
                 report_to="none",
+                **how,
             ),
             train_dataset=train,
             eval_dataset=validation,
@@ -76,5 +72,13 @@ def train_plainly(
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    name = f"eval_{task.metrics[0]}"
-    return max(entry[name] for entry in trainer.state.log_history if name in entry), seconds
+    return best_score(trainer.state.log_history, task.metrics[0]), seconds
+
+
+def best_score(history: Sequence[Mapping[str, float]], metric: str) -> float:
+    """The highest of a Trainer's evaluations; NaN where none is defined.
+
+    A correlation is not where predictions are all alike, as they may be after the first epoch.
+    """
+    found = [entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry]
+    return max((value for value in found if math.isfinite(value)), default=math.nan)

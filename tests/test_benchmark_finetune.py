@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ import benchmark_finetune
 from conftest import MakeModel
 from finetune_rows import FILE, SWEEP_FILE, Row, append_row, latest, read_rows, sweep_table, tables
 from flashsvd import EvalConfig, run_eval
+from plain_trainer import best_score
 from training_data import LEARNS, SST2, STSB, write_task_data
 
 
@@ -54,21 +57,47 @@ def test_the_plain_trainer_learns_the_same_task(make_model: MakeModel, tmp_path:
     assert row.score > 0.9
 
 
+def test_the_plain_trainer_trains_in_the_dtype_of_the_one_it_is_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(*_: Any, **how: Any) -> tuple[float, float]:
+        seen.update(how)
+        return 0.5, 1.0
+
+    monkeypatch.setattr("plain_trainer.train_plainly", train)
+    where = ["--data", tmp_path, "--work", tmp_path, "--output", tmp_path, "--model", tmp_path, "--device", "cpu"]
+    benchmark_finetune.main(["plain", *map(str, where), "--tasks", "sst2", "--seeds", "3", "--bf16"])
+    assert (seen["bf16"], seen["seed"], seen["use_cpu"]) == (True, 3, True)
+
+
+def test_an_evaluation_without_a_defined_score_is_never_the_best() -> None:
+    history = [{"eval_pearson": math.nan}, {"loss": 1.0}, {"eval_pearson": 0.5}, {"eval_pearson": 0.25}]
+    assert best_score(history, "pearson") == 0.5
+    assert math.isnan(best_score(history[:1], "pearson"))
+
+
 def test_compression_needs_the_dense_model(tmp_path: Path) -> None:
     where = ["--data", tmp_path, "--work", tmp_path / "work", "--output", tmp_path, "--model", tmp_path]
     with pytest.raises(SystemExit, match=r"there is no .*sst2-0; measure the dense model first"):
         benchmark_finetune.main(["compressed", *map(str, where), "--tasks", "sst2"])
 
 
-def test_of_several_models_at_a_time_one_may_fail(
-    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_of_several_models_one_may_fail(
+    jobs: str,
+    make_model: MakeModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A thread starts at once, where each process of its own imports everything anew.
     monkeypatch.setattr(benchmark_finetune, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     write_task_data(tmp_path / "glue" / "sst2", SST2, train=8, validation=4)
     where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
     where["model"] = make_model("bert", "base", **LEARNS)
-    how = {"tasks": "sst2,cola", "seeds": "0", "epochs": "1", "jobs": "2"}
+    how = {"tasks": "cola,sst2", "seeds": "0", "epochs": "1", "jobs": jobs}
     benchmark_finetune.main(["dense", *(f"--{name}={value}" for name, value in (where | how).items())])
     assert [row.task for row in read_rows(tmp_path / FILE)] == ["sst2"]
     assert "failed: Piece(" in capsys.readouterr().err
