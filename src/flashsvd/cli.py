@@ -130,21 +130,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     from flashsvd.evaluate import EvalConfig
 
     add_config_arguments(parser, EvalConfig)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    _add_json(parser)
 
 
 def _run_eval(options: argparse.Namespace) -> None:
     from flashsvd.evaluate import EvalConfig, run_eval
 
-    if options.json:
-        logging.getLogger("flashsvd").setLevel(logging.WARNING)
-    result = run_eval(config_from(options, EvalConfig))
-    if options.json:
-        print(json.dumps(result.to_json(), indent=2, allow_nan=False))
-        return
-    print(result)
-    if options.output:
-        print(f"written to {options.output}")
+    _measure_and_print(options, EvalConfig, run_eval)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -204,15 +196,23 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     from flashsvd.profile_config import ProfileConfig
 
     add_config_arguments(parser, ProfileConfig)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    _add_json(parser)
 
 
 def run_profile_command(options: argparse.Namespace) -> None:
     from flashsvd.profile import ProfileConfig, run_profile
 
+    _measure_and_print(options, ProfileConfig, run_profile)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def _measure_and_print(options: argparse.Namespace, config: type[Any], run: Callable[[Any], Any]) -> None:
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
-    result = run_profile(config_from(options, ProfileConfig))
+    result = run(config_from(options, config))
     if options.json:
         print(json.dumps(result.to_json(), indent=2, allow_nan=False))
         return

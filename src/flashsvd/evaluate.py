@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from flashsvd.device import BACKENDS, DEVICES, DTYPES, resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
-from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
+from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
 from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
 from flashsvd.tasks import TASKS
 
@@ -44,14 +44,8 @@ class EvalConfig:
         "validation file; the default is the task's own data on the hub",
         path="read",
     )
-    batch_size: int | None = option(
-        None, help=f"examples or windows in a batch; the default is {BATCH_SIZE}, {LM_BATCH_SIZE} for language models"
-    )
-    seq_len: int | None = option(
-        None,
-        help="tokens an example is cut to, or tokens of a language model's window; the default is "
-        f"{SEQ_LEN}, {LM_SEQ_LEN} for language models, or less where the model reads no more",
-    )
+    batch_size: int | None = option(None, help=BATCH_SIZE_HELP)
+    seq_len: int | None = option(None, help=SEQ_LEN_HELP)
     stride: int | None = option(
         None,
         help="tokens from one window of a language model to the next; the default is seq-len; fewer give each token "

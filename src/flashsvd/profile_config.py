@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
-from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
+from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
 from flashsvd.options import check_choices, check_count, check_not_empty, check_range, option, take_plain_types
 from flashsvd.tasks import TASKS
 
@@ -44,14 +44,8 @@ class ProfileConfig:
         help=f"comma-separated, of {', '.join(VARIANTS)}; the default is all, where one that does not apply is "
         "reported as skipped",
     )
-    batch_size: int | None = option(
-        None, help=f"examples or windows in a batch; the default is {BATCH_SIZE}, {LM_BATCH_SIZE} for language models"
-    )
-    seq_len: int | None = option(
-        None,
-        help="tokens an example is cut to, or tokens of a language model's window; the default is "
-        f"{SEQ_LEN}, {LM_SEQ_LEN} for language models, or less where the model reads no more",
-    )
+    batch_size: int | None = option(None, help=BATCH_SIZE_HELP)
+    seq_len: int | None = option(None, help=SEQ_LEN_HELP)
     padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
     micro_batches: int = option(4, help="parts that the variant micro-batches runs a batch in, one after the other")
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
