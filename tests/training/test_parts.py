@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import VOCABULARY, build_model, build_tokenizer
+from conftest import MODERNBERT, VOCABULARY, build_model, build_tokenizer
 from flashsvd.calibration_data import IGNORED, choose_masked
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.curve import curve, write_curve
@@ -110,7 +110,8 @@ def test_balanced_weights_count_every_class_alike() -> None:
     weights = balanced_weights(SST2, labels)
     assert weights.tolist() == pytest.approx([8 / 12, 8 / 4])
     assert sum(weights[int(label)] for label in labels) / len(labels) == pytest.approx(1)
-    assert balanced_weights(MNLI, labels)[2] == 0
+    # A class that is not there takes nothing from the others.
+    assert balanced_weights(MNLI, labels).tolist() == pytest.approx([8 / 12, 8 / 4, 0])
 
 
 def test_weighted_cross_entropy_is_what_torch_computes() -> None:
@@ -120,6 +121,16 @@ def test_weighted_cross_entropy_is_what_torch_computes() -> None:
     per_example = -scores.log_softmax(-1)[torch.arange(2), labels.long()]
     expected = (0.5 * per_example[0] + 3 * per_example[1]) / 3.5
     assert objective.loss(scores, Question({}, labels)).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("head", ["classifier", "masked-lm"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_every_parameter_is_used_where_several_processes_do_not_look_for_unused_ones(name: str, head: str) -> None:
+    """torch's DistributedDataParallel fails in the second step on one that is not, unless it is told to look."""
+    model = build_model(name, head, **(MODERNBERT if name == "modernbert" else {})).train()
+    ids = torch.randint(5, 30, (2, 7))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum().backward()
+    assert [parameter for parameter, values in model.named_parameters() if values.grad is None] == []
 
 
 HISTORY = [

@@ -51,9 +51,10 @@ class Classification:
 
 
 def balanced_weights(task: Task, labels: Sequence[float]) -> Tensor:
-    """n / (classes * n_c) for each class c: every class counts alike, and the mean weight of an example is 1.
+    """n / (k * n_c) for each class c of the k that have examples, so that all count alike; 0 for the others.
 
-    A class without examples has weight 0.
+    The mean weight of an example is 1.
     """
     counts = torch.bincount(torch.tensor(labels).long(), minlength=len(task.labels))
-    return torch.where(counts > 0, len(labels) / (len(task.labels) * counts.clamp_min(1)), 0.0)
+    present = counts > 0
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp_min(1)), 0.0)
