@@ -117,7 +117,9 @@ def sweep_table(rows: Sequence[Row]) -> str:
         mine = ways[task, (epochs, rate, batch)]
         name = f"{task}, {mine[0].metric.replace('_', ' ')}"
         lowest = min(row.score for row in mine)
-        lines.append(f"| {name} | {epochs:g} | {rate:g} | {batch} | {mean:.4f} | {lowest:.4f} | {len(mine)} |")
+        # By name: means over different seeds are no match for each other.
+        seeds = ", ".join(str(row.seed) for row in mine)
+        lines.append(f"| {name} | {epochs:g} | {rate:g} | {batch} | {mean:.4f} | {lowest:.4f} | {seeds} |")
     return "\n".join(lines)
 
 

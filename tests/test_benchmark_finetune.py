@@ -141,10 +141,10 @@ def test_a_sweep_is_summed_up_best_first() -> None:
             "cola", seed, "dense", 1, 1, "labels", 3, learning_rate, 32, "matthews_correlation", score, 1.0, "cpu"
         )
 
-    table = sweep_table([row(5e-5, 0, 0.30), row(5e-5, 1, 0.34), row(1e-4, 0, 0.36), row(1e-4, 1, 0.40)])
+    table = sweep_table([row(5e-5, 0, 0.30), row(5e-5, 1, 0.34), row(1e-4, 0, 0.36), row(1e-4, 2, 0.40)])
     assert table.splitlines()[2:] == [
-        "| cola, matthews correlation | 3 | 0.0001 | 32 | 0.3800 | 0.3600 | 2 |",
-        "| cola, matthews correlation | 3 | 5e-05 | 32 | 0.3200 | 0.3000 | 2 |",
+        "| cola, matthews correlation | 3 | 0.0001 | 32 | 0.3800 | 0.3600 | 0, 2 |",
+        "| cola, matthews correlation | 3 | 5e-05 | 32 | 0.3200 | 0.3000 | 0, 1 |",
     ]
 
 
