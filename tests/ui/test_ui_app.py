@@ -33,6 +33,7 @@ def test_help_needs_neither_torch_nor_gradio() -> None:
         (["--host", "::"], "--host :: lets other machines in"),
         (["--host", "192.168.0.1"], "--host 192.168.0.1 lets other machines in"),
         (["--host", "localhost.example"], "--host localhost.example lets other machines in"),
+        (["--host", "", "--auth", "ada:b"], "--host must be an address"),
         (["--auth", "ada"], "--auth must be USER:PASSWORD, neither of them empty"),
         (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
         (["--auth", "ada:"], "--auth must be USER:PASSWORD"),

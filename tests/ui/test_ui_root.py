@@ -120,10 +120,12 @@ def test_a_default_output_that_leads_out_is_refused(root: Root, tmp_path: Path) 
         root.check(config)
 
 
-def test_a_training_does_not_go_on_outside(root: Root, tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", ["new.partial", "new.partial/checkpoint-1"])
+def test_a_training_does_not_go_on_outside(root: Root, tmp_path: Path, link: str) -> None:
     config = FinetuneConfig(model="model", task="sst2", output="new", resume=True)
     root.check(config)
-    (root.directory / "new.partial").symlink_to(tmp_path / "outside")
+    (root.directory / link).parent.mkdir(exist_ok=True)
+    (root.directory / link).symlink_to(tmp_path / "outside")
     with pytest.raises(ConfigError, match=LEADS_OUT):
         root.check(config)
 
