@@ -92,6 +92,14 @@ def test_a_refusal_is_one_line(client: Client, name: str, options: dict[str, str
     assert "\n" not in str(refusal.value)
 
 
+def test_a_job_that_is_refused_is_a_view_too(client: Client) -> None:
+    job = client.submit(model="../x", rank="4", api_name="/compress")
+    with pytest.raises(AppError, match="lies outside of"):
+        job.result(timeout=60)
+    ((state, *_),) = job.outputs()
+    assert "error:</strong> --model ../x lies outside of" in state
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/dense/config.json", "dense/config.json", "../{root}"])
 def test_no_file_is_served_but_the_downloads(address: str, root: Path, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:

@@ -221,6 +221,8 @@ def test_a_job_is_cancelled_by_its_button_and_by_closing_the_page(visit: Visit, 
     visit.fill("finetune", **endless, output="first")
     visit.start("finetune")
     visit.state("finetune").get_by_role("progressbar").wait_for(timeout=PATIENCE)
+    # However long the word takes to reach the job, nothing that it says meanwhile is the last one.
+    visit.page.route("**/cancel", lambda route: (time.sleep(1), route.continue_()))
     visit.page.locator("#finetune-cancel").click()
     visit.state("finetune").get_by_text("Cancelled").wait_for(timeout=PATIENCE)
     visit.can_start("finetune")

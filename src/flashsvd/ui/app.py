@@ -54,6 +54,8 @@ def _credentials(text: str | None) -> tuple[str, str] | None:
 def _check_address(host: str, port: int, has_auth: bool) -> None:
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port must be from 1 to 65535, got {port}")
+    if not host.strip():
+        raise ConfigError("--host must be an address; give 0.0.0.0 for all that this machine has")
     if not _is_loopback(host) and not has_auth:
         raise ConfigError(f"--host {host} lets other machines in; give visitors a password with --auth USER:PASSWORD")
 

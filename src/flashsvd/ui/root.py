@@ -89,11 +89,16 @@ def _links(top: Path) -> Iterator[Path]:
 
 
 def _beside(target: Path, name: str) -> Iterator[Path]:
-    """Links beside a target that its writing would go through, such as the working directory of a training."""
+    """Links beside a target, or below what is there, that its writing would go through.
+
+    The working directory of a training is there, which one that is resumed reads too.
+    """
     if target.parent.is_dir():
         for entry in os.scandir(target.parent):
-            if entry.is_symlink() and entry.name.startswith((f"{target.name}.", f"{name}.")):
-                yield Path(entry.path)
+            if entry.name.startswith((f"{target.name}.", f"{name}.")):
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                yield from _links(_real(Path(entry.path)))
 
 
 def _real(path: Path) -> Path:
