@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import ipaddress
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from flashsvd import cli
@@ -93,7 +95,10 @@ def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> No
         theme=theme(), css=CSS, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    # Not the page: it would wait for visitors whose connections stay open.
+    machine.close()
 
 
 if __name__ == "__main__":
