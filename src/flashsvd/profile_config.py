@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
-from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
+from flashsvd.options import check_choices, check_count, check_not_empty, check_switches, option, take_plain_types
 from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
@@ -66,6 +66,7 @@ class ProfileConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
+        check_switches(self)
         for name in ("batch_size", "seq_len", "max_eval_samples"):
             check_count(name, getattr(self, name), optional=True)
         for name in ("micro_batches", "runs"):

@@ -140,8 +140,8 @@ def _comparison_form(tab: Tab) -> Form:
             return SavedProfile(name)
         return config_from(tab.config_class, names, values, checkpoint=name)
 
-    def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
-        named = [line.strip() for line in checkpoints.splitlines() if line.strip()]
+    def configs(checkpoints: str | None, *values: Any) -> tuple[Any, ...]:
+        named = [line.strip() for line in (checkpoints or "").splitlines() if line.strip()]
         # Without any, the config says what is missing.
         return tuple(config(name, values) for name in named or [""])
 
@@ -222,7 +222,7 @@ def _info_tab(site: Site) -> None:
         with gr.Column(scale=7, min_width=320):
             state, result, data, info = _info_view("info")
 
-    def read(checkpoint: str) -> Iterator[tuple[Any, ...]]:
+    def read(checkpoint: str | None) -> Iterator[tuple[Any, ...]]:
         try:
             yield show_info(site.root, site.downloads, checkpoint)
         except REFUSALS as error:

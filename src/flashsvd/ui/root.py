@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -62,9 +63,15 @@ class Root:
 
     def _resolve(self, option: str, text: str) -> Path:
         try:
-            return _real(self.directory / Path(text).expanduser())
+            path = _real(self.directory / Path(text).expanduser())
+            # What is too long goes unnoticed until somebody looks.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+            return path
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{option} {text!r} cannot be a path: {error}") from error
+            shown = text if len(text) <= 200 else f"{text[:200]}..."
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(f"{option} {shown!r} cannot be a path: {reason}") from error
 
     def _holds(self, path: Path) -> bool:
         return path.is_relative_to(self.directory)
