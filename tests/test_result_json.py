@@ -23,7 +23,7 @@ def test_a_report_has_every_field_in_json(make_model: MakeModel, tmp_path: Path)
 
 def test_so_has_the_result_of_a_training() -> None:
     values = {field.name: 1 for field in dataclasses.fields(TrainingRecord)}
-    record = TrainingRecord(**values)  # type: ignore[arg-type]  # what is in it does not matter here
+    record = TrainingRecord(**values)  # what is in it does not matter here
     result = FinetuneResult(
         output=Path("out"), record=record, metrics={"accuracy": 0.5}, curve=(), parameters=2, trainable=1,
         train_samples=3, eval_samples=4, seconds=1.5, device="cpu",
