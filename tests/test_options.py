@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import MakeModel
-from flashsvd import CompressConfig, EvalConfig, run_compress
+from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, run_compress
 from flashsvd.device import BACKENDS
 from flashsvd.errors import ConfigError
 from flashsvd.kernels.launch import Backend
@@ -28,6 +28,14 @@ def test_numpy_numbers_stand_for_plain_ones() -> None:
     assert (type(config.rank), config.rank, type(config.seed)) == (int, 8, int)
     assert CompressConfig(model="x", ratio=np.float32(0.5)).ratio == 0.5
     assert EvalConfig(checkpoint="x", task="sst2", batch_size=np.int64(4)).batch_size == 4
+
+
+@pytest.mark.parametrize("value", ["no", "", 0, 1, None, []])
+def test_a_switch_is_true_or_false(value: object) -> None:
+    with pytest.raises(ConfigError, match="--overwrite must be "):
+        CompressConfig(model="x", rank=8, overwrite=value)
+    with pytest.raises(ConfigError, match="--resume must be "):
+        FinetuneConfig(model="x", task="sst2", resume=value)
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63, 1.5, "1", True, None])

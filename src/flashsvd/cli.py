@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashsvd._version import __version__
-from flashsvd.errors import FlashSVDError
+from flashsvd.errors import FlashSVDError, one_line
 from flashsvd.options import flag
 
 ERROR = 2
@@ -60,7 +60,7 @@ def run(command: Command, arguments: Sequence[str], prog: str) -> int:
         finally:
             sys.stdout.flush()
     except FlashSVDError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -69,7 +69,7 @@ def run(command: Command, arguments: Sequence[str], prog: str) -> int:
         _abandon_stdout()
         return PIPE_CLOSED
     except OSError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         _abandon_stdout()
         return ERROR
     return 0

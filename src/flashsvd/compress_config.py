@@ -7,7 +7,15 @@ from pathlib import Path
 
 from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
-from flashsvd.options import check_choices, check_count, check_not_empty, check_seed, option, take_plain_types
+from flashsvd.options import (
+    check_choices,
+    check_count,
+    check_not_empty,
+    check_seed,
+    check_switches,
+    option,
+    take_plain_types,
+)
 from flashsvd.ranks import RankRequest
 from flashsvd.tasks import TASKS
 
@@ -87,6 +95,7 @@ class CompressConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
+        check_switches(self)
         check_seed(self.seed)
         self.rank_request()
         check_count("calib_samples", self.calib_samples)

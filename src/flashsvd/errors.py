@@ -37,6 +37,11 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text as a shell and the page show it: all of it, on one line."""
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def library_errors(source: str) -> Iterator[None]:
     """Turn a library's error about a model into a ModelError of one line.

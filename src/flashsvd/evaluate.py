@@ -13,7 +13,7 @@ from flashsvd.device import BACKENDS, DEVICES, DTYPES, resolve_device, resolve_d
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.options import check_choices, check_count, check_not_empty, option, take_plain_types
+from flashsvd.options import check_choices, check_count, check_not_empty, check_switches, option, take_plain_types
 from flashsvd.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class EvalConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
+        check_switches(self)
         for name in ("batch_size", "seq_len", "stride", "max_eval_samples"):
             check_count(name, getattr(self, name), optional=True)
 

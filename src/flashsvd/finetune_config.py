@@ -13,6 +13,7 @@ from flashsvd.options import (
     check_not_empty,
     check_range,
     check_seed,
+    check_switches,
     flag,
     option,
     take_plain_types,
@@ -115,6 +116,7 @@ class FinetuneConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
+        check_switches(self)
         check_seed(self.seed)
         # NumPy, which transformers seeds too, takes no larger one.
         if self.seed >= 1 << 32:

@@ -95,6 +95,14 @@ def check_not_empty(config: Any) -> None:
             raise ConfigError(f"{flag(field.name)} must be a name, got {value!r}; {field.metadata['help']}")
 
 
+def check_switches(config: Any) -> None:
+    """Refuse anything but True or False where that is what an option is: text such as "no" would mean yes."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{flag(field.name)} must be True or False, got {value!r}")
+
+
 def check_seed(value: Any) -> None:
     """Refuse anything but a whole number that seeds torch."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 
 from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.models import architecture_of, base_prefix
-from flashsvd.storage.companions import TOKENIZER_CONFIG, has_tokenizer_files
-from flashsvd.storage.model_files import HubUnreachableError, companion_file
-from flashsvd.storage.verify import INDEX, is_plain_name, weight_files
+from flashsvd.storage.companions import has_tokenizer_files
+from flashsvd.storage.trust import check_tokenizer_config, check_weights
+from flashsvd.storage.verify import INDEX, weight_files
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,9 @@ def load_model(
         options: set on the config, such as `num_labels`.
 
     Raises:
-        ModelError: the weights cannot be had or read, or lack a part of the base model.
+        ModelError: the weights cannot be had or read, lie outside of the model, or lack a part of the base model.
     """
+    check_weights(source, config)
     if Path(source).is_dir() and (Path(source) / INDEX).is_file():
         weight_files(Path(source))
     for name, value in options.items():
@@ -248,24 +248,9 @@ def load_tokenizer(source: str) -> Any:
     # Without any of its files transformers may build an empty tokenizer that maps every word to [UNK].
     if Path(source).is_dir() and not has_tokenizer_files(Path(source)):
         raise ModelError(f"{source} holds no tokenizer; save the base model's tokenizer into it")
-    _check_tokenizer_config(source)
+    check_tokenizer_config(source)
     with library_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-def _check_tokenizer_config(source: str) -> None:
-    """Refuse a config that has the vocabulary read from a file outside of the model."""
-    config: Any = None
-    # What is not there, or no JSON, is for transformers to say.
-    with contextlib.suppress(HubUnreachableError, OSError, ValueError):
-        if file := companion_file(source, TOKENIZER_CONFIG):
-            config = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("vocab", "merges"):
-        value = config.get(name) if isinstance(config, dict) else None
-        if isinstance(value, str) and not is_plain_name(value):
-            raise ModelError(
-                f"{TOKENIZER_CONFIG} of {source} names {value!r}, which lies outside the model; do not trust it"
-            )
 
 
 def check_tokenizer(tokenizer: Any, source: str, *, masks: bool = False) -> None:

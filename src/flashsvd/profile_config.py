@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from flashsvd.device import DEVICES, DTYPES
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.options import check_choices, check_count, check_not_empty, check_range, option, take_plain_types
+from flashsvd.options import (
+    check_choices,
+    check_count,
+    check_not_empty,
+    check_range,
+    check_switches,
+    option,
+    take_plain_types,
+)
 from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
@@ -70,6 +78,7 @@ class ProfileConfig:
         take_plain_types(self)
         check_choices(self)
         check_not_empty(self)
+        check_switches(self)
         for name in ("batch_size", "seq_len", "max_eval_samples", "new_tokens"):
             check_count(name, getattr(self, name), optional=True)
         for name in ("micro_batches", "runs"):

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashsvd.factorize import FactoredMatrix
 from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.plain import plain
 from flashsvd.tables import html_table
 
 log = logging.getLogger("flashsvd")
@@ -31,6 +33,11 @@ class CompressReport:
     matrices: tuple[FactoredMatrix, ...]
     bytes_on_disk: int
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        as_json: dict[str, Any] = plain(self)
+        return as_json
 
     def __str__(self) -> str:
         return "\n".join([*(group_line(group) for group in group_matrices(self.matrices)), *self.summary()])

@@ -190,6 +190,30 @@ def test_a_half_written_checkpoint_does_not_count(interrupted: dict[str, Any], t
     assert result.record.steps == 12
 
 
+def test_the_best_weights_are_those_of_its_own_checkpoint(interrupted: dict[str, Any], tmp_path: Path) -> None:
+    """Wherever the working directory was when they were noted."""
+    own, elsewhere = tmp_path / "out.partial" / "checkpoint-6", tmp_path / "elsewhere" / "checkpoint-6"
+    best = load_file(own / "model.safetensors")
+    elsewhere.mkdir(parents=True)
+    others = {name: torch.zeros_like(tensor) for name, tensor in best.items()}
+    save_file(others, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    state = json.loads((own / "trainer_state.json").read_text())
+    noted = {"best_model_checkpoint": str(elsewhere), "best_metric": 2.0, "best_global_step": 6}
+    (own / "trainer_state.json").write_text(json.dumps(state | noted))
+    finetune(**interrupted, resume=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize("name", ["..", "checkpoint-5"])
+def test_a_best_checkpoint_that_is_not_there_is_refused(interrupted: dict[str, Any], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out.partial" / "checkpoint-6" / "trainer_state.json"
+    noted = {"best_model_checkpoint": f"elsewhere/{name}"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | noted))
+    with pytest.raises(CheckpointError, match="the best so far; remove it to start anew"):
+        finetune(**interrupted, resume=True)
+
+
 @pytest.mark.parametrize("change", ["lost", "misshapen"])
 def test_a_checkpoint_of_other_tensors_is_refused(interrupted: dict[str, Any], tmp_path: Path, change: str) -> None:
     """The Trainer itself would warn, and go on with what the model had before."""

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ui_server import free_port
+from gradio_client import Client
+from ui_server import fill_root, free_port
 
 from flashsvd.ui.app import main
 
@@ -33,6 +35,7 @@ def test_help_needs_neither_torch_nor_gradio() -> None:
         (["--host", "::"], "--host :: lets other machines in"),
         (["--host", "192.168.0.1"], "--host 192.168.0.1 lets other machines in"),
         (["--host", "localhost.example"], "--host localhost.example lets other machines in"),
+        (["--host", "", "--auth", "ada:b"], "--host must be an address"),
         (["--auth", "ada"], "--auth must be USER:PASSWORD, neither of them empty"),
         (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
         (["--auth", "ada:"], "--auth must be USER:PASSWORD"),
@@ -64,17 +67,30 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_page_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", str(free_port()), "--root", str(tmp_path)]
+    fill_root(tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", str(port), "--root", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("flashsvd is at http://127.0.0.1:")
+        # A training that ends when it is told to; its visitor stays connected.
+        options = {"model": "dense", "task": "sst2", "data": "data", "epochs": "1e6", "output": "endless"}
+        visitor = Client(f"http://127.0.0.1:{port}", verbose=False)
+        visitor.submit(**options, api_name="/finetune")
+        until((tmp_path / "endless.partial").is_dir)
         started = children(server.pid)
-        # The one that waits for a job, at least.
         assert started
         server.send_signal(how)
-        assert server.wait(60) == (0 if how == signal.SIGTERM else -how)
+        assert server.wait(60) == (-how if how == signal.SIGKILL else 0)
+        assert server.stdout.read() == ""
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    assert not (tmp_path / "endless").exists()
+    assert not [path for path in tmp_path.rglob("*") if "writing-" in path.name]
+
+
+def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
+    while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
 

@@ -83,13 +83,28 @@ def test_a_training_can_be_called(client: Client, root: Path) -> None:
         ("/info", {"checkpoint": "/"}, "checkpoint / lies outside of"),
         ("/info", {"checkpoint": "dense"}, "dense has no compression_info.json"),
         ("/info", {"checkpoint": " "}, "name a checkpoint"),
+        ("/info", {"checkpoint": None}, "name a checkpoint"),
+        ("/profile", {"checkpoints": None}, "--checkpoint must be a name"),
+        (
+            "/compress",
+            {"model": "dense", "rank": "4", "overwrite": "no"},
+            "--overwrite must be True or False, got 'no'",
+        ),
     ],
 )
-def test_a_refusal_is_one_line(client: Client, name: str, options: dict[str, str], says: str) -> None:
+def test_a_refusal_is_one_line(client: Client, name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(AppError) as refusal:
         client.predict(**options, api_name=name)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_job_that_is_refused_is_a_view_too(client: Client) -> None:
+    job = client.submit(model="../x", rank="4", api_name="/compress")
+    with pytest.raises(AppError, match="lies outside of"):
+        job.result(timeout=60)
+    ((state, *_),) = job.outputs()
+    assert "error:</strong> --model ../x lies outside of" in state
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/dense/config.json", "dense/config.json", "../{root}"])

@@ -13,7 +13,7 @@ from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig
 from flashsvd.compress_config import METHODS
 from flashsvd.compression import METHODS as REGISTRY
 from flashsvd.errors import ConfigError
-from flashsvd.ui.widgets import config_from, widgets_for
+from flashsvd.ui.widgets import config_from, label_of, widgets_for
 
 CASES = [
     (CompressConfig, {"model": "x", "rank": 8}),
@@ -36,10 +36,21 @@ def test_each_field_has_a_widget_with_its_own_help_and_default(config_class: Any
     assert next(iter(made)) == "task"
     for name, widget in made.items():
         assert widget.info == fields[name].metadata["help"]
-        assert widget.label.lower() == name.replace("_", " ")
+        assert widget.label == label_of(name)
         assert widget.elem_id == f"tab-{name.replace('_', '-')}"
     values = [given.get(name, widget.value) for name, widget in made.items()]
     assert config_from(config_class, list(made), values) == config_class(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("model", "Model"), ("calib_seq_len", "Calibration sequence length"), ("asvd_search", "ASVD search"),
+        ("rank_ffn", "Rank feed-forward"), ("qkv", "Q, K, V"), ("state_dict", "State dict"), ("stats", "Statistics"),
+    ],
+)  # fmt: skip
+def test_a_label_is_the_name_in_whole_words(name: str, label: str) -> None:
+    assert label_of(name) == label
 
 
 def test_choices_and_suggestions_are_offered() -> None:

@@ -39,7 +39,7 @@ from flashsvd.training.output import (
 from flashsvd.training.result import FinetuneResult
 from flashsvd.training.rows import Collate
 from flashsvd.training.teacher import TeacherPlan
-from flashsvd.training.workplace import Workplace, check_checkpoint
+from flashsvd.training.workplace import Workplace, check_checkpoint, keep_best_here
 
 log = logging.getLogger("flashsvd")
 
@@ -193,6 +193,7 @@ class TrainingJob:
         if checkpoint is not None:
             log.info("going on from %s", checkpoint)
             check_checkpoint(trainer.model, checkpoint)
+            keep_best_here(checkpoint)
         elif self.workplace.resumes:
             log.info("%s holds no checkpoint yet; starting anew", self.workplace.directory)
         try:

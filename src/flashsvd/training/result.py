@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from flashsvd.storage.plain import plain
 from flashsvd.storage.training_file import TrainingRecord
 from flashsvd.tables import html_table, score_text
 from flashsvd.training.curve import Point
@@ -36,6 +38,11 @@ class FinetuneResult:
     eval_samples: int
     seconds: float
     device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        as_json: dict[str, Any] = plain(self)
+        return as_json
 
     def __str__(self) -> str:
         r = self.record

@@ -19,6 +19,7 @@ from typing import Any
 from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.finetune_config import FinetuneConfig
 from flashsvd.options import flag
+from flashsvd.storage.atomic import write_text
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 
 CONFIG_FILE = "finetune_config.json"
@@ -125,6 +126,26 @@ def check_checkpoint(model: Any, checkpoint: Path) -> None:
     wanted = {name: tuple(t.shape) for name, t in state.items() if name in found or t.data_ptr() not in written}
     compare_tensors(wanted, found, str(checkpoint))
     check_no_extra(set(state), found, str(checkpoint))
+
+
+def keep_best_here(checkpoint: Path) -> None:
+    """Make the best checkpoint so far the one beside this: the working directory may have been moved.
+
+    The Trainer would take the best weights from wherever its state says, or forget them where nothing is there.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    file = checkpoint / STATE_FILE
+    state = _read(file)
+    noted = state.get("best_model_checkpoint")
+    if noted is None:
+        return
+    best = checkpoint.with_name(Path(str(noted)).name or checkpoint.name)
+    if not re.fullmatch(r"checkpoint-\d+", best.name) or not best.is_dir():
+        raise CheckpointError(f"{checkpoint.parent} lacks {noted}, the best so far; remove it to start anew")
+    if str(best) != noted:
+        write_text(file, json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2) + "\n")
 
 
 def _step(checkpoint: Path) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import ipaddress
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from flashsvd import cli
@@ -54,6 +56,8 @@ def _credentials(text: str | None) -> tuple[str, str] | None:
 def _check_address(host: str, port: int, has_auth: bool) -> None:
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port must be from 1 to 65535, got {port}")
+    if not host.strip():
+        raise ConfigError("--host must be an address; give 0.0.0.0 for all that this machine has")
     if not _is_loopback(host) and not has_auth:
         raise ConfigError(f"--host {host} lets other machines in; give visitors a password with --auth USER:PASSWORD")
 
@@ -91,7 +95,10 @@ def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> No
         theme=theme(), css=CSS, prevent_thread_lock=True,
     )  # fmt: skip
     print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    # Not the page: it would wait for visitors whose connections stay open.
+    machine.close()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ def failed(text: str) -> str:
     return _state(f'<p class="failed" role="alert"><strong>error:</strong> {escape(text)}</p>')
 
 
+def cancelled() -> str:
+    return _state('<p class="cancelled" role="status">Cancelled</p>')
+
+
+def is_end(markup: str) -> bool:
+    """Whether a state is the last one of a job."""
+    return any(f'<p class="{name}"' in markup for name in ("done", "failed", "cancelled"))
+
+
 def result(shown: Shown) -> str:
     """A result's pictures, beside or below each other, then its table; or its text, then its pictures."""
     figures = "".join(map(_figure, shown.pictures))

@@ -12,7 +12,7 @@ import gradio as gr
 
 from flashsvd._version import __version__
 from flashsvd.compress_config import CompressConfig
-from flashsvd.errors import FlashSVDError
+from flashsvd.errors import FlashSVDError, one_line
 from flashsvd.evaluate import EvalConfig
 from flashsvd.finetune_config import FinetuneConfig
 from flashsvd.profile_config import ProfileConfig
@@ -140,8 +140,8 @@ def _comparison_form(tab: Tab) -> Form:
             return SavedProfile(name)
         return config_from(tab.config_class, names, values, checkpoint=name)
 
-    def configs(checkpoints: str, *values: Any) -> tuple[Any, ...]:
-        named = [line.strip() for line in checkpoints.splitlines() if line.strip()]
+    def configs(checkpoints: str | None, *values: Any) -> tuple[Any, ...]:
+        named = [line.strip() for line in (checkpoints or "").splitlines() if line.strip()]
         # Without any, the config says what is missing.
         return tuple(config(name, values) for name in named or [""])
 
@@ -171,15 +171,16 @@ def _job_tab(site: Site, tab: Tab) -> None:
         try:
             job_of(values)
         except REFUSALS as error:
-            yield (markup.failed(_one_line(error)), "", "", *no_files(), *_ready())
-            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(one_line(error)), "", "", *no_files(), *_ready())
+            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
         yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
         try:
             job = job_of(values)
         except REFUSALS as error:
-            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(one_line(error)), "", "", *no_files())
+            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
         yield from watch(site.machine, site.downloads, job)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where Gradio looks for parameters' names
@@ -198,12 +199,13 @@ def _job_tab(site: Site, tab: Tab) -> None:
         concurrency_limit=1,
         api_name=tab.command,
     )
-    ran.then(_ready, None, buttons, show_progress="hidden", queue=False, api_visibility="private")
-    # First the job, so that nothing it still says comes after the last word.
-    cancel.click(None, cancels=[ran]).then(
-        lambda: (markup.state("Cancelled"), *_ready()), None, [view[0], *buttons],
-        show_progress="hidden", queue=False, api_visibility="private",
-    )  # fmt: skip
+    # Of the run itself, so that nothing it still says comes later; the page tells a failure apart from other ends.
+    for over in (ran.then, ran.failure):
+        over(
+            _last_word, view[0], [view[0], *buttons],
+            show_progress="hidden", queue=False, api_visibility="private",
+        )  # fmt: skip
+    cancel.click(None, cancels=[ran])
 
 
 def _info_tab(site: Site) -> None:
@@ -220,12 +222,12 @@ def _info_tab(site: Site) -> None:
         with gr.Column(scale=7, min_width=320):
             state, result, data, info = _info_view("info")
 
-    def read(checkpoint: str) -> Iterator[tuple[Any, ...]]:
+    def read(checkpoint: str | None) -> Iterator[tuple[Any, ...]]:
         try:
             yield show_info(site.root, site.downloads, checkpoint)
         except REFUSALS as error:
-            yield (markup.failed(_one_line(error)), "", *no_files())
-            raise gr.Error(_one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(one_line(error)), "", *no_files())
+            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
 
     outputs = [state, result, data, info]
     gr.on([show.click, checkpoint.submit], read, checkpoint, outputs, show_progress="hidden", api_name="info")
@@ -276,5 +278,6 @@ def _ready() -> tuple[Any, Any]:
     return gr.Button(interactive=True), gr.Button(interactive=False)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _last_word(state: str) -> tuple[Any, ...]:
+    """The state to leave when a run is over, however it ended: one that was cancelled could not say so itself."""
+    return (gr.skip() if markup.is_end(state) else markup.cancelled(), *_ready())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from flashsvd.storage.metadata import INFO_FILE
@@ -15,7 +13,7 @@ from flashsvd.ui.news import Picture, Shown
 
 def present(results: tuple[Any, ...]) -> Shown:
     """One result, or several of the same kind."""
-    data = [_json(result) for result in results]
+    data = [result.to_json() for result in results]
     return Shown(
         text="\n\n".join(map(_text, results)),
         data=data[0] if len(data) == 1 else data,
@@ -40,19 +38,6 @@ def _table(results: tuple[Any, ...]) -> str | None:
     from flashsvd.profiling.result import ProfileResult
 
     return "".join(r._repr_html_() for r in results) if isinstance(results[0], ProfileResult) else None
-
-
-def _json(result: Any) -> Any:
-    return result.to_json() if hasattr(result, "to_json") else _plain(dataclasses.asdict(result))
-
-
-def _plain(value: Any) -> Any:
-    """Without paths and tuples, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _info_file(result: Any) -> tuple[str, bytes] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -62,9 +63,15 @@ class Root:
 
     def _resolve(self, option: str, text: str) -> Path:
         try:
-            return _real(self.directory / Path(text).expanduser())
+            path = _real(self.directory / Path(text).expanduser())
+            # What is too long goes unnoticed until somebody looks.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+            return path
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{option} {text!r} cannot be a path: {error}") from error
+            shown = text if len(text) <= 200 else f"{text[:200]}..."
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(f"{option} {shown!r} cannot be a path: {reason}") from error
 
     def _holds(self, path: Path) -> bool:
         return path.is_relative_to(self.directory)
@@ -89,11 +96,16 @@ def _links(top: Path) -> Iterator[Path]:
 
 
 def _beside(target: Path, name: str) -> Iterator[Path]:
-    """Links beside a target that its writing would go through, such as the working directory of a training."""
+    """Links beside a target, or below what is there, that its writing would go through.
+
+    The working directory of a training is there, which one that is resumed reads too.
+    """
     if target.parent.is_dir():
         for entry in os.scandir(target.parent):
-            if entry.is_symlink() and entry.name.startswith((f"{target.name}.", f"{name}.")):
-                yield Path(entry.path)
+            if entry.name.startswith((f"{target.name}.", f"{name}.")):
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                yield from _links(_real(Path(entry.path)))
 
 
 def _real(path: Path) -> Path:

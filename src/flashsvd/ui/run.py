@@ -20,7 +20,8 @@ from flashsvd.ui.news import Bar, Failed, Line, Shown
 TICK = 0.5
 # Seconds between two changes of the page, however much a job says.
 _PAUSE = 0.25
-_LINES = 2000
+# What is kept of a log, and shown of it: its end.
+_LINES, _CHARACTERS = 500, 50_000
 
 WAITING = "Waiting for its turn: one job runs at a time"
 
@@ -46,7 +47,7 @@ class _Seen:
                 self.bar = news
 
     def log(self) -> str:
-        return "\n".join(self.lines)
+        return "\n".join(self.lines)[-_CHARACTERS:]
 
     def view(self) -> View:
         return (markup.state(self.what, self.bar), self.log(), "", *no_files())

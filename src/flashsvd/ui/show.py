@@ -15,13 +15,13 @@ from flashsvd.ui.root import Root
 from flashsvd.ui.run import files
 
 
-def show_info(root: Root, downloads: Downloads, checkpoint: str) -> tuple[Any, ...]:
+def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple[Any, ...]:
     """The view of the Info tab: state, result, and the two downloads.
 
     Raises:
         FlashSVDError: it lies outside of the root, or is no compressed checkpoint.
     """
-    name = checkpoint.strip()
+    name = (checkpoint or "").strip()
     if not name:
         raise ConfigError("name a checkpoint, a directory that was written by Compress")
     root.check_path("checkpoint", name, "read")

@@ -14,6 +14,13 @@ import gradio as gr
 # What a menu calls the value None.
 UNSET = "default"
 
+# What the short words of a shell's options stand for.
+_WORDS = {
+    "adasvd": "AdaSVD", "asvd": "ASVD", "attn": "attention", "calib": "calibration", "eval": "evaluation",
+    "ffn": "feed-forward", "json": "file", "len": "length", "qkv": "Q, K, V", "seq": "sequence",
+    "stats": "statistics", "wo": "attention output",
+}  # fmt: skip
+
 
 def widgets_for(config_class: Any, tab: str, essential: Sequence[str], left_out: Iterable[str] = ()) -> dict[str, Any]:
     """Widgets by field name: the essential ones in their order, all others in a fold below them.
@@ -51,8 +58,9 @@ def config_from(config_class: Any, names: Sequence[str], values: Sequence[Any], 
 
 
 def label_of(name: str) -> str:
-    """`calib_data` -> `Calib data`."""
-    return name.replace("_", " ").capitalize()
+    """`calib_data` -> `Calibration data`."""
+    text = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    return text[0].upper() + text[1:]
 
 
 def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:

@@ -17,9 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from flashsvd.errors import FlashSVDError, first_line
+from flashsvd.errors import FlashSVDError, first_line, one_line
 from flashsvd.ui.jobs import Job, prepare_imports, run_job
 from flashsvd.ui.news import Bar, Failed, Line
+
+# Characters of one message.
+_LONGEST = 4000
 
 
 def main(pipe: Connection) -> None:
@@ -63,17 +66,18 @@ def _run(job: Job, outlet: Outlet) -> None:
 
         outlet.send(present(run_job(job)))
     except FlashSVDError as error:
-        outlet.send(Failed(_one_line(error)))
+        outlet.send(Failed(_shortened(one_line(error))))
     except OSError as error:
         # As in a shell: the file system's own words.
-        outlet.send(Failed(_one_line(error)))
+        outlet.send(Failed(_shortened(one_line(error))))
     except Exception as error:
-        outlet.send(Line(traceback.format_exc().rstrip()))
-        outlet.send(Failed(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)"))
+        outlet.send(Line(_shortened(traceback.format_exc().rstrip())))
+        outlet.send(Failed(_shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _shortened(text: str) -> str:
+    """Text without its middle, where it quotes so much of somebody's file that the page should not hold it."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class _LogHandler(logging.Handler):
@@ -83,7 +87,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        self._outlet.send(Line(warning + record.getMessage()))
+        self._outlet.send(Line(_shortened(warning + record.getMessage())))
 
 
 def _report_log(outlet: Outlet) -> None:
