@@ -17,7 +17,7 @@ import torch
 from conftest import SIZES, MakeModel, build_model
 from flashsvd import CompressConfig, EvalConfig, ProfileConfig, ProfileResult, run_compress, run_eval, run_profile
 from flashsvd.cli import main
-from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError
+from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.profile_config import VARIANTS
 from flashsvd.profiling import variants
@@ -234,6 +234,11 @@ def test_variants_of_the_checkpoint_alone_need_no_base_model(config: MakeConfig,
 def test_a_checkpoint_without_a_task_needs_one_named(make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match="does not say which task it is for; name one with --task"):
         run_profile(ProfileConfig(checkpoint=str(make_model())))
+
+
+def test_a_mistyped_checkpoint_is_what_the_error_is_about() -> None:
+    with pytest.raises(ModelError, match="cannot get 'compressed_models/mistyped' from the hub"):
+        run_profile(ProfileConfig(checkpoint="compressed_models/mistyped"))
 
 
 def test_files_are_written_to_a_directory_and_only_there(config: MakeConfig, tmp_path: Path) -> None:

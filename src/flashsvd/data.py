@@ -53,9 +53,10 @@ def load_examples(
         raise DataError(f"{where} holds no examples")
     missing = [name for name in (*task.columns, "label") if name not in rows[0]]
     if missing:
+        noun = "column" if len(missing) == 1 else "columns"
         headless = len(missing) > len(task.columns)
         raise DataError(
-            f"{where} lacks the column {', '.join(missing)}; {task.name} needs {', '.join(task.columns)} and label, "
+            f"{where} lacks the {noun} {', '.join(missing)}; {task.name} needs {', '.join(task.columns)} and label, "
             f"it has {', '.join(map(str, rows[0]))}"
             + ("; put a first line that names the columns into the file" if headless else "")
         )

@@ -121,14 +121,18 @@ def _task(config: ProfileConfig) -> Task:
 
     Raises:
         ConfigError: neither names one.
+        ModelError: there is no such checkpoint.
     """
     from flashsvd.io import find_info
-    from flashsvd.pretrained import locate
+    from flashsvd.pretrained import load_config, locate
     from flashsvd.tasks import get_task
 
     if config.task is not None:
         return get_task(config.task)
-    info = find_info(locate(config.checkpoint))
+    source = locate(config.checkpoint)
+    # A name that the hub does not have, or cannot be asked about, is not one that says nothing of its task.
+    load_config(source)
+    info = find_info(source)
     if info is None or info.task is None:
         raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
     return get_task(info.task)
