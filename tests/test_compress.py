@@ -92,7 +92,12 @@ def test_checkpoint_is_smaller_by_the_ratio_it_claims(make_model: MakeModel, tmp
     assert abs(dense_size - report.bytes_on_disk - 4 * (p["dense"] - p["compressed"])) < headers
 
 
-def test_default_output_is_named_after_model_method_and_ranks() -> None:
+def test_default_output_is_named_after_model_method_and_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    for model, name in ((str(tmp_path / "link"), "link"), (".", "real"), ("..", tmp_path.name)):
+        assert CompressConfig(model=model, ratio=0.5).output_directory("drone").name == f"{name}_drone_p0.5"
     assert CompressConfig(model="org/bert-x", rank=64).output_directory("standard") == Path(
         "compressed_models/bert-x_standard_r64"
     )

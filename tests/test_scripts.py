@@ -168,6 +168,28 @@ def test_a_script_profiles_a_checkpoint_that_is_there(
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "no/such/file.tsv"], "no/such/file.tsv"),
+        (["--task", "perplexity"], "is no causal language model"),
+        (["--task", "no-such-task"], "no-such-task"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_compression(
+    options: list[str],
+    says: str,
+    material: Callable[[str], Material],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = material("BERT/profile_svd.py")
+    monkeypatch.setattr("flashsvd.scripts.run_compress", lambda config: pytest.fail("it was compressed"))
+    given = ["--model", str(made.model), "--data", str(made.data), *options]
+    assert compress_and_profile_script("about", {"task": "sst2", "ratio": 0.5}, given) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--checkpoint", "x", "--ratio", "0.3"], "--ratio is for compressing a model; leave out it or --checkpoint"),

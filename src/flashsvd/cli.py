@@ -278,7 +278,7 @@ def config_from(options: argparse.Namespace, config_class: Any) -> Any:
     return config_class(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)})
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -292,7 +292,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-_READERS: dict[type, Callable[[str], Any]] = {str: str, int: _whole_number, float: _number}
+_READERS: dict[type, Callable[[str], Any]] = {str: str, int: whole_number, float: _number}
 
 
 def _plain_type(annotation: Any) -> type:

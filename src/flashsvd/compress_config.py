@@ -117,7 +117,9 @@ class CompressConfig:
         """Where the checkpoint goes."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        name = Path(self.model).expanduser().resolve().name if Path(self.model).is_dir() else self.model.split("/")[-1]
+        directory = Path(self.model).expanduser()
+        # A link goes by its own name; `.` and `..` have none.
+        named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
         label = "ranks-json" if self.ranks_json else self.rank_request().label
         layout = "_per-head" if self.qkv == "per-head" else ""
-        return Path(OUTPUT_ROOT) / f"{name}_{method}_{label}{layout}"
+        return Path(OUTPUT_ROOT) / f"{named.name}_{method}_{label}{layout}"

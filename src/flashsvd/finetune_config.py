@@ -157,5 +157,7 @@ class FinetuneConfig:
         """Where the trained model goes."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        name = Path(self.model).expanduser().resolve().name if Path(self.model).is_dir() else self.model.split("/")[-1]
-        return Path(OUTPUT_ROOT) / f"{name}_{self.task or self.mode}"
+        directory = Path(self.model).expanduser()
+        # A link goes by its own name; `.` and `..` have none.
+        named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
+        return Path(OUTPUT_ROOT) / f"{named.name}_{self.task or self.mode}"

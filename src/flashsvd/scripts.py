@@ -91,10 +91,30 @@ def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict
         config = CompressConfig(**merged, output=str(scratch / config.output_directory(config.method).name))
     options.checkpoint = config.output
     # What it refuses, it refuses before the compression.
-    config_from(options, ProfileConfig)
+    _check_profile(config_from(options, ProfileConfig), config)
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
     run_compress(config)
+
+
+def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
+    """Refuse what would be refused after the compression.
+
+    Raises:
+        FlashSVDError: the method or the task is not known, its data cannot be had, or the model does not fit it.
+    """
+    from flashsvd.compression import get_method
+    from flashsvd.evaluation.subject import Subject
+    from flashsvd.evaluation.workload import load_data
+    from flashsvd.tasks import get_task
+
+    get_method(compression.method)
+    name = profile.task or compression.task
+    if name is None:
+        raise ConfigError("what to score on is not known; name a task with --task")
+    task = get_task(name)
+    Subject.find(compression.model, task)
+    load_data(task, profile.data, profile.max_eval_samples)
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

@@ -24,12 +24,14 @@ def definitions(
         prompts: what was generated after; None where nothing was.
     """
     cuda = setting.device.type == "cuda"
-    before = "a pass over the data" if cuda else "a pass over the data for the compiled variant"
+    compiled = any(row.variant == "compiled" and row.status == "ok" for row in rows)
+    warmed = "after a pass over the data and " if cuda else "after "
+    also = " (the compiled variant: a pass over the data)" if compiled and not cuda else ""
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
     return {
         "latency": (
-            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full} after {before} and "
-            f"{WARMUP_FORWARDS} warm-up forwards; tokenizing, scoring and copies of inputs are not counted"
+            f"milliseconds of a forward on {workload.job(subject).timed_forward}{none_full} {warmed}"
+            f"{WARMUP_FORWARDS} warm-up forwards{also}; tokenizing, scoring and copies of inputs are not counted"
         ),
         **memory_definitions(setting),
         "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",

@@ -182,8 +182,8 @@ class ProfileResult:
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         options = ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
         return (
-            f"{self.checkpoint} ({self.method}){against}: {self.task} on {self.num_eval_samples} samples, "
-            f"batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
+            f"{self.checkpoint} ({self.method}){against}: {self.task} on {self.num_eval_samples} samples "
+            f"of {self.data}, batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
             f"timed passes {self.runs}, {dtypes or 'dtype unknown'} on {self.device}{options}"
         )
 

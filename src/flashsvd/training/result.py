@@ -68,5 +68,5 @@ class FinetuneResult:
         r = self.record
         return (
             f"trained {self.trainable:,} of {self.parameters:,} parameters on {self.train_samples} examples, "
-            f"{r.epochs:g} epochs, {r.steps} steps of {r.batch_size}, on {self.device}"
+            f"{r.epochs:g} epoch{'s' * (r.epochs != 1)}, {r.steps} steps of {r.batch_size}, on {self.device}"
         )

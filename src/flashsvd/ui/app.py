@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=PORT, help=f"port to serve on (default: {PORT})")
+    parser.add_argument("--port", type=cli.whole_number, default=PORT, help=f"port to serve on (default: {PORT})")
     parser.add_argument(
         "--host", default=HOST, help=f"address to serve on (default: {HOST}, this machine alone); others need --auth"
     )
@@ -87,13 +87,18 @@ def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> No
     atexit.register(machine.close)
     page = build_page(Site(root, machine, downloads))
     machine.prepare()
-    # No visitor has a file to send: the smallest size that can be set refuses all.
-    page.launch(
-        server_name=host, server_port=port, auth=auth, share=False, inbrowser=False, quiet=True, footer_links=[],
-        run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True,
-        max_file_size=1,
-        theme=theme(), css=CSS, prevent_thread_lock=True,
-    )  # fmt: skip
+    try:
+        # No visitor has a file to send: the smallest size that can be set refuses all.
+        page.launch(
+            server_name=host, server_port=port, auth=auth, share=False, inbrowser=False, quiet=True, footer_links=[],
+            run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True,
+            max_file_size=1,
+            theme=theme(), css=CSS, prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve on port {port} of {host}, which another program may have; choose another --port"
+        ) from error
     print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
