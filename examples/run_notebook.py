@@ -31,7 +31,13 @@ def execute(directory: Path) -> Any:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # The flashsvd that is imported here, wherever the notebook runs; and no progress bars, which nobody watches.
     source = str(Path(flashsvd.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": source, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    # One thread: several wait for one another, and for ever where something else runs too.
+    environment = os.environ | {
+        "PYTHONPATH": source,
+        "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     client = NotebookClient(notebook, timeout=TIMEOUT_S, resources={"metadata": {"path": str(directory)}})
     client.execute(env=environment)
     for cell in notebook.cells:

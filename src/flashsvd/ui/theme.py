@@ -69,6 +69,8 @@ def theme() -> Any:
         font=_SANS,
         font_mono=_MONO,
     ).set(
+        # A button that can be pressed again looks so at once.
+        button_transition="none",
         button_primary_background_fill="#b34a08",
         button_primary_background_fill_hover="#963d05",
         button_primary_background_fill_dark="#b34a08",
