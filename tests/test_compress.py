@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from conftest import ENCODERS, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
@@ -63,6 +64,11 @@ def test_report_and_metadata_say_what_was_really_done(make_model: MakeModel, tmp
     # 20 * (32 + 32) parameters are more than 32 * 32, so the output projections stay dense.
     assert info["module_ranks"]["bert.encoder.layer.1.attention.output.dense"] is None
     model = load_compressed(tmp_path / "out")
+    query = model.bert.encoder.layer[0].attention.self.query
+    dense = load_file(source / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"]
+    error = (torch.linalg.norm(dense - query.v.weight @ query.u.weight) / torch.linalg.norm(dense)).item()
+    assert info["module_errors"]["bert.encoder.layer.0.attention.self.query"] == pytest.approx(error, rel=1e-3)
+    assert info["module_errors"]["bert.encoder.layer.1.attention.output.dense"] is None
     assert info["parameters"]["compressed"] == sum(p.numel() for p in model.parameters())
     assert isinstance(model.bert.encoder.layer[0].attention.self.query, LowRankLinear)
     assert isinstance(model.bert.encoder.layer[0].attention.output.dense, torch.nn.Linear)

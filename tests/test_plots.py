@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashsvd.plots import error_figure, profile_figures, rank_figure
+from flashsvd.plots import layer_figures, profile_figures
 from flashsvd.profiling.result import ProfileResult, Row
 
 
@@ -89,10 +89,28 @@ def test_without_both_scores_there_is_nothing_to_set_against_size(rows: list[Row
 
 def test_each_kind_of_matrix_has_a_line_over_the_layers_with_a_gap_where_it_stayed_dense() -> None:
     ranks = {"encoder.layer.0.query": 8, "encoder.layer.1.query": None, "encoder.layer.0.output.dense": 16}
-    lines = {line.get_label(): line.get_xydata().tolist() for line in rank_figure(ranks).axes[0].lines}
+    figures = layer_figures(ranks, {"layer.0.x": 0.25})
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures["Rank by layer"].axes[0].lines}
     assert lines["output.dense"] == [[0, 16]]
     (first, second) = lines["query"]
     assert first == [0, 8]
     assert second[0] == 1
     assert math.isnan(second[1])
-    assert error_figure({"layer.0.x": 0.25}).axes[0].lines[0].get_xydata().tolist() == [[0, 0.25]]
+    errors = figures["Relative error of the weights by layer"].axes[0].lines[0]
+    assert errors.get_xydata().tolist() == [[0, 0.25]]
+
+
+def test_what_is_not_known_of_the_layers_is_not_drawn() -> None:
+    assert layer_figures({}, {}) == {}
+    assert list(layer_figures({"layer.0.x": 4}, {})) == ["Rank by layer"]
+
+
+def test_the_layers_of_each_checkpoint_that_was_profiled_are_drawn() -> None:
+    known: dict[str, Any] = {"module_ranks": {"layer.0.x": 4}, "module_errors": {"layer.0.x": 0.5}}
+    one = result(row("low-rank"), checkpoint="a/small", **known)
+    assert list(profile_figures([one]))[-2:] == ["Rank by layer", "Relative error of the weights by layer"]
+    other = result(row("low-rank"), checkpoint="b/small", **known)
+    titles = list(profile_figures([one, other, result(row("dense"))]))
+    assert [title for title in titles if title.startswith("Rank")] == [
+        "Rank by layer: a/small", "Rank by layer: b/small",
+    ]  # fmt: skip

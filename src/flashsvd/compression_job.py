@@ -252,6 +252,7 @@ class CompressionJob:
             ranks={role: request.of(role) for role in ROLES},
             ratio=request.ratio,
             module_ranks={m.name: m.rank for m in matrices},
+            module_errors={m.name: None if m.rank is None else m.error for m in matrices},
             qkv=config.qkv,
             base_model=config.model,
             task=config.task,

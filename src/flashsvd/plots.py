@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashsvd.profiling.plot import COLOURS, draw_bars
 from flashsvd.profiling.result import ProfileResult, Row
 from flashsvd.storage.metadata import split_module_path
 
-_COLOURS = {"dense": "#8a8f98", "micro-batches": "#b4b8bf", "compiled": "#5f6570", "low-rank": "#f2a65a"}
-_FUSED = "#c2560c"
 # Variants of the checkpoint itself; the others are of its dense model.
 _SMALL = ("low-rank", "fused")
 # Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
@@ -19,7 +18,7 @@ _WIDTH = 4.4
 
 
 def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
-    """What one or several profiles measured, by the figures' titles: bars for each variant, then scores against size.
+    """What profiles measured, by the figures' titles: bars for each variant, scores against size, ranks and errors.
 
     A dense model that several checkpoints stand against is shown once, and scores are those of the first one's metric.
     """
@@ -33,17 +32,29 @@ def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
     }
     if points := list(_points([result for result in results if result.metric_name == metric])):
         figures["Score against size"] = _score_figure(points, metric)
+    layered = {result.checkpoint: result for result in results if result.module_ranks}
+    for checkpoint, result in layered.items():
+        of = checkpoint if len(layered) > 1 else ""
+        figures |= layer_figures(result.module_ranks, result.module_errors, of)
     return figures
 
 
-def rank_figure(module_ranks: Mapping[str, int | None]) -> Any:
-    """The rank of each matrix over the layers, a line for each kind; a gap is a matrix that stayed dense."""
-    return _layer_figure(module_ranks, "rank")
+def layer_figures(
+    module_ranks: Mapping[str, int | None], module_errors: Mapping[str, float | None], of: str = ""
+) -> dict[str, Any]:
+    """Rank and relative error of each matrix over the layers, by the figures' titles; none of what is empty.
 
+    A figure has a line for each kind of matrix, with a gap where one stayed dense.
 
-def error_figure(errors: Mapping[str, float | None]) -> Any:
-    """The relative error of each matrix over the layers; a gap is a matrix that stayed dense."""
-    return _layer_figure(errors, "relative error")
+    Args:
+        of: the checkpoint's name, for the titles, where there are several.
+    """
+    named = f": {of}" if of else ""
+    found = {
+        f"Rank by layer{named}": (module_ranks, "rank"),
+        f"Relative error of the weights by layer{named}": (module_errors, "relative error"),
+    }
+    return {title: _layer_figure(values, unit) for title, (values, unit) in found.items() if values}
 
 
 def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, Row]]:
@@ -89,17 +100,11 @@ def _bar_figure(
     values = [value(result, row) for _, result, row in bars]
     # By position: two checkpoints may have one name.
     places = range(len(bars))
-    colours = [_COLOURS.get(row.variant, _FUSED) for _, _, row in bars]
-    drawn = panel.barh(places, [v or 0.0 for v in values], color=colours)
-    panel.bar_label(drawn, ["-" if v is None else f"{v:.4g}" for v in values], fontsize=9, padding=6)
-    for place, (_, result, row) in zip(places, bars, strict=True):
-        ends = (value(result, row), upper(result, row)) if upper else (None, None)
-        if ends[0] is not None and ends[1] is not None:
-            panel.plot(ends, [place, place], color="black", linewidth=1)
+    tops = [upper(result, row) if upper else None for _, result, row in bars]
+    draw_bars(panel, places, [row.variant for _, _, row in bars], values, tops)
     panel.set_yticks(places, [label for label, _, _ in bars])
     panel.invert_yaxis()
     panel.set_xlabel(unit)
-    panel.margins(x=0.18)
     return figure
 
 
@@ -123,7 +128,7 @@ def _points(results: Sequence[ProfileResult]) -> Iterator[tuple[float, float, st
 def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> Any:
     figure, panel = _figure(3.4)
     for number, (x, y, label) in enumerate(points):
-        panel.scatter([x], [y], color=_COLOURS["dense"] if label == "dense" else _FUSED, s=45, zorder=3)
+        panel.scatter([x], [y], color=COLOURS["dense" if label == "dense" else "fused"], s=45, zorder=3)
         panel.annotate(
             label, (x, y), textcoords="offset points", xytext=(0, -16 if number % 2 else 8), ha="center", fontsize=9
         )

@@ -102,6 +102,8 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
         rows=_with_speed_up(rows),
         definitions=definitions(workload, subject, rows, setting, prompts),
         new_tokens=config.new_tokens,
+        module_ranks=info.module_ranks if info else {},
+        module_errors=info.module_errors if info else {},
     )
     if config.output:
         _write(result, Path(config.output).expanduser())

@@ -92,7 +92,16 @@ def test_a_compressed_model_comes_out_as_an_ordinary_checkpoint(
     data = write_task_data(tmp_path / "data", SST2)
     finetune(source, tmp_path / "out", task="sst2", data=data, freeze="embeddings")
     before, after = read_info(source).compression, read_info(tmp_path / "out").compression
-    for name in ("method", "ratio", "module_ranks", "calibration", "base_model", "parameters", "dense_bytes"):
+    for name in (
+        "method",
+        "ratio",
+        "module_ranks",
+        "module_errors",
+        "calibration",
+        "base_model",
+        "parameters",
+        "dense_bytes",
+    ):
         assert getattr(before, name) == getattr(after, name)
     (training,) = after.trainings
     assert (training["task"], training["epochs"], training["frozen"]) == ("sst2", 2.0, ["embeddings"])
@@ -128,6 +137,7 @@ def test_a_compressed_encoder_gets_a_head(make_model: MakeModel, tmp_path: Path)
     before, after = read_info(source).compression, read_info(tmp_path / "out").compression
     assert after.architecture == "BertForSequenceClassification"
     assert set(after.module_ranks) == {f"bert.{name}" for name in before.module_ranks}
+    assert set(after.module_errors) == set(after.module_ranks)
     assert after.parameters["compressed"] == sum(p.numel() for p in load_compressed(tmp_path / "out").parameters())
     head = 3 * 33
     assert after.parameters["dense"] - before.parameters["dense"] == head

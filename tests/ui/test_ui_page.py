@@ -173,6 +173,7 @@ def test_info_is_read(visit: Visit) -> None:
     visit.fill("info", checkpoint="ready")
     visit.start("info")
     visit.page.get_by_role("img", name="Plot: Rank by layer").wait_for(timeout=PATIENCE)
+    assert visit.page.get_by_role("img", name="Plot: Relative error of the weights by layer").is_visible()
     assert "BertForSequenceClassification" in visit.page.locator("#info-result").inner_text()
     assert visit.download("#info-info-file")["method"] == "standard"
 
@@ -186,7 +187,8 @@ def test_checkpoints_are_compared_in_plots(visit: Visit) -> None:
     titles = [pictures.nth(number).get_attribute("alt") for number in range(pictures.count())]
     assert titles == [
         "Plot: Median latency (line: to the 90th percentile)", "Plot: Peak memory", "Plot: Transient memory",
-        "Plot: Score", "Plot: Score against size",
+        "Plot: Score", "Plot: Score against size", "Plot: Rank by layer",
+        "Plot: Relative error of the weights by layer",
     ]  # fmt: skip
     # Each is really drawn.
     assert all(pictures.nth(n).evaluate("e => e.naturalWidth") > 0 for n in range(pictures.count()))

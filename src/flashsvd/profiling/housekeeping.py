@@ -57,7 +57,7 @@ def graph_pool_bytes(device: torch.device) -> int:
         return 0
     pools = [
         s
-        for s in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        for s in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch has no types for it
         if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
     ]
     return sum(int(s["total_size"]) - int(s["allocated_size"]) for s in pools)

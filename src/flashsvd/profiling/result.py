@@ -8,7 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -89,6 +89,7 @@ class ProfileResult:
         rows: the variants, in the order they were measured.
         definitions: what latency, the two memories, the sizes and generation mean.
         new_tokens: generated after each prompt; None where that was not asked for.
+        module_ranks, module_errors: of the checkpoint, as its metadata has them; empty for a dense model.
     """
 
     task: str
@@ -113,6 +114,8 @@ class ProfileResult:
     rows: tuple[Row, ...]
     definitions: Mapping[str, str]
     new_tokens: int | None = None
+    module_ranks: Mapping[str, int | None] = field(default_factory=dict)
+    module_errors: Mapping[str, float | None] = field(default_factory=dict)
 
     def __getitem__(self, variant: str) -> Row:
         """The row of a variant."""

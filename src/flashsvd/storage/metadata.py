@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class CompressionInfo:
         ratio: the fraction of the factored layers' parameters to keep, None where ranks were asked.
         ranks_json: the file that gave the rank of each matrix, None where none did.
         module_ranks: the rank each target really has, by module path; None where it stayed dense.
+        module_errors: the relative error of each target's weights as they were compressed, ||W - U V||_F / ||W||_F, by
+            module path; None where it stayed dense. Files written before lack it, and then it is empty.
         calibration: what was calibrated on, and under `rank_search` what ranks were chosen on where that was something
             else; None where nothing was.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
@@ -55,6 +58,7 @@ class CompressionInfo:
     git_commit: str | None
     timestamp: str
     trainings: tuple[Mapping[str, Any], ...] = ()
+    module_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -81,7 +85,7 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({error!r}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
-        data = {"trainings": []} | data
+        data = {"trainings": [], "module_errors": {}} | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
@@ -114,6 +118,10 @@ def _ratio(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
 
+def _error(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def _or_null(fits: Check) -> Check:
     return lambda value: value is None or fits(value)
 
@@ -129,6 +137,7 @@ _CHECKS: dict[str, Check] = {
     "ranks": _map_of(_or_null(_count)),
     "ratio": _or_null(_ratio),
     "module_ranks": _map_of(_or_null(_count)),
+    "module_errors": _map_of(_or_null(_error)),
     "calibration": _or_null(_map_of(lambda value: True)),
     "parameters": _map_of(_count, "dense", "compressed", "target_dense", "target_compressed"),
     "dense_bytes": _count,

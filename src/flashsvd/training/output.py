@@ -99,11 +99,16 @@ def trained_info(
 ) -> CompressionInfo:
     """What is to say of a compressed model after a training, which may have given it another head."""
     prefix, own = f"{model.base_model_prefix}.", base_prefix(model)
+
+    def renamed(of_modules: Mapping[str, Any]) -> dict[str, Any]:
+        return {own + name.removeprefix(prefix): value for name, value in of_modules.items()}
+
     compressed = sum(p.numel() for p in model.parameters())
     dense = info.parameters["dense"] + compressed - info.parameters["compressed"]
     return dataclasses.replace(
         info,
-        module_ranks={own + name.removeprefix(prefix): rank for name, rank in info.module_ranks.items()},
+        module_ranks=renamed(info.module_ranks),
+        module_errors=renamed(info.module_errors),
         task=trainings[-1]["task"] or info.task,
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -39,9 +39,9 @@ class Job:
 
 def prepare_imports() -> None:
     """Import what every job needs, which takes seconds."""
-    import transformers  # noqa: F401
+    import transformers  # noqa: F401 - for the time that it takes
 
-    from flashsvd import compression_job, evaluate, runtime  # noqa: F401
+    from flashsvd import compression_job, evaluate, runtime  # noqa: F401 - likewise
 
 
 def run_job(job: Job) -> tuple[Any, ...]:

@@ -23,12 +23,6 @@ def present(results: tuple[Any, ...]) -> Shown:
     )
 
 
-def rank_picture(module_ranks: Mapping[str, int | None]) -> Picture:
-    from flashsvd.plots import rank_figure
-
-    return _svg("Rank by layer", rank_figure(module_ranks))
-
-
 def _text(result: Any) -> str:
     """What the command prints in the end; where it has a line for each layer, the log has those."""
     return "\n".join(result.summary()) if hasattr(result, "summary") else str(result)
@@ -52,25 +46,24 @@ def _info_file(result: Any) -> tuple[str, bytes] | None:
 
 
 def _pictures(results: tuple[Any, ...]) -> Iterable[Picture]:
-    from flashsvd.plots import error_figure, profile_figures
+    from flashsvd.plots import layer_figures, profile_figures
     from flashsvd.profiling.result import ProfileResult
     from flashsvd.report import CompressReport
     from flashsvd.training.result import FinetuneResult
 
     match results[0]:
         case CompressReport() as report:
-            yield rank_picture({m.name: m.rank for m in report.matrices})
-            errors = {m.name: None if m.rank is None else m.error for m in report.matrices}
-            yield _svg("Relative error of the weights by layer", error_figure(errors))
+            yield from svgs(layer_figures(report.info.module_ranks, report.info.module_errors))
         case FinetuneResult() as result:
             if (result.output / CURVE_PNG).is_file():
                 yield Picture("Loss and score over the steps", "image/png", (result.output / CURVE_PNG).read_bytes())
         case ProfileResult():
-            for title, figure in profile_figures(results).items():
-                yield _svg(title, figure)
+            yield from svgs(profile_figures(results))
 
 
-def _svg(title: str, figure: Any) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return Picture(title, "image/svg+xml", buffer.getvalue())
+def svgs(figures: Mapping[str, Any]) -> Iterable[Picture]:
+    """Figures as pictures, by their titles."""
+    for title, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg")
+        yield Picture(title, "image/svg+xml", buffer.getvalue())

@@ -10,7 +10,7 @@ from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.ui import markup
 from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.news import Shown
-from flashsvd.ui.present import rank_picture
+from flashsvd.ui.present import svgs
 from flashsvd.ui.root import Root
 from flashsvd.ui.run import files
 
@@ -24,12 +24,14 @@ def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple
     name = (checkpoint or "").strip()
     if not name:
         raise ConfigError("name a checkpoint, a directory that was written by Compress")
+    from flashsvd.plots import layer_figures
+
     root.check_path("checkpoint", name, "read")
     info = read_info(name)
     shown = Shown(
         text=str(info),
         data=info.to_json(),
         info=(INFO_FILE, (info.directory / INFO_FILE).read_bytes()),
-        pictures=(rank_picture(info.compression.module_ranks),),
+        pictures=tuple(svgs(layer_figures(info.compression.module_ranks, info.compression.module_errors))),
     )
     return "", markup.result(shown), *files(shown, "info.json", downloads)
