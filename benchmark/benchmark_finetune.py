@@ -124,9 +124,10 @@ class Piece:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     file = options.output / (SWEEP_FILE if options.piece == "sweep" else FILE)
+    failed: list[Piece] = []
     if options.piece != "table":
         made = {"dense": dense, "plain": plain, "compressed": compressed, "sweep": sweep}[options.piece](options)
-        known = latest(read_rows(file), with_recipe=True)
+        known = latest(read_rows(file), with_recipe=options.piece == "sweep")
         # A dense model that was measured is measured again where it is gone, since compression needs it.
         pieces = [
             p for p in made if not p.is_in(known) or (p.method == DENSE and p.keep and not p.dense_model.is_dir())
@@ -134,12 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
         for piece in pieces:
             if piece.method != DENSE and not piece.dense_model.is_dir():
                 raise SystemExit(f"there is no {piece.dense_model}; measure the dense model first")
-        for row in measured(pieces, options.jobs):
+        for row in measured(pieces, options.jobs, failed):
             append_row(row, file)
             print(row.summary(), flush=True)
     print(sweep_table(read_rows(file)) if options.piece == "sweep" else "\n\n".join(tables(read_rows(file))))
     if options.piece == "table" and (swept := read_rows(options.output / SWEEP_FILE)):
         print(f"\n{sweep_table(swept)}")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(pieces)} failed; call again to measure what is missing")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,25 +243,26 @@ def sweep(options: argparse.Namespace) -> list[Piece]:
     ]
 
 
-def measured(pieces: Sequence[Piece], jobs: int) -> Iterator[Row]:
-    """The rows of all pieces, in the order in which they are done; a piece that fails does not stop the others."""
+def measured(pieces: Sequence[Piece], jobs: int, failed: list[Piece]) -> Iterator[Row]:
+    """The rows of all pieces, in the order in which they are done; one that fails is noted and stops no other."""
     if jobs == 1:
         for piece in pieces:
-            with failure_printed(piece):
+            with failure_noted(piece, failed):
                 yield from measure(piece)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         pending = {pool.submit(measure_all, piece): piece for piece in pieces}
         for done in as_completed(pending):
-            with failure_printed(pending[done]):
+            with failure_noted(pending[done], failed):
                 yield from done.result()
 
 
 @contextlib.contextmanager
-def failure_printed(piece: Piece) -> Iterator[None]:
+def failure_noted(piece: Piece, failed: list[Piece]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        failed.append(piece)
         print(f"failed: {piece}: {error!r}", file=sys.stderr, flush=True)
 
 

@@ -91,8 +91,19 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def latest(rows: Sequence[Row], with_recipe: bool = False) -> list[Row]:
-    """The last row of each piece, sorted; where it was trained in several ways, of all or of each of them."""
-    found = {(row.key, row.recipe if with_recipe else ()): row for row in rows}
+    """The last row of each piece, sorted; where it was trained in several ways, of all or of each of them.
+
+    What a dense model was compressed to does not count any more once that model was trained anew.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if (row.method, row.training) == (DENSE, LABELS):
+            found = {
+                key: one
+                for key, one in found.items()
+                if one.method == DENSE or (one.task, one.seed) != (row.task, row.seed)
+            }
+        found[row.key, row.recipe if with_recipe else ()] = row
     return sorted(found.values(), key=lambda r: (r.task, r.method != DENSE, r.method, -r.keep, r.seed, r.training))
 
 

@@ -98,7 +98,8 @@ def test_of_several_models_one_may_fail(
     where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}
     where["model"] = make_model("bert", "base", **LEARNS)
     how = {"tasks": "cola,sst2", "seeds": "0", "epochs": "1", "jobs": jobs}
-    benchmark_finetune.main(["dense", *(f"--{name}={value}" for name, value in (where | how).items())])
+    with pytest.raises(SystemExit, match=r"^1 of 2 failed; call again to measure what is missing$"):
+        benchmark_finetune.main(["dense", *(f"--{name}={value}" for name, value in (where | how).items())])
     assert [row.task for row in read_rows(tmp_path / FILE)] == ["sst2"]
     assert "failed: Piece(" in capsys.readouterr().err
 
@@ -121,6 +122,16 @@ def test_the_last_row_of_a_piece_counts(tmp_path: Path) -> None:
         append_row(one, tmp_path / FILE)
     assert read_rows(tmp_path / FILE) == [row(0.7), row(0.8, 0.25), row(0.9)]
     assert latest(read_rows(tmp_path / FILE)) == [row(0.9), row(0.8, 0.25)]
+
+
+def test_what_an_older_dense_model_was_compressed_to_does_not_count() -> None:
+    def row(method: str, seed: int, score: float, training: str = "labels") -> Row:
+        return Row("sst2", seed, method, 1, 1, training, 3, 5e-5, 32, "accuracy", score, 1.0, "cpu", commit="x")
+
+    old = [row("dense", 0, 0.8), row("dense", 1, 0.8), row("drone", 0, 0.7), row("drone", 1, 0.7)]
+    assert latest([*old, row("dense", 0, 0.9)]) == [row("dense", 0, 0.9), *old[1:2], *old[3:]]
+    beside = row("dense", 0, 0.9, "plain")
+    assert latest([*old, beside]) == [old[0], beside, *old[1:]], "plain Trainer's model is not what is compressed"
 
 
 def test_files_of_several_calls_can_be_joined(tmp_path: Path) -> None:
