@@ -66,12 +66,12 @@ class Recipe:
 
 
 # Of the dense models; what is left of one by compression is trained for RECOVERY_EPOCHS.
-# From `sweep` (benchmark/results/finetune_sweep.csv), at seed 0.
+# From `sweep` (benchmark/results/finetune_sweep.csv).
 RECIPES = {
     "sst2": Recipe(batch_size=16),
     "mrpc": Recipe(epochs=5.0, learning_rate=1e-4, batch_size=16),
-    "cola": Recipe(epochs=5.0),
-    "stsb": Recipe(epochs=5.0, learning_rate=1e-4),
+    "cola": Recipe(epochs=8.0, batch_size=16),
+    "stsb": Recipe(epochs=12.0, learning_rate=2e-4),
 }
 RECOVERY_EPOCHS = 2.0
 
