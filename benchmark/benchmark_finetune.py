@@ -70,7 +70,7 @@ class Recipe:
 RECIPES = {
     "sst2": Recipe(batch_size=16),
     "mrpc": Recipe(epochs=5.0, learning_rate=1e-4, batch_size=16),
-    "cola": Recipe(epochs=8.0, batch_size=16),
+    "cola": Recipe(epochs=12.0, learning_rate=1e-4),
     "stsb": Recipe(epochs=12.0, learning_rate=2e-4),
 }
 RECOVERY_EPOCHS = 2.0
