@@ -22,7 +22,7 @@ from flashsvd.evaluation.subject import Subject
 from flashsvd.profile_config import VARIANTS
 from flashsvd.profiling import variants
 from flashsvd.profiling.definitions import memory_definitions
-from flashsvd.profiling.housekeeping import freed_at_once
+from flashsvd.profiling.housekeeping import freed_at_once, in_own_arena
 from flashsvd.profiling.micro_batches import MicroBatches
 from flashsvd.profiling.offload import offloaded
 from flashsvd.profiling.plot import png
@@ -424,3 +424,44 @@ def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
         if exact != "True":
             pytest.skip("needs glibc")
         assert float(mib) > 3.5
+
+
+HOLES = """
+import torch
+from flashsvd.evaluation.measure import PeakMemory
+from flashsvd.profiling.housekeeping import freed_at_once, in_own_arena, settle
+
+def measured():
+    found = []
+    for _ in range(4):
+        memory = PeakMemory(torch.device("cpu"))
+        torch.ones(2 << 20)
+        found.append(memory.mib())
+    return found
+
+with freed_at_once():
+    pass
+# What is below 32 MiB lies side by side now, and what stays keeps apart the holes that the others leave.
+alternating = [torch.ones(size) for _ in range(8) for size in (4 << 20, 1 << 16)]
+del alternating[::2]
+settle()
+with freed_at_once() as exact:
+    print(exact, *in_own_arena(measured))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_hide_in_what_others_have_left() -> None:
+    printed = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True).stdout
+    exact, *found = printed.split()
+    if exact != "True":
+        pytest.skip("needs glibc")
+    assert [float(mib) for mib in found] == pytest.approx([8] * 4, abs=1)
+
+
+def test_what_fails_in_a_thread_of_its_own_fails_here() -> None:
+    def fails() -> None:
+        raise ValueError("from there")
+
+    with pytest.raises(ValueError, match="from there"):
+        in_own_arena(fails)

@@ -6,10 +6,15 @@ import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -49,6 +54,25 @@ def freed_at_once() -> Iterator[bool]:
         # Where glibc's own thresholds, which follow what a process frees, come to rest.
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def in_own_arena(call: Callable[[], T]) -> T:
+    """The result of a call that a thread of its own makes, whose memory glibc takes from the system anew.
+
+    A thread has an arena of its own. That of the main thread is full of holes where others freed what they had, and
+    memory that is taken from a hole stays resident when it is freed, so that what comes next seems to take none.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # A daemon, so that whoever interrupts the process does not wait for it.
+    Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def graph_pool_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +16,7 @@ from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
-from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, settle
+from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, in_own_arena, settle
 from flashsvd.profiling.result import Row
 from flashsvd.profiling.variants import Ready, Setting, prepare
 
@@ -57,25 +58,20 @@ def _measure(
 ) -> Row:
     device = setting.device
     no_generation = WHY_NOT.get(name, "") if prompts else ""
-    generation = None
+    after = None if no_generation else prompts
+
+    def load() -> _Loaded:
+        with _no_silent_fallback(name):
+            return _load(name, subject, workload, setting, after)
+
+    with freed_at_once():
+        loaded = load() if device.type == "cuda" else in_own_arena(load)
+    call, generation = loaded.ready.call, None
     with _no_silent_fallback(name):
-        with freed_at_once():
-            peak = PeakMemory(device)
-            ready = prepare(name, subject, setting)
-            with peak.paused():
-                transient = PeakMemory(device)
-                if _needs_a_pass(name, device):
-                    with transient.paused():
-                        _run_untimed(workload.job(subject), ready, device)
-            _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
-            pools = graph_pool_bytes(device) / MIB
-            peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
-            if prompts and not no_generation:
-                memory = memory_of_generation(ready.call, prompts, device)
-        if prompts and not no_generation:
-            generation = measure_generation(ready.call, prompts, device, runs, memory)
+        if after:
+            generation = measure_generation(call, after, device, runs, loaded.generation_mib)
         jobs = [workload.job(subject) for _ in range(runs)]
-        timings = _joined([run_job(job, ready.call, device) for job in jobs])
+        timings = _joined([run_job(job, call, device) for job in jobs])
         found = jobs[0].metrics()
     return Row(
         variant=name,
@@ -87,14 +83,40 @@ def _measure(
         tokens_per_second=timings.per_second(timings.tokens),
         timed_forwards=len(timings.full),
         full_batches=timings.any_full,
-        peak_memory_mib=round(peak_mib, 2),
-        transient_memory_mib=round(transient_mib, 2),
-        parameters=ready.parameters,
-        weight_bytes=ready.weight_bytes,
-        dtype=ready.dtype,
+        peak_memory_mib=round(loaded.peak_mib, 2),
+        transient_memory_mib=round(loaded.transient_mib, 2),
+        parameters=loaded.ready.parameters,
+        weight_bytes=loaded.ready.weight_bytes,
+        dtype=loaded.ready.dtype,
         generation=generation,
         no_generation=no_generation,
     )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A variant that has run, and the memory that it took; of generation, the prompts' and that of what followed."""
+
+    ready: Ready
+    peak_mib: float
+    transient_mib: float
+    generation_mib: tuple[float, float]
+
+
+def _load(name: str, subject: Subject, workload: Workload, setting: Setting, prompts: Prompts | None) -> _Loaded:
+    device = setting.device
+    peak = PeakMemory(device)
+    ready = prepare(name, subject, setting)
+    with peak.paused():
+        transient = PeakMemory(device)
+        if _needs_a_pass(name, device):
+            with transient.paused():
+                _run_untimed(workload.job(subject), ready, device)
+    _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
+    pools = graph_pool_bytes(device) / MIB
+    peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
+    generation_mib = memory_of_generation(ready.call, prompts, device) if prompts else (0.0, 0.0)
+    return _Loaded(ready, peak_mib, transient_mib, generation_mib)
 
 
 def _needs_a_pass(name: str, device: torch.device) -> bool:
