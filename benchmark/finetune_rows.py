@@ -136,15 +136,18 @@ def sweep_table(rows: Sequence[Row]) -> str:
 
 def dense_table(rows: Sequence[Row]) -> str:
     seeds = sorted({row.seed for row in rows})
-    head = f"| dense | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes, on |"
-    lines = [head, "| --- |" + " --- |" * (len(seeds) + 2)]
-    for task, training in dict.fromkeys((row.task, row.training) for row in rows):
-        mine = {row.seed: row for row in rows if (row.task, row.training) == (task, training)}
-        cells = [f"{mine[seed].score:.3f}" if seed in mine else "" for seed in seeds]
-        mean = statistics.mean(row.score for row in mine.values())
+    head = ["dense", "epochs", "learning rate", "batch", *(f"seed {seed}" for seed in seeds), "mean", "minutes, on"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
+    ways: dict[tuple[object, ...], dict[int, Row]] = {}
+    for row in rows:
+        ways.setdefault((row.task, row.training, row.recipe), {})[row.seed] = row
+    for mine in ways.values():
         longest = max(mine.values(), key=lambda row: row.seconds)
-        name = f"{task}, {longest.metric.replace('_', ' ')}" + ", plain Trainer" * (training == PLAIN)
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} | {longest.seconds / 60:.1f}, {longest.device} |")
+        name = f"{longest.task}, {longest.metric.replace('_', ' ')}" + ", plain Trainer" * (longest.training == PLAIN)
+        line = [name, *(f"{value:g}" for value in longest.recipe)]
+        line += [f"{mine[seed].score:.3f}" if seed in mine else "" for seed in seeds]
+        line += [f"{statistics.mean(row.score for row in mine.values()):.3f}"]
+        lines.append(f"| {' | '.join(line)} | {longest.seconds / 60:.1f}, {longest.device} |")
     return "\n".join(lines)
 
 

@@ -171,8 +171,8 @@ def test_tables_say_what_came_before_and_after_training() -> None:
     )]  # fmt: skip
     rows += [row("asvd", 0.25, "none", 0.6), row("asvd", 0.25, "none", 0.5, seed=1), row("asvd", 0.5, "none", 0.8)]
     dense, compressed = tables(rows)
-    assert "| sst2, accuracy | 0.900 | 0.800 | 0.850 | 1.0, cpu |" in dense
-    assert "| sst2, accuracy, plain Trainer | 0.700 |  | 0.700 | 1.0, cpu |" in dense
+    assert "| sst2, accuracy | 2 | 5e-05 | 32 | 0.900 | 0.800 | 0.850 | 1.0, cpu |" in dense
+    assert "| sst2, accuracy, plain Trainer | 2 | 5e-05 | 32 | 0.700 |  | 0.700 | 1.0, cpu |" in dense
     assert compressed.splitlines() == [
         "sst2, accuracy, none -> labels:",
         "",
