@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
 LONG = {"max_position_embeddings": 400}
 
 Make = Callable[[Path], object]
+
+TOPICS = replace(TASKS["mnli"], columns=("text",), validation="validation")
 
 
 def _model(family: str, head: str, **options: Any) -> Make:
@@ -54,6 +57,7 @@ GIVEN: dict[str, Make] = {
     "path/to/sentence-encoder": _model("bert", "base"),
     "path/to/llama": _model("llama", "causal-lm", **LONG),
     "path/to/glue/sst2": lambda directory: write_task_data(directory, TASKS["sst2"]),
+    "path/to/topics": lambda directory: write_task_data(directory, TOPICS),
     "path/to/stsb": lambda directory: write_task_data(directory, TASKS["stsb"]),
     "path/to/text": write_text,
     "corpus.txt": _corpus,

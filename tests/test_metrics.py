@@ -30,6 +30,7 @@ def test_classification_metrics_are_those_of_sklearn(pair: tuple[list[int], list
     expected = {
         "accuracy": sklearn_metrics.accuracy_score(references, predictions),
         "f1": sklearn_metrics.f1_score(references, predictions, zero_division=0),
+        "f1_macro": sklearn_metrics.f1_score(references, predictions, average="macro", zero_division=0),
         "matthews_correlation": sklearn_metrics.matthews_corrcoef(references, predictions),
     }
     assert compute_metrics(tuple(expected), predictions, references) == pytest.approx(expected)

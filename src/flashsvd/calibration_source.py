@@ -22,7 +22,9 @@ from flashsvd.corpus import load_text
 from flashsvd.data import load_examples
 from flashsvd.errors import DataError
 from flashsvd.evaluation.predict import sentence_pooling
+from flashsvd.head import head_classes
 from flashsvd.losses import Loss, head_loss, similarity_loss
+from flashsvd.own_data import fit_task
 from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer
 from flashsvd.tasks import TASKS, Task, check_classifier, label_permutation
 
@@ -72,6 +74,8 @@ def prepare_calibration(
     Raises:
         FlashSVDError: the data, the tokenizer or the sequence length cannot be used.
     """
+    if task is not None and not task.is_fitted:
+        task = fit_task(task, "train", request.data, head_classes(model_config))
     kind = _kind(task, model_class)
     seq_len = request.seq_len or min(WINDOW_TOKENS if kind == "causal-lm" else TEXT_TOKENS, longest)
     if seq_len > longest:

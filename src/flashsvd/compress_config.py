@@ -40,7 +40,8 @@ class CompressConfig:
     )
     task: str | None = option(
         None,
-        help="task the model is for (a GLUE task, similarity, perplexity or wikitext2)",
+        help="task the model is for: a GLUE task, classification or regression of your own, similarity, perplexity or "
+        "wikitext2",
         suggestions=tuple(TASKS),
     )
     rank: int | None = option(None, help="rank r of all layers: attention r, feed-forward and attention output 4r")

@@ -20,6 +20,10 @@ DATA_OPTION: dict[Split, str] = {"train": "--calib-data", "validation": "--data"
 _VALIDATION_NAMES = ("validation", "dev", "val")
 
 
+class UnknownClassError(DataError):
+    """A label is none of the classes that the user's own data, or the model's head, has."""
+
+
 @dataclass(frozen=True)
 class Examples:
     """Texts (one or two each) and their labels: class ids, or real numbers where the task has no classes."""
@@ -48,7 +52,7 @@ def load_examples(
     else:
         file = find_file(Path(data).expanduser(), split, task, option=option)
         where, rows = str(file), read_rows(file)
-    rows = [_with_our_names(row, task) for row in rows[:limit]]
+    rows = [with_our_names(row, task) for row in rows[:limit]]
     if not rows:
         raise DataError(f"{where} holds no examples")
     missing = [name for name in (*task.columns, "label") if name not in rows[0]]
@@ -179,23 +183,32 @@ def read_hub(task: Task, split: Split, option: str | None = None) -> Sequence[Ma
         ) from error
 
 
-def _with_our_names(row: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
+def with_our_names(row: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
     """A row under the names of the task's columns, where it has one of their other names instead."""
     renamed = {alias: name for alias, name in task.aliases if alias in row and name not in row}
     return {renamed.get(key, key): value for key, value in row.items()} if renamed else row
 
 
+def label_text(value: Any) -> str:
+    """A label as a class is called: whole numbers without a decimal point, whatever their type."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
 def _label(task: Task, value: Any, where: str) -> float:
-    if isinstance(value, str) and value.strip().lower() in task.labels:
-        return task.labels.index(value.strip().lower())
+    for text in (label_text(value), label_text(value).lower()):
+        if text in task.labels:
+            return task.labels.index(text)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
+    # Where classes are numbers themselves, no number means the place of one.
+    if task.own_classes and (number not in range(len(task.labels)) or any(is_whole(label) for label in task.labels)):
+        raise UnknownClassError(f"{where} has the label {value!r}, which is none of the classes {listed(task.labels)}")
     if not math.isfinite(number):
-        allowed = f" or one of {', '.join(task.labels)}" if task.labels else ""
+        allowed = f" or one of {listed(task.labels)}" if task.labels else ""
         raise DataError(f"{where} has the label {value!r}; {task.name} needs a number{allowed}")
-    if number == -1:
+    if number == -1 and task.hub:
         raise DataError(f"{where} has the label -1, which marks hidden test labels; use the validation split")
     if task.scores and not task.scores[0] <= number <= task.scores[1]:
         low, high = task.scores
@@ -203,3 +216,13 @@ def _label(task: Task, value: Any, where: str) -> float:
     if task.labels and number not in range(len(task.labels)):
         raise DataError(f"{where} has the label {value}, but {task.name} has the classes 0 to {len(task.labels) - 1}")
     return number
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text is a whole number."""
+    return text.lstrip("-").isdecimal()
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, for people."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -34,8 +34,8 @@ class EvalConfig:
         help="compressed checkpoint, or a dense model's directory or hub name to compare with", path="model"
     )
     task: str = option(
-        help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; similarity for sentence encoders; perplexity (of --data) "
-        "or wikitext2 for causal language models",
+        help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; classification or regression of --data of your own; "
+        "similarity for sentence encoders; perplexity (of --data) or wikitext2 for causal language models",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(
@@ -97,8 +97,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if config.output:
         check_file_target(Path(config.output).expanduser())
-    data = load_data(task, config.data, config.max_eval_samples)
     subject = Subject.find(config.checkpoint, task)
+    task, data = load_data(task, config.data, config.max_eval_samples, subject)
     if backend is not None:
         runtime.check(subject.config, backend, device)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding, config.stride)

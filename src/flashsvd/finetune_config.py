@@ -24,7 +24,7 @@ OUTPUT_ROOT = "finetuned_models"
 MODES = ("cls", "mlm", "similarity")
 FREEZABLE = ("embeddings", "attention", "ffn")
 SEQ_LEN = 128
-GLUE_TASKS = tuple(task.name for task in TASKS.values() if task.head == "classifier")
+CLASSIFIER_TASKS = tuple(task.name for task in TASKS.values() if task.head == "classifier")
 # Where a teacher is given and these are not.
 DISTILL_WEIGHT, TEMPERATURE = 0.5, 2.0
 
@@ -40,11 +40,16 @@ class FinetuneConfig:
     model: str = option(help="hub name or directory of the model to train, dense or compressed", path="model")
     mode: str = option(
         "cls",
-        help="cls trains a classifier or regression on a GLUE task, similarity a sentence encoder on scored pairs, mlm "
+        help="cls trains a classifier or regression on a task, similarity a sentence encoder on scored pairs, mlm "
         "a masked language model on running text",
         choices=MODES,
     )
-    task: str | None = option(None, help="cls: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte", suggestions=GLUE_TASKS)
+    task: str | None = option(
+        None,
+        help="cls: cola, sst2, mrpc, qqp, stsb, mnli, qnli or rte; classification (the default) or regression of "
+        "--data of your own",
+        suggestions=CLASSIFIER_TASKS,
+    )
     data: str | None = option(
         None,
         help="a directory with a train and a validation file, or a file to train on (TSV, CSV, parquet, JSON lines; "

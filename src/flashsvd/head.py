@@ -31,11 +31,20 @@ def class_for_task(
     if own_class(model_config) is classifier and not new_head:
         check_label_count(task, model_config, name)
         return classifier, {}
+    if task.own_classes and not task.is_fitted:
+        raise ModelError(f"{name} has no head for classes of your own; train it first with flashsvd finetune")
     options: dict[str, Any] = {"num_labels": task.num_labels}
     if task.labels:
         options["id2label"] = dict(enumerate(task.labels))
         options["label2id"] = {label: i for i, label in enumerate(task.labels)}
     return classifier, options
+
+
+def head_classes(model_config: Any) -> tuple[str, ...] | None:
+    """What a trained classifier calls its classes, in their order; None for any other model."""
+    if own_class(model_config) is not classifier_class(model_config) or model_config.num_labels == 1:
+        return None
+    return tuple(str(model_config.id2label[i]) for i in range(model_config.num_labels))
 
 
 def refuse_quantized(name: str, model_config: Any) -> None:

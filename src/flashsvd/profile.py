@@ -56,7 +56,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     subject = Subject.find(config.checkpoint, task)
     names = config.variant_names()
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
-    data = load_data(task, config.data, config.max_eval_samples)
+    task, data = load_data(task, config.data, config.max_eval_samples, subject)
     if config.graph:
         runtime.check(subject.config, "auto", device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)

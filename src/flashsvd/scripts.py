@@ -113,8 +113,8 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
     if name is None:
         raise ConfigError("what to score on is not known; name a task with --task")
     task = get_task(name)
-    Subject.find(compression.model, task)
-    load_data(task, profile.data, profile.max_eval_samples)
+    subject = Subject.find(compression.model, task)
+    load_data(task, profile.data, profile.max_eval_samples, subject)
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ class Task:
     """One task.
 
     Attributes:
-        columns: the text columns, one or two.
+        columns: the text columns, one or two; empty until `own_data.fit_task` has looked at the user's data.
         metrics: names of the metrics, the one to quote first.
-        labels: class names in the order of the data's label ids; empty for a real-valued label.
+        labels: class names in the order of the data's label ids; empty for a real-valued label, and for classes of
+            the user's own until `own_data.fit_task` knows them.
         head: `classifier` scores each text or pair with the model's head; `encoder` compares two texts' embeddings;
             `lm` predicts each token of running text from those before it.
         hub_config: the data set's name inside `hub`.
@@ -30,6 +31,7 @@ class Task:
         hub: the data set's repository on the hub; empty for a task that always needs data of the user's.
         aliases: other names of columns, as GLUE's own files have them, with the name here.
         scores: the least and the greatest real-valued label.
+        own_classes: whether the classes are those of the user's data, or of the model's head.
     """
 
     name: str
@@ -42,6 +44,12 @@ class Task:
     hub: str = GLUE
     aliases: tuple[tuple[str, str], ...] = ()
     scores: tuple[float, float] | None = None
+    own_classes: bool = False
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the columns, and the classes if there are any, are known."""
+        return bool(self.columns)
 
     @property
     def num_labels(self) -> int:
@@ -51,6 +59,7 @@ class Task:
 
 _PAIR = ("sentence1", "sentence2")
 _SCORE = (("score", "label"),)
+_OWN = (("labels", "label"), *_SCORE)
 _TASKS = (
     Task("cola", ("sentence",), ("matthews_correlation",), ("unacceptable", "acceptable"), hub_config="cola"),
     Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive"), hub_config="sst2"),
@@ -75,6 +84,8 @@ _TASKS = (
     ),
     Task("qnli", ("question", "sentence"), ("accuracy",), ("entailment", "not_entailment"), hub_config="qnli"),
     Task("rte", _PAIR, ("accuracy",), ("entailment", "not_entailment"), hub_config="rte"),
+    Task("classification", (), ("accuracy", "f1_macro"), (), hub="", aliases=_OWN, own_classes=True),
+    Task("regression", (), ("pearson", "spearmanr"), (), hub="", aliases=_OWN),
     Task("similarity", _PAIR, ("spearmanr", "pearson"), (), head="encoder", hub_config="stsb", aliases=_SCORE),
     Task("perplexity", ("text",), ("perplexity",), (), head="lm", hub=""),
     Task("wikitext2", ("text",), ("perplexity",), (), head="lm", hub_config="wikitext-2-raw-v1", hub=WIKITEXT),
@@ -99,6 +110,10 @@ def check_label_count(task: Task, config: Any, source: str) -> None:
     Raises:
         DataError: naming both numbers.
     """
+    if task.own_classes and not task.is_fitted:
+        if config.num_labels == 1:
+            raise DataError(f"{source} has a head for one real-valued output and no classes; take --task regression")
+        return
     if config.num_labels != task.num_labels:
         wants = f"{len(task.labels)} classes ({', '.join(task.labels)})" if task.labels else "one real-valued output"
         raise DataError(

@@ -64,8 +64,12 @@ def test_the_default_output_says_model_and_task() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
-        ({}, {"task": None}, "--mode cls needs a --task: cola, sst2"),
-        ({}, {"task": "sst3"}, "--task 'sst3' is not one of --mode cls; choose from cola, .*, rte$"),
+        ({}, {"task": None, "data": None}, r"--mode cls needs a --task \(cola, sst2"),
+        (
+            {},
+            {"task": "sst3"},
+            "--task 'sst3' is not one of --mode cls; choose from cola, .*, rte, classification, regression$",
+        ),
         ({}, {"task": "wikitext2"}, "--task 'wikitext2' is not one of --mode cls"),
         ({}, {"task": "mnli"}, "has a head for 2 labels, but mnli needs 3 classes .*, or .* head with --new-head$"),
         ({}, {"mode": "similarity"}, "--task sst2 is not one of --mode similarity"),

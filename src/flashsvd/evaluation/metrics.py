@@ -24,6 +24,12 @@ def f1(predictions: ArrayLike, references: ArrayLike) -> float:
     return 2 * int((p & r).sum()) / positives if positives else 0.0
 
 
+def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
+    """The mean over all classes that are predicted or true of each one's F1, rare ones counting as much as others."""
+    p, r = np.asarray(predictions), np.asarray(references)
+    return float(np.mean([f1(p == label, r == label) for label in np.union1d(p, r)]))
+
+
 def matthews_correlation(predictions: ArrayLike, references: ArrayLike) -> float:
     """Matthews' phi of two binary sequences; 0 where one of them is constant, by the usual convention."""
     value = pearson(predictions, references)
@@ -47,7 +53,7 @@ def spearmanr(predictions: ArrayLike, references: ArrayLike) -> float:
 
 
 METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
-    function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearmanr)
+    function.__name__: function for function in (accuracy, f1, f1_macro, matthews_correlation, pearson, spearmanr)
 }
 
 

@@ -16,6 +16,8 @@ from flashsvd.evaluation.perplexity import Perplexity, read_tokens
 from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarity
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.evaluation.subject import Subject
+from flashsvd.head import head_classes
+from flashsvd.own_data import fit_task
 from flashsvd.pretrained import load_tokenizer
 from flashsvd.tasks import Task
 
@@ -84,15 +86,17 @@ class Workload:
             )
 
 
-def load_data(task: Task, data: str | None, limit: int | None) -> Examples | str:
-    """The task's validation data: examples, the first `limit` of them, or one running text.
+def load_data(task: Task, data: str | None, limit: int | None, subject: Subject) -> tuple[Task, Examples | str]:
+    """The task's validation data: examples, the first `limit` of them, or one running text; and the task fitted to it.
 
     Raises:
         DataError: it cannot be had, or does not fit the task.
     """
     if task.head == "lm":
-        return load_text(task, "validation", data)
-    return load_examples(task, "validation", data, limit)
+        return task, load_text(task, "validation", data)
+    if not task.is_fitted:
+        task = fit_task(task, "validation", data, head_classes(subject.config))
+    return task, load_examples(task, "validation", data, limit)
 
 
 def batch_shape(

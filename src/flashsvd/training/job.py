@@ -28,7 +28,7 @@ from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.freeze import freeze
 from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, start_at
-from flashsvd.training.material import Material, prepare_material, task_of
+from flashsvd.training.material import Material, fit_to_data, prepare_material, task_of
 from flashsvd.training.output import (
     RandomParameters,
     companions_of,
@@ -68,7 +68,7 @@ class TrainingJob:
         Raises:
             FlashSVDError: the config, the model, the data, the teacher or the output cannot be used.
         """
-        mode, task = cast(Mode, config.mode), task_of(config)
+        mode, task = cast(Mode, config.mode), fit_to_data(config, task_of(config))
         device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
         output = config.output_directory()
         workplace = Workplace.find(output, config)

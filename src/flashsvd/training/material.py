@@ -9,10 +9,12 @@ from typing import Any
 
 from flashsvd.calibration_data import Draw
 from flashsvd.corpus import TEXT_SUFFIXES, load_text
-from flashsvd.data import SUFFIXES, Examples, Split, find_file, load_examples
+from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, find_file, listed, load_examples
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.finetune_config import FinetuneConfig
-from flashsvd.pretrained import check_vocabulary
+from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
+from flashsvd.head import head_classes
+from flashsvd.own_data import fit_task
+from flashsvd.pretrained import check_vocabulary, load_config, locate
 from flashsvd.tasks import TASKS, Task, get_task
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.headed_model import HeadedModel
@@ -48,7 +50,6 @@ def task_of(config: FinetuneConfig) -> Task | None:
     Raises:
         ConfigError: the task is missing, unknown, or another mode's.
     """
-    classifiers = ", ".join(task.name for task in TASKS.values() if task.head == "classifier")
     task: Task | None = None
     if config.mode == "mlm":
         if config.task is not None:
@@ -58,14 +59,31 @@ def task_of(config: FinetuneConfig) -> Task | None:
         if task.head != "encoder":
             raise ConfigError(f"--task {task.name} is not one of --mode similarity; leave it out")
     else:
-        if config.task is None:
-            raise ConfigError(f"--mode cls needs a --task: {classifiers}")
-        task = TASKS.get(config.task)
+        names = ", ".join(CLASSIFIER_TASKS)
+        if config.task is None and config.data is None:
+            raise ConfigError(f"--mode cls needs a --task ({names}), or --data of your own")
+        task = TASKS.get(config.task or "classification")
         if task is None or task.head != "classifier":
-            raise ConfigError(f"--task {config.task!r} is not one of --mode cls; choose from {classifiers}")
-    if config.class_weights and (task is None or not task.labels):
+            raise ConfigError(f"--task {config.task!r} is not one of --mode cls; choose from {names}")
+    if config.class_weights and not (task and (task.labels or task.own_classes)):
         raise ConfigError(f"--class-weights weighs classes, and {task.name if task else 'mlm'} has none; leave it out")
     return task
+
+
+def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
+    """A task of the user's own with the columns of the training data, and with the classes that the model has or gets.
+
+    Raises:
+        FlashSVDError: the data or the model cannot be read, or the data is no such task's.
+    """
+    if task is None or task.is_fitted:
+        return task
+    model_config = load_config(locate(config.model))
+    classes = None if config.new_head else head_classes(model_config)
+    fitted = fit_task(task, "train", config.data, classes, "--data")
+    if fitted.labels:
+        log.info("the classes are %s", listed(fitted.labels))
+    return fitted
 
 
 def prepare_material(
@@ -145,7 +163,10 @@ def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Exa
         return None
     if source.split == "validation":
         return load_examples(task, "validation", source.data, config.max_eval_samples, source.option)
-    examples = load_examples(task, "train", source.data, option=source.option)
+    try:
+        examples = load_examples(task, "train", source.data, option=source.option)
+    except UnknownClassError as error:
+        raise DataError(f"{error} of {config.model}; --new-head trains a head for other classes") from error
     chosen = _drawn(len(examples), config)
     return Examples([examples.texts[i] for i in chosen], [examples.labels[i] for i in chosen])
 
