@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,9 +120,16 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
 
 
 def test_classes_are_matched_by_name_however_they_are_written() -> None:
-    config = SimpleNamespace(label2id={"CONTRADICTION": 0, "ENTAILMENT": 1, "Neutral": 2})
+    # transformers makes no label2id of a config.json that has id2label alone.
+    config = SimpleNamespace(id2label={2: "Neutral", 0: "CONTRADICTION", 1: "ENTAILMENT"}, label2id=None)
     assert label_permutation(MNLI, config) == [1, 2, 0]
-    assert label_permutation(MNLI, SimpleNamespace(label2id={"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})) == [0, 1, 2]
+    assert label_permutation(MNLI, SimpleNamespace(id2label={i: f"LABEL_{i}" for i in range(3)})) == [0, 1, 2]
+
+
+def test_ones_own_classes_are_those_that_are_written_the_same() -> None:
+    task = replace(TASKS["classification"], columns=("text",), labels=("US", "us", "u-s"))
+    assert label_permutation(task, SimpleNamespace(id2label=dict(enumerate(task.labels)))) == [0, 1, 2]
+    assert label_permutation(task, SimpleNamespace(id2label={0: "us", 1: "u-s", 2: "US"})) == [2, 0, 1]
 
 
 def test_a_head_of_another_size_is_refused() -> None:
@@ -192,7 +200,7 @@ def test_a_bad_line_is_numbered(tmp_path: Path, line: str) -> None:
 
 
 def test_unknown_class_names_are_pointed_out_once(caplog: pytest.LogCaptureFixture) -> None:
-    config = SimpleNamespace(label2id={"yes": 0, "perhaps": 1, "no": 2})
+    config = SimpleNamespace(id2label={0: "yes", 1: "perhaps", 2: "no"})
     for _ in range(3):
         assert label_permutation(MNLI, config) == [0, 1, 2]
     assert len([r for r in caplog.records if "yes, perhaps, no are not mnli's" in r.message]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,8 +191,8 @@ def with_our_names(row: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
 
 
 def label_text(value: Any) -> str:
-    """A label as a class is called: whole numbers without a decimal point, whatever their type."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    """A label as a class is called: whole numbers without a decimal point, in whatever way they were stored."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
 
 
 def _label(task: Task, value: Any, where: str) -> float:

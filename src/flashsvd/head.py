@@ -6,7 +6,7 @@ from typing import Any
 
 from flashsvd.errors import ModelError
 from flashsvd.pretrained import base_class, causal_lm_class, classifier_class, own_class
-from flashsvd.tasks import Task, check_label_count
+from flashsvd.tasks import Task, check_label_count, class_names
 
 
 def class_for_task(
@@ -44,7 +44,7 @@ def head_classes(model_config: Any) -> tuple[str, ...] | None:
     """What a trained classifier calls its classes, in their order; None for any other model."""
     if own_class(model_config) is not classifier_class(model_config) or model_config.num_labels == 1:
         return None
-    return tuple(str(model_config.id2label[i]) for i in range(model_config.num_labels))
+    return tuple(class_names(model_config))
 
 
 def refuse_quantized(name: str, model_config: Any) -> None:

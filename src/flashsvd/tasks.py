@@ -144,12 +144,12 @@ def check_classifier(config: Any, source: str) -> None:
 def label_permutation(task: Task, config: Any) -> list[int]:
     """For each label id of the data, the class of the model that means the same.
 
-    Some checkpoints order their classes differently from GLUE and say so in `config.label2id`; where their names are
+    Some checkpoints order their classes differently from GLUE and say so in `config.id2label`; where their names are
     not the task's, the order is taken to be GLUE's.
     """
-    classes = _classes(config)
-    if names_classes_of(task, config):
-        return [classes[_plain(name)] for name in task.labels]
+    classes = _classes(task, config)
+    if list(task.labels) != class_names(config) and names_classes_of(task, config):
+        return [classes.index(_called(task, name)) for name in task.labels]
     if foreign := foreign_classes(task, config):
         _warn_of_names(", ".join(foreign), task.name)
     return list(range(len(task.labels)))
@@ -157,18 +157,29 @@ def label_permutation(task: Task, config: Any) -> list[int]:
 
 def names_classes_of(task: Task, config: Any) -> bool:
     """Whether a config's classes are called as the task's labels are, in whatever order."""
-    return set(_classes(config)) == {_plain(name) for name in task.labels}
+    return sorted(_classes(task, config)) == sorted(_called(task, name) for name in task.labels)
 
 
 def foreign_classes(task: Task, config: Any) -> list[str]:
     """What a config calls its classes, where that is neither what the task does nor just `LABEL_0` and so on."""
-    if names_classes_of(task, config) or all(name.startswith("label_") for name in _classes(config)):
+    names = class_names(config)
+    if names_classes_of(task, config) or all(name.lower().startswith("label_") for name in names):
         return []
-    return [str(name) for name, _ in sorted(config.label2id.items(), key=lambda item: int(item[1]))]
+    return names
 
 
-def _classes(config: Any) -> dict[str, int]:
-    return {_plain(str(name)): int(index) for name, index in (config.label2id or {}).items()}
+def class_names(config: Any) -> list[str]:
+    """What a config calls its classes, in their order."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
+
+
+def _classes(task: Task, config: Any) -> list[str]:
+    return [_called(task, name) for name in class_names(config)]
+
+
+def _called(task: Task, name: str) -> str:
+    """A class's name as it is compared: GLUE's are written in many ways, the user's own in theirs alone."""
+    return name if task.own_classes else _plain(name)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import EvalConfig, load_compressed, read_info, run_eval
-from flashsvd.errors import FlashSVDError
+from flashsvd.errors import FlashSVDError, ModelError
 from flashsvd.training.classification import Classification
 from flashsvd.training.distill import Answer, Distillation, Teacher, hidden_loss, soft_loss
 from flashsvd.training.objective import Question
@@ -120,6 +120,12 @@ def test_a_teacher_may_have_its_classes_in_another_order(make_model: MakeModel, 
     assert run_eval(EvalConfig(tmp_path / "out", "mnli", data=data, device="cpu")).metric_value == 1.0
 
 
+def test_a_teacher_of_masked_tokens_predicts_as_many(make_model: MakeModel, tmp_path: Path) -> None:
+    student, other = (make_model("bert", "masked-lm", name=f"of-{n}", vocab_size=n) for n in (64, 72))
+    with pytest.raises(ModelError, match=r"of-72 predicts 72 tokens, .*of-64 64; take a model with as many"):
+        finetune(student, tmp_path / "out", mode="mlm", data=write_text(tmp_path / "data"), teacher=other)
+
+
 @pytest.mark.parametrize(
     ("teacher", "options", "says"),
     [
@@ -131,6 +137,7 @@ def test_a_teacher_may_have_its_classes_in_another_order(make_model: MakeModel, 
             "has the classes yes, no, which are not the task's",
         ),
         ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "has num_hidden_layers 3, .* 2; leave out --hidden-weight"),
+        ({"vocab_size": 12}, {}, "the tokenizer of .*teacher gives token .*, but the model knows 12"),
         ({"max_position_embeddings": 16}, {}, "reads 16 tokens at most; pass --seq-len 16"),
         ({"hidden_size": 48}, {"hidden_weight": 1.0}, "has hidden_size 48, .* 32; leave out --hidden-weight"),
     ],

@@ -315,6 +315,17 @@ def test_a_new_regression_starts_at_the_mean_of_the_labels(make_model: MakeModel
     assert float(later) == pytest.approx(float(bias), abs=1e-4)
 
 
+def test_a_head_that_was_random_when_the_model_was_compressed_is_a_new_one(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    data = write_task_data(tmp_path / "data", STSB)
+    small = compress(make_model("bert", "base"), tmp_path / "small", task="stsb")
+    finetune(small, tmp_path / "out", task="stsb", data=data, epochs=0.2, learning_rate=1e-9)
+    (bias,) = (b for b in _head_biases(tmp_path / "out") if b.shape == (1,))
+    # Half of the labels lie between 0 and 1, half between 4 and 5.
+    assert 2 < float(bias) < 3
+
+
 def _head_biases(directory: Path) -> list[torch.Tensor]:
     return [tensor for name, tensor in load_file(directory / "model.safetensors").items() if name.endswith("bias")]
 
@@ -423,16 +434,21 @@ def test_so_many_samples_are_drawn_by_the_seed(make_model: MakeModel, tmp_path: 
     assert (result.train_samples, result.eval_samples, result.record.steps) == (16, 4, 2)
 
 
-def test_accumulated_batches_are_as_one(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [None, "balanced"])
+def test_accumulated_batches_are_as_one(make_model: MakeModel, tmp_path: Path, weights: str | None) -> None:
     data = write_task_data(tmp_path / "data", SST2)
+    lines = (data / "train.tsv").read_text().splitlines(keepends=True)
+    # Two of three are of the first class.
+    (data / "train.tsv").write_text("".join([*lines, *(line for line in lines if line.endswith("0\n"))]))
     source = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     losses = []
-    for name, batch, accumulation in (("whole", 8, 1), ("parts", 4, 2)):
+    for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
         options = {"task": "sst2", "data": data, "batch_size": batch, "accumulation": accumulation}
-        result = finetune(source, tmp_path / name, **options)
-        assert (result.record.steps, result.record.batch_size) == (12, 8)
+        result = finetune(source, tmp_path / f"by-{batch}", class_weights=weights, **options)
+        assert (result.record.steps, result.record.batch_size) == (18, 8)
         losses.append([point.loss for point in result.curve])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

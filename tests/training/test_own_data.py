@@ -133,11 +133,19 @@ def test_a_number_is_a_place_only_among_classes_with_names(tmp_path: Path) -> No
 
 
 def test_whole_numbers_are_the_same_class_in_every_format(tmp_path: Path) -> None:
-    rows = [{"text": "a", "label": label} for label in (3, 4.0, "3", "4")]
+    # As pandas writes a column of whole numbers that lacked one once.
+    rows = [{"text": "a", "label": label} for label in (3, 4.0, "3.0", "4")]
     file = tmp_path / "x.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     task = fit_task(CLASSIFICATION, "train", str(file), None)
+    assert task.labels == ("3", "4")
     assert load_examples(task, "train", str(file)).labels == [0, 1, 0, 1]
+
+
+def test_classes_that_differ_in_their_case_alone_are_two(make_model: MakeModel, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", {"bad": "us", "good": "US"})
+    result = finetune(make_model("bert", "base", **LEARNS), tmp_path / "out", data=data, epochs=10)
+    assert result.metrics["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(

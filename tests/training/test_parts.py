@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import MODERNBERT, VOCABULARY, build_model, build_tokenizer
 from flashsvd.calibration_data import IGNORED, choose_masked
+from flashsvd.errors import ModelError
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.masked_lm import MaskedLM, masked_rows
@@ -114,13 +116,15 @@ def test_balanced_weights_count_every_class_alike() -> None:
     assert balanced_weights(MNLI, labels).tolist() == pytest.approx([8 / 12, 8 / 4, 0])
 
 
-def test_weighted_cross_entropy_is_what_torch_computes() -> None:
+def test_cross_entropy_is_weighted_by_class_whatever_else_is_in_the_batch() -> None:
     config = build_model().config
     objective = Classification(SST2, config, torch.tensor([0.5, 3.0]))
     scores, labels = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.tensor([0.0, 1.0])
     per_example = -scores.log_softmax(-1)[torch.arange(2), labels.long()]
-    expected = (0.5 * per_example[0] + 3 * per_example[1]) / 3.5
+    expected = (0.5 * per_example[0] + 3 * per_example[1]) / 2
     assert objective.loss(scores, Question({}, labels)).item() == pytest.approx(expected.item())
+    alone = [objective.loss(scores[i : i + 1], Question({}, labels[i : i + 1])) for i in (0, 1)]
+    assert [loss.item() for loss in alone] == pytest.approx([0.5 * per_example[0].item(), 3 * per_example[1].item()])
 
 
 @pytest.mark.parametrize("head", ["classifier", "masked-lm"])
@@ -179,3 +183,8 @@ def test_an_encoding_keeps_what_the_tokenizer_gives() -> None:
     encodings: list[Encoding] = encode(build_tokenizer(), [["a man"], ["the dog"]], 16)
     assert set(encodings[0]) == {"input_ids", "token_type_ids", "attention_mask"}
     assert encodings[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_long_lines_are_cut_by_fast_tokenizers_only() -> None:
+    with pytest.raises(ModelError, match="this model has no tokenizer.json; make one"):
+        encode(SimpleNamespace(is_fast=False), [["a man"]], 8, whole=True)

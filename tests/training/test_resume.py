@@ -135,10 +135,25 @@ def test_an_interrupted_run_is_neither_lost_nor_mixed_up(interrupted: dict[str, 
     assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 2},
+        {"epochs": 1.5, "scheduler": "constant"},
+        {"epochs": 20, "early_stopping": 1, "learning_rate": 2e-3},
+        {"epochs": 1.5, "eval_steps": 4, "scheduler": "constant"},
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+@pytest.mark.parametrize("evaluated", [True, False])
 def test_a_model_that_could_not_be_saved_is_saved_by_resuming(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], evaluated: bool
 ) -> None:
-    options = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 2}
+    options = options | {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2)}
+    if not evaluated:
+        (options["data"] / "validation.tsv").unlink()
+        options = {name: value for name, value in options.items() if name not in ("early_stopping", "eval_steps")}
+        options["epochs"] = min(options["epochs"], 2)
     whole = finetune(make_model(), tmp_path / "whole", **options)
 
     def full(*_: object, **__: object) -> None:
@@ -151,6 +166,21 @@ def test_a_model_that_could_not_be_saved_is_saved_by_resuming(
     resumed = finetune(tmp_path / "dense", tmp_path / "parts", resume=True, **options)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     assert (resumed.metrics, resumed.record.steps) == (whole.metrics, whole.record.steps)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("change", ["lost", "cut"])
+def test_a_checkpoint_without_the_state_of_the_training_is_refused(
+    interrupted: dict[str, Any], tmp_path: Path, name: str, change: str
+) -> None:
+    """The Trainer itself would go on with a fresh optimiser, schedule or random numbers."""
+    file = tmp_path / "out.partial" / "checkpoint-6" / name
+    data = file.read_bytes()
+    file.unlink()
+    if change == "cut":
+        file.write_bytes(data[:100])
+    with pytest.raises(CheckpointError, match=rf"{name} is missing or damaged; remove .*checkpoint-6 to go on without"):
+        finetune(**interrupted, resume=True)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(

@@ -21,8 +21,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # Where one is written after each epoch, it waits for the evaluation, whose result it then holds.
-        written_anyway = args.save_strategy == "epoch" and state.epoch == round(state.epoch)
+        # One after an epoch or the last step waits for the evaluation, whose result it then holds.
+        at_end = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        written_anyway = args.save_strategy == "epoch" and at_end
         if state.global_step % self._steps == 0 and not written_anyway:
             control.should_save = True
 
@@ -46,10 +47,14 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]  # transformers is u
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # Each evaluation is followed by a checkpoint, before which the Trainer has noted the best.
-        best = state.best_global_step or 0
-        worse = sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history)
-        if worse >= self._patience:
+        if evaluations_since_best(state) >= self._patience:
             control.should_training_stop = True
+
+
+def evaluations_since_best(state: Any) -> int:
+    """How many evaluations a training's state holds after its best one."""
+    best = state.best_global_step or 0
+    return sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history)
 
 
 class StopWhenLost(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

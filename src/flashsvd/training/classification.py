@@ -40,8 +40,12 @@ class Classification:
     def loss(self, scores: Tensor, question: Question) -> Tensor:
         if self._is_regression:
             return F.mse_loss(scores[:, 0], question.labels.to(scores.dtype))
-        weights = None if self._class_weights is None else self._class_weights.to(scores.device)
-        return F.cross_entropy(scores, question.labels.long(), weights)
+        labels = question.labels.long()
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        # Not divided by the weights of the batch, as torch would: in one of a single class they would cancel.
+        return (
+            losses if self._class_weights is None else self._class_weights.to(scores.device)[labels] * losses
+        ).mean()
 
     def predictions(self, scores: Tensor, question: Question) -> Tensor:
         return scores

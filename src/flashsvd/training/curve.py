@@ -78,6 +78,7 @@ def _draw(points: Sequence[Point], metrics: Sequence[str], file: Path) -> None:
     figure = Figure(figsize=(7, 4))
     FigureCanvasAgg(figure)
     losses = figure.add_subplot()
+    top = losses
     lines = losses.plot(*_line(points, [p.loss for p in points]), color="tab:blue", label="training loss")
     if any(p.eval_loss is not None for p in points):
         evaluated = _line(points, [p.eval_loss for p in points])
@@ -87,8 +88,10 @@ def _draw(points: Sequence[Point], metrics: Sequence[str], file: Path) -> None:
             line = _line(points, [p.metrics[name] for p in points])
             lines += scores.plot(*line, color=color, marker="o", linestyle="--", label=name.replace("_", " "))
         scores.set_ylabel("metric")
+        # Drawn last, so that no line runs through the legend.
+        top = scores
     losses.set(xlabel="step", ylabel="loss")
-    losses.legend(handles=lines, fontsize="small")
+    top.legend(handles=lines, fontsize="small")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,10 +125,14 @@ class HeadedModel:
         return LoadedModel(model, dtype, loaded.untrained)
 
 
-def start_at(loaded: LoadedModel, value: float) -> None:
-    """Let a new regression head answer with about this value at first, so that no step goes into finding it."""
-    for name, parameter in loaded.model.named_parameters():
-        if name in loaded.untrained and name.endswith("bias") and parameter.shape == (1,):
+def start_at(model: Any, untrained: Collection[str], value: float) -> None:
+    """Let a new regression head answer with about this value at first, so that no step goes into finding it.
+
+    Args:
+        untrained: names of the parameters that are random; a head without a bias stays as it is.
+    """
+    for name, parameter in model.named_parameters():
+        if name in untrained and name.endswith("bias") and parameter.shape == (1,):
             parameter.data.fill_(value)
 
 

@@ -18,7 +18,7 @@ from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.factorize import cast as cast_to
 from flashsvd.factorize import check_finite
 from flashsvd.finetune_config import SEQ_LEN, FinetuneConfig
-from flashsvd.pretrained import check_tokenizer, load_tokenizer, sequence_length
+from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
 from flashsvd.provenance import library_versions, timestamp
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
@@ -39,7 +39,14 @@ from flashsvd.training.output import (
 from flashsvd.training.result import FinetuneResult
 from flashsvd.training.rows import Collate
 from flashsvd.training.teacher import TeacherPlan
-from flashsvd.training.workplace import Workplace, check_checkpoint, keep_best_here
+from flashsvd.training.workplace import (
+    Workplace,
+    check_checkpoint,
+    check_resumable,
+    finished,
+    keep_best_here,
+    take_weights,
+)
 
 log = logging.getLogger("flashsvd")
 
@@ -81,6 +88,8 @@ class TrainingJob:
         seq_len = _seq_len(config, task, model, tokenizer)
         teacher = TeacherPlan.find(config, mode, task, model, tokenizer, seq_len)
         material = prepare_material(config, task, model, tokenizer, seq_len)
+        if teacher is not None:
+            check_vocabulary(material.train.largest_token, teacher.source.config.vocab_size, teacher.source.name)
         workplace.check_data(material.train.digest)
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
@@ -98,7 +107,7 @@ class TrainingJob:
         objective = self.material.objective
         arguments = self._arguments()
         loaded = self._load()
-        random = RandomParameters.of(loaded, self.model.info)
+        random = RandomParameters.of(loaded.model, self._untrained(loaded))
         with self._at_work(arguments), _unchanged_cache(loaded.model.config):
             trainer = self._trainer(loaded.model, arguments)
             start = time.perf_counter()
@@ -147,9 +156,13 @@ class TrainingJob:
         log.info("loading %s", self.config.model)
         loaded = self.model.load(self.config.seed)
         if self.task is not None and self.task.head == "classifier" and not self.task.labels:
-            start_at(loaded, self.material.train.mean_label)
+            start_at(loaded.model, self._untrained(loaded), self.material.train.mean_label)
         freeze(loaded.model, self.config.frozen())
         return loaded
+
+    def _untrained(self, loaded: LoadedModel) -> set[str]:
+        """Parameters that were random when the model was loaded, or when it was compressed, and are so still."""
+        return {*loaded.untrained, *(self.model.info.untrained if self.model.info else ())}
 
     @contextlib.contextmanager
     def _at_work(self, arguments: Any) -> Iterator[None]:
@@ -194,6 +207,12 @@ class TrainingJob:
             log.info("going on from %s", checkpoint)
             check_checkpoint(trainer.model, checkpoint)
             keep_best_here(checkpoint)
+            if (state := finished(checkpoint, self.config.early_stopping)) is not None:
+                log.info("it has been trained to its end")
+                take_weights(trainer.model, Path(state.best_model_checkpoint or checkpoint))
+                trainer.state = state
+                return
+            check_resumable(checkpoint, trainer.args.process_index, trainer.args.world_size)
         elif self.workplace.resumes:
             log.info("%s holds no checkpoint yet; starting anew", self.workplace.directory)
         try:

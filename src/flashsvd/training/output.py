@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from flashsvd.storage.companions import TOKENIZER_FILES, Companions, find_compan
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.training_file import TRAINING_FILE, read_trainings, write_trainings
-from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode
+from flashsvd.training.headed_model import HeadedModel, Mode
 
 
 def output_marker(model: HeadedModel) -> str:
@@ -51,9 +51,8 @@ class RandomParameters:
     values: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, loaded: LoadedModel, info: CompressionInfo | None) -> RandomParameters:
-        names = {*loaded.untrained, *(info.untrained if info else ())}
-        return cls({name: p.detach().clone() for name, p in loaded.model.named_parameters() if name in names})
+    def of(cls, model: Any, names: Collection[str]) -> RandomParameters:
+        return cls({name: p.detach().clone() for name, p in model.named_parameters() if name in names})
 
     def left(self, model: Any) -> tuple[str, ...]:
         """Those that are as they were, and so still random."""

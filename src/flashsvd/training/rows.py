@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flashsvd.calibration_data import IGNORED
+from flashsvd.errors import ModelError
 
 Encoding: TypeAlias = Mapping[str, list[int]]
 # A class id or score, or the token to predict at each place; None where labels are made while training.
@@ -67,7 +68,12 @@ def encode(tokenizer: Any, columns: Sequence[list[str]], seq_len: int, *, whole:
 
     Args:
         whole: cut a longer text into several encodings instead, so that nothing is lost.
+
+    Raises:
+        ModelError: the tokenizer cannot do that.
     """
+    if whole and not tokenizer.is_fast:
+        raise ModelError("long lines are cut by fast tokenizers only, and this model has no tokenizer.json; make one")
     encoded = tokenizer(*columns, truncation=True, max_length=seq_len, return_overflowing_tokens=whole)
     names = [name for name in encoded if name != "overflow_to_sample_mapping"]
     return [dict(zip(names, values, strict=True)) for values in zip(*(encoded[name] for name in names), strict=True)]

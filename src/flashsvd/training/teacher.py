@@ -64,6 +64,11 @@ def _check(teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: An
         raise ModelError(f"{who} has the classes {', '.join(teacher.foreign_classes)}, which are not the task's")
     if load_tokenizer(teacher.source).get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"{who} has other tokens than {student.name}; take a model of the same family")
+    if mode == "mlm" and teacher.config.vocab_size != student.config.vocab_size:
+        raise ModelError(
+            f"{who} predicts {teacher.config.vocab_size} tokens, {student.name} {student.config.vocab_size}; take a "
+            "model with as many"
+        )
     if not distillation.hidden_weight:
         return
     for name in ("num_hidden_layers", "hidden_size"):

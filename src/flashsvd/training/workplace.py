@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,44 @@ def check_checkpoint(model: Any, checkpoint: Path) -> None:
     wanted = {name: tuple(t.shape) for name, t in state.items() if name in found or t.data_ptr() not in written}
     compare_tensors(wanted, found, str(checkpoint))
     check_no_extra(set(state), found, str(checkpoint))
+
+
+def check_resumable(checkpoint: Path, process: int, processes: int) -> None:
+    """Refuse a checkpoint without the optimiser's state, the schedule's or the random numbers': the Trainer would start
+    with fresh ones.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    random = f"rng_state_{process}.pth" if processes > 1 else "rng_state.pth"
+    for name in ("optimizer.pt", "scheduler.pt", random):
+        # The end of a file holds what makes it an archive.
+        if not zipfile.is_zipfile(checkpoint / name):
+            raise CheckpointError(f"{checkpoint / name} is missing or damaged; remove {checkpoint} to go on without it")
+
+
+def finished(checkpoint: Path, early_stopping: int | None) -> Any:
+    """The Trainer's state in a checkpoint after which there was nothing more to train; None for any other."""
+    from transformers import TrainerState
+
+    from flashsvd.training.callbacks import evaluations_since_best
+
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    stopped = early_stopping is not None and evaluations_since_best(state) >= early_stopping
+    return state if stopped or state.global_step >= state.max_steps else None
+
+
+def take_weights(model: Any, checkpoint: Path) -> None:
+    """Give a model the weights in a checkpoint of its own.
+
+    Raises:
+        CheckpointError: as for `check_checkpoint`.
+    """
+    from safetensors.torch import load_file
+
+    check_checkpoint(model, checkpoint)
+    for file in weight_files(checkpoint):
+        model.load_state_dict(load_file(file), strict=False)
 
 
 def keep_best_here(checkpoint: Path) -> None:
