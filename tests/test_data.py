@@ -52,6 +52,13 @@ def test_a_directory_is_searched_for_the_split(tmp_path: Path) -> None:
     assert find_file(tmp_path, "validation", MNLI).name == "validation_matched.tsv"
 
 
+def test_of_two_files_of_a_split_none_is_chosen(tmp_path: Path) -> None:
+    for name in ("train.tsv", "train.csv"):
+        write(tmp_path / name, "")
+    with pytest.raises(DataError, match=r"holds train more than once \(train.tsv, train.csv\); remove all but one"):
+        find_file(tmp_path, "train", SST2)
+
+
 def test_training_data_never_stands_in_for_validation(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "sentence\tlabel\na\t1\n")
     with pytest.raises(DataError, match="holds no validation file"):

@@ -162,7 +162,8 @@ def _run_finetune(options: argparse.Namespace) -> None:
         return
     command = ["flashsvd", "eval", "--checkpoint", str(result.output), "--task", result.record.task]
     if data := config.eval_data or config.data:
-        command += ["--data", data]
+        # What was trained on alone scores nothing.
+        command += ["--data", data if result.eval_samples else "VALIDATION_DATA"]
     print(f"next: {shlex.join(command)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from flashsvd.errors import ConfigError, DataError, first_line
 from flashsvd.tasks import Task
+
+log = logging.getLogger("flashsvd")
 
 Split = Literal["train", "validation"]
 SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl", ".json")
@@ -55,7 +58,7 @@ def load_examples(
         where, rows = str(file), read_rows(file)
     rows = [with_our_names(row, task) for row in rows[:limit]]
     if not rows:
-        raise DataError(f"{where} holds no examples")
+        raise DataError(f"{where} holds no examples; give other data")
     missing = [name for name in (*task.columns, "label") if name not in rows[0]]
     if missing:
         noun = "column" if len(missing) == 1 else "columns"
@@ -74,7 +77,12 @@ def load_examples(
         if not all(isinstance(text, str) for text in row_texts):
             raise DataError(f"{where}: example {number} has no text in {', '.join(task.columns)}")
         texts.append(row_texts)
-        labels.append(_label(task, row.get("label"), f"{where}: example {number}"))
+        if not task.own_classes:
+            labels.append(_label(task, row.get("label"), f"{where}: example {number}"))
+    if task.own_classes:
+        labels = own_labels(
+            [label_text(row.get("label"), where, n) for n, row in enumerate(rows, 1)], task.labels, where
+        )
     return Examples(texts, labels)
 
 
@@ -84,7 +92,7 @@ def find_file(
     """The file of a split: `path` itself, or the one in the directory `path` that is named after the split.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or more than one.
     """
     option = option or DATA_OPTION[split]
     if path.is_file():
@@ -98,11 +106,14 @@ def find_file(
         shards = sorted(path.glob(f"{name}-*-of-*.parquet")) if ".parquet" in suffixes else []
         if len(shards) > 1:
             raise DataError(f"{path} holds {name} in {len(shards)} files; join them, or name one with {option}")
-        if shards:
-            return shards[0]
-        for suffix in suffixes:
-            if (path / (name + suffix)).is_file():
-                return path / (name + suffix)
+        files = shards + [path / (name + suffix) for suffix in suffixes if (path / (name + suffix)).is_file()]
+        if len(files) > 1:
+            found = ", ".join(file.name for file in files)
+            raise DataError(
+                f"{path} holds {name} more than once ({found}); remove all but one, or name it with {option}"
+            )
+        if files:
+            return files[0]
     raise DataError(f"{path} holds no {names[0]} file ({', '.join(suffixes)}); name the file itself with {option}")
 
 
@@ -122,6 +133,8 @@ def read_rows(file: Path) -> list[Mapping[str, Any]]:
                 return _read_json_lines(file)
             case ".parquet":
                 return _read_parquet(file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} cannot be read as UTF-8 ({first_line(error)}); save it in that encoding") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
     raise DataError(f"{file} has an unknown suffix; use one of {', '.join(SUFFIXES)}")
@@ -190,22 +203,49 @@ def with_our_names(row: Mapping[str, Any], task: Task) -> Mapping[str, Any]:
     return {renamed.get(key, key): value for key, value in row.items()} if renamed else row
 
 
-def label_text(value: Any) -> str:
-    """A label as a class is called: whole numbers without a decimal point, in whatever way they were stored."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+def label_text(value: Any, where: str, number: int) -> str:
+    """A label as a class is called: whole numbers without a decimal point, in whatever way they were stored.
+
+    Raises:
+        DataError: the example has none, or several.
+    """
+    if isinstance(value, (list, tuple, dict)):
+        raise DataError(f"{where}: example {number} has the label {value!r}; give each example one class")
+    text = "" if value is None else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+    if not text:
+        raise DataError(f"{where}: example {number} has no label; give it one, or leave it out")
+    return text
+
+
+def own_labels(texts: Sequence[str], classes: Sequence[str], where: str) -> list[float]:
+    """The place of each label among the user's own classes; where they have names, numbers may be the places.
+
+    Raises:
+        UnknownClassError: a label is none of them.
+    """
+    places = {name: place for place, name in reversed(list(enumerate(classes)))}
+    number, unknown = next(((n, text) for n, text in enumerate(texts, 1) if text not in places), (0, ""))
+    if not number:
+        return [places[text] for text in texts]
+    if not any(is_whole(name) for name in classes) and all(
+        is_whole(text) and 0 <= int(text) < len(classes) for text in texts
+    ):
+        meanings = listed([f"{place} as {name}" for place, name in enumerate(classes)])
+        log.warning("the labels of %s are numbers; taking %s", where, meanings)
+        return [int(text) for text in texts]
+    alike = next((f"; is it {name!r}?" for name in classes if name.casefold() == unknown.casefold()), "")
+    raise UnknownClassError(
+        f"{where}: example {number} has the label {unknown!r}, which is none of the classes {listed(classes)}{alike}"
+    )
 
 
 def _label(task: Task, value: Any, where: str) -> float:
-    for text in (label_text(value), label_text(value).lower()):
-        if text in task.labels:
-            return task.labels.index(text)
+    if isinstance(value, str) and value.strip().lower() in task.labels:
+        return task.labels.index(value.strip().lower())
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    # Where classes are numbers themselves, no number means the place of one.
-    if task.own_classes and (number not in range(len(task.labels)) or any(is_whole(label) for label in task.labels)):
-        raise UnknownClassError(f"{where} has the label {value!r}, which is none of the classes {listed(task.labels)}")
     if not math.isfinite(number):
         allowed = f" or one of {listed(task.labels)}" if task.labels else ""
         raise DataError(f"{where} has the label {value!r}; {task.name} needs a number{allowed}")

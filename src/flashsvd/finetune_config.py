@@ -153,6 +153,8 @@ class FinetuneConfig:
 
     def frozen(self) -> tuple[str, ...]:
         """The parts that `freeze` names, in the order of `FREEZABLE`."""
+        if self.freeze is not None and not isinstance(self.freeze, str):
+            raise ConfigError(f"--freeze must be text such as 'embeddings,ffn', got {self.freeze!r}")
         named = {part.strip() for part in self.freeze.split(",")} if self.freeze is not None else set()
         if unknown := sorted(named - set(FREEZABLE)):
             raise ConfigError(f"--freeze {unknown[0]!r} is not known; choose from {', '.join(FREEZABLE)}")
@@ -165,4 +167,5 @@ class FinetuneConfig:
         directory = Path(self.model).expanduser()
         # A link goes by its own name; `.` and `..` have none.
         named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
-        return Path(OUTPUT_ROOT) / f"{named.name}_{self.task or self.mode}"
+        task = self.task or ("classification" if self.mode == "cls" else self.mode)
+        return Path(OUTPUT_ROOT) / f"{named.name}_{task}"

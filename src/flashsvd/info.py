@@ -10,6 +10,7 @@ from typing import Any
 
 from flashsvd.storage.metadata import CompressionInfo, split_module_path
 from flashsvd.tables import html_table
+from flashsvd.tasks import OWN_TASKS
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,12 +65,14 @@ class CheckpointInfo:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
+        task = self.compression.task or "TASK"
+        data = " --data PATH" if task in OWN_TASKS else ""
         lines += [
             "",
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {self.compression.task or 'TASK'}",
+            f"  flashsvd eval --checkpoint {self.directory} --task {task}{data}",
         ]
         return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from flashsvd.data import DATA_OPTION, Split, find_file, is_whole, label_text, read_rows, with_our_names
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.tasks import Task
+
+log = logging.getLogger("flashsvd")
 
 # What the columns of texts may be called; pairs first, since one of their names may be that of a single text.
 TEXT_COLUMNS = (
@@ -21,6 +24,8 @@ TEXT_COLUMNS = (
     ("text",),
     ("sentence",),
 )
+# Of fewer examples each may well have a class of its own.
+FEW = 20
 
 
 def fit_task(
@@ -45,12 +50,12 @@ def fit_task(
     file = find_file(Path(data).expanduser(), split, task, option=option)
     rows = [with_our_names(row, task) for row in read_rows(file)]
     if not rows:
-        raise DataError(f"{file} holds no examples")
+        raise DataError(f"{file} holds no examples; give other data")
     columns = next((names for names in TEXT_COLUMNS if set(names) <= set(rows[0])), None)
     if columns is None or "label" not in rows[0]:
         raise DataError(
-            f"{file} has the columns {', '.join(map(str, rows[0]))}; --task {task.name} needs label, and text or "
-            "sentence1 and sentence2; name them so in the first line"
+            f"{file} has the columns {', '.join(map(repr, rows[0]))}; --task {task.name} needs label, and text or "
+            f"sentence1 and sentence2; name them so in the first line, divided as in a {file.suffix} file"
         )
     if task.own_classes:
         task = dataclasses.replace(task, labels=tuple(classes or classes_in(rows, str(file))))
@@ -63,9 +68,7 @@ def classes_in(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
     Raises:
         DataError: a row has no label, all have the same, or they are real numbers.
     """
-    labels = [label_text("" if row["label"] is None else row["label"]) for row in rows]
-    if "" in labels:
-        raise DataError(f"{where}: example {labels.index('') + 1} has no label")
+    labels = [label_text(row["label"], where, number) for number, row in enumerate(rows, 1)]
     classes = set(labels)
     if len(classes) == 1:
         raise DataError(f"{where} has only the label {labels[0]!r}; classification needs two classes or more")
@@ -74,6 +77,10 @@ def classes_in(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
     if all(_is_number(label) for label in classes):
         number = next(label for label in labels if not is_whole(label))
         raise DataError(f"{where} has labels such as {number}, which are no classes; take --task regression")
+    if len(labels) >= FEW and len(classes) > len(labels) / 2:
+        log.warning("%s has %d labels for %d examples; is label the right column?", where, len(classes), len(labels))
+    if len({name.casefold() for name in classes}) < len(classes):
+        log.warning("%s has labels that differ in their case alone; they are classes of their own", where)
     return sorted(classes)
 
 

@@ -91,6 +91,8 @@ _TASKS = (
     Task("wikitext2", ("text",), ("perplexity",), (), head="lm", hub_config="wikitext-2-raw-v1", hub=WIKITEXT),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+# Those that have no data but the user's.
+OWN_TASKS = tuple(task.name for task in _TASKS if not task.hub)
 
 
 def get_task(name: str) -> Task:
@@ -116,9 +118,9 @@ def check_label_count(task: Task, config: Any, source: str) -> None:
         return
     if config.num_labels != task.num_labels:
         wants = f"{len(task.labels)} classes ({', '.join(task.labels)})" if task.labels else "one real-valued output"
+        has = f"{config.num_labels} labels" if config.num_labels > 1 else "one real-valued output"
         raise DataError(
-            f"{source} has a head for {config.num_labels} labels, but {task.name} needs {wants}; "
-            "choose the task it was trained for"
+            f"{source} has a head for {has}, but {task.name} needs {wants}; choose the task it was trained for"
         )
 
 
@@ -136,8 +138,8 @@ def check_classifier(config: Any, source: str) -> None:
         )
     if config.pad_token_id is None:
         raise DataError(
-            f"config.json of {source} names no pad_token_id, without which batches cannot be classified; write the "
-            "tokenizer's into it"
+            f"config.json of {source} names no pad_token_id, without which batches cannot be classified; write there "
+            "the id of its tokenizer's pad_token, which may be the eos_token, and save the tokenizer with it"
         )
 
 

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import MakeModel
 from flashsvd import (
     EvalConfig,
     FinetuneConfig,
     ProfileConfig,
+    read_info,
     run_compress,
     run_eval,
     run_finetune,
     run_profile,
 )
+from flashsvd.cli import main
 from flashsvd.compress import CompressConfig
 from flashsvd.data import load_examples
 from flashsvd.errors import ConfigError, DataError, FlashSVDError, ModelError
@@ -91,6 +95,10 @@ def test_a_teacher_with_the_same_classes_is_imitated_and_no_other(
     small = compress(trained, tmp_path / "small", ratio=0.5)
     assert finetune(small, tmp_path / "distilled", data=topics, teacher=trained).record.teacher == str(trained)
     other = write_data(tmp_path / "other", dict(zip(SIGNS, "xyz", strict=True)))
+    pair = write_data(tmp_path / "pair", {"bad": "no", "good": "yes"})
+    finetune(make_model("bert", "base", name="b"), tmp_path / "two", data=pair)
+    with pytest.raises(DataError, match=r"--teacher cannot be used: .* 2 labels, .* the task it was trained for$"):
+        finetune(small, tmp_path / "no", data=topics, teacher=tmp_path / "two")
     stranger = tmp_path / "stranger"
     finetune(make_model("bert", "base"), stranger, data=other)
     with pytest.raises(ModelError, match="has the classes x, y, z, which are not the task's"):
@@ -106,14 +114,33 @@ def test_numbers_are_classes_in_their_order(make_model: MakeModel, tmp_path: Pat
 
 
 def test_scores_of_ones_own_are_a_regression(make_model: MakeModel, tmp_path: Path) -> None:
-    data = write_data(tmp_path / "scores", {"bad": 1.5, "good": -7.25, "very": 30})
-    options = {"data": data, "task": "regression", "epochs": 20}
-    result = finetune(make_model("bert", "base", **LEARNS), tmp_path / "out", **options)
+    scores = {"bad": 1500.0, "good": -7250.0, "very": 30000.0}
+    data = write_data(tmp_path / "scores", scores)
+    options = {"data": data, "task": "regression"}
+    result = finetune(make_model("bert", "base", **LEARNS), tmp_path / "out", epochs=20, **options)
     assert list(result.metrics) == ["pearson", "spearmanr"]
-    assert (result.metrics["pearson"] or 0) > 0.9
+    assert (result.metrics["pearson"] or 0) > 0.99
+    assert answers(tmp_path / "out") == pytest.approx(list(scores.values()), abs=2000)
+    # What is trained on goes on from there, and a teacher answers on the same scale.
+    untouched = {"learning_rate": 1e-9, "epochs": 0.2}
+    finetune(tmp_path / "out", tmp_path / "same", **options, **untouched)
+    assert answers(tmp_path / "same") == pytest.approx(answers(tmp_path / "out"), rel=1e-3)
+    taught = finetune(
+        tmp_path / "out", tmp_path / "taught", teacher=tmp_path / "out", distill_weight=1.0, **options, **untouched
+    )
+    assert taught.curve[0].loss == pytest.approx(0, abs=0.05)
     small = compress(tmp_path / "out", tmp_path / "small", task="regression", method="fwsvd", calib_data=data)
     evaluated = run_eval(EvalConfig(small, "regression", data=data, device="cpu"))
     assert evaluated.num_eval_samples == 18
+
+
+def answers(directory: Path) -> list[float]:
+    """A regression's answer to each sign."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    with torch.inference_mode():
+        batch = tokenizer([f"the movie runs {sign}" for sign in SIGNS], return_tensors="pt")
+        return [float(value) for value in model(**batch).logits[:, 0]]
 
 
 def test_pairs_are_known_by_their_columns(tmp_path: Path) -> None:
@@ -123,13 +150,38 @@ def test_pairs_are_known_by_their_columns(tmp_path: Path) -> None:
     assert load_examples(task, "train", str(tmp_path)).texts == [("a", "b")] * 2
 
 
-def test_a_number_is_a_place_only_among_classes_with_names(tmp_path: Path) -> None:
-    file = str(write_csv(tmp_path / "x.csv", [{"text": "a", "label": i} for i in (1, "good")]))
+def test_numbers_are_places_only_among_classes_with_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = str(write_csv(tmp_path / "x.csv", [{"text": "a", "label": i} for i in (1, 0)]))
     named = fit_task(CLASSIFICATION, "train", file, ("bad", "good"))
-    assert load_examples(named, "train", file).labels == [1, 1]
+    assert load_examples(named, "train", file).labels == [1, 0]
+    assert "are numbers; taking 0 as bad, 1 as good" in caplog.text
     numbered = fit_task(CLASSIFICATION, "train", file, ("0", "2"))
     with pytest.raises(DataError, match="example 1 has the label '1', which is none of the classes 0, 2"):
         load_examples(numbered, "train", file)
+    write_csv(tmp_path / "x.csv", [{"text": "a", "label": i} for i in ("good", 1)])
+    with pytest.raises(DataError, match="example 2 has the label '1', which is none of the classes bad, good"):
+        load_examples(named, "train", file)
+
+
+def test_a_label_that_is_nearly_a_class_is_asked_about(tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "x.csv", [{"text": "a", "label": " sport news"}]))
+    task = fit_task(CLASSIFICATION, "train", file, ("Sport News", "arts"))
+    with pytest.raises(DataError, match=r"'sport news', which is none of .*; is it 'Sport News'\?"):
+        load_examples(task, "train", file)
+
+
+def test_labels_that_look_like_a_mistake_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_csv(tmp_path / "x.csv", [{"text": "a", "label": f"text {i}"} for i in range(20)])
+    fit_task(CLASSIFICATION, "train", str(file), None)
+    assert "has 20 labels for 20 examples; is label the right column?" in caplog.text
+    fit_task(CLASSIFICATION, "train", str(write_csv(file, [{"text": "a", "label": x} for x in ("A", "a")])), None)
+    assert "labels that differ in their case alone" in caplog.text
+
+
+def test_several_classes_for_one_example_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": ["x", "y"]}')
+    with pytest.raises(DataError, match=r"example 1 has the label \['x', 'y'\]; give each example one class"):
+        fit_task(CLASSIFICATION, "train", str(tmp_path / "x.jsonl"), None)
 
 
 def test_whole_numbers_are_the_same_class_in_every_format(tmp_path: Path) -> None:
@@ -164,7 +216,9 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: list[str
 
 def test_columns_that_are_not_known_are_refused(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "x.csv", [{"review": "t", "stars": 1}])
-    with pytest.raises(DataError, match="has the columns review, stars; --task regression needs label, and text or"):
+    with pytest.raises(
+        DataError, match="has the columns 'review', 'stars'; --task regression needs label, and text or"
+    ):
         fit_task(REGRESSION, "train", str(file), None)
 
 
@@ -206,3 +260,15 @@ def test_rare_classes_can_count_more(make_model: MakeModel, topics: Path, tmp_pa
     assert finetune(make_model("bert", "base"), tmp_path / "out", **options).record.task == "classification"
     with pytest.raises(ConfigError, match="--class-weights weighs classes, and regression has none"):
         finetune(make_model("bert", "base"), tmp_path / "no", task="regression", **options)
+
+
+def test_what_comes_next_is_said_with_data_of_ones_own(
+    make_model: MakeModel, topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finetune", "--model", make_model("bert", "base"), "--output", tmp_path / "out", "--device", "cpu"]
+    arguments += ["--data", topics / "train.csv", "--epochs", "0.1", "--seq-len", "24"]
+    assert main(list(map(str, arguments))) == 0
+    # What was trained on alone would score nothing.
+    assert capsys.readouterr().out.endswith("out --task classification --data VALIDATION_DATA\n")
+    small = compress(tmp_path / "out", tmp_path / "small", task="classification")
+    assert str(read_info(small)).endswith("small --task classification --data PATH")

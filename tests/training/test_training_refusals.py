@@ -40,6 +40,7 @@ from training_data import SST2, compress, finetune, write_task_data, write_text
         ({"temperature": 2.0}, "--temperature says how a teacher is imitated; give one with --teacher"),
         ({"teacher": "t", "temperature": 0.0}, "--temperature must be above 0"),
         ({"teacher": "t", "distill_weight": 1.5}, "--distill-weight must be at least 0 and at most 1"),
+        ({"freeze": ["ffn"]}, r"--freeze must be text such as 'embeddings,ffn', got \['ffn'\]"),
         ({"class_weights": "heavy"}, "--class-weights 'heavy' is not known"),
         ({"mode": "similarity", "new_head": True}, "--new-head is for classifiers"),
         ({"device": "tpu"}, "--device 'tpu' is not known"),
@@ -59,6 +60,7 @@ def test_several_parts_are_frozen_with_commas() -> None:
 def test_the_default_output_says_model_and_task() -> None:
     assert FinetuneConfig(model="org/bert-x", task="sst2").output_directory() == Path("finetuned_models/bert-x_sst2")
     assert FinetuneConfig(model="bert-x", mode="mlm").output_directory().name == "bert-x_mlm"
+    assert FinetuneConfig(model="bert-x", data="x.csv").output_directory().name == "bert-x_classification"
 
 
 @pytest.mark.parametrize(

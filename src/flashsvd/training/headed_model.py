@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from flashsvd.errors import CheckpointError, DataError, ModelError
 from flashsvd.factorize import check_finite
@@ -59,11 +60,14 @@ class HeadedModel:
     info: CompressionInfo | None
 
     @classmethod
-    def find(cls, name: str, mode: Mode, task: Task | None, new_head: bool = False) -> HeadedModel:
+    def find(
+        cls, name: str, mode: Mode, task: Task | None, new_head: bool = False, *, trains: bool = True
+    ) -> HeadedModel:
         """Find a model and hold it against a mode.
 
         Args:
             new_head: a classifier gets a fresh head for the task, whatever head it has.
+            trains: whether it is to be trained, and not a teacher.
 
         Raises:
             ModelError, CheckpointError: it cannot be had, trained, or given the head that the mode needs.
@@ -85,7 +89,7 @@ class HeadedModel:
             try:
                 model_class, options = class_for_task(name, task, config, new_head)
             except DataError as error:
-                if compressed:
+                if compressed or not trains:
                     raise
                 raise DataError(f"{error}, or train a fresh head with --new-head") from error
             for option, value in options.items():
@@ -134,6 +138,17 @@ def start_at(model: Any, untrained: Collection[str], value: float) -> None:
     for name, parameter in model.named_parameters():
         if name in untrained and name.endswith("bias") and parameter.shape == (1,):
             parameter.data.fill_(value)
+
+
+def resize_output(model: Any, factor: float) -> None:
+    """Multiply what a regression's head answers, in its last layer."""
+    if factor == 1:
+        return
+    base = set(model.base_model.modules())
+    outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1 and m not in base]
+    (output,) = outputs
+    for parameter in output.parameters():
+        parameter.data.mul_(factor)
 
 
 def _set_classes(task: Task, config: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from flashsvd.data import listed
 from flashsvd.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.factorize import cast as cast_to
@@ -27,7 +28,7 @@ from flashsvd.tasks import Task
 from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.freeze import freeze
-from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, start_at
+from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, resize_output, start_at
 from flashsvd.training.material import Material, fit_to_data, prepare_material, task_of
 from flashsvd.training.output import (
     RandomParameters,
@@ -91,6 +92,8 @@ class TrainingJob:
         if teacher is not None:
             check_vocabulary(material.train.largest_token, teacher.source.config.vocab_size, teacher.source.name)
         workplace.check_data(material.train.digest)
+        if task is not None and task.own_classes:
+            log.info("the classes are %s", listed(task.labels))
         companions = companions_of(model, mode)
         trainings = past_trainings(model)
         return cls(
@@ -114,6 +117,8 @@ class TrainingJob:
             self._train(trainer)
             seconds = time.perf_counter() - start
 
+        random_still = random.left(loaded.model)
+        resize_output(loaded.model, self.material.scale)
         metrics = self._metrics(trainer.state)
         record = self._record(trainer.state, arguments, metrics)
         points = curve(trainer.state.log_history, objective.metrics)
@@ -122,7 +127,7 @@ class TrainingJob:
             log.info("saving to %s", self.output)
             with self.workplace.writing():
                 files = write_curve(points, objective.metrics, self.workplace.directory)
-                self._save(loaded, record, files, random.left(loaded.model))
+                self._save(loaded, record, files, random_still)
             self.workplace.remove()
         arguments.distributed_state.wait_for_everyone()
         return FinetuneResult(
@@ -156,6 +161,8 @@ class TrainingJob:
         log.info("loading %s", self.config.model)
         loaded = self.model.load(self.config.seed)
         if self.task is not None and self.task.head == "classifier" and not self.task.labels:
+            if self.model.has_head:
+                resize_output(loaded.model, 1 / self.material.scale)
             start_at(loaded.model, self._untrained(loaded), self.material.train.mean_label)
         freeze(loaded.model, self.config.frozen())
         return loaded
@@ -189,7 +196,7 @@ class TrainingJob:
             callbacks.append(EarlyStopping(config.early_stopping))
         trainer = ObjectiveTrainer(
             objective=material.objective,
-            teacher=self.teacher.load(self.task, self.tokenizer) if self.teacher else None,
+            teacher=self.teacher.load(self.task, self.tokenizer, material.scale) if self.teacher else None,
             model=model,
             args=arguments,
             data_collator=Collate(self.tokenizer),

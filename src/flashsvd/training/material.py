@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashsvd.calibration_data import Draw
 from flashsvd.corpus import TEXT_SUFFIXES, load_text
-from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, find_file, listed, load_examples
+from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, find_file, load_examples
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.head import head_classes
@@ -36,12 +37,15 @@ class Material:
     Attributes:
         evaluation: None where there is no data to evaluate on.
         about: where the data came from, for people.
+        scale: what the labels in the rows are multiples of: the standard deviation of the training labels of a
+            regression whose scores may lie anywhere, else 1.
     """
 
     train: Rows
     evaluation: Rows | None
     objective: Objective
     about: str
+    scale: float = 1.0
 
 
 def task_of(config: FinetuneConfig) -> Task | None:
@@ -79,11 +83,7 @@ def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
     if task is None or task.is_fitted:
         return task
     model_config = load_config(locate(config.model))
-    classes = None if config.new_head else head_classes(model_config)
-    fitted = fit_task(task, "train", config.data, classes, "--data")
-    if fitted.labels:
-        log.info("the classes are %s", listed(fitted.labels))
-    return fitted
+    return fit_task(task, "train", config.data, None if config.new_head else head_classes(model_config), "--data")
 
 
 def prepare_material(
@@ -97,17 +97,19 @@ def prepare_material(
     splits = [_Source("train", config.data, "--data"), _evaluation_source(config, task)]
     if task is None:
         train, evaluation = (_text_rows(source, config, tokenizer, seq_len) for source in splits)
-        weights = None
+        weights, scale = None, 1.0
     else:
         examples = [_examples(source, config, task) for source in splits]
-        train, evaluation = (_example_rows(part, task, tokenizer, seq_len) for part in examples)
+        scale = _scale(task, examples[0])
+        train, evaluation = (_example_rows(part, task, tokenizer, seq_len, scale) for part in examples)
         weights = _class_weights(config, task, examples[0])
     assert train is not None, "there is always something to train on"
     for rows in (train, evaluation):
         if rows is not None:
             check_vocabulary(rows.largest_token, model.config.vocab_size, model.name)
     objective = make_objective(task, model, tokenizer, weights)
-    return Material(train, evaluation, objective, config.data or f"hub:{(task or TASKS['wikitext2']).hub_config}")
+    about = config.data or f"hub:{(task or TASKS['wikitext2']).hub_config}"
+    return Material(train, evaluation, objective, about, scale)
 
 
 def make_objective(task: Task | None, model: HeadedModel, tokenizer: Any, class_weights: Any = None) -> Objective:
@@ -171,13 +173,20 @@ def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Exa
     return Examples([examples.texts[i] for i in chosen], [examples.labels[i] for i in chosen])
 
 
-def _example_rows(examples: Examples | None, task: Task, tokenizer: Any, seq_len: int) -> Rows | None:
+def _scale(task: Task, train: Examples | None) -> float:
+    """Without it, scores of tens or thousands lie further from a new head than any training takes it."""
+    if train is None or task.head != "classifier" or task.labels or task.scores:
+        return 1.0
+    return statistics.pstdev(train.labels) or 1.0
+
+
+def _example_rows(examples: Examples | None, task: Task, tokenizer: Any, seq_len: int, scale: float) -> Rows | None:
     if examples is None:
         return None
     columns = [list(column) for column in zip(*examples.texts, strict=True)]
     calls = [[column] for column in columns] if task.head == "encoder" else [columns]
     parts = zip(*(encode(tokenizer, call, seq_len) for call in calls), strict=True)
-    return Rows([Row(tuple(part), label) for part, label in zip(parts, examples.labels, strict=True)])
+    return Rows([Row(tuple(part), label / scale) for part, label in zip(parts, examples.labels, strict=True)])
 
 
 def _class_weights(config: FinetuneConfig, task: Task, train: Examples | None) -> Any:

@@ -11,7 +11,7 @@ from flashsvd.models import architecture_of
 from flashsvd.pretrained import load_tokenizer
 from flashsvd.tasks import Task
 from flashsvd.training.distill import Distillation, Teacher
-from flashsvd.training.headed_model import HeadedModel, Mode
+from flashsvd.training.headed_model import HeadedModel, Mode, resize_output
 from flashsvd.training.material import make_objective
 
 
@@ -41,7 +41,7 @@ class TeacherPlan:
         weight = DISTILL_WEIGHT if config.distill_weight is None else config.distill_weight
         how = Distillation(weight, config.temperature or TEMPERATURE, config.hidden_weight or 0.0)
         try:
-            teacher = HeadedModel.find(config.teacher, mode, task)
+            teacher = HeadedModel.find(config.teacher, mode, task, trains=False)
         except FlashSVDError as error:
             raise type(error)(f"--teacher cannot be used: {error}") from error
         _check(teacher, student, mode, tokenizer, how)
@@ -50,9 +50,12 @@ class TeacherPlan:
             raise ConfigError(f"--teacher {teacher.name} reads {longest} tokens at most; pass --seq-len {longest}")
         return cls(teacher, how)
 
-    def load(self, task: Task | None, tokenizer: Any) -> Teacher:
+    def load(self, task: Task | None, tokenizer: Any, scale: float) -> Teacher:
+        """The teacher, whose scores are multiples of `scale` as the student's labels are."""
         objective = make_objective(task, self.source, tokenizer)
-        return Teacher(self.source.load(seed=0).model, objective, self.distillation)
+        model = self.source.load(seed=0).model
+        resize_output(model, 1 / scale)
+        return Teacher(model, objective, self.distillation)
 
 
 def _check(teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: Any, distillation: Distillation) -> None:
