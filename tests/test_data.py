@@ -55,7 +55,7 @@ def test_a_directory_is_searched_for_the_split(tmp_path: Path) -> None:
 def test_of_two_files_of_a_split_none_is_chosen(tmp_path: Path) -> None:
     for name in ("train.tsv", "train.csv"):
         write(tmp_path / name, "")
-    with pytest.raises(DataError, match=r"holds train more than once \(train.tsv, train.csv\); remove all but one"):
+    with pytest.raises(DataError, match=r"holds train in 2 files \(train.tsv, train.csv\); join them, or name one"):
         find_file(tmp_path, "train", SST2)
 
 

@@ -100,21 +100,25 @@ def find_file(
     if not path.is_dir():
         otherwise = ", or leave it out to use the hub" if task.hub else ""
         raise DataError(f"there is no file or directory {path}; give one with {option}{otherwise}")
+    files = files_of(path, split, task, suffixes)
+    if not files:
+        name = task.validation if split == "validation" else split
+        raise DataError(f"{path} holds no {name} file ({', '.join(suffixes)}); name the file itself with {option}")
+    if len(files) > 1:
+        found = listed([file.name for file in files])
+        raise DataError(f"{path} holds {split} in {len(files)} files ({found}); join them, or name one with {option}")
+    return files[0]
+
+
+def files_of(directory: Path, split: Split, task: Task, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files in a directory that have the first of a split's names that any has."""
     validation = (task.validation, task.validation.replace("validation", "dev"), *_VALIDATION_NAMES)
-    names = validation if split == "validation" else (split,)
-    for name in names:
-        shards = sorted(path.glob(f"{name}-*-of-*.parquet")) if ".parquet" in suffixes else []
-        if len(shards) > 1:
-            raise DataError(f"{path} holds {name} in {len(shards)} files; join them, or name one with {option}")
-        files = shards + [path / (name + suffix) for suffix in suffixes if (path / (name + suffix)).is_file()]
-        if len(files) > 1:
-            found = ", ".join(file.name for file in files)
-            raise DataError(
-                f"{path} holds {name} more than once ({found}); remove all but one, or name it with {option}"
-            )
+    for name in validation if split == "validation" else (split,):
+        shards = sorted(directory.glob(f"{name}-*-of-*.parquet")) if ".parquet" in suffixes else []
+        files = shards + [directory / (name + suffix) for suffix in suffixes if (directory / (name + suffix)).is_file()]
         if files:
-            return files[0]
-    raise DataError(f"{path} holds no {names[0]} file ({', '.join(suffixes)}); name the file itself with {option}")
+            return files
+    return []
 
 
 def read_rows(file: Path) -> list[Mapping[str, Any]]:

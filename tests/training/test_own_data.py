@@ -272,3 +272,9 @@ def test_what_comes_next_is_said_with_data_of_ones_own(
     assert capsys.readouterr().out.endswith("out --task classification --data VALIDATION_DATA\n")
     small = compress(tmp_path / "out", tmp_path / "small", task="classification")
     assert str(read_info(small)).endswith("small --task classification --data PATH")
+
+
+def test_of_two_validation_files_none_is_left_out_silently(make_model: MakeModel, topics: Path, tmp_path: Path) -> None:
+    (topics / "validation.tsv").write_text("text\tlabel\na\tarts\n")
+    with pytest.raises(DataError, match=r"validation in 2 files \(validation.tsv, validation.csv\); join them"):
+        finetune(make_model("bert", "base"), tmp_path / "out", data=topics)

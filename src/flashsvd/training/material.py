@@ -10,7 +10,7 @@ from typing import Any
 
 from flashsvd.calibration_data import Draw
 from flashsvd.corpus import TEXT_SUFFIXES, load_text
-from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, find_file, load_examples
+from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, files_of, load_examples
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.head import head_classes
@@ -140,7 +140,8 @@ def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | N
         return _Source("validation", config.eval_data, "--eval-data")
     path = Path(config.data).expanduser() if config.data else None
     # Where there is nothing at all, whoever reads it says so.
-    if path is None or not path.exists() or (path.is_dir() and _has_validation(path, task)):
+    suffixes = SUFFIXES if task else TEXT_SUFFIXES
+    if path is None or not path.exists() or files_of(path, "validation", task or TASKS["wikitext2"], suffixes):
         return _Source("validation", config.data, "--data")
     for name in ("early_stopping", "eval_steps", "max_eval_samples"):
         if getattr(config, name):
@@ -150,14 +151,6 @@ def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | N
             )
     log.warning("%s holds no validation data and there is no --eval-data: nothing is evaluated", path)
     return None
-
-
-def _has_validation(directory: Path, task: Task | None) -> bool:
-    try:
-        find_file(directory, "validation", task or TASKS["wikitext2"], SUFFIXES if task else TEXT_SUFFIXES)
-    except DataError:
-        return False
-    return True
 
 
 def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Examples | None:
