@@ -290,7 +290,7 @@ def test_a_dense_directory_is_no_checkpoint(make_model: MakeModel) -> None:
     [
         ({"task": "nope"}, "--task 'nope' is not known"),
         ({"task": "sst2", "data": "/no/such/file.tsv"}, "there is no file or directory /no/such/file.tsv"),
-        ({"task": "mnli"}, "lacks the columns premise, hypothesis"),
+        ({"task": "rte"}, "lacks the columns sentence1, sentence2"),
         ({"task": "sst2", "seq_len": 4096}, "--seq-len 4096 is above 40"),
         ({"task": "sst2", "batch_size": 0}, "--batch-size must be at least 1"),
         ({"task": "sst2", "checkpoint": "/no/where"}, "there is no directory '/no/where'"),
