@@ -51,7 +51,7 @@ from finetune_rows import (
     sweep_table,
     tables,
 )
-from flashsvd.device import describe_device, resolve_device
+from flashsvd.common.device import describe_device, resolve_device
 from flashsvd.tasks import get_task
 from results import RESULTS
 

@@ -15,7 +15,7 @@ import flashsvd
 from conftest import MakeModel
 from flashsvd import CompressConfig, read_info, run_compress
 from flashsvd.cli import COMMANDS, main
-from flashsvd.provenance import git_commit
+from flashsvd.common.provenance import git_commit
 
 ROOT = Path(__file__).parent.parent
 

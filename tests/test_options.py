@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MakeModel
 from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, run_compress
-from flashsvd.device import BACKENDS
+from flashsvd.common.device import BACKENDS
 from flashsvd.errors import ConfigError
 from flashsvd.kernels.launch import Backend
 

@@ -13,9 +13,9 @@ import pytest
 
 from conftest import MakeModel
 from flashsvd import CompressConfig, CompressReport, EvalConfig, EvalResult, FinetuneResult, run_compress, run_eval
+from flashsvd.common.tables import html_table, text_table
 from flashsvd.info import CheckpointInfo, read_info
 from flashsvd.storage.training_file import TrainingRecord
-from flashsvd.tables import html_table, text_table
 
 EVIL = '<script>alert("x")</script>'
 HARMLESS = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flashsvd._version import __version__
+from flashsvd.common.options import flag
 from flashsvd.errors import FlashSVDError, one_line
-from flashsvd.options import flag
 
 ERROR = 2
 INTERRUPTED = 130

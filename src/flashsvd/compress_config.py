@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsvd.device import DEVICES, DTYPES
-from flashsvd.errors import ConfigError
-from flashsvd.options import (
+from flashsvd.common.device import DEVICES, DTYPES
+from flashsvd.common.options import (
     check_choices,
     check_count,
     check_not_empty,
@@ -16,6 +15,7 @@ from flashsvd.options import (
     option,
     take_plain_types,
 )
+from flashsvd.errors import ConfigError
 from flashsvd.ranks import RankRequest
 from flashsvd.tasks import TASKS
 

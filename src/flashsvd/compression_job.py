@@ -14,17 +14,17 @@ import torch
 from flashsvd.calibrate import collect_statistics, fits_one_pass
 from flashsvd.calibration_data import Draw
 from flashsvd.calibration_source import Calibration, CalibrationRequest, prepare_calibration
+from flashsvd.common.device import resolve_device, resolve_dtype
+from flashsvd.common.options import flag
+from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compress_config import CompressConfig
 from flashsvd.compression import Method, Need, Statistics, get_method
-from flashsvd.device import resolve_device, resolve_dtype
 from flashsvd.errors import ConfigError, library_errors
 from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, cast, factor_model, matrix_shapes
 from flashsvd.head import class_for_task, refuse_quantized
 from flashsvd.io import save_compressed
 from flashsvd.models import Target, architecture_of, find_targets
-from flashsvd.options import flag
 from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
-from flashsvd.provenance import git_commit, library_versions, timestamp
 from flashsvd.rank_search import search_ranks
 from flashsvd.ranks import (
     ROLES,

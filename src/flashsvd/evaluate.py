@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from flashsvd.device import BACKENDS, DEVICES, DTYPES, resolve_device, resolve_dtype
+from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, resolve_device, resolve_dtype
+from flashsvd.common.options import (
+    check_choices,
+    check_count,
+    check_not_empty,
+    check_switches,
+    option,
+    take_plain_types,
+)
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.options import check_choices, check_count, check_not_empty, check_switches, option, take_plain_types
 from flashsvd.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -82,13 +89,13 @@ def run_eval(config: EvalConfig) -> EvalResult:
     """
     from flashsvd import runtime
     from flashsvd._version import __version__
-    from flashsvd.device import describe_device
+    from flashsvd.common.device import describe_device
+    from flashsvd.common.provenance import git_commit, timestamp
     from flashsvd.evaluation.job import WARMUP_FORWARDS, run_job
     from flashsvd.evaluation.measure import PeakMemory
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.warm_up import compiles, warm_up
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-    from flashsvd.provenance import git_commit, timestamp
     from flashsvd.storage.atomic import check_file_target, write_text
     from flashsvd.tasks import get_task
 

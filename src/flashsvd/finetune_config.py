@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsvd.device import DTYPES
-from flashsvd.errors import ConfigError
-from flashsvd.options import (
+from flashsvd.common.device import DTYPES
+from flashsvd.common.options import (
     check_choices,
     check_count,
     check_not_empty,
@@ -18,6 +17,7 @@ from flashsvd.options import (
     option,
     take_plain_types,
 )
+from flashsvd.errors import ConfigError
 from flashsvd.tasks import TASKS
 
 OUTPUT_ROOT = "finetuned_models"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.tables import html_table
 from flashsvd.storage.metadata import CompressionInfo, split_module_path
-from flashsvd.tables import html_table
 from flashsvd.tasks import OWN_TASKS
 
 

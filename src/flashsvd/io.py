@@ -12,7 +12,7 @@ import torch
 
 from flashsvd import runtime
 from flashsvd.blocks.packed import refuse_packed
-from flashsvd.device import resolve_device, resolve_dtype
+from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
 from flashsvd.fused import dense_bias, dense_matrix
 from flashsvd.kernels.launch import Backend

@@ -37,7 +37,8 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
         FlashSVDError: the config, the checkpoints or the data cannot be used, or no variant could be measured.
     """
     from flashsvd import runtime
-    from flashsvd.device import describe_device, resolve_device, resolve_dtype
+    from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+    from flashsvd.common.provenance import git_commit, library_versions, timestamp
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
     from flashsvd.profiling.definitions import definitions
@@ -46,7 +47,6 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     from flashsvd.profiling.offload import check_offload
     from flashsvd.profiling.result import ProfileResult, Row
     from flashsvd.profiling.variants import DENSE, Setting, why_not
-    from flashsvd.provenance import git_commit, library_versions, timestamp
 
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if config.offload:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashsvd.device import DEVICES, DTYPES
-from flashsvd.errors import ConfigError
-from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.options import (
+from flashsvd.common.device import DEVICES, DTYPES
+from flashsvd.common.options import (
     check_choices,
     check_count,
     check_not_empty,
@@ -16,6 +14,8 @@ from flashsvd.options import (
     option,
     take_plain_types,
 )
+from flashsvd.errors import ConfigError
+from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
 from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from flashsvd.common.options import check_count, check_fraction, flag
 from flashsvd.errors import ConfigError
-from flashsvd.options import check_count, check_fraction, flag
 
 Role = Literal["attn", "wo", "ffn"]
 ROLES: tuple[Role, ...] = ("attn", "ffn", "wo")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.tables import html_table
 from flashsvd.factorize import FactoredMatrix
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.plain import plain
-from flashsvd.tables import html_table
 
 log = logging.getLogger("flashsvd")
 

@@ -15,7 +15,7 @@ from flashsvd.blocks import ARCHITECTURES, fused_architecture
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
-from flashsvd.device import BACKENDS
+from flashsvd.common.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models import base_prefix

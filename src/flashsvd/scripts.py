@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.cli import Command, add_config_arguments, add_profile, config_from, run, run_profile_command
+from flashsvd.common.options import flag
 from flashsvd.compress import CompressConfig, run_compress
 from flashsvd.errors import ConfigError
-from flashsvd.options import flag
 from flashsvd.profile_config import ProfileConfig
 
 # Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.

@@ -11,8 +11,8 @@ import pytest
 
 from conftest import MakeModel
 from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig, run_compress
+from flashsvd.common.options import named_paths
 from flashsvd.errors import ConfigError
-from flashsvd.options import named_paths
 from flashsvd.ui.jobs import Job, run_job
 from flashsvd.ui.root import Root
 

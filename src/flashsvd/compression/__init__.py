@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashsvd.common.options import flag
 from flashsvd.compression import adasvd, asvd, drone, fwsvd, standard_svd
 from flashsvd.compression.method import Factors, Method, Need, RankProblem, Statistics
 from flashsvd.errors import ConfigError
-from flashsvd.options import flag
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (standard_svd.METHOD, fwsvd.METHOD, drone.METHOD, asvd.METHOD, adasvd.METHOD)

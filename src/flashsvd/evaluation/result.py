@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashsvd.tables import html_table, score_text
+from flashsvd.common.tables import html_table, score_text
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from flashsvd.common.tables import html_table, text_table
 from flashsvd.errors import CheckpointError, described
-from flashsvd.tables import html_table, text_table
 
 Status = Literal["ok", "skipped", "failed"]
 

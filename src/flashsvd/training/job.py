@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import torch
 
+from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.provenance import library_versions, timestamp
 from flashsvd.data import listed
-from flashsvd.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.factorize import cast as cast_to
 from flashsvd.factorize import check_finite
 from flashsvd.finetune_config import SEQ_LEN, FinetuneConfig
 from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
-from flashsvd.provenance import library_versions, timestamp
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
 from flashsvd.storage.training_file import TrainingRecord

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.tables import html_table, score_text
 from flashsvd.storage.plain import plain
 from flashsvd.storage.training_file import TrainingRecord
-from flashsvd.tables import html_table, score_text
 from flashsvd.training.curve import Point
 
 

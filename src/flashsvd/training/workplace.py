@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.finetune_config import FinetuneConfig
-from flashsvd.options import flag
 from flashsvd.storage.atomic import write_text
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 

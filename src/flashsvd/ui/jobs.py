@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.options import option
+from flashsvd.common.options import option
 from flashsvd.ui.root import Root
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.options import PathUse, flag, named_paths
 from flashsvd.errors import ConfigError
-from flashsvd.options import PathUse, flag, named_paths
 
 
 @dataclass(frozen=True)
