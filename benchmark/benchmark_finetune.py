@@ -52,7 +52,7 @@ from finetune_rows import (
     tables,
 )
 from flashsvd.common.device import describe_device, resolve_device
-from flashsvd.tasks import get_task
+from flashsvd.data.tasks import get_task
 from results import RESULTS
 
 

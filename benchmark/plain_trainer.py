@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
+from flashsvd.data.tasks import Task
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.tasks import Task
 
 
 class Encoded(torch.utils.data.Dataset[dict[str, Any]]):

@@ -10,7 +10,7 @@ from typing import Any
 
 from conftest import WORDS, build_model, build_tokenizer
 from flashsvd import CompressConfig, run_compress
-from flashsvd.tasks import TASKS
+from flashsvd.data.tasks import TASKS
 from training_data import write_task_data, write_text
 
 # Wide enough for the ranks that the documents ask for.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from conftest import ENCODERS, build, build_decoder, build_model
 from flashsvd.calibrate import collect_statistics, key
-from flashsvd.calibration_data import CalibrationBatch, Draw, masked_batches, text_batches, window_batches
+from flashsvd.calibration_data import CalibrationBatch, masked_batches, text_batches, window_batches
+from flashsvd.data.sampling import Draw
 from flashsvd.errors import DataError, ModelError
 from flashsvd.layers import weight_matrix
 from flashsvd.losses import head_loss, similarity_loss

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flashsvd.corpus import load_text
+from flashsvd.data.tasks import TASKS
+from flashsvd.data.text import load_text
 from flashsvd.errors import DataError
-from flashsvd.tasks import TASKS
 
 TASK = TASKS["perplexity"]
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashsvd.data import find_file, load_examples, read_rows
+from flashsvd.data.rows import find_file, load_examples, read_rows
+from flashsvd.data.tasks import TASKS, check_label_count, get_task, label_permutation
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.evaluation.pooling import pooling_mode
-from flashsvd.tasks import TASKS, check_label_count, get_task, label_permutation
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
+from flashsvd.data.tasks import TASKS, Task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.result import EvalResult
-from flashsvd.tasks import TASKS, Task
 
 SENTENCES = ["a man eats .", "the dog runs in the film", "very good movie", "not a good film .", "bad", "a woman runs"]
 USERS_KEYS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashsvd.tasks import TASKS
+from flashsvd.data.tasks import TASKS
 
 GLUE = {
     "cola": (["sentence"], ["matthews_correlation"], ["unacceptable", "acceptable"], "validation"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from conftest import WORDS
 from flashsvd import CompressConfig, FinetuneConfig, FinetuneResult, run_compress, run_finetune
-from flashsvd.tasks import TASKS, Task
+from flashsvd.data.tasks import TASKS, Task
 
 # A random model of which a few steps make something.
 LEARNS: dict[str, Any] = {"initializer_range": 0.1}

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.data import Examples
+from flashsvd.data.rows import Examples
+from flashsvd.data.sampling import IGNORED, Draw, choose_masked
 from flashsvd.errors import DataError
-
-IGNORED = -100
-MASKED_FRACTION = 0.15
 
 
 @dataclass(frozen=True)
@@ -37,22 +35,6 @@ class CalibrationBatch:
     def to(self, device: torch.device) -> CalibrationBatch:
         inputs = tuple({name: value.to(device) for name, value in part.items()} for part in self.inputs)
         return CalibrationBatch(inputs, None if self.labels is None else self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which samples are taken of those that there are: so many, drawn by the seed or from the start."""
-
-    samples: int
-    seed: int
-    first: bool = False
-
-    def indices(self, count: int) -> list[int]:
-        """Indices into `count` samples; all of them where there are fewer than asked for."""
-        if self.first:
-            return list(range(min(count, self.samples)))
-        order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return order[: self.samples]
 
 
 def labelled_batches(
@@ -126,17 +108,3 @@ def masked_batches(batches: Sequence[CalibrationBatch], tokenizer: Any, seed: in
         inputs = part | {"input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id)}
         masked.append(CalibrationBatch((inputs,), ids.masked_fill(~chosen, IGNORED)))
     return masked
-
-
-def choose_masked(ids: Tensor, special_ids: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Draw which of the tokens [B, S] are to be predicted, [B, S]: 15 % of those that are not special.
-
-    At least one in all, where there is one, or there would be nothing to predict.
-
-    Args:
-        generator: on the tokens' device; None draws from the default one.
-    """
-    special = torch.isin(ids, torch.tensor(special_ids, device=ids.device))
-    draws = torch.rand(ids.shape, generator=generator, device=ids.device).masked_fill(special, 1.0)
-    chosen: Tensor = (draws <= draws.min().clamp_min(MASKED_FRACTION)) & ~special
-    return chosen

@@ -10,23 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibration_data import (
-    CalibrationBatch,
-    Draw,
-    labelled_batches,
-    masked_batches,
-    text_batches,
-    window_batches,
-)
-from flashsvd.corpus import load_text
-from flashsvd.data import load_examples
+from flashsvd.calibration_data import CalibrationBatch, labelled_batches, masked_batches, text_batches, window_batches
+from flashsvd.data.own_task import fit_task
+from flashsvd.data.rows import load_examples
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
+from flashsvd.data.text import load_text
 from flashsvd.errors import DataError
 from flashsvd.evaluation.predict import sentence_pooling
 from flashsvd.head import head_classes
 from flashsvd.losses import Loss, head_loss, similarity_loss
-from flashsvd.own_data import fit_task
 from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer
-from flashsvd.tasks import TASKS, Task, check_classifier, label_permutation
 
 log = logging.getLogger("flashsvd")
 

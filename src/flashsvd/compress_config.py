@@ -15,9 +15,9 @@ from flashsvd.common.options import (
     option,
     take_plain_types,
 )
+from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.ranks import RankRequest
-from flashsvd.tasks import TASKS
 
 OUTPUT_ROOT = "compressed_models"
 # Those of `flashsvd.compression`, whose own table needs torch.

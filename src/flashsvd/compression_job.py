@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from flashsvd.calibrate import collect_statistics, fits_one_pass
-from flashsvd.calibration_data import Draw
 from flashsvd.calibration_source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compress_config import CompressConfig
 from flashsvd.compression import Method, Need, Statistics, get_method
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError, library_errors
 from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, cast, factor_model, matrix_shapes
 from flashsvd.head import class_for_task, refuse_quantized
@@ -51,7 +52,6 @@ from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.rank_file import read_ranks
 from flashsvd.storage.stored_weights import StoredWeights
 from flashsvd.storage.verify import weight_files
-from flashsvd.tasks import Task, get_task
 
 log = logging.getLogger("flashsvd")
 

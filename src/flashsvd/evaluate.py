@@ -18,10 +18,10 @@ from flashsvd.common.options import (
     option,
     take_plain_types,
 )
+from flashsvd.data.tasks import TASKS
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.tasks import TASKS
 
 if TYPE_CHECKING:
     from flashsvd.kernels.launch import Backend
@@ -91,13 +91,13 @@ def run_eval(config: EvalConfig) -> EvalResult:
     from flashsvd._version import __version__
     from flashsvd.common.device import describe_device
     from flashsvd.common.provenance import git_commit, timestamp
+    from flashsvd.data.tasks import get_task
     from flashsvd.evaluation.job import WARMUP_FORWARDS, run_job
     from flashsvd.evaluation.measure import PeakMemory
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.warm_up import compiles, warm_up
     from flashsvd.evaluation.workload import Workload, batch_shape, load_data
     from flashsvd.storage.atomic import check_file_target, write_text
-    from flashsvd.tasks import get_task
 
     task = get_task(config.task)
     backend = cast("Backend | None", config.backend)

@@ -17,8 +17,8 @@ from flashsvd.common.options import (
     option,
     take_plain_types,
 )
+from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
-from flashsvd.tasks import TASKS
 
 OUTPUT_ROOT = "finetuned_models"
 MODES = ("cls", "mlm", "similarity")

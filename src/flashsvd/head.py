@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashsvd.data.tasks import Task, check_label_count, class_names
 from flashsvd.errors import ModelError
 from flashsvd.pretrained import base_class, causal_lm_class, classifier_class, own_class
-from flashsvd.tasks import Task, check_label_count, class_names
 
 
 def class_for_task(

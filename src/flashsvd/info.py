@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.common.tables import html_table
+from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.storage.metadata import CompressionInfo, split_module_path
-from flashsvd.tasks import OWN_TASKS
 
 
 @dataclass(frozen=True, repr=False)

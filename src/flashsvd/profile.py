@@ -15,10 +15,10 @@ from flashsvd.profile_config import ProfileConfig
 if TYPE_CHECKING:
     import torch
 
+    from flashsvd.data.tasks import Task
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import Workload
     from flashsvd.profiling.result import ProfileResult, Row
-    from flashsvd.tasks import Task
 
 __all__ = ["ProfileConfig", "run_profile"]
 
@@ -125,9 +125,9 @@ def _task(config: ProfileConfig) -> Task:
         ConfigError: neither names one.
         ModelError: there is no such checkpoint.
     """
+    from flashsvd.data.tasks import get_task
     from flashsvd.io import find_info
     from flashsvd.pretrained import load_config, locate
-    from flashsvd.tasks import get_task
 
     if config.task is not None:
         return get_task(config.task)

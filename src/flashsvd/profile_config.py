@@ -14,9 +14,9 @@ from flashsvd.common.options import (
     option,
     take_plain_types,
 )
+from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
-from flashsvd.tasks import TASKS
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")

@@ -13,9 +13,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from conftest import MakeModel, build_model
 from flashsvd import EvalConfig, export_dense, load_compressed, read_info, run_eval
+from flashsvd.data.tasks import TASKS, Task
 from flashsvd.errors import ModelError
 from flashsvd.storage.training_file import TRAINING_FILE
-from flashsvd.tasks import TASKS, Task
 from flashsvd.training.trainer import ObjectiveTrainer
 from training_data import LEARNS, MNLI, SST2, STSB, compress, finetune, write_task_data, write_text
 

@@ -25,11 +25,11 @@ from flashsvd import (
 )
 from flashsvd.cli import main
 from flashsvd.compress import CompressConfig
-from flashsvd.data import load_examples
+from flashsvd.data.own_task import fit_task
+from flashsvd.data.rows import load_examples
+from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError, DataError, FlashSVDError, ModelError
 from flashsvd.io import find_info
-from flashsvd.own_data import fit_task
-from flashsvd.tasks import TASKS
 from training_data import LEARNS, SIGNS, SUBJECTS, compress, finetune
 
 CLASSIFICATION, REGRESSION = TASKS["classification"], TASKS["regression"]

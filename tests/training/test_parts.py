@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MODERNBERT, VOCABULARY, build_model, build_tokenizer
-from flashsvd.calibration_data import IGNORED, choose_masked
+from flashsvd.data.sampling import IGNORED, choose_masked
 from flashsvd.errors import ModelError
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.curve import curve, write_curve

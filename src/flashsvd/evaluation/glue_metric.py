@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import evaluate
 
+from flashsvd.data.tasks import get_task
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.tasks import get_task
 
 
 class GlueMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped

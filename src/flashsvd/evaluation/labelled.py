@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from flashsvd.data import Examples
+from flashsvd.data.rows import Examples
+from flashsvd.data.tasks import Task
 from flashsvd.evaluation.job import Batch, BatchShape
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.predict import Predictor
 from flashsvd.pretrained import check_tokenizer, check_vocabulary
-from flashsvd.tasks import Task
 
 
 class LabelledTexts:

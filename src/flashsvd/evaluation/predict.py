@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flashsvd.data.tasks import Task, label_permutation
 from flashsvd.errors import ModelError
 from flashsvd.evaluation.job import check_finite
 from flashsvd.evaluation.pooling import pool, pooling_mode
 from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
 from flashsvd.storage.model_files import companion_file
-from flashsvd.tasks import Task, label_permutation
 
 log = logging.getLogger("flashsvd")
 

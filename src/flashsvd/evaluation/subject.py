@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashsvd.data.tasks import Task, check_label_count
 from flashsvd.errors import ModelError
 from flashsvd.io import find_info, is_compressed, load_factored
 from flashsvd.models import base_prefix
@@ -22,7 +23,6 @@ from flashsvd.pretrained import (
     sequence_length,
 )
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
-from flashsvd.tasks import Task, check_label_count
 
 log = logging.getLogger("flashsvd")
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flashsvd.corpus import load_text
-from flashsvd.data import Examples, load_examples
+from flashsvd.data.own_task import fit_task
+from flashsvd.data.rows import Examples, load_examples
+from flashsvd.data.tasks import Task
+from flashsvd.data.text import load_text
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.job import BatchShape, Job
 from flashsvd.evaluation.labelled import LabelledTexts
@@ -17,9 +19,7 @@ from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarit
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.evaluation.subject import Subject
 from flashsvd.head import head_classes
-from flashsvd.own_data import fit_task
 from flashsvd.pretrained import load_tokenizer
-from flashsvd.tasks import Task
 
 
 @dataclass(frozen=True)

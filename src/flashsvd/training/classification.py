@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashsvd.data.tasks import Task
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.predict import Classifier
-from flashsvd.tasks import Task
 from flashsvd.training.objective import Question
 from flashsvd.training.rows import Tensors
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flashsvd.data.tasks import Task, check_classifier, foreign_classes, names_classes_of
 from flashsvd.errors import CheckpointError, DataError, ModelError
 from flashsvd.factorize import check_finite
 from flashsvd.head import class_for_task
 from flashsvd.io import find_info, is_compressed, load_factored
 from flashsvd.pretrained import Pretrained, load_config, load_model, locate, masked_lm_class, own_class, seeded
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
-from flashsvd.tasks import Task, check_classifier, foreign_classes, names_classes_of
 
 log = logging.getLogger("flashsvd")
 

@@ -15,7 +15,8 @@ import torch
 
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.provenance import library_versions, timestamp
-from flashsvd.data import listed
+from flashsvd.data.rows import listed
+from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.factorize import cast as cast_to
 from flashsvd.factorize import check_finite
@@ -24,7 +25,6 @@ from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenize
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
 from flashsvd.storage.training_file import TrainingRecord
-from flashsvd.tasks import Task
 from flashsvd.training.arguments import training_arguments
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.freeze import freeze

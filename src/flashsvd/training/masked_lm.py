@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsvd.calibration_data import IGNORED, choose_masked
+from flashsvd.data.sampling import IGNORED, choose_masked
 from flashsvd.training.objective import Question
 from flashsvd.training.rows import Encoding, Row, Tensors
 

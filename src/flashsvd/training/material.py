@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.calibration_data import Draw
-from flashsvd.corpus import TEXT_SUFFIXES, load_text
-from flashsvd.data import SUFFIXES, Examples, Split, UnknownClassError, files_of, load_examples
+from flashsvd.data.own_task import fit_task
+from flashsvd.data.rows import SUFFIXES, Examples, Split, UnknownClassError, files_of, load_examples
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import TASKS, Task, get_task
+from flashsvd.data.text import TEXT_SUFFIXES, load_text
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.head import head_classes
-from flashsvd.own_data import fit_task
 from flashsvd.pretrained import check_vocabulary, load_config, locate
-from flashsvd.tasks import TASKS, Task, get_task
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.headed_model import HeadedModel
 from flashsvd.training.masked_lm import MaskedLM, masked_rows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flashsvd.calibration_data import IGNORED
+from flashsvd.data.sampling import IGNORED
 from flashsvd.errors import ModelError
 
 Encoding: TypeAlias = Mapping[str, list[int]]

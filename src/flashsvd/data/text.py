@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashsvd.data import SUFFIXES, Split, find_file, read_hub, read_rows
+from flashsvd.data.rows import SUFFIXES, Split, find_file, read_hub, read_rows
+from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
-from flashsvd.tasks import Task
 
 TEXT_SUFFIXES = (".txt", *SUFFIXES)
 # Between rows, as perplexities of WikiText-2 are usually taken.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd.data import DATA_OPTION, Split, find_file, is_whole, label_text, read_rows, with_our_names
+from flashsvd.data.rows import DATA_OPTION, Split, find_file, is_whole, label_text, read_rows, with_our_names
+from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.tasks import Task
 
 log = logging.getLogger("flashsvd")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
-from flashsvd.tasks import Task
 
 log = logging.getLogger("flashsvd")
 
