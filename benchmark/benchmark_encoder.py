@@ -30,7 +30,7 @@ from encoder_models import (
     optimized,
 )
 from flashsvd.factorize import QKVLayout
-from flashsvd.ranks import RankRequest
+from flashsvd.lowrank.ranks import RankRequest
 from harness import Case, Settings, Variant, finish, parse, run
 from plot import bars
 from results import Row

@@ -44,8 +44,8 @@ import flashsvd  # noqa: F401 - registers the checkpoint format
 from flashsvd.compression import get_method
 from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.kernels.plans import Launch
+from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
 from flashsvd.models import find_targets
-from flashsvd.ranks import RankChoice, RankRequest, plan_ranks
 
 WORDS = ["a", "man", "woman", "dog", "eats", "runs", "good", "bad", "movie", "film", "not", "very", "the", "in", "."]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

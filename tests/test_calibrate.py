@@ -13,8 +13,8 @@ from flashsvd.calibrate import collect_statistics, key
 from flashsvd.calibration_data import CalibrationBatch, masked_batches, text_batches, window_batches
 from flashsvd.data.sampling import Draw
 from flashsvd.errors import DataError, ModelError
-from flashsvd.layers import weight_matrix
 from flashsvd.losses import head_loss, similarity_loss
+from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models import Target, find_targets
 
 CPU = torch.device("cpu")

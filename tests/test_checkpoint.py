@@ -15,8 +15,8 @@ from flashsvd import CompressConfig, export_dense, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.errors import CheckpointError
 from flashsvd.factorize import factor_model, matrix_shapes
+from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.models import find_targets
-from flashsvd.ranks import RankRequest, plan_ranks
 from flashsvd.storage.metadata import CompressionInfo
 
 AUTO = {"base": AutoModel, "classifier": AutoModelForSequenceClassification, "masked-lm": AutoModelForMaskedLM}

@@ -15,9 +15,9 @@ from conftest import ENCODERS, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.factorize import factor_model, matrix_shapes
-from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.models import find_targets
-from flashsvd.ranks import RankChoice
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from conftest import DECODERS, HEADS, SIZES, VOCABULARY, build_decoder, factor, shared_model
 from flashsvd import CompressConfig, export_dense, load_compressed, read_info, run_compress, save_compressed
 from flashsvd.factorize import matrix_shapes
-from flashsvd.fused import FusedProjections
-from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.lowrank.joined import JoinedProjections
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.models import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
@@ -277,7 +277,7 @@ def test_the_fused_module_of_gpt2_keeps_attention_unchanged() -> None:
     model = build_decoder("gpt2")
     factor(model)
     fused = model.transformer.h[0].attn.c_attn
-    assert isinstance(fused, FusedProjections)
+    assert isinstance(fused, JoinedProjections)
     assert [name for name, _ in fused.named_children()] == ["q", "k", "v"]
     with torch.inference_mode():
         q, k, v = fused(torch.ones(1, 2, 32)).split(32, dim=2)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flashsvd.compression import get_method
 from flashsvd.compression.weighted import weighted_svd
 from flashsvd.errors import CheckpointError
-from flashsvd.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
+from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

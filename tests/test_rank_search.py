@@ -18,9 +18,9 @@ from flashsvd.compression.asvd import choose_ranks as search_by_sensitivity
 from flashsvd.compression.asvd import measure_sensitivity
 from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.losses import head_loss
+from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
 from flashsvd.models import find_targets
 from flashsvd.rank_search import search_ranks
-from flashsvd.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
 
 
 @dataclass

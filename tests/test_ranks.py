@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import (
+from flashsvd.lowrank.ranks import (
     MatrixShape,
     RankChoice,
     RankRequest,

@@ -27,8 +27,8 @@ from flashsvd.blocks.qkv import PackedQKV
 from flashsvd.compression import get_method
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.factorize import factor_model
+from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.models import find_targets
-from flashsvd.ranks import RankChoice
 from flashsvd.storage.metadata import CompressionInfo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

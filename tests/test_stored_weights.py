@@ -13,8 +13,8 @@ from conftest import HEADS, SIZES, MakeModel, build
 from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.factorize import factor_model
+from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.models import find_targets
-from flashsvd.ranks import RankChoice
 from flashsvd.storage.stored_weights import StoredWeights
 
 

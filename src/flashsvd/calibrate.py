@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from flashsvd.calibration_data import CalibrationBatch
 from flashsvd.compression import Need
 from flashsvd.errors import ModelError
-from flashsvd.layers import weight_matrix
 from flashsvd.losses import Loss
+from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models import Target
 from flashsvd.precision import working_on
 

@@ -17,7 +17,7 @@ from flashsvd.common.options import (
 )
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import RankRequest
+from flashsvd.lowrank.ranks import RankRequest
 
 OUTPUT_ROOT = "compressed_models"
 # Those of `flashsvd.compression`, whose own table needs torch.

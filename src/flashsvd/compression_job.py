@@ -24,10 +24,7 @@ from flashsvd.errors import ConfigError, library_errors
 from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, cast, factor_model, matrix_shapes
 from flashsvd.head import class_for_task, refuse_quantized
 from flashsvd.io import save_compressed
-from flashsvd.models import Target, architecture_of, find_targets
-from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
-from flashsvd.rank_search import search_ranks
-from flashsvd.ranks import (
+from flashsvd.lowrank.ranks import (
     ROLES,
     MatrixShape,
     RankChoice,
@@ -36,6 +33,9 @@ from flashsvd.ranks import (
     plan_given_ranks,
     plan_ranks,
 )
+from flashsvd.models import Target, architecture_of, find_targets
+from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.rank_search import search_ranks
 from flashsvd.report import CompressReport, GroupLog
 from flashsvd.statistics_store import (
     INDEX_FILE,

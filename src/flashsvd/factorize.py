@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from flashsvd.compression import Method, Statistics
 from flashsvd.errors import ConfigError, ModelError
-from flashsvd.fused import FusedProjections, dense_share, share_of_columns
-from flashsvd.layers import FactoredLinear, LayerSpec, weight_matrix
+from flashsvd.lowrank.joined import JoinedProjections, dense_share, share_of_columns
+from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, weight_matrix
+from flashsvd.lowrank.ranks import MatrixShape, RankChoice, Role
 from flashsvd.models import Target
-from flashsvd.ranks import MatrixShape, RankChoice, Role
 
 QKVLayout = Literal["joint", "per-head"]
 ReadWeight = Callable[[str], Tensor | None]
@@ -149,7 +149,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_layer(model: nn.Module, target: Target) -> nn.Module:
-    """The target's module, or its share of a fused one."""
+    """The target's module, or its share of a joined one."""
     module = model.get_submodule(target.module)
     if target.part is None:
         return module
@@ -167,7 +167,7 @@ def _weight(model: nn.Module, target: Target, read_weight: ReadWeight | None) ->
 
 
 def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
-    """Put layers in place of the targets' dense modules; those of one fused module together."""
+    """Put layers in place of the targets' dense modules; those of one joined module together."""
     parts: dict[str, dict[Target, nn.Module]] = {}
     for target, layer in layers.items():
         parts.setdefault(target.module, {})[target] = layer
@@ -175,7 +175,7 @@ def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
         (target, layer), *_ = factored.items()
         if target.part is not None:
             by_name = {t.part.name: part for t, part in factored.items() if t.part is not None}
-            layer = FusedProjections.replacing(model.get_submodule(path), target.part.names, by_name)
+            layer = JoinedProjections.replacing(model.get_submodule(path), target.part.names, by_name)
         model.set_submodule(path, layer)
 
 

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.fused import FusedSpec, ModuleSpec, describe, spec_from_json
+from flashsvd.lowrank.joined import JoinedSpec, ModuleSpec, describe, spec_from_json
 from flashsvd.storage.state_check import check_state
 from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
 
@@ -51,10 +51,10 @@ class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
 
 
 def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
-    """The factored modules of a model, by path; the parts of a fused one within its own description."""
+    """The factored modules of a model, by path; the parts of a joined one within its own description."""
     specs: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
-        is_part = isinstance(specs.get(path.rpartition(".")[0]), FusedSpec)
+        is_part = isinstance(specs.get(path.rpartition(".")[0]), JoinedSpec)
         if not is_part and (spec := describe(module)):
             specs[path] = spec
     return specs

@@ -14,11 +14,11 @@ from flashsvd.calibration_data import CalibrationBatch
 from flashsvd.compression import Method
 from flashsvd.errors import ModelError
 from flashsvd.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
-from flashsvd.layers import FactoredLinear
 from flashsvd.losses import Loss
+from flashsvd.lowrank.layers import FactoredLinear
+from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.models import Target
 from flashsvd.precision import working_on
-from flashsvd.ranks import MatrixShape, RankChoice
 
 
 class MaskedLinear(nn.Module):

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from conftest import MakeModel
-from flashsvd.fused import FusedProjections
-from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.lowrank.joined import JoinedProjections
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.training.trainer import ObjectiveTrainer
 from training_data import SST2, compress, finetune, write_task_data, write_text
 
-FACTORED = (LowRankLinear, PerHeadLowRankLinear, FusedProjections)
+FACTORED = (LowRankLinear, PerHeadLowRankLinear, JoinedProjections)
 
 
 @pytest.fixture

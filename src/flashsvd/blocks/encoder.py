@@ -30,7 +30,7 @@ from flashsvd.blocks.refusals import (
 )
 from flashsvd.blocks.stack import FusedStack, run_stack
 from flashsvd.kernels.launch import Backend
-from flashsvd.layers import LowRankLinear
+from flashsvd.lowrank.layers import LowRankLinear
 
 LINEARS = (
     "attention.self.query",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.errors import BackendError
-from flashsvd.layers import LowRankLinear, PerHeadLift, PerHeadLowRankLinear
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLift, PerHeadLowRankLinear
 
 # Folding multiplies factors together once; in this dtype the product is exact to the model's own.
 EXACT = torch.float64

@@ -50,9 +50,9 @@ from flashsvd.blocks.rotary_attention import Rotary
 from flashsvd.blocks.rotary_tables import RotaryTables
 from flashsvd.blocks.stack import FusedStack, run_stack
 from flashsvd.errors import BackendError
-from flashsvd.fused import FusedProjections, dense_share
 from flashsvd.kernels.launch import Backend
-from flashsvd.layers import LowRankLinear
+from flashsvd.lowrank.joined import JoinedProjections, dense_share
+from flashsvd.lowrank.layers import LowRankLinear
 from flashsvd.models.modernbert import GLU, QKV
 
 
@@ -194,7 +194,7 @@ def read_layer(layer: Any, tables: RotaryTables) -> PreLNWeights:
 
 def parts(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
     """The projections that a linear layer computes side by side, each as a layer of its own."""
-    if isinstance(module, FusedProjections):
+    if isinstance(module, JoinedProjections):
         return {name: module.get_submodule(name) for name in names}
     return {name: dense_share(module, i, len(names)) for i, name in enumerate(names)}
 
@@ -230,7 +230,7 @@ def _check_layer(layer: Any, path: str) -> None:
 def _linears(layer: Any) -> Iterable[tuple[str, nn.Module]]:
     for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"):
         module = layer.get_submodule(name)
-        if isinstance(module, FusedProjections):
+        if isinstance(module, JoinedProjections):
             yield from ((f"{name}.{part}", child) for part, child in module.named_children())
         else:
             yield name, module

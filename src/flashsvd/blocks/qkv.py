@@ -19,7 +19,7 @@ from flashsvd.blocks.buffers import padded, widen
 from flashsvd.blocks.factors import Dense, Factors, PerHead, beside, present
 from flashsvd.blocks.projections import PackedProjections, Projection
 from flashsvd.kernels.flashsvdattn import fold_query
-from flashsvd.layers import PerHeadLowRankLinear
+from flashsvd.lowrank.layers import PerHeadLowRankLinear
 
 
 @dataclass(frozen=True)

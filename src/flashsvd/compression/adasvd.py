@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from flashsvd.compression import drone, fwsvd, standard_svd
 from flashsvd.compression.method import Method, RankProblem
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import MatrixShape, fit_to_budget
+from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget
 
 log = logging.getLogger("flashsvd")
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from flashsvd.compression.method import Factors, Method, RankProblem, Statistics
 from flashsvd.compression.weighted import weighted_svd
 from flashsvd.errors import ConfigError
-from flashsvd.ranks import MatrixShape, fit_to_budget, rank_for_ratio
+from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget, rank_for_ratio
 
 ALPHA = 0.5
 SEARCH_BATCHES = 4

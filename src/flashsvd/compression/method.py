@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flashsvd.ranks import MatrixShape
+from flashsvd.lowrank.ranks import MatrixShape
 
 Need = Literal["covariance", "mean_abs", "row_gradients"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from flashsvd.ranks import Role
+from flashsvd.lowrank.ranks import Role
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the projections that a fused module computes side by side.
+    """One of the projections that a joined module computes side by side.
 
     Attributes:
         name: what the projection is called, such as `q`.
@@ -41,7 +41,7 @@ class Target:
         role: `attn` (Q, K, V), `wo` (attention output) or `ffn`.
         layer: index of the transformer layer it belongs to.
         heads: how many heads its output columns hold; 1 where it has no heads of its own.
-        part: which share of a fused module it is; None where the module computes nothing else.
+        part: which share of a joined module it is; None where the module computes nothing else.
         inputs: name of the activation stream it reads, a path too. Targets of one stream always get the same tensor.
             The default is the module's own path.
     """

@@ -1,5 +1,5 @@
 """The low-rank layers under the import path existing users know."""
 
-from flashsvd.layers import LowRankLinear, PerHeadLowRankLinear
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 
 __all__ = ["LowRankLinear", "PerHeadLowRankLinear"]

@@ -19,10 +19,10 @@ from flashsvd import CompressConfig, export_dense, load_compressed, run_compress
 from flashsvd.compression import get_method
 from flashsvd.errors import CheckpointError, ModelError
 from flashsvd.factorize import factor_model, matrix_shapes
-from flashsvd.fused import FusedProjections, FusedSpec, dense_bias, dense_matrix, dense_share, spec_from_json
-from flashsvd.layers import LayerSpec, LowRankLinear, weight_matrix
+from flashsvd.lowrank.joined import JoinedProjections, JoinedSpec, dense_bias, dense_matrix, dense_share, spec_from_json
+from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, weight_matrix
+from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.models import Part, find_targets
-from flashsvd.ranks import RankChoice
 from flashsvd.storage.metadata import CompressionInfo
 
 NAMES = ("q", "k", "v")
@@ -81,7 +81,7 @@ def test_the_shares_of_a_dense_layer_are_its_output_columns(kind: str) -> None:
 def test_parts_that_stay_dense_hold_the_same_numbers_in_memory_of_their_own(kind: str) -> None:
     dense = dense_layer(kind).to(torch.bfloat16).eval()
     factored = LayerSpec(2).build(dense_share(dense, 1, 3))
-    fused = FusedProjections.replacing(dense, NAMES, {"k": factored})
+    fused = JoinedProjections.replacing(dense, NAMES, {"k": factored})
     assert [type(part) for part in fused.children()] == [nn.Linear, LowRankLinear, nn.Linear]
     assert fused.k is factored
     assert not any(module.training for module in (fused, fused.q, fused.v))
@@ -95,7 +95,7 @@ def test_parts_that_stay_dense_hold_the_same_numbers_in_memory_of_their_own(kind
 
 @pytest.mark.parametrize("kind", ["conv1d", "linear", "linear without bias"])
 def test_a_fused_module_multiplies_by_its_matrix(kind: str) -> None:
-    fused = FusedSpec((("q", LayerSpec(2)), ("k", None), ("v", LayerSpec(1, 2)))).build(dense_layer(kind))
+    fused = JoinedSpec((("q", LayerSpec(2)), ("k", None), ("v", LayerSpec(1, 2)))).build(dense_layer(kind))
     for parameter in fused.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
@@ -108,11 +108,11 @@ def test_columns_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ValueError, match="12 columns do not make 5 equal parts"):
         dense_share(dense_layer("linear"), 0, 5)
     with pytest.raises(ValueError, match="4 columns are not 3 heads"):
-        FusedSpec((("q", LayerSpec(1, 3)), ("k", None), ("v", None))).build(dense_layer("linear"))
+        JoinedSpec((("q", LayerSpec(1, 3)), ("k", None), ("v", None))).build(dense_layer("linear"))
 
 
 def test_a_description_survives_json_whose_keys_are_sorted() -> None:
-    spec = FusedSpec((("q", LayerSpec(8)), ("k", None), ("a", LayerSpec(4, 2))))
+    spec = JoinedSpec((("q", LayerSpec(8)), ("k", None), ("a", LayerSpec(4, 2))))
     text = json.dumps(spec.to_json(), sort_keys=True)
     assert spec_from_json("x", json.loads(text)) == spec
 
@@ -152,7 +152,7 @@ def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None
     factor_model(model, find_targets(model), plan, get_method("svd"))
     assert model.get_submodule(place.path) is before
     assert torch.equal(before.weight, place.build().get_submodule(place.path).weight)
-    assert all(isinstance(model.get_submodule(path), (LowRankLinear, FusedProjections)) for path in others)
+    assert all(isinstance(model.get_submodule(path), (LowRankLinear, JoinedProjections)) for path in others)
 
 
 def test_some_targets_alone_can_be_factored(place: Place) -> None:

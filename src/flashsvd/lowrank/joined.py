@@ -1,7 +1,7 @@
 """Modules that compute several projections at once, such as GPT-2's `c_attn` for Q, K and V.
 
 Factors shared by Q, K and V would be a worse approximation than factors of their own, so each share of the output
-columns is factored by itself, and a `FusedProjections` of the parts stands where the one dense layer stood.
+columns is factored by itself, and a `JoinedProjections` of the parts stands where the one dense layer stood.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.errors import CheckpointError
-from flashsvd.layers import FactoredLinear, LayerSpec, dense_parameters, weight_matrix
+from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, dense_parameters, weight_matrix
 
 
-class FusedProjections(nn.Module):
+class JoinedProjections(nn.Module):
     """y = [y_1, y_2, ...], the outputs of the parts side by side. x [..., in] -> y [..., sum of the parts' out].
 
     The parts are children under their own names, each a factored layer or a plain `nn.Linear`.
@@ -29,7 +29,7 @@ class FusedProjections(nn.Module):
             self.add_module(name, part)
 
     @classmethod
-    def replacing(cls, dense: nn.Module, names: Sequence[str], factored: Mapping[str, nn.Module]) -> FusedProjections:
+    def replacing(cls, dense: nn.Module, names: Sequence[str], factored: Mapping[str, nn.Module]) -> JoinedProjections:
         """The parts `names` of a dense layer: the factored ones as given, of the others its own weights, copied."""
         parts = {}
         for i, name in enumerate(names):
@@ -45,11 +45,11 @@ class FusedProjections(nn.Module):
         return torch.cat([dense_matrix(part, dtype) for part in self.children()], dim=1)
 
 
-FactoredModule: TypeAlias = FactoredLinear | FusedProjections
+FactoredModule: TypeAlias = FactoredLinear | JoinedProjections
 
 
 @dataclass(frozen=True)
-class FusedSpec:
+class JoinedSpec:
     """What the checkpoint says of a module with parts: the name of each, in column order, and its factors' sizes.
 
     Attributes:
@@ -59,7 +59,7 @@ class FusedSpec:
     parts: tuple[tuple[str, LayerSpec | None], ...]
 
     @classmethod
-    def of(cls, module: FusedProjections) -> FusedSpec:
+    def of(cls, module: JoinedProjections) -> JoinedSpec:
         return cls(tuple((name, LayerSpec.of(part)) for name, part in module.named_children()))
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class FusedSpec:
         return {"parts": [{"name": name} | (spec.to_json() if spec else {"rank": None}) for name, spec in self.parts]}
 
     @classmethod
-    def from_json(cls, name: str, data: Any) -> FusedSpec:
+    def from_json(cls, name: str, data: Any) -> JoinedSpec:
         """Raises CheckpointError where `data` is not what `to_json` writes."""
         parts = data["parts"] if isinstance(data, Mapping) and set(data) == {"parts"} else None
         if not isinstance(parts, list) or len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):
@@ -77,7 +77,7 @@ class FusedSpec:
             raise CheckpointError(f"config.json describes {name} with parts named {names!r}; compress the model again")
         return cls(tuple((part["name"], _part_from_json(f"{name}.{part['name']}", part)) for part in parts))
 
-    def build(self, dense: nn.Module) -> FusedProjections:
+    def build(self, dense: nn.Module) -> JoinedProjections:
         """Uninitialised parts of the dense layer's sizes, dtype and device.
 
         Raises:
@@ -87,21 +87,21 @@ class FusedSpec:
         for i, (name, spec) in enumerate(self.parts):
             share = dense_share(dense, i, len(self.parts))
             parts[name] = _uninitialised(share) if spec is None else spec.build(share)
-        return FusedProjections(parts)
+        return JoinedProjections(parts)
 
 
-ModuleSpec: TypeAlias = LayerSpec | FusedSpec
+ModuleSpec: TypeAlias = LayerSpec | JoinedSpec
 
 
 def describe(module: nn.Module) -> ModuleSpec | None:
     """What a checkpoint says of a module; None for one that is dense or no linear layer."""
-    return FusedSpec.of(module) if isinstance(module, FusedProjections) else LayerSpec.of(module)
+    return JoinedSpec.of(module) if isinstance(module, JoinedProjections) else LayerSpec.of(module)
 
 
 def spec_from_json(name: str, data: Any) -> ModuleSpec:
     """Raises CheckpointError where `data` describes no factored module."""
     if isinstance(data, Mapping) and "parts" in data:
-        return FusedSpec.from_json(name, data)
+        return JoinedSpec.from_json(name, data)
     return LayerSpec.from_json(name, data)
 
 
@@ -136,7 +136,7 @@ def dense_matrix(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tenso
 
 def dense_bias(module: nn.Module) -> Tensor | None:
     """The bias [out] of a dense layer or a factored module."""
-    if isinstance(module, FusedProjections):
+    if isinstance(module, JoinedProjections):
         biases = [bias for part in module.children() if (bias := dense_bias(part)) is not None]
         return torch.cat(biases) if biases else None
     return module.v.bias if isinstance(module, FactoredLinear) else dense_parameters(module)[1]
