@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, ModernBertConfig
 
 from flashsvd import runtime
-from flashsvd.compression import Factors, Method, Statistics
 from flashsvd.factorize import QKVLayout, factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
+from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models import find_targets
 from harness import Check, Prepared, Settings
 from timing import Graphed

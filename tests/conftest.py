@@ -41,10 +41,10 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
 
 import flashsvd  # noqa: F401 - registers the checkpoint format
-from flashsvd.compression import get_method
 from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.kernels.plans import Launch
 from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
+from flashsvd.methods.registry import get_method
 from flashsvd.models import find_targets
 
 WORDS = ["a", "man", "woman", "dog", "eats", "runs", "good", "bad", "movie", "film", "not", "very", "the", "in", "."]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flashsvd.compression import get_method
-from flashsvd.compression.weighted import weighted_svd
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
+from flashsvd.methods.registry import get_method
+from flashsvd.methods.weighted import weighted_svd
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

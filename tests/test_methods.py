@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 
 from conftest import DECODERS, WORDS, MakeModel, build_decoder, build_model, build_tokenizer
 from flashsvd import CompressConfig, FlashSVDError, load_compressed, read_info, run_compress
-from flashsvd.compression import METHODS, get_method
-from flashsvd.compression.adasvd import BASES
 from flashsvd.errors import ConfigError, DataError, ModelError
+from flashsvd.methods.adasvd import BASES
+from flashsvd.methods.method import Method, Statistics
+from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.storage.metadata import CompressionInfo
 
 
@@ -360,3 +363,11 @@ def test_a_sixth_method_is_one_entry(make_model: MakeModel, tmp_path: Path, monk
     sixth = dataclasses.replace(get_method("standard"), name="sixth", aliases=("six",))
     monkeypatch.setitem(METHODS, "sixth", sixth)
     assert compress(make_model(), tmp_path / "out", method="six").method == "sixth"
+
+
+def test_the_former_place_of_the_method_type_still_works_and_says_where_it_went() -> None:
+    sys.modules.pop("flashsvd.compression.method", None)
+    with pytest.warns(DeprecationWarning, match=r"moved to flashsvd\.methods\.method"):
+        former = importlib.import_module("flashsvd.compression.method")
+    assert former.Method is Method
+    assert former.Statistics is Statistics

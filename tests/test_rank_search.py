@@ -12,13 +12,14 @@ from torch import Tensor
 
 from conftest import ENCODERS, build_decoder, build_model
 from flashsvd.calibration_data import CalibrationBatch
-from flashsvd.compression import METHODS, Method, RankProblem, Statistics
-from flashsvd.compression.adasvd import choose_ranks as learn_ranks
-from flashsvd.compression.asvd import choose_ranks as search_by_sensitivity
-from flashsvd.compression.asvd import measure_sensitivity
 from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.losses import head_loss
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
+from flashsvd.methods.adasvd import choose_ranks as learn_ranks
+from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
+from flashsvd.methods.asvd import measure_sensitivity
+from flashsvd.methods.method import Method, RankProblem, Statistics
+from flashsvd.methods.registry import METHODS
 from flashsvd.models import find_targets
 from flashsvd.rank_search import search_ranks
 

@@ -23,8 +23,9 @@ from conftest import build_tokenizer, factor
 from finetune_rows import FILE, read_rows, tables
 from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_eval
 from flashsvd.cli import COMMANDS, config_from, main
-from flashsvd.compression import METHODS, adasvd
 from flashsvd.data.tasks import TASKS
+from flashsvd.methods import adasvd
+from flashsvd.methods.registry import METHODS
 from flashsvd.models import ARCHITECTURES
 from flashsvd.ui.app import add_page_arguments
 from markdown import DOCUMENTS, ROOT, Block, blocks, inline_code

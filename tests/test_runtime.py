@@ -24,10 +24,10 @@ from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.qkv import PackedQKV
-from flashsvd.compression import get_method
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.methods.registry import get_method
 from flashsvd.models import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import MODERNBERT, MakeModel
 from flashsvd import CompressConfig, read_info, run_compress
-from flashsvd.compression import adasvd
+from flashsvd.methods import adasvd
 from flashsvd.scripts import compress_and_profile_script
 
 ROOT = Path(__file__).parent.parent

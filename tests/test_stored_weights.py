@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import HEADS, SIZES, MakeModel, build
 from flashsvd import CompressConfig, load_compressed, run_compress
-from flashsvd.compression import get_method
 from flashsvd.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.methods.registry import get_method
 from flashsvd.models import find_targets
 from flashsvd.storage.stored_weights import StoredWeights
 

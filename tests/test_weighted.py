@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashsvd.compression import METHODS, Statistics, get_method
-from flashsvd.compression.weighted import weighted_svd
+from flashsvd.methods.method import Statistics
+from flashsvd.methods.registry import METHODS, get_method
+from flashsvd.methods.weighted import weighted_svd
 
 
 class Problem(NamedTuple):

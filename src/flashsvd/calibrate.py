@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flashsvd.calibration_data import CalibrationBatch
-from flashsvd.compression import Need
 from flashsvd.errors import ModelError
 from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import weight_matrix
+from flashsvd.methods.method import Need
 from flashsvd.models import Target
 from flashsvd.precision import working_on
 

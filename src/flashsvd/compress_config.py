@@ -20,8 +20,8 @@ from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import RankRequest
 
 OUTPUT_ROOT = "compressed_models"
-# Those of `flashsvd.compression`, whose own table needs torch.
-METHODS = ("standard", "fwsvd", "drone", "asvd", "adasvd")
+# Those of `flashsvd.methods.registry`, which needs torch.
+METHOD_NAMES = ("standard", "fwsvd", "drone", "asvd", "adasvd")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CompressConfig:
     method: str = option(
         "standard",
         help="compression method, such as standard, drone or adasvd; an unknown name lists them all",
-        suggestions=METHODS,
+        suggestions=METHOD_NAMES,
     )
     task: str | None = option(
         None,

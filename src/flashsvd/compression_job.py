@@ -17,7 +17,6 @@ from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compress_config import CompressConfig
-from flashsvd.compression import Method, Need, Statistics, get_method
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError, library_errors
@@ -33,6 +32,8 @@ from flashsvd.lowrank.ranks import (
     plan_given_ranks,
     plan_ranks,
 )
+from flashsvd.methods.method import Method, Need, Statistics
+from flashsvd.methods.registry import get_method
 from flashsvd.models import Target, architecture_of, find_targets
 from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
 from flashsvd.rank_search import search_ranks

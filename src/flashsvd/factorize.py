@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flashsvd.compression import Method, Statistics
 from flashsvd.errors import ConfigError, ModelError
 from flashsvd.lowrank.joined import JoinedProjections, dense_share, share_of_columns
 from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, weight_matrix
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, Role
+from flashsvd.methods.method import Method, Statistics
 from flashsvd.models import Target
 
 QKVLayout = Literal["joint", "per-head"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.calibration_data import CalibrationBatch
-from flashsvd.compression import Method
 from flashsvd.errors import ModelError
 from flashsvd.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
 from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import FactoredLinear
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
+from flashsvd.methods.method import Method
 from flashsvd.models import Target
 from flashsvd.precision import working_on
 

@@ -103,10 +103,10 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
     Raises:
         FlashSVDError: the method or the task is not known, its data cannot be had, or the model does not fit it.
     """
-    from flashsvd.compression import get_method
     from flashsvd.data.tasks import get_task
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import load_data
+    from flashsvd.methods.registry import get_method
 
     get_method(compression.method)
     name = profile.task or compression.task

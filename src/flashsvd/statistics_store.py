@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from flashsvd.calibrate import key
-from flashsvd.compression import Need, Statistics
 from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.methods.method import Need, Statistics
 from flashsvd.models import Target
 from flashsvd.storage.atomic import atomic_directory
 

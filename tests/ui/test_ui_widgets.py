@@ -10,9 +10,9 @@ import gradio as gr
 import pytest
 
 from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig
-from flashsvd.compress_config import METHODS
-from flashsvd.compression import METHODS as REGISTRY
+from flashsvd.compress_config import METHOD_NAMES
 from flashsvd.errors import ConfigError
+from flashsvd.methods.registry import METHODS
 from flashsvd.ui.widgets import config_from, label_of, widgets_for
 
 CASES = [
@@ -57,7 +57,7 @@ def test_choices_and_suggestions_are_offered() -> None:
     made = widgets(CompressConfig)
     assert [value for _, value in made["qkv"].choices] == ["joint", "per-head"]
     assert [value for _, value in made["dtype"].choices] == ["", "float32", "float16", "bfloat16"]
-    assert [value for _, value in made["method"].choices] == list(METHODS) == list(REGISTRY)
+    assert [value for _, value in made["method"].choices] == list(METHOD_NAMES) == list(METHODS)
     assert made["method"].allow_custom_value
     assert isinstance(made["overwrite"], gr.Checkbox)
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flashsvd.compression.method import Factors, Method, RankProblem, Statistics
-from flashsvd.compression.weighted import weighted_svd
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget, rank_for_ratio
+from flashsvd.methods.method import Factors, Method, RankProblem, Statistics
+from flashsvd.methods.weighted import weighted_svd
 
 ALPHA = 0.5
 SEARCH_BATCHES = 4

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.compression.method import Factors
+from flashsvd.methods.method import Factors
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from flashsvd.compression import drone, fwsvd, standard_svd
-from flashsvd.compression.method import Method, RankProblem
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget
+from flashsvd.methods import drone, fwsvd, standard_svd
+from flashsvd.methods.method import Method, RankProblem
 
 log = logging.getLogger("flashsvd")
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashsvd.compression.method import Factors, Method, Statistics
-from flashsvd.compression.weighted import weighted_svd
+from flashsvd.methods.method import Factors, Method, Statistics
+from flashsvd.methods.weighted import weighted_svd
 
 
 def factorize(weight: Tensor, rank: int, statistics: Statistics) -> Factors:

@@ -1,0 +1,1 @@
+"""The compression methods, one file each: a weight, a rank and statistics in, two factors out."""
