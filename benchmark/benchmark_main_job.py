@@ -123,7 +123,7 @@ def calibrating(directory: Path) -> list[tuple[str, float]]:
     from flashsvd.calibrate import collect_statistics
     from flashsvd.calibration_data import CalibrationBatch
     from flashsvd.losses import head_loss
-    from flashsvd.models import find_targets
+    from flashsvd.models.registry import find_targets
 
     model = BertForSequenceClassification.from_pretrained(directory)
     generator = torch.Generator().manual_seed(0)

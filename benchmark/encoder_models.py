@@ -14,7 +14,7 @@ from flashsvd import runtime
 from flashsvd.factorize import QKVLayout, factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from harness import Check, Prepared, Settings
 from timing import Graphed
 

@@ -45,7 +45,7 @@ from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.kernels.plans import Launch
 from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 
 WORDS = ["a", "man", "woman", "dog", "eats", "runs", "good", "bad", "movie", "film", "not", "very", "the", "in", "."]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

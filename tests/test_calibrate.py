@@ -15,7 +15,8 @@ from flashsvd.data.sampling import Draw
 from flashsvd.errors import DataError, ModelError
 from flashsvd.losses import head_loss, similarity_loss
 from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.models import Target, find_targets
+from flashsvd.models.architecture import Target
+from flashsvd.models.registry import find_targets
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from flashsvd.errors import CheckpointError
 from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
 AUTO = {"base": AutoModel, "classifier": AutoModelForSequenceClassification, "masked-lm": AutoModelForMaskedLM}

@@ -197,7 +197,7 @@ def test_training_needs_no_datasets_evaluate_gradio_or_matplotlib(make_model: Ma
     [
         "import flashsvd; from transformers import AutoModelForSequenceClassification as A",
         "from transformers import AutoModelForSequenceClassification as A; import flashsvd",
-        "import transformers.quantizers.auto; import flashsvd; import flashsvd.quantizer; "
+        "import transformers.quantizers.auto; import flashsvd; import flashsvd.integrations.quantizer; "
         "from transformers import AutoModelForSequenceClassification as A",
     ],
 )

@@ -17,7 +17,7 @@ from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])

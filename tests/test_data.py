@@ -12,7 +12,7 @@ import pytest
 from flashsvd.data.rows import find_file, load_examples, read_rows
 from flashsvd.data.tasks import TASKS, check_label_count, get_task, label_permutation
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.evaluation.pooling import pooling_mode
+from flashsvd.models.pooling import pooling_mode
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
 

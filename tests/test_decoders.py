@@ -28,7 +28,7 @@ from flashsvd import CompressConfig, export_dense, load_compressed, read_info, r
 from flashsvd.factorize import matrix_shapes
 from flashsvd.lowrank.joined import JoinedProjections
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
 LAYOUTS = ["joint", "per-head"]

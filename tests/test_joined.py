@@ -22,7 +22,8 @@ from flashsvd.lowrank.joined import JoinedProjections, JoinedSpec, dense_bias, d
 from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, weight_matrix
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
-from flashsvd.models import Part, find_targets
+from flashsvd.models.architecture import Part
+from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
 NAMES = ("q", "k", "v")

@@ -14,7 +14,7 @@ from sklearn import metrics as sklearn_metrics
 
 from flashsvd.data.tasks import TASKS
 from flashsvd.evaluation.metrics import METRICS, compute_metrics, matthews_correlation, pearson, spearmanr
-from flashsvd.evaluation.pooling import pool
+from flashsvd.models.pooling import pool
 
 PAIRS = st.integers(2, 40).flatmap(
     lambda n: st.tuples(*(st.lists(st.integers(0, 1), min_size=n, max_size=n) for _ in range(2)))

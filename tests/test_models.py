@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conftest import DECODERS, build, build_decoder
-from flashsvd.models import ARCHITECTURES, Target, find_targets
+from flashsvd.models.architecture import Target
+from flashsvd.models.registry import ARCHITECTURES, find_targets
 
 MODELS = [
     ("bert", "classifier"),

@@ -20,7 +20,7 @@ from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
 from flashsvd.methods.asvd import measure_sensitivity
 from flashsvd.methods.method import Method, RankProblem, Statistics
 from flashsvd.methods.registry import METHODS
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.rank_search import search_ranks
 
 

@@ -26,7 +26,7 @@ from flashsvd.cli import COMMANDS, config_from, main
 from flashsvd.data.tasks import TASKS
 from flashsvd.methods import adasvd
 from flashsvd.methods.registry import METHODS
-from flashsvd.models import ARCHITECTURES
+from flashsvd.models.registry import ARCHITECTURES
 from flashsvd.ui.app import add_page_arguments
 from markdown import DOCUMENTS, ROOT, Block, blocks, inline_code
 from results import RESULTS

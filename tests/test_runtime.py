@@ -28,7 +28,7 @@ from flashsvd.errors import BackendError, ConfigError
 from flashsvd.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

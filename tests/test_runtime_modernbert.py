@@ -25,7 +25,7 @@ from flashsvd.kernels import flashsvdropeattn
 from flashsvd.kernels.rotary import rotate
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
 # Two heads of 32, and one global layer between two local ones, where a token sees three to each side of it.

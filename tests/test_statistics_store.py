@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conftest import build_model
 from flashsvd.errors import CheckpointError, ConfigError
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.statistics_store import fingerprint, in_memory, in_temporary_files, load_statistics, on_disk
 
 MODEL = build_model("bert", "base")

@@ -14,7 +14,7 @@ from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
-from flashsvd.models import find_targets
+from flashsvd.models.registry import find_targets
 from flashsvd.storage.stored_weights import StoredWeights
 
 

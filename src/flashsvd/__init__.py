@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flashsvd import transformers_hook
 from flashsvd._version import __version__
+from flashsvd.integrations import hook
 
 if TYPE_CHECKING:
     from flashsvd import runtime
@@ -74,7 +74,7 @@ __all__ = [
     "show_checkpoint_info",
 ]
 
-transformers_hook.install()
+hook.install()
 
 
 def __getattr__(name: str) -> Any:

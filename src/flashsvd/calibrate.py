@@ -19,8 +19,8 @@ from flashsvd.errors import ModelError
 from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.methods.method import Need
-from flashsvd.models import Target
-from flashsvd.precision import working_on
+from flashsvd.models.architecture import Target
+from flashsvd.models.precision import working_on
 
 # What the sums of one pass may take; more layers than fit are left to further passes.
 PASS_BYTES = 4 << 30

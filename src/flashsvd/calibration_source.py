@@ -17,10 +17,10 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
 from flashsvd.errors import DataError
-from flashsvd.evaluation.predict import sentence_pooling
-from flashsvd.head import head_classes
 from flashsvd.losses import Loss, head_loss, similarity_loss
-from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer
+from flashsvd.models.heads import head_classes
+from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer
+from flashsvd.models.pooling import sentence_pooling
 
 log = logging.getLogger("flashsvd")
 

@@ -20,8 +20,7 @@ from flashsvd.compress_config import CompressConfig
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError, library_errors
-from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, cast, factor_model, matrix_shapes
-from flashsvd.head import class_for_task, refuse_quantized
+from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, factor_model, matrix_shapes
 from flashsvd.io import save_compressed
 from flashsvd.lowrank.ranks import (
     ROLES,
@@ -34,8 +33,11 @@ from flashsvd.lowrank.ranks import (
 )
 from flashsvd.methods.method import Method, Need, Statistics
 from flashsvd.methods.registry import get_method
-from flashsvd.models import Target, architecture_of, find_targets
-from flashsvd.pretrained import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.models.architecture import Target
+from flashsvd.models.heads import class_for_task, refuse_quantized
+from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.models.precision import cast
+from flashsvd.models.registry import architecture_of, find_targets
 from flashsvd.rank_search import search_ranks
 from flashsvd.report import CompressReport, GroupLog
 from flashsvd.statistics_store import (

@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flashsvd.errors import ConfigError, ModelError
+from flashsvd.errors import ModelError
 from flashsvd.lowrank.joined import JoinedProjections, dense_share, share_of_columns
 from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, weight_matrix
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, Role
 from flashsvd.methods.method import Method, Statistics
-from flashsvd.models import Target
+from flashsvd.models.architecture import Target
+from flashsvd.models.precision import check_finite
 
 QKVLayout = Literal["joint", "per-head"]
 ReadWeight = Callable[[str], Tensor | None]
@@ -119,33 +120,6 @@ def factor_layers(
             on_matrix(result)
         results.append(result)
     return results, layers
-
-
-def check_finite(model: nn.Module, read_weight: ReadWeight | None = None) -> None:
-    """Refuse a model with NaN or infinite weights, read as `factor_model` reads them.
-
-    Raises:
-        ModelError: naming the first such parameter.
-    """
-    for name, parameter in model.named_parameters():
-        stored = read_weight(name) if read_weight else None
-        values = parameter.detach() if stored is None else stored
-        # NaN passes through aminmax, which unlike isfinite needs no memory of the parameter's own size.
-        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
-            raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a model in place.
-
-    Raises:
-        ConfigError: a finite parameter is too large for the dtype.
-    """
-    model.to(dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
-            short = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")
 
 
 def dense_layer(model: nn.Module, target: Target) -> nn.Module:

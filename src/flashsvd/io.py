@@ -14,11 +14,12 @@ from flashsvd import runtime
 from flashsvd.blocks.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
+from flashsvd.integrations.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.pretrained import load_config, load_model, own_class
-from flashsvd.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
+from flashsvd.models.heads import own_class
+from flashsvd.models.loading import load_config, load_model
 from flashsvd.storage.atomic import atomic_directory, check_target
 from flashsvd.storage.companions import Companions, find_companions
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo

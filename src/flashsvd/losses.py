@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashsvd.calibration_data import CalibrationBatch
-from flashsvd.evaluation.pooling import pool
+from flashsvd.models.pooling import pool
 
 Loss = Callable[[Any, CalibrationBatch], Tensor]
 

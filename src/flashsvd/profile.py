@@ -127,7 +127,7 @@ def _task(config: ProfileConfig) -> Task:
     """
     from flashsvd.data.tasks import get_task
     from flashsvd.io import find_info
-    from flashsvd.pretrained import load_config, locate
+    from flashsvd.models.loading import load_config, locate
 
     if config.task is not None:
         return get_task(config.task)

@@ -17,8 +17,8 @@ from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import FactoredLinear
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.methods.method import Method
-from flashsvd.models import Target
-from flashsvd.precision import working_on
+from flashsvd.models.architecture import Target
+from flashsvd.models.precision import working_on
 
 
 class MaskedLinear(nn.Module):

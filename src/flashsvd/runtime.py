@@ -18,7 +18,7 @@ from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, ref
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
-from flashsvd.models import base_prefix
+from flashsvd.models.registry import base_prefix
 
 
 def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashsvd.calibrate import key
 from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.methods.method import Need, Statistics
-from flashsvd.models import Target
+from flashsvd.models.architecture import Target
 from flashsvd.storage.atomic import atomic_directory
 
 INDEX_FILE = "statistics.json"

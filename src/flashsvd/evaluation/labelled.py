@@ -13,7 +13,7 @@ from flashsvd.data.tasks import Task
 from flashsvd.evaluation.job import Batch, BatchShape
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.predict import Predictor
-from flashsvd.pretrained import check_tokenizer, check_vocabulary
+from flashsvd.models.loading import check_tokenizer, check_vocabulary
 
 
 class LabelledTexts:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from flashsvd.errors import DataError
 from flashsvd.evaluation.job import Batch, BatchShape, check_finite
-from flashsvd.pretrained import check_vocabulary
+from flashsvd.models.loading import check_vocabulary
 
 NOT_SCORED = -100
 # The loss is taken over so many logits at a time: 16 MiB in float32, whatever the vocabulary and the batch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,13 +9,8 @@ import torch
 from torch import Tensor
 
 from flashsvd.data.tasks import Task, label_permutation
-from flashsvd.errors import ModelError
 from flashsvd.evaluation.job import check_finite
-from flashsvd.evaluation.pooling import pool, pooling_mode
-from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
-from flashsvd.storage.model_files import companion_file
-
-log = logging.getLogger("flashsvd")
+from flashsvd.models.pooling import pool, sentence_pooling
 
 Texts = Sequence[tuple[str, ...]]
 
@@ -75,27 +69,3 @@ class SentenceSimilarity:
 
 def _columns(texts: Texts) -> list[list[str]]:
     return [list(column) for column in zip(*texts, strict=True)]
-
-
-def sentence_pooling(source: str) -> str:
-    """How a sentence encoder pools its token states, by the files beside it.
-
-    Raises:
-        ModelError: it has a module that is not supported, or its files cannot be read.
-    """
-    modules_file = companion_file(source, MODULES_FILE)
-    if modules_file is None:
-        log.warning("%s says nothing about pooling; taking the mean of its token states", source)
-        return "mean"
-    mode = None
-    for kind, folder in sentence_modules(modules_file):
-        if kind == "Pooling":
-            config_file = companion_file(source, f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG)
-            if config_file is None:
-                raise ModelError(f"{source} lacks {folder}/{MODULE_CONFIG}, the pooling that {MODULES_FILE} names")
-            mode = pooling_mode(config_file)
-        elif kind not in ("Transformer", "Normalize"):
-            raise ModelError(f"{source} has a {kind} module, which --task similarity does not support")
-    if mode is None:
-        log.warning("%s of %s names no pooling; taking the mean of its token states", MODULES_FILE, source)
-    return mode or "mean"

@@ -11,17 +11,9 @@ import torch
 from flashsvd.data.tasks import Task, check_label_count
 from flashsvd.errors import ModelError
 from flashsvd.io import find_info, is_compressed, load_factored
-from flashsvd.models import base_prefix
-from flashsvd.pretrained import (
-    base_class,
-    causal_lm_class,
-    classifier_class,
-    load_config,
-    load_model,
-    locate,
-    own_class,
-    sequence_length,
-)
+from flashsvd.models.heads import base_class, causal_lm_class, classifier_class, own_class
+from flashsvd.models.loading import load_config, load_model, locate, sequence_length
+from flashsvd.models.registry import base_prefix
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 
 log = logging.getLogger("flashsvd")

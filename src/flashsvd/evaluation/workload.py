@@ -18,8 +18,8 @@ from flashsvd.evaluation.perplexity import Perplexity, read_tokens
 from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarity
 from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.evaluation.subject import Subject
-from flashsvd.head import head_classes
-from flashsvd.pretrained import load_tokenizer
+from flashsvd.models.heads import head_classes
+from flashsvd.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True)

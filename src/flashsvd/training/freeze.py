@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flashsvd.models import base_prefix, find_targets
+from flashsvd.models.registry import base_prefix, find_targets
 
 
 def freeze(model: Any, parts: Collection[str]) -> None:

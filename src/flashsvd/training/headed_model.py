@@ -12,10 +12,10 @@ from torch import nn
 
 from flashsvd.data.tasks import Task, check_classifier, foreign_classes, names_classes_of
 from flashsvd.errors import CheckpointError, DataError, ModelError
-from flashsvd.factorize import check_finite
-from flashsvd.head import class_for_task
 from flashsvd.io import find_info, is_compressed, load_factored
-from flashsvd.pretrained import Pretrained, load_config, load_model, locate, masked_lm_class, own_class, seeded
+from flashsvd.models.heads import class_for_task, masked_lm_class, own_class
+from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.models.precision import check_finite
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 
 log = logging.getLogger("flashsvd")

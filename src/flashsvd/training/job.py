@@ -18,10 +18,10 @@ from flashsvd.common.provenance import library_versions, timestamp
 from flashsvd.data.rows import listed
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
-from flashsvd.factorize import cast as cast_to
-from flashsvd.factorize import check_finite
 from flashsvd.finetune_config import SEQ_LEN, FinetuneConfig
-from flashsvd.pretrained import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
+from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
+from flashsvd.models.precision import cast as cast_to
+from flashsvd.models.precision import check_finite
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
 from flashsvd.storage.training_file import TrainingRecord

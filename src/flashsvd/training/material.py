@@ -15,8 +15,8 @@ from flashsvd.data.tasks import TASKS, Task, get_task
 from flashsvd.data.text import TEXT_SUFFIXES, load_text
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
-from flashsvd.head import head_classes
-from flashsvd.pretrained import check_vocabulary, load_config, locate
+from flashsvd.models.heads import head_classes
+from flashsvd.models.loading import check_vocabulary, load_config, locate
 from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.headed_model import HeadedModel
 from flashsvd.training.masked_lm import MaskedLM, masked_rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.io import save_compressed, save_dense
-from flashsvd.models import base_prefix
+from flashsvd.models.registry import base_prefix
 from flashsvd.storage.companions import TOKENIZER_FILES, Companions, find_companions
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file

@@ -8,8 +8,8 @@ from typing import Any
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, FlashSVDError, ModelError
 from flashsvd.finetune_config import DISTILL_WEIGHT, TEMPERATURE, FinetuneConfig
-from flashsvd.models import architecture_of
-from flashsvd.pretrained import load_tokenizer
+from flashsvd.models.loading import load_tokenizer
+from flashsvd.models.registry import architecture_of
 from flashsvd.training.distill import Distillation, Teacher
 from flashsvd.training.headed_model import HeadedModel, Mode, resize_output
 from flashsvd.training.material import make_objective

@@ -84,7 +84,7 @@ def run_job(job: Job) -> tuple[Any, ...]:
 def _check_dense(config: Any, root: Root) -> None:
     """Hold the dense model that a checkpoint's own metadata names against the root, where a profile follows it."""
     from flashsvd.io import find_info
-    from flashsvd.pretrained import locate
+    from flashsvd.models.loading import locate
     from flashsvd.profiling.variants import DENSE
 
     if config.dense is not None or not set(config.variant_names()) & set(DENSE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from flashsvd.errors import ModelError
+from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
+from flashsvd.storage.model_files import companion_file
+
+log = logging.getLogger("flashsvd")
 
 MODES = ("mean", "cls", "max")
 
@@ -49,3 +54,27 @@ def pooling_mode(config_file: Path) -> str:
     if len(modes) != 1 or modes[0] not in MODES:
         raise ModelError(f"{config_file} asks for {', '.join(modes)} pooling; supported is one of {', '.join(MODES)}")
     return modes[0]
+
+
+def sentence_pooling(source: str) -> str:
+    """How a sentence encoder pools its token states, by the files beside it.
+
+    Raises:
+        ModelError: it has a module that is not supported, or its files cannot be read.
+    """
+    modules_file = companion_file(source, MODULES_FILE)
+    if modules_file is None:
+        log.warning("%s says nothing about pooling; taking the mean of its token states", source)
+        return "mean"
+    mode = None
+    for kind, folder in sentence_modules(modules_file):
+        if kind == "Pooling":
+            config_file = companion_file(source, f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG)
+            if config_file is None:
+                raise ModelError(f"{source} lacks {folder}/{MODULE_CONFIG}, the pooling that {MODULES_FILE} names")
+            mode = pooling_mode(config_file)
+        elif kind not in ("Transformer", "Normalize"):
+            raise ModelError(f"{source} has a {kind} module, which --task similarity does not support")
+    if mode is None:
+        log.warning("%s of %s names no pooling; taking the mean of its token states", MODULES_FILE, source)
+    return mode or "mean"

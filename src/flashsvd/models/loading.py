@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from flashsvd.errors import ConfigError, ModelError, library_errors
-from flashsvd.models import architecture_of, base_prefix
+from flashsvd.models.heads import own_class
+from flashsvd.models.registry import architecture_of, base_prefix
 from flashsvd.storage.companions import has_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
 from flashsvd.storage.verify import INDEX, weight_files
@@ -142,74 +143,6 @@ def _renew_head(model: Any) -> list[str]:
         if not f"{path}.".startswith(kept):
             model._init_weights(module)
     return list(renewed)
-
-
-def own_class(config: Any) -> Any:
-    """The transformers class that saved the checkpoint, by the config's `architectures`; the base class without one.
-
-    Raises:
-        ModelError: transformers has no such class, or it is one of another architecture.
-    """
-    import transformers
-
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        return base_class(config)
-    name = names[0] if isinstance(names, (list, tuple)) else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    config_class = getattr(found, "config_class", None)
-    if not is_model or not isinstance(config_class, type) or not isinstance(config, config_class):
-        raise ModelError(f"config.json names {names!r} in `architectures`, which is no {config.model_type} model")
-    return found
-
-
-def base_class(config: Any) -> Any:
-    """The transformers class of the model without a head."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)]
-
-
-def classifier_class(config: Any) -> Any:
-    """The transformers class of the model with a sequence classification head.
-
-    Raises:
-        ModelError: the architecture has none.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ModelError(f"{config.model_type} has no sequence classification head; leave out --task")
-    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-
-
-def masked_lm_class(config: Any) -> Any:
-    """The transformers class of the model with a head that predicts masked tokens.
-
-    Raises:
-        ModelError: the architecture has none, or the model reads text in one direction.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
-        raise ModelError(f"a {config.model_type} model has no head for masked tokens; choose another mode or model")
-    return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
-
-
-def causal_lm_class(config: Any) -> Any:
-    """The transformers class of the model with a head that predicts the next token.
-
-    Raises:
-        ModelError: the architecture has none, or the model reads text in both directions.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    # transformers can turn a BERT into a decoder, and lists its type as causal whether it was or not.
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"a {config.model_type} model is no causal language model; choose another --task")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def sequence_length(config: Any, source: str, asked: int | None, default: int) -> int:

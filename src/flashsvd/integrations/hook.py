@@ -25,7 +25,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("flashsvd.quantizer")
+    importlib.import_module("flashsvd.integrations.quantizer")
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flashsvd.models import base_prefix
+from flashsvd.models.registry import base_prefix
 from flashsvd.storage.verify import Shape, check_no_extra, compare_tensors
 
 

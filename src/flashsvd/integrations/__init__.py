@@ -1,0 +1,1 @@
+"""What loads our checkpoints, a file for each library."""

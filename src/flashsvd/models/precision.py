@@ -1,0 +1,63 @@
+"""Dtypes of a model: its parameters in another one for a while or for good, and whether they are finite.
+
+`Module.to(dtype)` rounds floating-point buffers too, such as the frequencies of rotary embeddings, which stay in
+float32 in a model of any dtype; casting back does not bring their digits back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.errors import ConfigError, ModelError
+
+
+@contextlib.contextmanager
+def working_on(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """The model on a device, in a dtype and without a cache of keys and values; then on the CPU and as it was."""
+    own = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    cached = {"use_cache": model.config.use_cache} if "use_cache" in vars(model.config) else {}
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.to("cpu")
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(own[name])
+        del model.config.use_cache
+        vars(model.config).update(cached)
+
+
+def check_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] | None = None) -> None:
+    """Refuse a model with NaN or infinite weights, read as `factor_model` reads them.
+
+    Raises:
+        ModelError: naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        stored = read_weight(name) if read_weight else None
+        values = parameter.detach() if stored is None else stored
+        # NaN passes through aminmax, which unlike isfinite needs no memory of the parameter's own size.
+        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+            raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model in place.
+
+    Raises:
+        ConfigError: a finite parameter is too large for the dtype.
+    """
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            short = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")
