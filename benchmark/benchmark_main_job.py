@@ -120,9 +120,9 @@ def calibrating(directory: Path) -> list[tuple[str, float]]:
     import torch
     from transformers.models.bert.modeling_bert import BertForSequenceClassification
 
-    from flashsvd.calibrate import collect_statistics
-    from flashsvd.calibration_data import CalibrationBatch
-    from flashsvd.losses import head_loss
+    from flashsvd.calibration.batches import CalibrationBatch
+    from flashsvd.calibration.collect import collect_statistics
+    from flashsvd.calibration.losses import head_loss
     from flashsvd.models.registry import find_targets
 
     model = BertForSequenceClassification.from_pretrained(directory)

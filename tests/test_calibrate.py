@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from conftest import ENCODERS, build, build_decoder, build_model
-from flashsvd.calibrate import collect_statistics, key
-from flashsvd.calibration_data import CalibrationBatch, masked_batches, text_batches, window_batches
+from flashsvd.calibration.batches import CalibrationBatch, masked_batches, text_batches, window_batches
+from flashsvd.calibration.collect import collect_statistics, key
+from flashsvd.calibration.losses import head_loss, similarity_loss
 from flashsvd.data.sampling import Draw
 from flashsvd.errors import DataError, ModelError
-from flashsvd.losses import head_loss, similarity_loss
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models.architecture import Target
 from flashsvd.models.registry import find_targets

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from conftest import ENCODERS, build_decoder, build_model
-from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.calibration.batches import CalibrationBatch
+from flashsvd.calibration.losses import head_loss
 from flashsvd.factorize import factor_model, matrix_shapes
-from flashsvd.losses import head_loss
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from conftest import build_model
+from flashsvd.calibration.store import fingerprint, in_memory, in_temporary_files, load_statistics, on_disk
 from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.models.registry import find_targets
-from flashsvd.statistics_store import fingerprint, in_memory, in_temporary_files, load_statistics, on_disk
 
 MODEL = build_model("bert", "base")
 TARGETS = find_targets(MODEL)

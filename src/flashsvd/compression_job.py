@@ -11,8 +11,17 @@ from typing import Any
 
 import torch
 
-from flashsvd.calibrate import collect_statistics, fits_one_pass
-from flashsvd.calibration_source import Calibration, CalibrationRequest, prepare_calibration
+from flashsvd.calibration.collect import collect_statistics, fits_one_pass
+from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
+from flashsvd.calibration.store import (
+    INDEX_FILE,
+    ModelStatistics,
+    fingerprint,
+    in_memory,
+    in_temporary_files,
+    load_statistics,
+    on_disk,
+)
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
@@ -40,15 +49,6 @@ from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
 from flashsvd.rank_search import search_ranks
 from flashsvd.report import CompressReport, GroupLog
-from flashsvd.statistics_store import (
-    INDEX_FILE,
-    ModelStatistics,
-    fingerprint,
-    in_memory,
-    in_temporary_files,
-    load_statistics,
-    on_disk,
-)
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions, find_companions
 from flashsvd.storage.metadata import CompressionInfo

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.calibration.batches import CalibrationBatch
+from flashsvd.calibration.losses import Loss
 from flashsvd.errors import ModelError
 from flashsvd.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
-from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import FactoredLinear
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.methods.method import Method

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from flashsvd.calibration.losses import cosine_loss
 from flashsvd.data.tasks import Task
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.evaluation.predict import SentenceSimilarity
-from flashsvd.losses import cosine_loss
 from flashsvd.training.objective import Question
 from flashsvd.training.rows import Tensors
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.models.pooling import pool
 
 Loss = Callable[[Any, CalibrationBatch], Tensor]

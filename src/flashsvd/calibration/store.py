@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibrate import key
+from flashsvd.calibration.collect import key
 from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.methods.method import Need, Statistics
 from flashsvd.models.architecture import Target

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flashsvd.calibration_data import CalibrationBatch
+from flashsvd.calibration.batches import CalibrationBatch
+from flashsvd.calibration.losses import Loss
 from flashsvd.errors import ModelError
-from flashsvd.losses import Loss
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.methods.method import Need
 from flashsvd.models.architecture import Target

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibration_data import CalibrationBatch, labelled_batches, masked_batches, text_batches, window_batches
+from flashsvd.calibration.batches import (
+    CalibrationBatch,
+    labelled_batches,
+    masked_batches,
+    text_batches,
+    window_batches,
+)
+from flashsvd.calibration.losses import Loss, head_loss, similarity_loss
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import load_examples
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
 from flashsvd.errors import DataError
-from flashsvd.losses import Loss, head_loss, similarity_loss
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer
 from flashsvd.models.pooling import sentence_pooling
