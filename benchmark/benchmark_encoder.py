@@ -29,7 +29,7 @@ from encoder_models import (
     modernbert,
     optimized,
 )
-from flashsvd.factorize import QKVLayout
+from flashsvd.compression.factorize import QKVLayout
 from flashsvd.lowrank.ranks import RankRequest
 from harness import Case, Settings, Variant, finish, parse, run
 from plot import bars

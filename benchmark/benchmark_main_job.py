@@ -26,7 +26,7 @@ FACTOR = """
 import json, sys, time
 import torch
 from transformers.models.bert import modeling_bert
-import flashsvd.compress, flashsvd.io, flashsvd.report
+import flashsvd.compress, flashsvd.io, flashsvd.compression.result
 from flashsvd.evaluation.measure import peak_resident_bytes
 imported = peak_resident_bytes()
 start = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, ModernBertConfig
 
 from flashsvd import runtime
-from flashsvd.factorize import QKVLayout, factor_model, matrix_shapes
+from flashsvd.compression.factorize import QKVLayout, factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models.registry import find_targets

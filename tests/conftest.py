@@ -41,7 +41,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
 
 import flashsvd  # noqa: F401 - registers the checkpoint format
-from flashsvd.factorize import FactoredMatrix, factor_model, matrix_shapes
+from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.kernels.plans import Launch
 from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
 from flashsvd.methods.registry import get_method

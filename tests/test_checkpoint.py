@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 import flashsvd
 from conftest import ENCODERS, HEADS, MakeModel, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
+from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError
-from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.registry import get_method
 from flashsvd.models.registry import find_targets

@@ -190,7 +190,7 @@ def test_a_sentence_encoder_whose_pooling_cannot_be_looked_up_is_refused_before_
     hub: FakeHub, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.put_all(make_model("bert", "base"))
-    monkeypatch.setattr("flashsvd.compression_job.factor_model", None)
+    monkeypatch.setattr("flashsvd.compression.run.factor_model", None)
     with pytest.raises(ModelError, match=r"cannot be asked whether org/encoder has modules\.json"):
         compress(hub.name, tmp_path / "out", task="similarity")
     assert not (tmp_path / "out").exists()

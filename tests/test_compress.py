@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import ENCODERS, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
-from flashsvd.factorize import factor_model, matrix_shapes
+from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import DECODERS, HEADS, SIZES, VOCABULARY, build_decoder, factor, shared_model
 from flashsvd import CompressConfig, export_dense, load_compressed, read_info, run_compress, save_compressed
-from flashsvd.factorize import matrix_shapes
+from flashsvd.compression.factorize import matrix_shapes
 from flashsvd.lowrank.joined import JoinedProjections
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.models.registry import find_targets

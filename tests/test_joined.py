@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import build, build_decoder, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
+from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError, ModelError
-from flashsvd.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.joined import JoinedProjections, JoinedSpec, dense_bias, dense_matrix, dense_share, spec_from_json
 from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, weight_matrix
 from flashsvd.lowrank.ranks import RankChoice

@@ -13,7 +13,8 @@ from torch import Tensor
 from conftest import ENCODERS, build_decoder, build_model
 from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import head_loss
-from flashsvd.factorize import factor_model, matrix_shapes
+from flashsvd.compression.factorize import factor_model, matrix_shapes
+from flashsvd.compression.rank_search import search_ranks
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
@@ -21,7 +22,6 @@ from flashsvd.methods.asvd import measure_sensitivity
 from flashsvd.methods.method import Method, RankProblem, Statistics
 from flashsvd.methods.registry import METHODS
 from flashsvd.models.registry import find_targets
-from flashsvd.rank_search import search_ranks
 
 
 @dataclass

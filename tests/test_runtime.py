@@ -24,8 +24,8 @@ from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.graph import Graphs
 from flashsvd.blocks.qkv import PackedQKV
+from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError, ConfigError
-from flashsvd.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
 from flashsvd.models.registry import find_targets

@@ -19,8 +19,8 @@ from conftest import MakeModel, build_model, factor
 from flashsvd import CompressConfig, EvalConfig, load_compressed, optimize, run_compress, run_eval, runtime
 from flashsvd.blocks.modernbert import FusedModernBertLayer
 from flashsvd.blocks.rotary_attention import RotaryAttention, StreamedRotary
+from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError
-from flashsvd.factorize import factor_model
 from flashsvd.kernels import flashsvdropeattn
 from flashsvd.kernels.rotary import rotate
 from flashsvd.lowrank.ranks import RankChoice

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import HEADS, SIZES, MakeModel, build
 from flashsvd import CompressConfig, load_compressed, run_compress
-from flashsvd.factorize import factor_model
+from flashsvd.compression.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
 from flashsvd.models.registry import find_targets

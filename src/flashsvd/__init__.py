@@ -15,6 +15,7 @@ from flashsvd.integrations import hook
 if TYPE_CHECKING:
     from flashsvd import runtime
     from flashsvd.compress import CompressConfig, run_compress
+    from flashsvd.compression.result import CompressReport
     from flashsvd.errors import FlashSVDError
     from flashsvd.evaluate import EvalConfig, run_eval
     from flashsvd.evaluation.result import EvalResult
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
     from flashsvd.io import export_dense, load_compressed, save_compressed
     from flashsvd.profile import ProfileConfig, run_profile
     from flashsvd.profiling.result import ProfileResult
-    from flashsvd.report import CompressReport
     from flashsvd.runtime import optimize
     from flashsvd.training.result import FinetuneResult
 
 _MODULES = ("runtime",)
 _HOMES = {
     "CompressConfig": "flashsvd.compress",
-    "CompressReport": "flashsvd.report",
+    "CompressReport": "flashsvd.compression.result",
     "EvalConfig": "flashsvd.evaluate",
     "EvalResult": "flashsvd.evaluation.result",
     "FinetuneConfig": "flashsvd.finetune",

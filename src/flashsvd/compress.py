@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashsvd.compress_config import CompressConfig
+from flashsvd.compression.config import CompressConfig
 
 if TYPE_CHECKING:
-    from flashsvd.report import CompressReport
+    from flashsvd.compression.result import CompressReport
 
 __all__ = ["CompressConfig", "run_compress"]
 
@@ -20,6 +20,6 @@ def run_compress(config: CompressConfig) -> CompressReport:
     Raises:
         FlashSVDError: the config, the model, the data or the output cannot be used; no checkpoint has been written.
     """
-    from flashsvd.compression_job import CompressionJob
+    from flashsvd.compression.run import CompressionJob
 
     return CompressionJob.prepare(config).run()

@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig
-from flashsvd.compress_config import METHOD_NAMES
+from flashsvd.compression.config import METHOD_NAMES
 from flashsvd.errors import ConfigError
 from flashsvd.methods.registry import METHODS
 from flashsvd.ui.widgets import config_from, label_of, widgets_for

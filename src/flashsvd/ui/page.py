@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from flashsvd._version import __version__
-from flashsvd.compress_config import CompressConfig
+from flashsvd.compression.config import CompressConfig
 from flashsvd.errors import FlashSVDError, one_line
 from flashsvd.evaluate import EvalConfig
 from flashsvd.finetune_config import FinetuneConfig

@@ -46,9 +46,9 @@ def _info_file(result: Any) -> tuple[str, bytes] | None:
 
 
 def _pictures(results: tuple[Any, ...]) -> Iterable[Picture]:
+    from flashsvd.compression.result import CompressReport
     from flashsvd.plots import layer_figures, profile_figures
     from flashsvd.profiling.result import ProfileResult
-    from flashsvd.report import CompressReport
     from flashsvd.training.result import FinetuneResult
 
     match results[0]:

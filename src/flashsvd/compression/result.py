@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.common.tables import html_table
-from flashsvd.factorize import FactoredMatrix
+from flashsvd.compression.factorize import FactoredMatrix
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.plain import plain
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import Loss
+from flashsvd.compression.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
 from flashsvd.errors import ModelError
-from flashsvd.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
 from flashsvd.lowrank.layers import FactoredLinear
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.methods.method import Method

@@ -25,11 +25,13 @@ from flashsvd.calibration.store import (
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
-from flashsvd.compress_config import CompressConfig
+from flashsvd.compression.config import CompressConfig
+from flashsvd.compression.factorize import FactoredMatrix, QKVLayout, StatisticsOf, factor_model, matrix_shapes
+from flashsvd.compression.rank_search import search_ranks
+from flashsvd.compression.result import CompressReport, GroupLog
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError, library_errors
-from flashsvd.factorize import FactoredMatrix, QKVLayout, StatisticsOf, factor_model, matrix_shapes
 from flashsvd.io import save_compressed
 from flashsvd.lowrank.ranks import (
     ROLES,
@@ -47,8 +49,6 @@ from flashsvd.models.heads import class_for_task, refuse_quantized
 from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
-from flashsvd.rank_search import search_ranks
-from flashsvd.report import CompressReport, GroupLog
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions, find_companions
 from flashsvd.storage.metadata import CompressionInfo
