@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flashsvd.evaluation.job import WARMUP_FORWARDS, Batch, run_job
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, Batch, run_job
 
 
 class Output:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashsvd.evaluation import measure
-from flashsvd.evaluation.job import Timings, run_job
+from flashsvd.evaluation.loop import Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory, peak_resident_bytes, timed
 from test_job import Counting, Model
 

@@ -13,10 +13,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from conftest import MakeModel
 from flashsvd import EvalConfig, run_eval
-from flashsvd.evaluation import warm_up
-from flashsvd.evaluation.job import WARMUP_FORWARDS, Batch, run_job
+from flashsvd.evaluation import loop, run
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, Batch, about, compiles, run_job, size_of
 from flashsvd.evaluation.measure import MIB, PeakMemory
-from flashsvd.evaluation.warm_up import about, compiles, size_of
 
 CPU = torch.device("cpu")
 
@@ -77,7 +76,7 @@ def inputs(lengths: list[int], columns: int | None = None) -> dict[str, Tensor]:
 
 def test_each_size_is_run_once_and_nothing_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     model, work = Compiling(Clock(monkeypatch)), Job()
-    warm_up.warm_up(work, model, CPU)
+    loop.warm_up(work, model, CPU)
     assert model.sizes == [(4, 9), (4, 200), (2, 9)]
     assert work.consumed == 0
 
@@ -85,7 +84,7 @@ def test_each_size_is_run_once_and_nothing_is_scored(monkeypatch: pytest.MonkeyP
 def test_what_the_first_forward_of_a_size_takes_is_timed_unless_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     cold, warm = Compiling(Clock(monkeypatch)), Compiling(Clock(monkeypatch))
     monkeypatch.setattr("time.perf_counter", lambda: cold._clock.now + warm._clock.now)
-    warm_up.warm_up(Job(), warm, CPU)
+    loop.warm_up(Job(), warm, CPU)
     assert list(run_job(Job(), warm, CPU).milliseconds) == [1000.0] * 5
     assert max(run_job(Job(), cold, CPU).milliseconds) == 61_000.0
 
@@ -157,7 +156,7 @@ def test_an_evaluation_warms_up_where_fused_blocks_compile(
     (tmp_path / "data.tsv").write_text(
         "sentence\tlabel\na good film\t1\na bad movie\t0\nthe very good dog runs not in the very bad film\t1\n"
     )
-    monkeypatch.setattr(warm_up, "compiles", lambda _: somewhere_to_compile)
+    monkeypatch.setattr(run, "compiles", lambda _: somewhere_to_compile)
     forwards: list[object] = []
     monkeypatch.setattr(BertEmbeddings, "forward", count(BertEmbeddings.forward, forwards))
     result = run_eval(

@@ -16,7 +16,7 @@ from flashsvd.common.options import (
 )
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
-from flashsvd.evaluation.sizes import BATCH_SIZE_HELP, SEQ_LEN_HELP
+from flashsvd.evaluation.config import BATCH_SIZE_HELP, SEQ_LEN_HELP
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")

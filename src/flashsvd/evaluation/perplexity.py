@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashsvd.errors import DataError
-from flashsvd.evaluation.job import Batch, BatchShape, check_finite
+from flashsvd.evaluation.loop import Batch, BatchShape, check_finite
 from flashsvd.models.loading import check_vocabulary
 
 NOT_SCORED = -100

@@ -12,11 +12,10 @@ from flashsvd.data.rows import Examples, load_examples
 from flashsvd.data.tasks import Task
 from flashsvd.data.text import load_text
 from flashsvd.errors import BackendError, ConfigError
-from flashsvd.evaluation.job import BatchShape, Job
-from flashsvd.evaluation.labelled import LabelledTexts
+from flashsvd.evaluation.config import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
+from flashsvd.evaluation.labelled import Classifier, LabelledTexts, Predictor, SentenceSimilarity
+from flashsvd.evaluation.loop import BatchShape, Job
 from flashsvd.evaluation.perplexity import Perplexity, read_tokens
-from flashsvd.evaluation.predict import Classifier, Predictor, SentenceSimilarity
-from flashsvd.evaluation.sizes import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.evaluation.subject import Subject
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import load_tokenizer

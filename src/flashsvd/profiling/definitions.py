@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashsvd.evaluation.job import WARMUP_FORWARDS
+from flashsvd.evaluation.loop import WARMUP_FORWARDS
 from flashsvd.evaluation.measure import peak_resident_bytes
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload

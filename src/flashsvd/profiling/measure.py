@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flashsvd.errors import described
-from flashsvd.evaluation.job import Batch, Job, Timings, run_job
+from flashsvd.evaluation.loop import Batch, Job, Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload

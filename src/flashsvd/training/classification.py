@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashsvd.data.tasks import Task
+from flashsvd.evaluation.labelled import Classifier
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.evaluation.predict import Classifier
 from flashsvd.training.objective import Question
 from flashsvd.training.rows import Tensors
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flashsvd.calibration.losses import cosine_loss
 from flashsvd.data.tasks import Task
+from flashsvd.evaluation.labelled import SentenceSimilarity
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.evaluation.predict import SentenceSimilarity
 from flashsvd.training.objective import Question
 from flashsvd.training.rows import Tensors
 

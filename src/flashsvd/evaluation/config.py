@@ -1,0 +1,76 @@
+"""What to evaluate and on what: the options of `flashsvd eval`, which need neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashsvd.common.device import BACKENDS, DEVICES, DTYPES
+from flashsvd.common.options import (
+    check_choices,
+    check_count,
+    check_not_empty,
+    check_switches,
+    option,
+    take_plain_types,
+)
+from flashsvd.data.tasks import TASKS
+
+# Of a language model the logits, not the layers, are what fills memory.
+BATCH_SIZE, LM_BATCH_SIZE = 32, 8
+SEQ_LEN, LM_SEQ_LEN = 128, 1024
+
+BATCH_SIZE_HELP = f"examples or windows in a batch; the default is {BATCH_SIZE}, {LM_BATCH_SIZE} for language models"
+SEQ_LEN_HELP = (
+    "tokens an example is cut to, or tokens of a language model's window; the default is "
+    f"{SEQ_LEN}, {LM_SEQ_LEN} for language models, or less where the model reads no more"
+)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate and on what.
+
+    Raises:
+        ConfigError: an option has a value that cannot be used.
+    """
+
+    checkpoint: str = option(
+        help="compressed checkpoint, or a dense model's directory or hub name to compare with", path="model"
+    )
+    task: str = option(
+        help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; classification or regression of --data of your own; "
+        "similarity for sentence encoders; perplexity (of --data) or wikitext2 for causal language models",
+        suggestions=tuple(TASKS),
+    )
+    data: str | None = option(
+        None,
+        help="a TSV, CSV, parquet or JSON-lines file (a .txt file too for language models), or a directory with a "
+        "validation file; the default is the task's own data on the hub",
+        path="read",
+    )
+    batch_size: int | None = option(None, help=BATCH_SIZE_HELP)
+    seq_len: int | None = option(None, help=SEQ_LEN_HELP)
+    stride: int | None = option(
+        None,
+        help="tokens from one window of a language model to the next; the default is seq-len; fewer give each token "
+        "more context, and each is still scored once",
+    )
+    padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
+    max_eval_samples: int | None = option(None, help="evaluate only this many examples or windows, the first ones")
+    device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
+    dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
+    backend: str | None = option(
+        None,
+        help="run on fused blocks (BERT, RoBERTa and ModernBERT): auto takes for each operation what is faster, by "
+        "measurement; torch and triton force one; the default is the plain model",
+        choices=BACKENDS,
+    )
+    output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
+
+    def __post_init__(self) -> None:
+        take_plain_types(self)
+        check_choices(self)
+        check_not_empty(self)
+        check_switches(self)
+        for name in ("batch_size", "seq_len", "stride", "max_eval_samples"):
+            check_count(name, getattr(self, name), optional=True)

@@ -1,0 +1,111 @@
+"""The steps of an evaluation: find what can be refused, then load, run the batches, and say what was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from flashsvd import runtime
+from flashsvd._version import __version__
+from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.provenance import git_commit, timestamp
+from flashsvd.data.tasks import get_task
+from flashsvd.errors import CheckpointError
+from flashsvd.evaluation.config import EvalConfig
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_job, warm_up
+from flashsvd.evaluation.measure import PeakMemory
+from flashsvd.evaluation.result import EvalResult
+from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+from flashsvd.storage.atomic import check_file_target, write_text
+
+if TYPE_CHECKING:
+    from flashsvd.kernels.launch import Backend
+
+log = logging.getLogger("flashsvd")
+
+
+def evaluate(config: EvalConfig) -> EvalResult:
+    """Evaluate a checkpoint, and write the JSON where the config names a file.
+
+    Raises:
+        FlashSVDError: the config, the checkpoint or the data cannot be used.
+    """
+    task = get_task(config.task)
+    backend = cast("Backend | None", config.backend)
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    if config.output:
+        check_file_target(Path(config.output).expanduser())
+    subject = Subject.find(config.checkpoint, task)
+    task, data = load_data(task, config.data, config.max_eval_samples, subject)
+    if backend is not None:
+        runtime.check(subject.config, backend, device)
+    shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding, config.stride)
+    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    if backend is not None:
+        workload.check_fused(subject)
+    job = workload.job(subject)
+
+    log.info("loading %s", config.checkpoint)
+    memory = PeakMemory(device)
+    model = subject.load(dtype).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    if backend is not None:
+        model = runtime.optimize(model, backend)
+    warmed = ""
+    if backend is not None and compiles(device):
+        warmed = "one forward for each size of batch and "
+        with memory.paused():
+            warm_up(job, model, device)
+    timings = run_job(job, model, device)
+    metrics = {name: value if math.isfinite(value) else None for name, value in job.metrics().items()}
+    for name in (name for name, value in metrics.items() if value is None):
+        log.warning("%s is not defined here: predictions or labels are constant, or the loss overflows", name)
+    info = subject.info
+    none_full = "" if timings.any_full else " (none was full, so on those there were)"
+    result = EvalResult(
+        task=task.name,
+        metric_name=task.metrics[0],
+        metric_value=metrics[task.metrics[0]],
+        metrics=metrics,
+        base_model=info.base_model if info else config.checkpoint,
+        method=subject.method,
+        ranks=info.ranks if info else None,
+        ratio=info.ratio if info else None,
+        peak_memory_mib=round(memory.mib(), 2),
+        latency_ms=timings.percentile(50),
+        latency_percentiles_ms={f"p{q}": timings.percentile(q) for q in (50, 90, 99)},
+        samples_per_second=timings.per_second(timings.samples),
+        tokens_per_second=timings.per_second(timings.tokens),
+        batch_size=shape.batch_size,
+        seq_len=shape.seq_len,
+        stride=shape.stride,
+        padding=shape.padding,
+        num_eval_samples=timings.samples,
+        parameters=parameters,
+        backend=backend or "plain",
+        device=describe_device(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        checkpoint_dir=config.checkpoint,
+        data=config.data or f"hub:{task.hub_config}",
+        timestamp=timestamp(),
+        git_commit=git_commit(),
+        flashsvd_version=__version__,
+        latency_definition=(
+            f"median milliseconds of the model's forward on {job.timed_forward}{none_full} after "
+            f"{warmed}{WARMUP_FORWARDS} warm-up forwards; tokenizing, data loading, scoring and copies to the device "
+            "are not counted"
+        ),
+        memory_definition=memory.definition,
+    )
+    if config.output:
+        text = json.dumps(result.to_json(), indent=2, allow_nan=False)
+        try:
+            write_text(Path(config.output).expanduser(), text + "\n")
+        except CheckpointError:
+            log.warning("this result could not be written: %s", text)
+            raise
+    return result
