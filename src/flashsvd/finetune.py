@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashsvd.finetune_config import FinetuneConfig
+from flashsvd.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from flashsvd.training.result import FinetuneResult
@@ -22,6 +22,6 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
         FlashSVDError: the config, the model, the data or the output cannot be used, or the training failed; nothing
             has been written but checkpoints to resume from.
     """
-    from flashsvd.training.job import TrainingJob
+    from flashsvd.training.run import TrainingJob
 
     return TrainingJob.prepare(config).run()

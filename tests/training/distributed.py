@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from flashsvd.cli import main
-from flashsvd.training import job
+from flashsvd.training import run
 from flashsvd.training.trainer import ObjectiveTrainer
 
 
 def record(directory: Path) -> None:
     """Each process's weights after the training, and who saved the model."""
     rank = os.environ.get("RANK", "0")
-    train, save = ObjectiveTrainer.train, job.save_trained
+    train, save = ObjectiveTrainer.train, run.save_trained
 
     def recorded_train(self: ObjectiveTrainer, **options: Any) -> Any:
         output = train(self, **options)
@@ -33,7 +33,7 @@ def record(directory: Path) -> None:
         save(*arguments, **options)
 
     ObjectiveTrainer.train = recorded_train
-    job.save_trained = recorded_save
+    run.save_trained = recorded_save
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ import torch
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import EvalConfig, load_compressed, read_info, run_eval
 from flashsvd.errors import FlashSVDError, ModelError
-from flashsvd.training.classification import Classification
 from flashsvd.training.distill import Answer, Distillation, Teacher, hidden_loss, soft_loss
-from flashsvd.training.objective import Question
+from flashsvd.training.objectives import Classification, Question
 from training_data import LEARNS, MNLI, SST2, STSB, TASKS, compress, finetune, write_task_data, write_text
 
 
@@ -150,7 +149,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_loaded(
     options: dict[str, Any],
     says: str,
 ) -> None:
-    monkeypatch.setattr("flashsvd.training.headed_model.HeadedModel.load", None)
+    monkeypatch.setattr("flashsvd.training.model.HeadedModel.load", None)
     student, other = make_model(name="student"), make_model(name="teacher", **teacher)
     data = write_task_data(tmp_path / "data", SST2)
     with pytest.raises(FlashSVDError, match=says):

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from conftest import MODERNBERT, VOCABULARY, build_model, build_tokenizer
 from flashsvd.data.sampling import IGNORED, choose_masked
 from flashsvd.errors import ModelError
-from flashsvd.training.classification import Classification, balanced_weights
 from flashsvd.training.curve import curve, write_curve
-from flashsvd.training.masked_lm import MaskedLM, masked_rows
-from flashsvd.training.objective import Question
+from flashsvd.training.objectives import Classification, MaskedLM, Question, balanced_weights, masked_rows
 from flashsvd.training.rows import Collate, Encoding, Row, Rows, encode
 from training_data import MNLI, SST2
 

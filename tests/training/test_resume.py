@@ -160,7 +160,7 @@ def test_a_model_that_could_not_be_saved_is_saved_by_resuming(
         raise CheckpointError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flashsvd.training.job.save_trained", full)
+        patch.setattr("flashsvd.training.run.save_trained", full)
         with pytest.raises(CheckpointError, match="no space left"):
             finetune(tmp_path / "dense", tmp_path / "parts", **options)
     resumed = finetune(tmp_path / "dense", tmp_path / "parts", resume=True, **options)

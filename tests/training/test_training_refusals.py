@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_loaded(
     options: dict[str, Any],
     says: str,
 ) -> None:
-    monkeypatch.setattr("flashsvd.training.headed_model.HeadedModel.load", None)
+    monkeypatch.setattr("flashsvd.training.model.HeadedModel.load", None)
     data = write_task_data(tmp_path / "data", SST2)
     given: dict[str, Any] = {"model": make_model(**model), "output": tmp_path / "out", "task": "sst2", "data": data}
     with pytest.raises(FlashSVDError, match=says):

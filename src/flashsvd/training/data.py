@@ -14,14 +14,18 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, get_task
 from flashsvd.data.text import TEXT_SUFFIXES, load_text
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.finetune_config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import check_vocabulary, load_config, locate
-from flashsvd.training.classification import Classification, balanced_weights
-from flashsvd.training.headed_model import HeadedModel
-from flashsvd.training.masked_lm import MaskedLM, masked_rows
-from flashsvd.training.objective import Objective
-from flashsvd.training.pair_similarity import PairSimilarity
+from flashsvd.training.config import CLASSIFIER_TASKS, FinetuneConfig
+from flashsvd.training.model import HeadedModel
+from flashsvd.training.objectives import (
+    Classification,
+    MaskedLM,
+    Objective,
+    PairSimilarity,
+    balanced_weights,
+    masked_rows,
+)
 from flashsvd.training.rows import Row, Rows, encode
 
 log = logging.getLogger("flashsvd")

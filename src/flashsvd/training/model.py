@@ -16,6 +16,7 @@ from flashsvd.io import find_info, is_compressed, load_factored
 from flashsvd.models.heads import class_for_task, masked_lm_class, own_class
 from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
 from flashsvd.models.precision import check_finite
+from flashsvd.models.registry import base_prefix, find_targets
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 
 log = logging.getLogger("flashsvd")
@@ -158,3 +159,19 @@ def _set_classes(task: Task, config: Any) -> None:
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     if config.problem_type is None:
         config.problem_type = "single_label_classification" if task.labels else "regression"
+
+
+def freeze(model: Any, parts: Collection[str]) -> None:
+    """Take the gradient from the parameters of some parts; biases go with their matrices, norms stay trainable.
+
+    Args:
+        parts: of `embeddings` (all of them, with their norm), `attention` (projections of Q, K, V and of the output)
+            and `ffn` (the feed-forward matrices).
+    """
+    for target in find_targets(model):
+        if ("ffn" if target.role == "ffn" else "attention") in parts:
+            model.get_submodule(target.module).requires_grad_(False)
+    if "embeddings" in parts:
+        for child in model.get_submodule(base_prefix(model).removesuffix(".")).children():
+            if any(isinstance(module, nn.Embedding) for module in child.modules()):
+                child.requires_grad_(False)

@@ -18,35 +18,33 @@ from flashsvd.common.provenance import library_versions, timestamp
 from flashsvd.data.rows import listed
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
-from flashsvd.finetune_config import SEQ_LEN, FinetuneConfig
 from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
 from flashsvd.models.precision import cast as cast_to
 from flashsvd.models.precision import check_finite
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
 from flashsvd.storage.training_file import TrainingRecord
-from flashsvd.training.arguments import training_arguments
+from flashsvd.training.config import SEQ_LEN, FinetuneConfig
 from flashsvd.training.curve import curve, write_curve
-from flashsvd.training.freeze import freeze
-from flashsvd.training.headed_model import HeadedModel, LoadedModel, Mode, resize_output, start_at
-from flashsvd.training.material import Material, fit_to_data, prepare_material, task_of
-from flashsvd.training.output import (
-    RandomParameters,
-    companions_of,
-    output_marker,
-    past_trainings,
-    save_trained,
-)
+from flashsvd.training.data import Material, fit_to_data, prepare_material, task_of
+from flashsvd.training.distill import TeacherPlan
+from flashsvd.training.model import HeadedModel, LoadedModel, Mode, freeze, resize_output, start_at
 from flashsvd.training.result import FinetuneResult
-from flashsvd.training.rows import Collate
-from flashsvd.training.teacher import TeacherPlan
-from flashsvd.training.workplace import (
+from flashsvd.training.resume import (
     Workplace,
     check_checkpoint,
     check_resumable,
     finished,
     keep_best_here,
     take_weights,
+)
+from flashsvd.training.rows import Collate
+from flashsvd.training.save import (
+    RandomParameters,
+    companions_of,
+    output_marker,
+    past_trainings,
+    save_trained,
 )
 
 log = logging.getLogger("flashsvd")
@@ -150,6 +148,8 @@ class TrainingJob:
 
     def _arguments(self) -> Any:
         """The Trainer's arguments; making them sets up the processes."""
+        from flashsvd.training.trainer import training_arguments
+
         directory, objective = self.workplace.directory, self.material.objective
         on_cpu = self.device.type == "cpu"
         arguments = training_arguments(self.config, directory, on_cpu, self._metric, objective.greater_is_better)

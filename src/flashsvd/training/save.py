@@ -17,7 +17,7 @@ from flashsvd.storage.companions import TOKENIZER_FILES, Companions, find_compan
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.training_file import TRAINING_FILE, read_trainings, write_trainings
-from flashsvd.training.headed_model import HeadedModel, Mode
+from flashsvd.training.model import HeadedModel, Mode
 
 
 def output_marker(model: HeadedModel) -> str:

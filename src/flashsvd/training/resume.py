@@ -19,9 +19,9 @@ from typing import Any
 
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, first_line
-from flashsvd.finetune_config import FinetuneConfig
 from flashsvd.storage.atomic import write_text
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
+from flashsvd.training.config import FinetuneConfig
 
 CONFIG_FILE = "finetune_config.json"
 _PROCESSES, _DATA = "processes", "data_digest"
