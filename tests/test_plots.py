@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flashsvd.plots import layer_figures, profile_figures
+from flashsvd.profiling.figures import layer_figures, profile_figures
 from flashsvd.profiling.result import ProfileResult, Row
 
 

@@ -19,14 +19,13 @@ from flashsvd import CompressConfig, EvalConfig, ProfileConfig, ProfileResult, r
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
-from flashsvd.profile_config import VARIANTS
 from flashsvd.profiling import variants
+from flashsvd.profiling.config import VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
-from flashsvd.profiling.housekeeping import freed_at_once, in_own_arena
-from flashsvd.profiling.micro_batches import MicroBatches
-from flashsvd.profiling.offload import offloaded
-from flashsvd.profiling.plot import png
+from flashsvd.profiling.figures import png
+from flashsvd.profiling.memory import freed_at_once, in_own_arena
 from flashsvd.profiling.result import Row
+from flashsvd.profiling.variants import MicroBatches, offloaded
 
 WITHOUT_COMPILING = "dense,micro-batches,low-rank,fused"
 SENTENCES = ["a man eats .", "the dog runs in the film", "very good movie", "not a good film .", "bad", "a woman runs"]
@@ -398,11 +397,9 @@ def test_the_peak_says_which_weights_are_in_it(offload: bool, weights: str) -> N
 
 
 def test_offloading_without_accelerate_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashsvd.profiling import offload
-
-    monkeypatch.setattr(offload, "find_spec", lambda _: None)
+    monkeypatch.setattr(variants, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install accelerate"):
-        offload.check_offload(torch.device("cuda"))
+        variants.check_offload(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -429,7 +426,7 @@ def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
 HOLES = """
 import torch
 from flashsvd.evaluation.measure import PeakMemory
-from flashsvd.profiling.housekeeping import freed_at_once, in_own_arena, settle
+from flashsvd.profiling.memory import freed_at_once, in_own_arena, settle
 
 def measured():
     found = []

@@ -19,9 +19,9 @@ from flashsvd import CompressConfig, ProfileConfig, ProfileResult, run_compress,
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, ConfigError, DataError, FlashSVDError
 from flashsvd.evaluation.measure import PeakMemory
-from flashsvd.profile_config import GENERATING, VARIANTS
+from flashsvd.profiling.config import GENERATING, VARIANTS
+from flashsvd.profiling.figures import png
 from flashsvd.profiling.generation import WHY_NOT, Prompts, cache_bytes, generate
-from flashsvd.profiling.plot import png
 
 CPU = torch.device("cpu")
 BATCH, SEQ_LEN, NEW, LAYERS, HIDDEN = 3, 16, 5, 2, 32
@@ -206,7 +206,7 @@ TOLD_APART = """
 import torch
 from conftest import build_decoder
 from flashsvd.profiling.generation import Prompts, generate, memory_of_generation
-from flashsvd.profiling.housekeeping import freed_at_once
+from flashsvd.profiling.memory import freed_at_once
 
 model, cpu, prompts = build_decoder("gpt2"), torch.device("cpu"), Prompts(torch.tensor([[5, 6, 7]]), 3)
 

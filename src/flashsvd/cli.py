@@ -194,7 +194,7 @@ def _run_info(options: argparse.Namespace) -> None:
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    from flashsvd.profile_config import ProfileConfig
+    from flashsvd.profiling.config import ProfileConfig
 
     add_config_arguments(parser, ProfileConfig)
     _add_json(parser)

@@ -14,7 +14,7 @@ from flashsvd.cli import Command, add_config_arguments, add_profile, config_from
 from flashsvd.common.options import flag
 from flashsvd.compress import CompressConfig, run_compress
 from flashsvd.errors import ConfigError
-from flashsvd.profile_config import ProfileConfig
+from flashsvd.profiling.config import ProfileConfig
 
 # Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.
 NOT_ASKED = ("task", "device", "dtype", "output", "state_dict", "save_stats")

@@ -10,7 +10,7 @@ from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling import generation
 from flashsvd.profiling.generation import Prompts
-from flashsvd.profiling.housekeeping import freed_at_once
+from flashsvd.profiling.memory import freed_at_once
 from flashsvd.profiling.result import Row
 from flashsvd.profiling.variants import Setting
 

@@ -16,7 +16,7 @@ from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
-from flashsvd.profiling.housekeeping import freed_at_once, graph_pool_bytes, in_own_arena, settle
+from flashsvd.profiling.memory import freed_at_once, graph_pool_bytes, in_own_arena, settle
 from flashsvd.profiling.result import Row
 from flashsvd.profiling.variants import Ready, Setting, prepare
 

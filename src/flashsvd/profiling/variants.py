@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashsvd import runtime
-from flashsvd.errors import BackendError
+from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
-from flashsvd.profiling.housekeeping import make_resident, parameter_count, weight_bytes
-from flashsvd.profiling.micro_batches import MicroBatches
-from flashsvd.profiling.offload import offloaded
+from flashsvd.profiling.memory import make_resident, parameter_count, weight_bytes
 
 # Those that run the dense model; the others run the compressed one.
 DENSE = ("dense", "compiled", "micro-batches")
@@ -98,3 +98,61 @@ def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -
         except BackendError as error:
             return str(error)
     return None
+
+
+class MicroBatches:
+    """Calls a transformers model on `parts` slices of every tensor [B, ...] and joins the outputs along B.
+
+    Each part's output is copied to its place and freed before the next part runs, so that no output is held twice.
+    """
+
+    def __init__(self, model: Any, parts: int) -> None:
+        self._model = model
+        self._parts = parts
+
+    def __call__(self, **inputs: Any) -> Any:
+        slices = {name: value.chunk(self._parts) for name, value in inputs.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in inputs.items() if name not in slices}
+        # A batch smaller than `parts` has as many as it has rows.
+        parts = [dict(zip(slices, values, strict=True)) for values in zip(*slices.values(), strict=True)]
+        if len(parts) == 1:
+            return self._model(**inputs)
+        lengths = [len(next(iter(part.values()))) for part in parts]
+        joined: dict[str, Tensor] = {}
+        start = 0
+        for part, length in zip(parts, lengths, strict=True):
+            kind = _place(self._model(**part, **others), joined, start, sum(lengths))
+            start += length
+        return kind(**joined)
+
+    def __repr__(self) -> str:
+        return f"MicroBatches({type(self._model).__name__}, parts={self._parts})"
+
+
+def _place(output: Any, joined: dict[str, Tensor], start: int, rows: int) -> type[Any]:
+    """Copy a part's tensors to their rows of `joined`, from `start` on, of `rows` in all; returns the output's type."""
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            if name not in joined:
+                joined[name] = value.new_empty(rows, *value.shape[1:])
+            joined[name][start : start + len(value)] = value
+    return type(output)
+
+
+def check_offload(device: torch.device) -> None:
+    """Refuse where there is nothing to offload from, or nothing to do it with.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    if device.type != "cuda":
+        raise ConfigError(f"--offload keeps weights off a GPU, and this runs on {device}; leave it out")
+    if find_spec("accelerate") is None:
+        raise ConfigError("--offload needs the accelerate package; pip install accelerate")
+
+
+def offloaded(model: Any, device: torch.device) -> Any:
+    """The model itself, on the host, which from now on computes on `device`."""
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, execution_device=device)

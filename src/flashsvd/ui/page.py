@@ -14,7 +14,7 @@ from flashsvd._version import __version__
 from flashsvd.compression.config import CompressConfig
 from flashsvd.errors import FlashSVDError, one_line
 from flashsvd.evaluate import EvalConfig
-from flashsvd.profile_config import ProfileConfig
+from flashsvd.profiling.config import ProfileConfig
 from flashsvd.training.config import FinetuneConfig
 from flashsvd.ui import markup
 from flashsvd.ui.downloads import Downloads

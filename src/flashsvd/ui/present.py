@@ -47,7 +47,7 @@ def _info_file(result: Any) -> tuple[str, bytes] | None:
 
 def _pictures(results: tuple[Any, ...]) -> Iterable[Picture]:
     from flashsvd.compression.result import CompressReport
-    from flashsvd.plots import layer_figures, profile_figures
+    from flashsvd.profiling.figures import layer_figures, profile_figures
     from flashsvd.profiling.result import ProfileResult
     from flashsvd.training.result import FinetuneResult
 

@@ -24,7 +24,7 @@ def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple
     name = (checkpoint or "").strip()
     if not name:
         raise ConfigError("name a checkpoint, a directory that was written by Compress")
-    from flashsvd.plots import layer_figures
+    from flashsvd.profiling.figures import layer_figures
 
     root.check_path("checkpoint", name, "read")
     info = read_info(name)

@@ -1,0 +1,207 @@
+"""The steps of a profile: find what can be refused, then measure each variant by itself, and say what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flashsvd import runtime
+from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.provenance import git_commit, library_versions, timestamp
+from flashsvd.data.tasks import Task, get_task
+from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
+from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+from flashsvd.io import find_info
+from flashsvd.models.loading import load_config, locate
+from flashsvd.profiling.config import ProfileConfig
+from flashsvd.profiling.definitions import definitions
+from flashsvd.profiling.figures import png
+from flashsvd.profiling.generation import Prompts
+from flashsvd.profiling.measure import measure, rehearse
+from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.profiling.variants import DENSE, Setting, check_offload, why_not
+from flashsvd.storage.atomic import check_file_target, write_bytes, write_text
+
+log = logging.getLogger("flashsvd")
+
+JSON_FILE, PLOT_FILE = "profile.json", "profile.png"
+
+
+def profile(config: ProfileConfig) -> ProfileResult:
+    """Measure each variant by itself, one after the other, and write the files where the config names a directory.
+
+    A variant that cannot run, or fails, is a row that says why.
+
+    Raises:
+        FlashSVDError: the config, the checkpoints or the data cannot be used, or no variant could be measured.
+    """
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    if config.offload:
+        check_offload(device)
+    _check_output(config.output)
+    task = _task(config)
+    subject = Subject.find(config.checkpoint, task)
+    names = config.variant_names()
+    dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
+    task, data = load_data(task, config.data, config.max_eval_samples, subject)
+    if config.graph:
+        runtime.check(subject.config, "auto", device, graph=True)
+    shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
+    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    setting = Setting(device, dtype or _own_dtype(subject), config.micro_batches, config.graph, config.offload)
+    reasons = {name: why_not(name, subject, workload, setting) for name in names}
+    _refuse_what_was_asked_for(config, reasons)
+    subjects = {name: dense if name in DENSE and dense is not None else subject for name in names}
+    for one in subjects.values():
+        workload.job(one)
+    prompts = Prompts.cut(workload, subject, config.new_tokens) if config.new_tokens else None
+
+    rehearse(subject, setting)
+    rows = []
+    for name, reason in reasons.items():
+        if reason is not None:
+            log.info("%s is skipped: %s", name, reason)
+            rows.append(Row(name, "skipped", reason))
+        else:
+            rows.append(measure(name, subjects[name], workload, setting, config.runs, prompts))
+    _refuse_nothing(rows)
+    info = subject.info
+    result = ProfileResult(
+        task=task.name,
+        metric_name=task.metrics[0],
+        checkpoint=config.checkpoint,
+        dense=dense.source if dense else None,
+        method=subject.method,
+        ratio=info.ratio if info else None,
+        device=describe_device(device),
+        batch_size=shape.batch_size,
+        seq_len=shape.seq_len,
+        padding=shape.padding,
+        micro_batches=config.micro_batches,
+        graph=config.graph,
+        offload=config.offload,
+        runs=config.runs,
+        num_eval_samples=_samples(workload, subject),
+        data=config.data or f"hub:{task.hub_config}",
+        timestamp=timestamp(),
+        git_commit=git_commit(),
+        versions=library_versions(),
+        rows=_with_speed_up(rows),
+        definitions=definitions(workload, subject, rows, setting, prompts),
+        new_tokens=config.new_tokens,
+        module_ranks=info.module_ranks if info else {},
+        module_errors=info.module_errors if info else {},
+    )
+    if config.output:
+        _write(result, Path(config.output).expanduser())
+    return result
+
+
+def _check_output(output: str | None) -> None:
+    if output:
+        for name in (JSON_FILE, PLOT_FILE):
+            check_file_target(Path(output).expanduser() / name)
+
+
+def _task(config: ProfileConfig) -> Task:
+    """The task asked for, or the one in the checkpoint's own metadata.
+
+    Raises:
+        ConfigError: neither names one.
+        ModelError: there is no such checkpoint.
+    """
+    if config.task is not None:
+        return get_task(config.task)
+    source = locate(config.checkpoint)
+    # A name that the hub does not have, or cannot be asked about, is not one that says nothing of its task.
+    load_config(source)
+    info = find_info(source)
+    if info is None or info.task is None:
+        raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
+    return get_task(info.task)
+
+
+def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
+    """The dense model to compare with.
+
+    Raises:
+        ConfigError: it is not known, cannot be had, or is another model than the one that was compressed.
+    """
+    if not subject.compressed:
+        if config.dense is not None:
+            raise ConfigError(f"{config.checkpoint} is dense itself; leave out --dense")
+        return subject
+    if config.dense is not None:
+        dense = Subject.find(config.dense, task)
+    elif subject.info is None:
+        raise ConfigError(f"{config.checkpoint} does not say what it was compressed from; name it with --dense")
+    else:
+        try:
+            dense = Subject.find(subject.info.base_model, task)
+        except (ModelError, CheckpointError) as error:
+            raise ConfigError(
+                f"the dense model that {config.checkpoint} was compressed from cannot be used ({error}); "
+                "name it with --dense"
+            ) from error
+    if dense.compressed:
+        raise ConfigError(f"{dense.source} is compressed itself; name the dense model with --dense")
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        here, there = getattr(subject.config, name, None), getattr(dense.config, name, None)
+        if here != there:
+            raise ConfigError(
+                f"{dense.source} has {name} {there}, {config.checkpoint} has {here}, so it was not compressed from it; "
+                "name the dense model with --dense"
+            )
+    return dense
+
+
+def _own_dtype(subject: Subject) -> torch.dtype | None:
+    """The checkpoint's, which its dense base then runs in too."""
+    dtype = getattr(subject.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:
+    """A variant that was named must apply, unless it may be skipped; of all of them by default, some may not.
+
+    Raises:
+        BackendError: one that was named does not.
+    """
+    for name, reason in reasons.items():
+        if config.variants is not None and reason is not None and not config.may_skip:
+            raise BackendError(f"the variant {name} does not apply: {reason}")
+
+
+def _refuse_nothing(rows: Sequence[Row]) -> None:
+    if not any(row.status == "ok" for row in rows):
+        row = next((row for row in rows if row.status == "failed"), rows[0])
+        raise FlashSVDError(f"nothing could be measured; {row.variant} was {row.status}: {row.reason}")
+
+
+def _with_speed_up(rows: Sequence[Row]) -> tuple[Row, ...]:
+    dense = next((row.latency_ms for row in rows if row.variant == "dense"), None)
+    return tuple(
+        dataclasses.replace(row, speed_up=round(dense / row.latency_ms, 3)) if dense and row.latency_ms else row
+        for row in rows
+    )
+
+
+def _samples(workload: Workload, subject: Subject) -> int:
+    return sum(batch.samples for batch in workload.job(subject))
+
+
+def _write(result: ProfileResult, directory: Path) -> None:
+
+    text = json.dumps(result.to_json(), indent=2, allow_nan=False)
+    try:
+        write_text(directory / JSON_FILE, text + "\n")
+    except CheckpointError:
+        log.warning("this result could not be written: %s", text)
+        raise
+    write_bytes(directory / PLOT_FILE, png(result))
