@@ -21,9 +21,9 @@ from conftest import MakeModel, build_decoder, build_model, factor
 from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
 from flashsvd.blocks import bert
 from flashsvd.blocks.bert import FusedBertLayer
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.qkv import PackedQKV
+from flashsvd.blocks.parts.qkv import PackedQKV
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.lowrank.ranks import RankChoice
@@ -264,7 +264,7 @@ def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_threads_that_share_a_model_get_their_own_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsvd.blocks.tokens.MOST_KNOWN", 2)
+    monkeypatch.setattr("flashsvd.blocks.running.tokens.MOST_KNOWN", 2)
     model = optimised(compressed(family))
     ids = torch.randint(5, 20, (4, 24), generator=torch.Generator().manual_seed(1))
     batches = [

@@ -18,7 +18,7 @@ from transformers.models.modernbert import modeling_modernbert
 from conftest import MakeModel, build_model, factor
 from flashsvd import CompressConfig, EvalConfig, load_compressed, optimize, run_compress, run_eval, runtime
 from flashsvd.blocks.modernbert import FusedModernBertLayer
-from flashsvd.blocks.rotary_attention import RotaryAttention, StreamedRotary
+from flashsvd.blocks.parts.rotary_attention import RotaryAttention, StreamedRotary
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError
 from flashsvd.kernels import flashsvdropeattn

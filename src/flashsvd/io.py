@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashsvd import runtime
-from flashsvd.blocks.packed import refuse_packed
+from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
 from flashsvd.integrations.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers

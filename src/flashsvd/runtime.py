@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashsvd.blocks import ARCHITECTURES, fused_architecture
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
+from flashsvd.blocks.registry import FUSED, fused_architecture
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
@@ -116,8 +116,8 @@ def _check_kind(model: Any) -> None:
 
 def _check_architecture(config: Any) -> None:
     model_type = getattr(config, "model_type", None)
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if model_type not in FUSED:
+        known = ", ".join(FUSED)
         raise BackendError(f"there are no fused blocks for {model_type!r}, only for {known}; run the model as it is")
 
 

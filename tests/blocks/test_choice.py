@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.errors import BackendError
 
 ATTENTION = Operation("attention", "{} heads")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from conftest import build_model, factor
 from flashsvd import optimize
-from flashsvd.blocks import tokens as tokens_module
-from flashsvd.blocks.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
-from flashsvd.blocks.tokens import Padding, Tokens
+from flashsvd.blocks.running import tokens as tokens_module
+from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
+from flashsvd.blocks.running.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
 
 

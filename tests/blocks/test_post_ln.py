@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd.blocks import chunks
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.factors import Dense, Joint
-from flashsvd.blocks.ffn import PackedFFN
+from flashsvd.blocks.parts import chunks
+from flashsvd.blocks.parts.ffn import PackedFFN
+from flashsvd.blocks.parts.read import Activation, Dense, Joint
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
-from flashsvd.blocks.stack import run_packed
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.stack import run_packed
+from flashsvd.blocks.running.tokens import Tokens
 
 HEADS, HIDDEN, INNER = 2, 32, 48
 

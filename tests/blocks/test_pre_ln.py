@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd.blocks import chunks
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.factors import Dense, Factors, Joint, PerHead
-from flashsvd.blocks.gated_ffn import PackedGatedFFN
-from flashsvd.blocks.norm import PackedNorm
+from flashsvd.blocks.parts import chunks
+from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
+from flashsvd.blocks.parts.norm import PackedNorm
+from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint, PerHead
+from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
-from flashsvd.blocks.rotary_attention import Rotary, pack_rotary
-from flashsvd.blocks.stack import run_packed
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.stack import run_packed
+from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.kernels.rotary import rotate
 
 HEADS, HEAD_DIM, HIDDEN, INNER, WINDOW = 2, 16, 32, 48, 2
@@ -145,7 +144,7 @@ def test_chunks_of_sequences_and_tokens_give_what_the_whole_batch_gives(
     whole = run_packed([block], batch, tokens)
     sizes: list[int] = []
     monkeypatch.setattr(block, "_chunk_tokens", lambda _: most)
-    monkeypatch.setattr("flashsvd.blocks.gated_ffn.pre_ln_chunk_tokens", lambda *_: most)
+    monkeypatch.setattr("flashsvd.blocks.parts.gated_ffn.pre_ln_chunk_tokens", lambda *_: most)
     monkeypatch.setattr(chunks, "MATERIALISED_TOKENS", 2)
     block.attention.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     torch.testing.assert_close(run_packed([block], batch, tokens), whole, rtol=1e-12, atol=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.projections import PackedProjections, Projection
+from flashsvd.blocks.parts.projections import PackedProjections, Projection
 
 IN, TOKENS = 20, 5
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.factors import Dense, Factors, Joint, PerHead
-from flashsvd.blocks.fold import fewer_launches, fold_output
-from flashsvd.blocks.qkv import pack_qkv
+from flashsvd.blocks.parts.output import fewer_launches, fold_output
+from flashsvd.blocks.parts.qkv import pack_qkv
+from flashsvd.blocks.parts.read import Dense, Factors, Joint, PerHead
 
 HEADS, HEAD_DIM, HIDDEN, TOKENS = 3, 16, 40, 5
 WIDTH = HEADS * HEAD_DIM

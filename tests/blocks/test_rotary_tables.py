@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.rotary_tables import RotaryTables
+from flashsvd.blocks.parts.rotary_tables import RotaryTables
 
 DONE: list[str] = []
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashsvd.blocks import tokens as tokens_module
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.running import tokens as tokens_module
+from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.errors import BackendError
 
 MASKS = st.integers(1, 6).flatmap(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conftest import build_model, factor
 from flashsvd import optimize, runtime
-from flashsvd.blocks.graph import MOST_TOKENS, Graphs
+from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import interpreting
 

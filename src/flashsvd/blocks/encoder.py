@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from flashsvd.blocks.activation import read_activation
-from flashsvd.blocks.attention import why_no_attention
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.factors import check_linear, read_factors, read_whole
-from flashsvd.blocks.ffn import why_not_fused
-from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.packed import PackedModule, mix_in
+from flashsvd.blocks.parts.attention import why_no_attention
+from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.qkv import attended_width
+from flashsvd.blocks.parts.read import check_linear, read_activation, read_factors, read_whole
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
-from flashsvd.blocks.qkv import attended_width
-from flashsvd.blocks.refusals import (
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.packed import PackedModule, mix_in
+from flashsvd.blocks.running.refusals import (
     refuse_call,
     refuse_config,
     refuse_limits,
@@ -28,7 +27,7 @@ from flashsvd.blocks.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.stack import FusedStack, run_stack
+from flashsvd.blocks.running.stack import FusedStack, run_stack
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.layers import LowRankLinear
 

@@ -23,19 +23,20 @@ from transformers.models.modernbert.modeling_modernbert import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from flashsvd.blocks.activation import read_activation
-from flashsvd.blocks.attention import why_no_attention
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.factors import check_linear, read_factors, read_whole
-from flashsvd.blocks.ffn import why_not_fused
-from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.hooks import any_foreign_hooks
-from flashsvd.blocks.layer import FusedLayer
-from flashsvd.blocks.norm import NormBlock, PackedNorm
-from flashsvd.blocks.packed import mix_in
+from flashsvd.blocks.parts.attention import why_no_attention
+from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.norm import NormBlock, PackedNorm
+from flashsvd.blocks.parts.qkv import attended_width
+from flashsvd.blocks.parts.read import check_linear, read_activation, read_factors, read_whole
+from flashsvd.blocks.parts.rotary_attention import Rotary
+from flashsvd.blocks.parts.rotary_tables import RotaryTables
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
-from flashsvd.blocks.qkv import attended_width
-from flashsvd.blocks.refusals import (
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.layer import FusedLayer
+from flashsvd.blocks.running.packed import mix_in
+from flashsvd.blocks.running.refusals import (
+    any_foreign_hooks,
     refuse_call,
     refuse_config,
     refuse_limits,
@@ -46,9 +47,7 @@ from flashsvd.blocks.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.rotary_attention import Rotary
-from flashsvd.blocks.rotary_tables import RotaryTables
-from flashsvd.blocks.stack import FusedStack, run_stack
+from flashsvd.blocks.running.stack import FusedStack, run_stack
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import JoinedProjections, dense_share

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.attention import attend
-from flashsvd.blocks.buffers import Part
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.chunks import chunk_tokens
-from flashsvd.blocks.factors import Dense, Factors, Joint
-from flashsvd.blocks.ffn import PackedFFN
-from flashsvd.blocks.fold import fold_output
-from flashsvd.blocks.norm import PackedNorm
-from flashsvd.blocks.qkv import pack_qkv
-from flashsvd.blocks.residual import PackedResidual
-from flashsvd.blocks.tokens import Chunk, Tokens
+from flashsvd.blocks.parts.attention import attend
+from flashsvd.blocks.parts.buffers import Part
+from flashsvd.blocks.parts.chunks import chunk_tokens
+from flashsvd.blocks.parts.ffn import PackedFFN
+from flashsvd.blocks.parts.norm import PackedNorm
+from flashsvd.blocks.parts.output import PackedResidual, fold_output
+from flashsvd.blocks.parts.qkv import pack_qkv
+from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.tokens import Chunk, Tokens
 
 
 @dataclass(frozen=True)

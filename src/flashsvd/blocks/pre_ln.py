@@ -13,17 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.buffers import Part
-from flashsvd.blocks.choice import Choices
-from flashsvd.blocks.chunks import pre_ln_chunk_tokens
-from flashsvd.blocks.factors import Dense, Factors, Joint
-from flashsvd.blocks.fold import fold_output
-from flashsvd.blocks.gated_ffn import PackedGatedFFN
-from flashsvd.blocks.norm import PackedNorm
-from flashsvd.blocks.residual import PackedResidual
-from flashsvd.blocks.rotary_attention import Rotary, pack_rotary
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.parts.buffers import Part
+from flashsvd.blocks.parts.chunks import pre_ln_chunk_tokens
+from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
+from flashsvd.blocks.parts.norm import PackedNorm
+from flashsvd.blocks.parts.output import PackedResidual, fold_output
+from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint
+from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.tokens import Tokens
 
 
 @dataclass(frozen=True)

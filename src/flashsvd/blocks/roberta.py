@@ -16,10 +16,10 @@ from transformers.models.roberta.modeling_roberta import (
     RobertaSelfOutput,
 )
 
-from flashsvd.blocks.choice import Choices
 from flashsvd.blocks.encoder import FusedEncoder, check_encoder, fuse_encoder
-from flashsvd.blocks.graph import Graphs
-from flashsvd.blocks.layer import FusedLayer
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.layer import FusedLayer
 from flashsvd.kernels.launch import Backend
 
 INNER = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.choice import bucket
+from flashsvd.blocks.running.choice import bucket
 from flashsvd.errors import DataError
 from flashsvd.evaluation.measure import timed
 

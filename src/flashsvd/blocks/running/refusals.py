@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.hooks import foreign_hooks
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
@@ -143,3 +142,22 @@ def refuse_positions(position_ids: Tensor | None, length: int) -> None:
         raise BackendError(
             "fused blocks count positions from 0 in each row; leave position_ids out, or use the plain model"
         )
+
+
+RECORDER = "transformers.utils.output_capturing"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def foreign_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The module's hooks other than transformers' recorders, which stay in place for good once they were needed."""
+    # A forward of its own is what some libraries put in the place of hooks.
+    found: list[Callable[..., Any]] = [module.forward] if "forward" in vars(module) else []
+    # Asked of every layer at every call, and most have none.
+    for name in HOOKS:
+        if hooks := module.__dict__[name]:
+            found += [hook for hook in hooks.values() if getattr(hook, "__module__", None) != RECORDER]
+    return found
+
+
+def any_foreign_hooks(modules: Iterable[nn.Module]) -> bool:
+    return any(foreign_hooks(module) for module in modules)

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flashsvd.blocks.packed import PackedModule
-from flashsvd.blocks.stack import on_device, run_packed
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.running.packed import PackedModule
+from flashsvd.blocks.running.stack import on_device, run_packed
+from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.errors import BackendError
 
 

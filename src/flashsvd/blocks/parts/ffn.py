@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation, Operation
-from flashsvd.blocks.chunks import materialised_parts
-from flashsvd.blocks.factors import Dense, Joint
-from flashsvd.blocks.norm import PackedNorm
-from flashsvd.blocks.residual import PackedResidual
+from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.chunks import materialised_parts
+from flashsvd.blocks.parts.norm import PackedNorm
+from flashsvd.blocks.parts.output import PackedResidual
+from flashsvd.blocks.parts.read import Activation, Dense, Joint
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.buffers import Packed, Part
-from flashsvd.blocks.choice import Choices, Implementation, Operation
-from flashsvd.blocks.factors import present
-from flashsvd.blocks.tokens import Tokens
+from flashsvd.blocks.parts.buffers import Packed, Part
+from flashsvd.blocks.parts.read import present
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation
+from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.kernels.fused_ln import fused_ln
 
 NORM = Operation("norm", "{}")

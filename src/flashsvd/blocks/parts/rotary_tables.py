@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.choice import bucket
+from flashsvd.blocks.running.choice import bucket
 
 # cos, sin [positions, head_dim / 2]
 Tables = tuple[Tensor, Tensor]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.choice import bucket
-from flashsvd.blocks.tokens import Padding, Tokens
+from flashsvd.blocks.running.choice import bucket
+from flashsvd.blocks.running.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import precision, why_not_triton
 

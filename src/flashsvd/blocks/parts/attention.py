@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
-from flashsvd.blocks.sdpa import sdpa
-from flashsvd.blocks.tokens import Chunk
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.running.tokens import Chunk, spread
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.launch import LARGEST_RANK, use_triton
 
@@ -54,3 +54,11 @@ def why_no_attention(*widths: int) -> str:
     """Why the kernel cannot take heads of queries, keys and values so wide; empty where it can."""
     widest = max(widths)
     return f"attention heads of {widest} are wider than {LARGEST_RANK}" if widest > LARGEST_RANK else ""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, window: int | None = None) -> Tensor:
+    """softmax(scale * Q K^T) V within each sequence: Q, K [n, heads, d], V [n, heads, d_v] -> [n, heads, d_v]."""
+    q, k, v = (spread(x, chunk).transpose(1, 2) for x in (q, k, v))
+    attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.mask(window), scale=scale)
+    flat = attended.transpose(1, 2).flatten(0, 1)
+    return flat if chunk.places is None else flat.index_select(0, chunk.places)

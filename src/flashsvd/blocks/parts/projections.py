@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.buffers import Packed, padded, widen
-from flashsvd.blocks.factors import Dense, Joint
+from flashsvd.blocks.parts.buffers import Packed, padded, widen
+from flashsvd.blocks.parts.read import Dense, Joint
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.buffers import padded, widen
-from flashsvd.blocks.factors import Dense, Factors, PerHead, beside, present
-from flashsvd.blocks.projections import PackedProjections, Projection
+from flashsvd.blocks.parts.buffers import padded, widen
+from flashsvd.blocks.parts.projections import PackedProjections, Projection
+from flashsvd.blocks.parts.read import Dense, Factors, PerHead, beside, present
 from flashsvd.kernels.flashsvdattn import fold_query
 from flashsvd.lowrank.layers import PerHeadLowRankLinear
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.attention import attend
-from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation, Operation, bucket
-from flashsvd.blocks.factors import Factors, PerHead, present
-from flashsvd.blocks.projections import Projection
-from flashsvd.blocks.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
-from flashsvd.blocks.rotary_tables import Tables
-from flashsvd.blocks.tokens import Chunk
+from flashsvd.blocks.parts.attention import attend
+from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.projections import Projection
+from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
+from flashsvd.blocks.parts.read import Factors, PerHead, present
+from flashsvd.blocks.parts.rotary_tables import Tables
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_fits, flashsvd_rope_attention
 from flashsvd.kernels.rotary import rotate_heads
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashsvd.blocks.choice import Implementation
+from flashsvd.blocks.running.choice import Implementation
 
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192

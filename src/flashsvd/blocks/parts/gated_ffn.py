@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.blocks.activation import Activation
-from flashsvd.blocks.buffers import Packed, widen
-from flashsvd.blocks.choice import Choices, Implementation, Operation
-from flashsvd.blocks.chunks import equal_parts, materialised_parts, pre_ln_chunk_tokens
-from flashsvd.blocks.factors import Dense, Joint, present
-from flashsvd.blocks.ffn import why_not_fused
-from flashsvd.blocks.norm import PackedNorm
-from flashsvd.blocks.projections import PackedProjections, Projection
-from flashsvd.blocks.residual import PackedResidual
+from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.chunks import equal_parts, materialised_parts, pre_ln_chunk_tokens
+from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.norm import PackedNorm
+from flashsvd.blocks.parts.output import PackedResidual
+from flashsvd.blocks.parts.projections import PackedProjections, Projection
+from flashsvd.blocks.parts.read import Activation, Dense, Joint, present
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from flashsvd.errors import BackendError
+from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLift, PerHeadLowRankLinear
 
 # Folding multiplies factors together once; in this dtype the product is exact to the model's own.
@@ -109,3 +112,12 @@ def _bias(module: nn.Linear | PerHeadLift) -> Tensor:
         return _exact(module.bias)
     size = module.heads * module.head_dim if isinstance(module, PerHeadLift) else module.out_features
     return torch.zeros(size, dtype=EXACT, device=module.weight.device)
+
+
+Activation: TypeAlias = str | Callable[[Tensor], Tensor]
+
+
+def read_activation(name: Any, function: Callable[[Tensor], Tensor]) -> Activation:
+    """What a layer applies, which is not always what its config names: someone may have put another one there."""
+    known = isinstance(name, str) and name in ACTIVATIONS and type(function) is type(ACT2FN[name])
+    return name if known else function

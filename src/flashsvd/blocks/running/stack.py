@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.graph import Forward, Graphs
-from flashsvd.blocks.hooks import any_foreign_hooks
-from flashsvd.blocks.packed import PackedModule
-from flashsvd.blocks.tokens import Padding, Tokens
+from flashsvd.blocks.running.graph import Forward, Graphs
+from flashsvd.blocks.running.packed import PackedModule
+from flashsvd.blocks.running.refusals import any_foreign_hooks
+from flashsvd.blocks.running.tokens import Padding, Tokens
 
 
 class FusedStack(PackedModule):

@@ -1,0 +1,1 @@
+"""The packed parts of a fused block: attention, feed-forward networks, norms, and how their weights are read."""

@@ -1,0 +1,35 @@
+"""Fused blocks, one file an architecture, which imports transformers' own file of it and so is imported when needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+from torch import nn
+
+from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.graph import Graphs
+from flashsvd.kernels.launch import Backend
+
+# By `config.model_type`.
+FUSED = {
+    "bert": "flashsvd.blocks.bert",
+    "roberta": "flashsvd.blocks.roberta",
+    "modernbert": "flashsvd.blocks.modernbert",
+}
+
+
+class FusedArchitecture(Protocol):
+    """What an architecture's file has."""
+
+    def check(self, base: nn.Module, backend: Backend, graph: bool) -> None:
+        """Raises BackendError where a base model (one without its head) cannot be fused, or not to run so."""
+
+    def fuse(self, base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
+        """Turn the layers of a base model that `check` let pass into fused blocks, in place."""
+
+
+def fused_architecture(model_type: str) -> FusedArchitecture:
+    """Of one of the `FUSED`."""
+    module: FusedArchitecture = importlib.import_module(FUSED[model_type])
+    return module

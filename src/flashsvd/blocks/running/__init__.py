@@ -1,0 +1,1 @@
+"""How fused blocks run: packed tokens, chunks of layers, choices by measurement, CUDA graphs, and what is refused."""
