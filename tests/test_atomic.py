@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import flashsvd.storage.atomic
 from flashsvd.errors import CheckpointError
-from flashsvd.storage import exchange
+from flashsvd.storage import atomic
 from flashsvd.storage.atomic import atomic_directory, check_file_target, check_target, write_text
 from flashsvd.storage.metadata import INFO_FILE
 
@@ -29,7 +28,7 @@ def write_new(target: Path, overwrite: bool = True) -> None:
 @pytest.fixture(params=["exchanged at once", "renamed twice"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "renamed twice":
-        monkeypatch.setattr(flashsvd.storage.atomic, "exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -43,11 +42,11 @@ def test_the_old_directory_is_replaced_and_gone(tmp_path: Path) -> None:
 
 def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
     one, other = make_checkpoint(tmp_path / "one", "1"), make_checkpoint(tmp_path / "other", "2")
-    if not exchange.exchange(one, other):
+    if not atomic.exchange(one, other):
         pytest.skip("this system or file system cannot")
     assert (one / INFO_FILE).read_text() == "2"
     assert (other / INFO_FILE).read_text() == "1"
-    assert not exchange.exchange(one, tmp_path / "none")
+    assert not atomic.exchange(one, tmp_path / "none")
 
 
 @pytest.mark.usefixtures("either_way")

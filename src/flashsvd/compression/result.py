@@ -10,8 +10,7 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.compression.factorize import FactoredMatrix
-from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.plain import plain
+from flashsvd.storage.metadata import CompressionInfo, plain
 
 log = logging.getLogger("flashsvd")
 

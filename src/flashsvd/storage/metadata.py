@@ -145,3 +145,14 @@ _CHECKS: dict[str, Check] = {
     "versions": _map_of(_or_null(_text)),
     "trainings": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
 }
+
+
+def plain(value: Any) -> Any:
+    """A value, or a dataclass, without paths and tuples, which JSON does not have."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.common.tables import html_table, score_text
-from flashsvd.storage.plain import plain
+from flashsvd.storage.metadata import plain
 from flashsvd.storage.training_file import TrainingRecord
 from flashsvd.training.curve import Point
 

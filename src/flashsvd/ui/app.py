@@ -70,7 +70,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> None:
-    from flashsvd.ui.downloads import Downloads
+    from flashsvd.ui.run import Downloads
 
     downloads = Downloads()
     atexit.register(downloads.close)

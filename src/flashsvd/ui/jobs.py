@@ -41,7 +41,9 @@ def prepare_imports() -> None:
     """Import what every job needs, which takes seconds."""
     import transformers  # noqa: F401 - for the time that it takes
 
-    from flashsvd import compression_job, evaluate, runtime  # noqa: F401 - likewise
+    from flashsvd import runtime  # noqa: F401 - likewise
+    from flashsvd.compression import run as compressing  # noqa: F401
+    from flashsvd.evaluation import run as evaluating  # noqa: F401
 
 
 def run_job(job: Job) -> tuple[Any, ...]:

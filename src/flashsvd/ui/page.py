@@ -17,11 +17,10 @@ from flashsvd.evaluate import EvalConfig
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.training.config import FinetuneConfig
 from flashsvd.ui import markup
-from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job, SavedProfile
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.root import Root
-from flashsvd.ui.run import WAITING, View, no_files, watch
+from flashsvd.ui.run import WAITING, Downloads, View, no_files, watch
 from flashsvd.ui.show import show_info
 from flashsvd.ui.widgets import config_from, widgets_for
 
