@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder_models import (
+from flashsvd.compression.factorize import QKVLayout
+from flashsvd.lowrank.ranks import RankRequest
+from support.encoder_models import (
     Forward,
     bert,
     check,
@@ -29,11 +31,9 @@ from encoder_models import (
     modernbert,
     optimized,
 )
-from flashsvd.compression.factorize import QKVLayout
-from flashsvd.lowrank.ranks import RankRequest
-from harness import Case, Settings, Variant, finish, parse, run
-from plot import bars
-from results import Row
+from support.harness import Case, Settings, Variant, finish, parse, run
+from support.plot import bars
+from support.results import Row
 
 DATA = Path(__file__).parent / "data"
 DENSE, COMPILED = "dense", "dense compiled"

@@ -37,7 +37,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import flashsvd
-from finetune_rows import (
+from flashsvd.common.device import describe_device, resolve_device
+from flashsvd.data.tasks import get_task
+from support.finetune_rows import (
     DENSE,
     FILE,
     LABELS,
@@ -51,9 +53,7 @@ from finetune_rows import (
     sweep_table,
     tables,
 )
-from flashsvd.common.device import describe_device, resolve_device
-from flashsvd.data.tasks import get_task
-from results import RESULTS
+from support.results import RESULTS
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def measure_dense(piece: Piece, scratch: Path) -> Row:
 
 
 def measure_plain(piece: Piece) -> Row:
-    from plain_trainer import train_plainly
+    from support.plain_trainer import train_plainly
 
     device, task = resolve_device(piece.place.device), get_task(piece.task)
     epochs, learning_rate, batch_size = piece.recipe_of(PLAIN)

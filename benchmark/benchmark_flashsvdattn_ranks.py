@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attention_operands import HEAD_DIM, Operands, attend, dense_variants, folded_parts
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
-from harness import Case, Check, Settings, Variant, finish, parse, run
-from plot import lines
+from support.attention_operands import HEAD_DIM, Operands, attend, dense_variants, folded_parts
+from support.harness import Case, Check, Settings, Variant, finish, parse, run
+from support.plot import lines
 
 SHAPES = ((64, 512), (64, 128), (1, 128), (1, 512), (16, 2048))
 RANKS = (16, 24, 32, 40, 48, 64, 96)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ffn_operands as ffn
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
-from harness import Case, Settings, Variant, finish, parse, run
-from plot import lines
+from support import ffn_operands as ffn
+from support.harness import Case, Settings, Variant, finish, parse, run
+from support.plot import lines
 
 TOKENS, FEW_TOKENS = 32768, (128, 1600, 8192)
 RANKS, FEW_RANKS = (64, 96, 128, 160, 192, 240, 256, 320, 384), (128, 240)

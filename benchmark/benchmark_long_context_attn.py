@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attention_operands import (
+from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from support.attention_operands import (
     HEAD_DIM,
     Operands,
     Part,
@@ -24,10 +26,8 @@ from attention_operands import (
     flex_variant,
     folded_parts,
 )
-from flashsvd.kernels.flash_attn_triton import flash_attention
-from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
-from harness import Case, Prepared, Settings, Variant, finish, parse, run
-from plot import lines
+from support.harness import Case, Prepared, Settings, Variant, finish, parse, run
+from support.plot import lines
 
 WINDOW = 64
 # Of a head, at half the parameters: of BERT-base, and of ModernBERT-base.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import ffn_operands as ffn
-from harness import Case, Settings, Variant, finish, parse, run
-from plot import lines
+from support import ffn_operands as ffn
+from support.harness import Case, Settings, Variant, finish, parse, run
+from support.plot import lines
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 8)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from results import RESULTS, Row, read_rows
+from support.results import RESULTS, Row, read_rows
 
 Quantity = Literal["ms", "mib"]
 UNITS: dict[Quantity, str] = {"ms": "ms", "mib": "MiB"}

@@ -15,14 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import harness
-import results
 import table
-import timing
 from flashsvd.errors import BackendError
-from harness import Case, Check, Prepared, Settings, Variant
-from memory import Held
-from results import Row
+from support import harness, results, timing
+from support.harness import Case, Check, Prepared, Settings, Variant
+from support.memory import Held
+from support.results import Row
 
 # Compiling takes most of a dry run's time, and some cases are alike.
 SCRIPTS = {

@@ -11,9 +11,9 @@ import pytest
 
 import benchmark_finetune
 from conftest import MakeModel
-from finetune_rows import FILE, SWEEP_FILE, Row, append_row, latest, read_rows, sweep_table, tables
 from flashsvd import EvalConfig, run_eval
-from plain_trainer import best_score
+from support.finetune_rows import FILE, SWEEP_FILE, Row, append_row, latest, read_rows, sweep_table, tables
+from support.plain_trainer import best_score
 from training_data import LEARNS, SST2, STSB, write_task_data
 
 
@@ -66,7 +66,7 @@ def test_the_plain_trainer_trains_in_the_dtype_of_the_one_it_is_held_against(
         seen.update(how)
         return 0.5, 1.0
 
-    monkeypatch.setattr("plain_trainer.train_plainly", train)
+    monkeypatch.setattr("support.plain_trainer.train_plainly", train)
     where = ["--data", tmp_path, "--work", tmp_path, "--output", tmp_path, "--model", tmp_path, "--device", "cpu"]
     benchmark_finetune.main(["plain", *map(str, where), "--tasks", "sst2", "--seeds", "3", "--bf16"])
     assert (seen["bf16"], seen["seed"], seen["use_cpu"]) == (True, 3, True)

@@ -20,7 +20,6 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 import flashsvd
 import table
 from conftest import build_tokenizer, factor
-from finetune_rows import FILE, read_rows, tables
 from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_eval
 from flashsvd.cli import COMMANDS, config_from, main
 from flashsvd.data.tasks import TASKS
@@ -29,8 +28,9 @@ from flashsvd.methods.registry import METHODS
 from flashsvd.models.registry import ARCHITECTURES
 from flashsvd.ui.app import add_page_arguments
 from markdown import DOCUMENTS, ROOT, Block, blocks, inline_code
-from results import RESULTS
 from stand_ins import GIVEN, MADE, load_dataset
+from support.finetune_rows import FILE, read_rows, tables
+from support.results import RESULTS
 from training_data import write_task_data
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]

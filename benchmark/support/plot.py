@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import Row, read_rows
+from support.results import Row, read_rows
 
 
 def bars(file: Path) -> None:

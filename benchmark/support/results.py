@@ -16,7 +16,7 @@ import torch
 # The dataclasses below have fields called torch.
 Device = torch.device
 Status = Literal["ok", "refused", "skipped", "failed", "quoted"]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 FLOATS = ("ms", "tflops", "mib", "mib_call", "setup_s", "first_s", "capture_s", "error", "plain_error")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from results import git_commit
+from support.results import git_commit
 
 FILE, SWEEP_FILE = "finetune.csv", "finetune_sweep.csv"
 DENSE = "dense"

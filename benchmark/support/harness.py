@@ -23,9 +23,9 @@ from torch import Tensor
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, interpreting
-from memory import MIB, Held, held, level, peak, reset_peak, settle
-from results import RESULTS, Environment, Row, Status, csv_file, merge, read_rows, write_rows
-from timing import time_events, time_graph, time_wall
+from support.memory import MIB, Held, held, level, peak, reset_peak, settle
+from support.results import RESULTS, Environment, Row, Status, csv_file, merge, read_rows, write_rows
+from support.timing import time_events, time_graph, time_wall
 
 Sizes = Literal["full", "small", "tiny"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import Check, Prepared, Settings, Variant
+from support.harness import Check, Prepared, Settings, Variant
 
 # Tokens that are held against fp64.
 CHECKED = 512

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashsvd.kernels.flashsvdattn import fold_query
 from flashsvd.kernels.flashsvdropeattn import lift, rotate
-from harness import Check, Prepared, Settings, Variant
+from support.harness import Check, Prepared, Settings, Variant
 
 HEADS, HEAD_DIM = 12, 64
 # Queries of a sequence that are held against fp64.

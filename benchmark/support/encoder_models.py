@@ -15,8 +15,8 @@ from flashsvd.compression.factorize import QKVLayout, factor_model, matrix_shape
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models.registry import find_targets
-from harness import Check, Prepared, Settings
-from timing import Graphed
+from support.harness import Check, Prepared, Settings
+from support.timing import Graphed
 
 CompileMode = Literal["default", "reduce-overhead"]
 # (hidden states, mask [batch, length] or None) -> hidden states
