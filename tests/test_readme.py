@@ -108,7 +108,7 @@ def run_words(words: list[str], only_parse: bool, monkeypatch: pytest.MonkeyPatc
         case ["python", "-m", "pytest", *paths]:
             assert all((ROOT / path).exists() for path in paths)
         case ["python", script, "--dry-run"] if script.startswith("benchmark/"):
-            # tests/test_benchmark.py runs them.
+            # tests/benchmark/test_benchmark.py runs them.
             assert (ROOT / script).is_file()
         case ["make", *targets] if targets:
             for target in targets:

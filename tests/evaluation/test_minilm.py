@@ -12,7 +12,7 @@ import pytest
 
 from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
 
-TRAIN = Path(__file__).parent.parent / "examples" / "data" / "stsb-train-512.tsv"
+TRAIN = Path(__file__).parents[2] / "examples" / "data" / "stsb-train-512.tsv"
 
 
 def spearman(checkpoint: Path, data: Path) -> float:

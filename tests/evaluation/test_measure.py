@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loop import Counting, Model
 
 from flashsvd.evaluation import measure
 from flashsvd.evaluation.loop import Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory, peak_resident_bytes, timed
-from test_job import Counting, Model
 
 CPU = torch.device("cpu")
 
