@@ -14,16 +14,16 @@ from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
-from flashsvd.integrations.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
+from flashsvd.integrations.quantizer import FlashSVDConfig, describe_layers
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
+from flashsvd.models.found import is_compressed, load_config
 from flashsvd.models.heads import own_class
-from flashsvd.models.loading import load_config, load_model
+from flashsvd.models.loading import load_model
 from flashsvd.storage.atomic import atomic_directory, check_target
 from flashsvd.storage.companions import Companions, find_companions
-from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
-from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
@@ -152,19 +152,6 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
     return loaded.model
 
 
-def find_info(source: str) -> CompressionInfo | None:
-    """What is known of a compressed checkpoint in a directory or on the hub; None where nothing is.
-
-    Raises:
-        CheckpointError: its `compression_info.json` cannot be used.
-    """
-    try:
-        file = companion_file(source, INFO_FILE)
-    except HubUnreachableError:
-        return None
-    return CompressionInfo.read_file(file) if file else None
-
-
 def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
     """Multiply the factors out and write an ordinary dense model, for tools that know nothing of flashsvd.
 
@@ -190,14 +177,6 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
         _save_pretrained(model, temporary, "5GB")
         companions.copy_to(temporary)
         (temporary / EXPORT_MARKER).write_text(json.dumps({"exported_from": str(directory)}) + "\n", encoding="utf-8")
-
-
-def is_compressed(config: Any) -> bool:
-    """Whether a transformers config is that of one of our checkpoints."""
-    described = getattr(config, "quantization_config", None)
-    if isinstance(described, FlashSVDConfig):
-        return True
-    return isinstance(described, Mapping) and described.get("quant_method") == QUANT_METHOD
 
 
 def _compressed_config(directory: Path) -> Any:

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.auto_factory import _LazyAutoMapping
 
-from conftest import DECODERS, build, build_decoder
+from conftest import DECODERS, MakeModel, build, build_decoder
 from flashsvd.models.architecture import Target
+from flashsvd.models.found import find_model
+from flashsvd.models.heads import head_class, head_of
+from flashsvd.models.loading import load_model
 from flashsvd.models.registry import ARCHITECTURES, find_targets
 
 MODELS = [
@@ -65,3 +69,17 @@ def test_the_longest_sequence_is_what_the_config_has_positions_for(name: str, he
     model = build(name, head)
     longest = ARCHITECTURES[model.config.model_type].max_length(model.config)
     assert longest == (160 if name in DECODERS else 38 if name == "roberta" else 40)
+
+
+def test_a_models_class_is_found_without_importing_every_other_models(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everything(_: object) -> None:
+        pytest.fail("transformers imported the files of all models")
+
+    monkeypatch.setattr(_LazyAutoMapping, "values", everything)
+    config = find_model(str(make_model("gpt2", "causal-lm"))).config
+    assert head_class(config, "lm").__name__ == "GPT2LMHeadModel"
+    assert head_of(config, head_class(config, "lm")) == "lm"
+    assert head_of(config, head_class(config, "encoder")) == "encoder"
+    assert load_model(config.name_or_path, config, head_class(config, "classifier")).untrained == ("score.weight",)

@@ -21,8 +21,9 @@ from transformers import (
 from conftest import HEADS, MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, FlashSVDError, export_dense, load_compressed, run_compress, run_eval
 from flashsvd.errors import CheckpointError, ConfigError, DataError, ModelError
+from flashsvd.models.found import load_config
 from flashsvd.models.heads import own_class
-from flashsvd.models.loading import load_config, load_tokenizer
+from flashsvd.models.loading import load_tokenizer
 from flashsvd.storage.metadata import CompressionInfo
 
 LAYER = "bert.encoder.layer.0.output.dense"

@@ -29,7 +29,7 @@ from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import load_examples
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError, DataError, FlashSVDError, ModelError
-from flashsvd.io import find_info
+from flashsvd.models.found import find_info
 from training_data import LEARNS, SIGNS, SUBJECTS, compress, finetune
 
 CLASSIFICATION, REGRESSION = TASKS["classification"], TASKS["regression"]

@@ -24,7 +24,7 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
 from flashsvd.errors import DataError
-from flashsvd.models.heads import head_classes
+from flashsvd.models.heads import head_classes, head_of
 from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer
 from flashsvd.models.pooling import sentence_pooling
 
@@ -76,7 +76,7 @@ def prepare_calibration(
     """
     if task is not None and not task.is_fitted:
         task = fit_task(task, "train", request.data, head_classes(model_config))
-    kind = _kind(task, model_class)
+    kind = _kind(task, model_class, model_config)
     seq_len = request.seq_len or min(WINDOW_TOKENS if kind == "causal-lm" else TEXT_TOKENS, longest)
     if seq_len > longest:
         raise DataError(f"--calib-seq-len {seq_len} is above {longest}, the longest {source} can read")
@@ -115,15 +115,17 @@ def prepare_calibration(
     return Calibration(batches, _loss(kind, source), about)
 
 
-def _kind(task: Task | None, model_class: Any) -> str:
+def _kind(task: Task | None, model_class: Any, model_config: Any) -> str:
     """`classifier` and `similarity` have labels, `causal-lm` and `masked-lm` make their own, `text` has none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
     if task is not None and task.head != "lm":
         return "similarity" if task.head == "encoder" else "classifier"
-    if model_class in MODEL_FOR_CAUSAL_LM_MAPPING.values():
-        return "causal-lm"
-    return "masked-lm" if model_class in MODEL_FOR_MASKED_LM_MAPPING.values() else "text"
+    match head_of(model_config, model_class):
+        case "lm":
+            return "causal-lm"
+        case "masked-lm":
+            return "masked-lm"
+        case _:
+            return "text"
 
 
 def _is_pair(task: Task | None) -> bool:

@@ -45,8 +45,9 @@ from flashsvd.lowrank.ranks import (
 from flashsvd.methods.method import Method, Need, Statistics
 from flashsvd.methods.registry import get_method
 from flashsvd.models.architecture import Target
-from flashsvd.models.heads import class_for_task, refuse_quantized
-from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.models.found import find_model
+from flashsvd.models.heads import class_for_task
+from flashsvd.models.loading import Pretrained, load_model, seeded
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
 from flashsvd.storage.atomic import check_target
@@ -96,9 +97,9 @@ class CompressionJob:
         if config.save_stats:
             check_target(_path(config.save_stats), config.overwrite, marker=INDEX_FILE)
 
-        source = locate(config.model)
-        model_config = load_config(source)
-        refuse_quantized(config.model, model_config)
+        found = find_model(config.model)
+        found.refuse_compressed()
+        source, model_config = found.source, found.config
         model_class, head_options = class_for_task(config.model, task, model_config)
         for name, value in head_options.items():
             setattr(model_config, name, value)

@@ -10,34 +10,25 @@ import torch
 
 from flashsvd.data.tasks import Task, check_label_count
 from flashsvd.errors import ModelError
-from flashsvd.io import find_info, is_compressed, load_factored
-from flashsvd.models.heads import base_class, causal_lm_class, classifier_class, own_class
-from flashsvd.models.loading import load_config, load_model, locate, sequence_length
+from flashsvd.io import load_factored
+from flashsvd.models.found import Found, find_model
+from flashsvd.models.heads import head_class
+from flashsvd.models.loading import load_model, sequence_length
 from flashsvd.models.registry import base_prefix
-from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.storage.metadata import INFO_FILE
 
 log = logging.getLogger("flashsvd")
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Found):
     """A checkpoint that fits a task.
 
     Attributes:
-        source: its directory or hub name.
-        config: its transformers config.
-        own_class: the transformers class that saved it.
         wanted_class: the class that the task needs: its own, or the base class below its head.
-        compressed: whether its layers are factored.
-        info: what is known of its compression; None for a dense model, and where its metadata was lost.
     """
 
-    source: str
-    config: Any
-    own_class: Any
     wanted_class: Any
-    compressed: bool
-    info: CompressionInfo | None
 
     @classmethod
     def find(cls, checkpoint: str, task: Task) -> Subject:
@@ -47,21 +38,18 @@ class Subject:
             ModelError, CheckpointError: it cannot be had, is not supported, or lacks the head that the task needs.
             DataError: its head has another number of classes than the task.
         """
-        source = locate(checkpoint)
-        config = load_config(source)
-        own, wanted = own_class(config), _wanted_class(config, task)
+        found = find_model(checkpoint)
+        own, wanted = found.own_class, head_class(found.config, task.head)
         if task.head != "encoder" and own is not wanted:
             lacks = "classification head" if task.head == "classifier" else "causal language model head"
             raise ModelError(f"{checkpoint} is a {own.__name__} without a {lacks}; {task.name} needs one")
         if task.head == "classifier":
-            check_label_count(task, config, checkpoint)
-        compressed = is_compressed(config)
-        info = find_info(source) if compressed else None
-        if compressed and info is None:
+            check_label_count(task, found.config, checkpoint)
+        if found.compressed and found.info is None:
             log.warning("%s is compressed but has no %s, so its method is unknown", checkpoint, INFO_FILE)
-        if info and info.untrained:
-            log.warning("the weights of %s were random when the model was compressed", ", ".join(info.untrained))
-        return cls(source, config, own, wanted, compressed, info)
+        if found.info and found.info.untrained:
+            log.warning("the weights of %s were random when the model was compressed", ", ".join(found.info.untrained))
+        return cls(**vars(found), wanted_class=wanted)
 
     def seq_len(self, asked: int | None, default: int) -> int:
         """The sequence length to use: the one asked for, or the default as far as the model can read it.
@@ -91,13 +79,3 @@ class Subject:
                 ", ".join(loaded.untrained),
             )
         return loaded.model
-
-
-def _wanted_class(config: Any, task: Task) -> Any:
-    match task.head:
-        case "classifier":
-            return classifier_class(config)
-        case "lm":
-            return causal_lm_class(config)
-        case "encoder":
-            return base_class(config)

@@ -18,10 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.joined import JoinedSpec, ModuleSpec, describe, spec_from_json
+from flashsvd.models.found import QUANT_METHOD
 from flashsvd.models.state import check_state
 from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
 
-QUANT_METHOD = "flashsvd"
 FORMAT_VERSION = 1
 
 

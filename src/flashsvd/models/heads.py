@@ -2,10 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from flashsvd.data.tasks import Task, check_label_count, class_names
 from flashsvd.errors import ModelError
+
+# `encoder` is the model without a head; the others predict a text's class, masked tokens, or the next token.
+Head = Literal["encoder", "classifier", "masked-lm", "lm"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of head: transformers' table of the classes that have it, and what to say of a model that cannot."""
+
+    table: str
+    lacking: str
+
+
+_KINDS: dict[Head, _Kind] = {
+    "encoder": _Kind("MODEL_MAPPING", "a {} model has no form without a head; choose another model"),
+    "classifier": _Kind(
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "{} has no sequence classification head; leave out --task"
+    ),
+    "masked-lm": _Kind(
+        "MODEL_FOR_MASKED_LM_MAPPING", "a {} model has no head for masked tokens; choose another mode or model"
+    ),
+    "lm": _Kind("MODEL_FOR_CAUSAL_LM_MAPPING", "a {} model is no causal language model; choose another --task"),
+}
+
+
+def head_class(config: Any, head: Head) -> Any:
+    """The transformers class of a config's model under a kind of head.
+
+    Raises:
+        ModelError: the architecture has none, or reads text in the other direction.
+    """
+    kind = _KINDS[head]
+    found = _class_in(kind.table, config)
+    # transformers can turn a BERT into a decoder, and lists its type as causal whether it was or not.
+    if head in ("lm", "masked-lm"):
+        masked = _class_in(_KINDS["masked-lm"].table, config)
+        reads_both_ways = masked is not None and not getattr(config, "is_decoder", False)
+        found = found if reads_both_ways == (head == "masked-lm") else None
+    if found is None:
+        raise ModelError(kind.lacking.format(config.model_type))
+    return found
+
+
+def head_of(config: Any, model_class: Any) -> Head:
+    """The kind of head that one of a config's classes has; `encoder` where it is of none of the other kinds."""
+    heads: tuple[Head, ...] = ("lm", "masked-lm", "classifier")
+    return next((head for head in heads if _class_in(_KINDS[head].table, config) is model_class), "encoder")
+
+
+def own_class(config: Any) -> Any:
+    """The transformers class that saved the checkpoint, by the config's `architectures`; the base class without one.
+
+    Raises:
+        ModelError: transformers has no such class, or it is one of another architecture.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        return head_class(config, "encoder")
+    name = names[0] if isinstance(names, (list, tuple)) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    config_class = getattr(found, "config_class", None)
+    if not is_model or not isinstance(config_class, type) or not isinstance(config, config_class):
+        raise ModelError(f"config.json names {names!r} in `architectures`, which is no {config.model_type} model")
+    return found
 
 
 def class_for_task(
@@ -22,108 +90,30 @@ def class_for_task(
     """
     if task is None:
         return own_class(model_config), {}
-    if task.head == "encoder":
-        return base_class(model_config), {}
-    if task.head == "lm":
-        return causal_lm_class(model_config), {}
-    classifier = classifier_class(model_config)
-    if own_class(model_config) is classifier and not new_head:
+    wanted = head_class(model_config, task.head)
+    if task.head != "classifier":
+        return wanted, {}
+    if own_class(model_config) is wanted and not new_head:
         check_label_count(task, model_config, name)
-        return classifier, {}
+        return wanted, {}
     if task.own_classes and not task.is_fitted:
         raise ModelError(f"{name} has no head for classes of your own; train it first with flashsvd finetune")
     options: dict[str, Any] = {"num_labels": task.num_labels}
     if task.labels:
         options["id2label"] = dict(enumerate(task.labels))
         options["label2id"] = {label: i for i, label in enumerate(task.labels)}
-    return classifier, options
+    return wanted, options
 
 
 def head_classes(model_config: Any) -> tuple[str, ...] | None:
     """What a trained classifier calls its classes, in their order; None for any other model."""
-    if own_class(model_config) is not classifier_class(model_config) or model_config.num_labels == 1:
+    if own_class(model_config) is not head_class(model_config, "classifier") or model_config.num_labels == 1:
         return None
     return tuple(class_names(model_config))
 
 
-def refuse_quantized(name: str, model_config: Any) -> None:
-    """Refuse a model whose weights are no plain numbers.
+def _class_in(table: str, config: Any) -> Any:
+    """The class of a config in one of transformers' tables, or None; no other model's file is imported for it."""
+    from transformers.models.auto import modeling_auto
 
-    Raises:
-        ModelError: it is compressed or quantized already.
-    """
-    described = getattr(model_config, "quantization_config", None)
-    if described is None:
-        return
-    method = described.get("quant_method") if isinstance(described, dict) else None
-    if method == "flashsvd":
-        raise ModelError(f"{name} is compressed already; compress the dense model it came from")
-    raise ModelError(f"{name} is quantized ({method}); compress the unquantized model it came from")
-
-
-def own_class(config: Any) -> Any:
-    """The transformers class that saved the checkpoint, by the config's `architectures`; the base class without one.
-
-    Raises:
-        ModelError: transformers has no such class, or it is one of another architecture.
-    """
-    import transformers
-
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        return base_class(config)
-    name = names[0] if isinstance(names, (list, tuple)) else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    config_class = getattr(found, "config_class", None)
-    if not is_model or not isinstance(config_class, type) or not isinstance(config, config_class):
-        raise ModelError(f"config.json names {names!r} in `architectures`, which is no {config.model_type} model")
-    return found
-
-
-def base_class(config: Any) -> Any:
-    """The transformers class of the model without a head."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)]
-
-
-def classifier_class(config: Any) -> Any:
-    """The transformers class of the model with a sequence classification head.
-
-    Raises:
-        ModelError: the architecture has none.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ModelError(f"{config.model_type} has no sequence classification head; leave out --task")
-    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-
-
-def masked_lm_class(config: Any) -> Any:
-    """The transformers class of the model with a head that predicts masked tokens.
-
-    Raises:
-        ModelError: the architecture has none, or the model reads text in one direction.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
-        raise ModelError(f"a {config.model_type} model has no head for masked tokens; choose another mode or model")
-    return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
-
-
-def causal_lm_class(config: Any) -> Any:
-    """The transformers class of the model with a head that predicts the next token.
-
-    Raises:
-        ModelError: the architecture has none, or the model reads text in both directions.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    # transformers can turn a BERT into a decoder, and lists its type as causal whether it was or not.
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"a {config.model_type} model is no causal language model; choose another --task")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return getattr(modeling_auto, table).get(type(config), None)

@@ -1,4 +1,4 @@
-"""Opening models and tokenizers, dense or compressed, from a local directory or the hub, with errors of one line."""
+"""Loading the weights and the tokenizers of models, with errors of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashsvd.errors import ConfigError, ModelError, library_errors
-from flashsvd.models.heads import own_class
+from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
 from flashsvd.storage.companions import has_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
@@ -31,38 +31,6 @@ class Pretrained:
     model: Any
     source: str
     untrained: tuple[str, ...] = ()
-
-
-def locate(name: str) -> str:
-    """The model name as transformers should see it: an existing directory, or a hub name.
-
-    Raises:
-        ModelError: it reads like a path, and there is no such directory.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name} holds no config.json; give a directory that save_pretrained wrote")
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{name} is a file; give the directory it lies in")
-    if not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name:
-        raise ModelError(f"there is no directory {name!r}; give an existing directory or a hub name such as org/model")
-    return name
-
-
-def load_config(source: str) -> Any:
-    """The config of a supported model.
-
-    Raises:
-        ModelError: it cannot be had, or the architecture is not supported.
-    """
-    from transformers import AutoConfig, PreTrainedConfig
-
-    with library_errors(source):
-        as_dict, _ = PreTrainedConfig.get_config_dict(source)
-        architecture_of(_ModelType(as_dict.get("model_type")))
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def load_model(
@@ -122,9 +90,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _has_another_head(config: Any, model_class: Any) -> bool:
     """Whether a sequence classifier is loaded from another class's checkpoint, whose head may have the same names."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    if model_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values():
+    if head_of(config, model_class) != "classifier":
         return False
     return bool(getattr(config, "architectures", None)) and own_class(config) is not model_class
 
@@ -196,8 +162,3 @@ def check_tokenizer(tokenizer: Any, source: str, *, masks: bool = False) -> None
         raise ModelError(f"the tokenizer of {source} has no padding token; set one and save it again")
     if masks and tokenizer.mask_token_id is None:
         raise ModelError(f"the tokenizer of {source} has no mask token; set one and save it again")
-
-
-@dataclass(frozen=True)
-class _ModelType:
-    model_type: str | None

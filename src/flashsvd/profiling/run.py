@@ -17,8 +17,7 @@ from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-from flashsvd.io import find_info
-from flashsvd.models.loading import load_config, locate
+from flashsvd.models.found import find_model
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import png
@@ -118,10 +117,7 @@ def _task(config: ProfileConfig) -> Task:
     """
     if config.task is not None:
         return get_task(config.task)
-    source = locate(config.checkpoint)
-    # A name that the hub does not have, or cannot be asked about, is not one that says nothing of its task.
-    load_config(source)
-    info = find_info(source)
+    info = find_model(config.checkpoint).info
     if info is None or info.task is None:
         raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
     return get_task(info.task)

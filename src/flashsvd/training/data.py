@@ -14,8 +14,9 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, get_task
 from flashsvd.data.text import TEXT_SUFFIXES, load_text
 from flashsvd.errors import ConfigError, DataError
+from flashsvd.models.found import find_model
 from flashsvd.models.heads import head_classes
-from flashsvd.models.loading import check_vocabulary, load_config, locate
+from flashsvd.models.loading import check_vocabulary
 from flashsvd.training.config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.training.model import HeadedModel
 from flashsvd.training.objectives import (
@@ -86,7 +87,7 @@ def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
     """
     if task is None or task.is_fitted:
         return task
-    model_config = load_config(locate(config.model))
+    model_config = find_model(config.model).config
     return fit_task(task, "train", config.data, None if config.new_head else head_classes(model_config), "--data")
 
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from flashsvd.data.tasks import Task, check_classifier, foreign_classes, names_classes_of
 from flashsvd.errors import CheckpointError, DataError, ModelError
-from flashsvd.io import find_info, is_compressed, load_factored
-from flashsvd.models.heads import class_for_task, masked_lm_class, own_class
-from flashsvd.models.loading import Pretrained, load_config, load_model, locate, seeded
+from flashsvd.io import load_factored
+from flashsvd.models.found import Found, find_model
+from flashsvd.models.heads import class_for_task, head_class
+from flashsvd.models.loading import Pretrained, load_model, seeded
 from flashsvd.models.precision import check_finite
 from flashsvd.models.registry import base_prefix, find_targets
-from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.storage.metadata import INFO_FILE
 
 log = logging.getLogger("flashsvd")
 
@@ -39,26 +40,18 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class HeadedModel:
-    """A model that fits a mode.
+class HeadedModel(Found):
+    """A model that fits a mode; its config has the classes of the task in it.
 
     Attributes:
-        name: what the user calls it.
-        source: its directory or hub name.
-        config: its transformers config, with the classes of the task in it.
         model_class: the transformers class that the mode trains.
         has_head: whether its checkpoint has the head, and is to keep it.
         foreign_classes: what the head's classes were called, where that was something else than the task's labels.
-        info: what is known of its compression; None for a dense model.
     """
 
-    name: str
-    source: str
-    config: Any
     model_class: Any
     has_head: bool
     foreign_classes: tuple[str, ...]
-    info: CompressionInfo | None
 
     @classmethod
     def find(
@@ -74,18 +67,16 @@ class HeadedModel:
             ModelError, CheckpointError: it cannot be had, trained, or given the head that the mode needs.
             DataError: its head has another number of classes than the task.
         """
-        source = locate(name)
-        config = load_config(source)
-        compressed = is_compressed(config)
-        if not compressed and getattr(config, "quantization_config", None) is not None:
+        found = find_model(name)
+        config, compressed = found.config, found.compressed
+        if found.quantized:
             raise ModelError(f"{name} is quantized, and rounded weights cannot be trained; give the unquantized model")
-        info = find_info(source) if compressed else None
-        if compressed and info is None:
+        if compressed and found.info is None:
             raise CheckpointError(
                 f"{name} lacks {INFO_FILE}, which a trained checkpoint needs; compress the model again"
             )
         if mode == "mlm":
-            model_class = masked_lm_class(config)
+            model_class = head_class(config, "masked-lm")
         else:
             try:
                 model_class, options = class_for_task(name, task, config, new_head)
@@ -95,10 +86,11 @@ class HeadedModel:
                 raise DataError(f"{error}, or train a fresh head with --new-head") from error
             for option, value in options.items():
                 setattr(config, option, value)
-        if compressed and new_head and own_class(config) is model_class:
+        has_own_head = found.own_class is model_class
+        if compressed and new_head and has_own_head:
             # Some versions of transformers put the old head into a compressed model whatever the new one's size is.
             raise ModelError(f"{name} is compressed, head and all; give its dense model a new head and compress that")
-        has_head = own_class(config) is model_class and not new_head
+        has_head = has_own_head and not new_head
         foreign: list[str] = []
         if mode == "cls":
             assert task is not None, "a classifier is trained on a task"
@@ -107,11 +99,7 @@ class HeadedModel:
             foreign = foreign_classes(task, config) if task.labels else []
             _set_classes(task, config)
             check_classifier(config, name)
-        return cls(name, source, config, model_class, has_head, tuple(foreign), info)
-
-    @property
-    def compressed(self) -> bool:
-        return self.info is not None
+        return cls(**vars(found), model_class=model_class, has_head=has_head, foreign_classes=tuple(foreign))
 
     def load(self, seed: int) -> LoadedModel:
         """Load it; weights of a head that it lacks are random, by the seed."""
@@ -119,7 +107,7 @@ class HeadedModel:
             if self.compressed and self.has_head:
                 loaded = Pretrained(load_factored(self.source, self.config), self.source)
             else:
-                new_head = own_class(self.config) is self.model_class and not self.has_head
+                new_head = self.own_class is self.model_class and not self.has_head
                 loaded = load_model(self.source, self.config, self.model_class, new_head=new_head)
         model = loaded.model
         check_finite(model)

@@ -85,11 +85,10 @@ def run_job(job: Job) -> tuple[Any, ...]:
 
 def _check_dense(config: Any, root: Root) -> None:
     """Hold the dense model that a checkpoint's own metadata names against the root, where a profile follows it."""
-    from flashsvd.io import find_info
-    from flashsvd.models.loading import locate
+    from flashsvd.models.found import find_model
     from flashsvd.profiling.variants import DENSE
 
     if config.dense is not None or not set(config.variant_names()) & set(DENSE):
         return
-    if (info := find_info(locate(config.checkpoint))) is not None:
+    if (info := find_model(config.checkpoint).info) is not None:
         root.check_path(f"{config.checkpoint} was compressed from", info.base_model, "model")
