@@ -120,9 +120,9 @@ def calibrating(directory: Path) -> list[tuple[str, float]]:
     import torch
     from transformers.models.bert.modeling_bert import BertForSequenceClassification
 
-    from flashsvd.calibration.batches import CalibrationBatch
     from flashsvd.calibration.collect import collect_statistics
     from flashsvd.calibration.losses import head_loss
+    from flashsvd.data.tokenize import Batch
     from flashsvd.models.registry import find_targets
 
     model = BertForSequenceClassification.from_pretrained(directory)
@@ -131,7 +131,7 @@ def calibrating(directory: Path) -> list[tuple[str, float]]:
     for _ in range(16):
         ids = torch.randint(1000, 20000, (8, 128), generator=generator)
         labels = torch.randint(0, 2, (8,), generator=generator)
-        batches.append(CalibrationBatch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},), labels))
+        batches.append(Batch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},), labels))
     rows = []
     for need in ("covariance", "mean_abs", "row_gradients"):
 

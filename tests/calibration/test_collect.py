@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ENCODERS, build, build_decoder, build_model
-from flashsvd.calibration.batches import CalibrationBatch, masked_batches, text_batches, window_batches
+from conftest import ENCODERS, build, build_decoder, build_model, build_tokenizer
+from flashsvd.calibration.batches import masked_batches, text_batches, window_batches
 from flashsvd.calibration.collect import collect_statistics, key
 from flashsvd.calibration.losses import head_loss, similarity_loss
 from flashsvd.data.sampling import Draw
+from flashsvd.data.tokenize import Batch, Tokenize
 from flashsvd.errors import DataError, ModelError
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models.architecture import Target
@@ -21,7 +22,7 @@ from flashsvd.models.registry import find_targets
 CPU = torch.device("cpu")
 
 
-def padded_batches(count: int = 3, side: str = "right") -> list[CalibrationBatch]:
+def padded_batches(count: int = 3, side: str = "right") -> list[Batch]:
     """Rows of one to seven real tokens."""
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -31,11 +32,11 @@ def padded_batches(count: int = 3, side: str = "right") -> list[CalibrationBatch
         positions = torch.arange(7)
         mask = (positions < lengths if side == "right" else positions >= 7 - lengths).long()
         labels = torch.randint(0, 2, (4,), generator=generator)
-        batches.append(CalibrationBatch(({"input_ids": ids, "attention_mask": mask},), labels))
+        batches.append(Batch(({"input_ids": ids, "attention_mask": mask},), labels))
     return batches
 
 
-def inputs_of(model: Any, path: str, batches: list[CalibrationBatch]) -> Tensor:
+def inputs_of(model: Any, path: str, batches: list[Batch]) -> Tensor:
     """The rows x [tokens, in] that a module really gets, padding left out."""
     rows: list[Tensor] = []
     handle = model.get_submodule(path).register_forward_pre_hook(lambda _, x: rows.append(x[0]))
@@ -48,7 +49,7 @@ def inputs_of(model: Any, path: str, batches: list[CalibrationBatch]) -> Tensor:
     return torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]).double()
 
 
-def collect(model: Any, batches: list[CalibrationBatch], *needs: Any, **options: Any) -> dict[str, Tensor]:
+def collect(model: Any, batches: list[Batch], *needs: Any, **options: Any) -> dict[str, Tensor]:
     loss = options.pop("loss", None)
     parts = collect_statistics(model, find_targets(model), batches, needs, loss, CPU, **options)
     return {name: value for part in parts for name, value in part.items()}
@@ -90,7 +91,7 @@ def test_row_gradients_sum_the_squared_gradients_of_each_batch_by_row_and_head(n
     else:
         model = build_decoder(name)
         ids = [torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-        batches = [CalibrationBatch(({"input_ids": x, "attention_mask": torch.ones_like(x)},), x) for x in ids]
+        batches = [Batch(({"input_ids": x, "attention_mask": torch.ones_like(x)},), x) for x in ids]
     found = collect(model, batches, "row_gradients", loss=head_loss)
     expected: dict[str, Tensor] = {}
     for batch in batches:
@@ -114,7 +115,7 @@ def test_similarity_is_the_squared_error_of_the_cosine_against_gold_over_five() 
     model = build_model(head="base")
     (first,), (second,) = (batch.inputs for batch in padded_batches(2))
     gold = torch.tensor([0.0, 1.0, 2.5, 5.0])
-    loss = similarity_loss("mean")(model, CalibrationBatch((first, second), gold))
+    loss = similarity_loss("mean")(model, Batch((first, second), gold))
     embeddings = []
     for part in (first, second):
         states, mask = model(**part).last_hidden_state, part["attention_mask"].bool()
@@ -155,7 +156,7 @@ def test_the_frequencies_of_rotary_embeddings_keep_their_digits() -> None:
     before = {name: value.clone() for name, value in model.named_buffers()}
     model.model.rotary_emb.inv_freq = before["model.rotary_emb.inv_freq"] = torch.rand(4)
     ids = torch.randint(5, 60, (2, 6))
-    collect(model, [CalibrationBatch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))], "mean_abs")
+    collect(model, [Batch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))], "mean_abs")
     after = dict(model.named_buffers())
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
     assert model.dtype == torch.bfloat16
@@ -212,7 +213,7 @@ def test_masked_tokens_are_predicted_and_special_ones_never_masked() -> None:
 
     ids = torch.randint(5, 20, (8, 50))
     ids[:, 0], ids[:, -1] = 2, 3
-    plain = CalibrationBatch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
+    plain = Batch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
     (masked,) = masked_batches([plain], Tokenizer(), seed=0)
     chosen = masked.inputs[0]["input_ids"] == 4
     assert 0.08 < chosen.double().mean() < 0.22
@@ -229,7 +230,7 @@ def test_a_batch_always_has_something_to_predict() -> None:
         mask_token_id = 4
 
     ids = torch.tensor([[2, 7, 3]])
-    plain = CalibrationBatch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
+    plain = Batch(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
     for seed in range(20):
         (masked,) = masked_batches([plain], Tokenizer(), seed)
         assert masked.labels is not None
@@ -237,14 +238,9 @@ def test_a_batch_always_has_something_to_predict() -> None:
 
 
 def test_empty_lines_are_no_samples() -> None:
-    seen: list[str] = []
-
-    def tokenize(lines: list[str]) -> dict[str, Tensor]:
-        seen.extend(lines)
-        return {"attention_mask": torch.ones(len(lines), 1)}
-
-    text_batches("one\n\n  \ntwo\n", tokenize, Draw(9, 0), 4)
-    assert sorted(seen) == ["one", "two"]
+    tokenize = Tokenize(build_tokenizer(), 8)
+    (batch,) = text_batches("dog\n\n  \nman\n", tokenize, Draw(9, 0, first=True), 4)
+    assert tokenize.tokenizer.batch_decode(batch.inputs[0]["input_ids"], skip_special_tokens=True) == ["dog", "man"]
     with pytest.raises(DataError, match="calibration text is empty"):
         text_batches("\n \n", tokenize, Draw(9, 0), 4)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from conftest import ENCODERS, build_decoder, build_model
-from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import head_loss
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
+from flashsvd.data.tokenize import Batch
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
@@ -108,11 +108,11 @@ def test_sensitivity_is_the_loss_with_one_matrix_truncated() -> None:
             assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
-def batches_for(model: Any) -> list[CalibrationBatch]:
+def batches_for(model: Any) -> list[Batch]:
     ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     labels = torch.tensor([0, 1, 1, 0]) if model.config.model_type.endswith("bert") else ids
-    return [CalibrationBatch((inputs,), labels)]
+    return [Batch((inputs,), labels)]
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, Batch, run_job
+from flashsvd.data.tokenize import Batch
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, run_job
 
 
 class Output:
@@ -22,7 +23,7 @@ class Model:
         self.outputs: weakref.WeakSet[Output] = weakref.WeakSet()
         self.held: list[int] = []
 
-    def __call__(self, values: torch.Tensor, factor: int) -> Output:
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, factor: int) -> Output:
         assert factor == 3
         assert torch.is_inference_mode_enabled()
         self.held.append(len(self.outputs))
@@ -45,12 +46,13 @@ class Counting:
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(4):
-            yield Batch([{"values": torch.ones(2)}], torch.tensor(i), samples=2, tokens=5, full=i < 3)
+            inputs = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+            yield Batch((inputs,), torch.tensor(i), full=i < 3)
 
     def consume(self, batch: Batch, outputs: Sequence[Any]) -> None:
         (output,) = outputs
         assert isinstance(output, Output)
-        self.consumed.append(float(batch.targets))
+        self.consumed.append(float(batch.labels))
 
     def metrics(self) -> dict[str, float]:
         return {}

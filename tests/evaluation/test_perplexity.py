@@ -22,8 +22,9 @@ from transformers.models.llama import modeling_llama
 from conftest import WORDS, MakeModel
 from flashsvd import CompressConfig, EvalConfig, EvalResult, FlashSVDError, load_compressed, run_compress, run_eval
 from flashsvd.cli import main
+from flashsvd.data.sampling import IGNORED
 from flashsvd.errors import ConfigError, DataError, ModelError
-from flashsvd.evaluation.perplexity import NOT_SCORED, read_tokens, summed_loss, text_windows
+from flashsvd.evaluation.perplexity import read_tokens, summed_loss, text_windows
 
 FAMILIES = ("gpt2", "llama")
 LONGEST = 40
@@ -170,9 +171,9 @@ def test_the_loss_is_summed_in_pieces_without_a_copy_of_all_logits(monkeypatch: 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 9, 11, generator=generator)
     targets = torch.randint(0, 11, (3, 9), generator=generator)
-    targets[:, 0], targets[1, :6] = NOT_SCORED, NOT_SCORED
+    targets[:, 0], targets[1, :6] = IGNORED, IGNORED
     expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].double().flatten(0, 1), targets[:, 1:].flatten(), reduction="sum", ignore_index=NOT_SCORED
+        logits[:, :-1].double().flatten(0, 1), targets[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED
     )
     for at_a_time in (1, 11 * 4, 1 << 20):
         monkeypatch.setattr("flashsvd.evaluation.perplexity._LOGITS_AT_A_TIME", at_a_time)
@@ -212,7 +213,7 @@ def test_one_bad_logit_is_enough(bad: float) -> None:
     logits = torch.zeros(1, 4, 5)
     logits[0, 1, 2] = bad
     with pytest.raises(DataError, match="NaN or infinite"):
-        summed_loss(logits, torch.tensor([[NOT_SCORED, 1, 2, 3]]))
+        summed_loss(logits, torch.tensor([[IGNORED, 1, 2, 3]]))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from conftest import MakeModel
 from flashsvd import EvalConfig, run_eval
+from flashsvd.data.tokenize import Batch
 from flashsvd.evaluation import loop, run
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, Batch, about, compiles, run_job, size_of
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, about, compiles, run_job, size_of
 from flashsvd.evaluation.measure import MIB, PeakMemory
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ class Job:
 
     def __iter__(self) -> Iterator[Batch]:
         for shape in self.shapes:
-            yield Batch([inputs([shape[1]] * shape[0])], torch.zeros(1), samples=shape[0], tokens=9, full=True)
+            yield Batch((inputs([shape[1]] * shape[0]),), torch.zeros(1))
 
     def consume(self, batch: Batch, outputs: Sequence[Any]) -> None:
         self.consumed += 1

@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 
 from conftest import MODERNBERT, VOCABULARY, build_model, build_tokenizer
 from flashsvd.data.sampling import IGNORED, choose_masked
+from flashsvd.data.tokenize import Tokenize
 from flashsvd.errors import ModelError
 from flashsvd.training.curve import curve, write_curve
 from flashsvd.training.objectives import Classification, MaskedLM, Question, balanced_weights, masked_rows
-from flashsvd.training.rows import Collate, Encoding, Row, Rows, encode
+from flashsvd.training.rows import Collate, Row, Rows
 from training_data import MNLI, SST2
 
 
 def test_pairs_are_padded_together_and_labels_stay_beside_their_row() -> None:
     tokenizer = build_tokenizer()
-    texts = ["a man eats", "the dog"], ["a film", "very good movie ."]
-    parts = zip(*(encode(tokenizer, [column], 8) for column in texts), strict=True)
-    batch = Collate(tokenizer)([Row(tuple(part), label) for part, label in zip(parts, (4.5, 0.5), strict=True)])
+    texts = [("a man eats", "a film"), ("the dog", "very good movie .")]
+    parts = Tokenize(tokenizer, 8, apart=True).encode(texts)
+    batch = Collate(tokenizer)([Row(part, label) for part, label in zip(parts, (4.5, 0.5), strict=True)])
     assert batch["input_ids"].shape == (2, 2, 6)
     assert batch["attention_mask"].sum(-1).tolist() == [[5, 4], [4, 6]]
     assert tokenizer.decode(batch["input_ids"][1, 0], skip_special_tokens=True) == "the dog"
@@ -37,8 +38,8 @@ def test_pairs_are_padded_together_and_labels_stay_beside_their_row() -> None:
 def test_padding_is_on_the_tokenizers_side(side: str) -> None:
     tokenizer = build_tokenizer()
     tokenizer.padding_side = side
-    encodings = encode(tokenizer, [["a man eats", "dog"]], 8)
-    batch = Collate(tokenizer)([Row((encoding,), [IGNORED, *encoding["input_ids"][1:]]) for encoding in encodings])
+    encoded = Tokenize(tokenizer, 8).encode([("a man eats",), ("dog",)])
+    batch = Collate(tokenizer)([Row(parts, [IGNORED, *parts[0]["input_ids"][1:]]) for parts in encoded])
     expected = tokenizer(["a man eats", "dog"], padding=True, return_tensors="pt")
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
     assert batch["labels"][1].tolist().count(IGNORED) == 3
@@ -47,7 +48,7 @@ def test_padding_is_on_the_tokenizers_side(side: str) -> None:
 def test_a_long_text_becomes_several_rows_and_nothing_is_lost() -> None:
     tokenizer = build_tokenizer()
     words = VOCABULARY[5:]
-    encodings = encode(tokenizer, [[" ".join(words), "a dog"]], 7, whole=True)
+    encodings = Tokenize(tokenizer, 7).encode_whole([" ".join(words), "a dog"])
     assert [len(encoding["input_ids"]) for encoding in encodings] == [7, 7, 7, 4]
     ids = [token for encoding in encodings[:3] for token in encoding["input_ids"][1:-1]]
     assert ids == list(range(5, len(VOCABULARY)))
@@ -83,7 +84,7 @@ def test_a_masked_batch_follows_berts_recipe() -> None:
 
 def test_masks_to_evaluate_on_are_the_same_each_time() -> None:
     tokenizer = build_tokenizer()
-    encodings = encode(tokenizer, [["a man eats in the film ."] * 20], 16)
+    encodings = Tokenize(tokenizer, 16).encode_whole(["a man eats in the film ."] * 20)
     rows, again = (masked_rows(encodings, tokenizer, 0) for _ in range(2))
     assert rows == again
     assert rows != masked_rows(encodings, tokenizer, 1)
@@ -178,11 +179,11 @@ def test_a_digest_tells_examples_apart() -> None:
 
 
 def test_an_encoding_keeps_what_the_tokenizer_gives() -> None:
-    encodings: list[Encoding] = encode(build_tokenizer(), [["a man"], ["the dog"]], 16)
-    assert set(encodings[0]) == {"input_ids", "token_type_ids", "attention_mask"}
-    assert encodings[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    (encoding,) = Tokenize(build_tokenizer(), 16).encode([("a man", "the dog")])[0]
+    assert set(encoding) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert encoding["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_long_lines_are_cut_by_fast_tokenizers_only() -> None:
     with pytest.raises(ModelError, match="this model has no tokenizer"):
-        encode(SimpleNamespace(is_fast=False), [["a man"]], 8, whole=True)
+        Tokenize(SimpleNamespace(is_fast=False), 8).encode_whole(["a man"])

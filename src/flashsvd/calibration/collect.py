@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import Loss
+from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.methods.method import Need
@@ -30,7 +30,7 @@ _BLOCK = 512
 def collect_statistics(
     model: Any,
     targets: Sequence[Target],
-    batches: Sequence[CalibrationBatch],
+    batches: Sequence[Batch],
     needs: Collection[Need],
     loss: Loss | None,
     device: torch.device,
@@ -78,7 +78,7 @@ class _Pass:
 
     def run(
         self,
-        batches: Sequence[CalibrationBatch],
+        batches: Sequence[Batch],
         loss: Loss | None,
         device: torch.device,
         on_batch: Callable[[], object],

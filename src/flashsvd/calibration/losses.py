@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsvd.calibration.batches import CalibrationBatch
+from flashsvd.data.tokenize import Batch
 from flashsvd.models.pooling import pool
 
-Loss = Callable[[Any, CalibrationBatch], Tensor]
+Loss = Callable[[Any, Batch], Tensor]
 
 GOLD_SCALE = 5.0
 
 
-def head_loss(model: Any, batch: CalibrationBatch) -> Tensor:
+def head_loss(model: Any, batch: Batch) -> Tensor:
     """The model's own loss for its labels: cross entropy, squared error, next token or masked token."""
     (inputs,) = batch.inputs
     loss: Tensor = model(**inputs, labels=batch.labels).loss
@@ -27,7 +27,7 @@ def head_loss(model: Any, batch: CalibrationBatch) -> Tensor:
 def similarity_loss(pooling: str) -> Loss:
     """Squared error of the cosine of the two embeddings of a pair against its gold score / 5."""
 
-    def loss(model: Any, batch: CalibrationBatch) -> Tensor:
+    def loss(model: Any, batch: Batch) -> Tensor:
         assert batch.labels is not None, "sentence pairs come with gold scores"
         first, second = (
             pool(model(**part).last_hidden_state.float(), part["attention_mask"], pooling) for part in batch.inputs

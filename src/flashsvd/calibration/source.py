@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibration.batches import (
-    CalibrationBatch,
-    labelled_batches,
-    masked_batches,
-    text_batches,
-    window_batches,
-)
+from flashsvd.calibration.batches import labelled_batches, masked_batches, text_batches, window_batches
 from flashsvd.calibration.losses import Loss, head_loss, similarity_loss
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import load_examples
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
+from flashsvd.data.tokenize import Batch, Tokenize, token_ids
 from flashsvd.errors import DataError
 from flashsvd.models.heads import head_classes, head_of
 from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer
@@ -57,7 +52,7 @@ class Calibration:
         about: how it came about, for the checkpoint's metadata.
     """
 
-    batches: Sequence[CalibrationBatch]
+    batches: Sequence[Batch]
     loss: Loss | None
     about: Mapping[str, Any]
 
@@ -90,7 +85,7 @@ def prepare_calibration(
         )
     if kind == "classifier":
         check_classifier(model_config, source)
-    tokenize = _Tokenize(tokenizer, seq_len)
+    tokenize = Tokenize(tokenizer, seq_len) if task is None else Tokenize.of(task, tokenizer, seq_len)
     if kind in ("classifier", "similarity"):
         assert task is not None, "these kinds come from a task"
         batches = _labelled(request, task, model_config, tokenize)
@@ -143,39 +138,20 @@ def _loss(kind: str, source: str) -> Loss | None:
             return head_loss
 
 
-@dataclass(frozen=True)
-class _Tokenize:
-    """The tokenizer's call on one or two columns of texts, cut and padded."""
-
-    tokenizer: Any
-    seq_len: int
-
-    def __call__(self, *columns: list[str]) -> dict[str, Tensor]:
-        cut = {"truncation": True, "max_length": self.seq_len, "padding": True, "return_tensors": "pt"}
-        return {name: value.long() for name, value in self.tokenizer(*columns, **cut).items()}
-
-
-def _labelled(
-    request: CalibrationRequest, task: Task, model_config: Any, tokenize: _Tokenize
-) -> list[CalibrationBatch]:
+def _labelled(request: CalibrationRequest, task: Task, model_config: Any, tokenize: Tokenize) -> list[Batch]:
     examples = load_examples(task, "train", request.data)
     order = label_permutation(task, model_config) if task.labels else None
-
-    def inputs(texts: Sequence[tuple[str, ...]]) -> list[dict[str, Tensor]]:
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        return [tokenize(column) for column in columns] if task.head == "encoder" else [tokenize(*columns)]
 
     def labels(values: list[float]) -> Tensor:
         return torch.tensor(values if order is None else [order[int(value)] for value in values])
 
     chosen = request.draw.indices(len(examples))
-    return labelled_batches(examples, inputs, labels, chosen, request.batch_size)
+    return labelled_batches(examples, tokenize, labels, chosen, request.batch_size)
 
 
-def _running_text(request: CalibrationRequest, kind: str, tokenize: _Tokenize) -> list[CalibrationBatch]:
+def _running_text(request: CalibrationRequest, kind: str, tokenize: Tokenize) -> list[Batch]:
     text = load_text(TASKS["wikitext2"], "train", request.data)
     if kind == "causal-lm":
-        ids = tokenize.tokenizer(text, verbose=False)["input_ids"]
-        return window_batches(ids, tokenize.seq_len, request.draw, request.batch_size)
+        return window_batches(token_ids(tokenize.tokenizer, text), tokenize.seq_len, request.draw, request.batch_size)
     batches = text_batches(text, tokenize, request.draw, request.batch_size)
     return masked_batches(batches, tokenize.tokenizer, request.draw.seed) if kind == "masked-lm" else batches

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import Loss
 from flashsvd.compression.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
+from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
 from flashsvd.lowrank.layers import FactoredLinear
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
@@ -49,7 +49,7 @@ def search_ranks(
     method: Method,
     statistics_of: StatisticsOf,
     qkv: QKVLayout,
-    batches: Sequence[CalibrationBatch],
+    batches: Sequence[Batch],
     loss: Loss | None,
     device: torch.device,
     seed: int,
@@ -88,7 +88,7 @@ class _MaskedModel:
         shapes: Sequence[MatrixShape],
         uniform: Mapping[str, int],
         budget: int,
-        batches: Sequence[CalibrationBatch],
+        batches: Sequence[Batch],
         loss: Loss | None,
         device: torch.device,
         seed: int,
@@ -114,12 +114,12 @@ class _MaskedModel:
         for target, layer in self._layers.items():
             layer.mask = masks[target.name].to(self._device) if target.name in masks else None
 
-    def _outputs(self, data: CalibrationBatch) -> list[Tensor]:
+    def _outputs(self, data: Batch) -> list[Tensor]:
         """The model's first output of each forward, [rows, features]: at the real tokens, where it is one by token."""
         outputs = [(self._model(**part)[0], part["attention_mask"].bool()) for part in data.inputs]
         return [output[mask] if output.ndim == 3 else output for output, mask in outputs]
 
-    def _distance(self, data: CalibrationBatch, batch: int) -> Tensor:
+    def _distance(self, data: Batch, batch: int) -> Tensor:
         """Mean over the forwards of ||y - y_dense||^2 / ||y_dense||^2."""
         pairs = zip(self._outputs(data), self._dense_outputs[batch], strict=True)
         return torch.stack([(ours - dense).square().sum() / dense.square().sum() for ours, dense in pairs]).mean()

@@ -46,6 +46,11 @@ def load_text(task: Task, split: Split, data: str | None = None, option: str | N
     return ROW_SEPARATOR.join(row[column] for row in rows)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that hold anything."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def _read_plain(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flashsvd.data.rows import Examples
 from flashsvd.data.tasks import Task, label_permutation
-from flashsvd.evaluation.loop import Batch, BatchShape, check_finite
+from flashsvd.data.tokenize import Batch, Tokenize
+from flashsvd.evaluation.loop import BatchShape, check_finite
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.models.loading import check_tokenizer, check_vocabulary
 from flashsvd.models.pooling import pool, sentence_pooling
@@ -44,7 +45,7 @@ class LabelledTexts:
         self._task = task
         self._examples = examples
         self._predictor = predictor
-        self._tokenizer = tokenizer
+        self._tokenize = Tokenize.of(task, tokenizer, shape.seq_len, shape.padding)
         self._shape = shape
         self._vocabulary = vocabulary
         self._checkpoint = checkpoint
@@ -57,43 +58,23 @@ class LabelledTexts:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self._examples), self._shape.batch_size):
             chosen = slice(start, start + self._shape.batch_size)
-            texts = self._examples.texts[chosen]
-            inputs = [self._tokenize(call) for call in self._predictor.tokenizer_calls(texts)]
-            yield Batch(
-                inputs,
-                targets=torch.tensor(self._examples.labels[chosen], dtype=torch.float64),
-                samples=len(texts),
-                tokens=sum(int(part["attention_mask"].sum()) for part in inputs),
-                full=len(texts) == self._shape.batch_size,
-            )
+            inputs = self._tokenize.batch(self._examples.texts[chosen])
+            largest = max(int(part["input_ids"].max()) for part in inputs)
+            check_vocabulary(largest, self._vocabulary, self._checkpoint)
+            labels = torch.tensor(self._examples.labels[chosen], dtype=torch.float64)
+            yield Batch(inputs, labels, full=len(labels) == self._shape.batch_size)
 
     def consume(self, batch: Batch, outputs: Sequence[Any]) -> None:
         self._predictions += self._predictor.predict(outputs, [part["attention_mask"] for part in batch.inputs])
-        self._labels += batch.targets.tolist()
+        assert batch.labels is not None, "labelled texts have labels"
+        self._labels += batch.labels.tolist()
 
     def metrics(self) -> dict[str, float]:
         return compute_metrics(self._task.metrics, self._predictions, self._labels)
 
-    def _tokenize(self, texts: list[list[str]]) -> Mapping[str, torch.Tensor]:
-        tokens: Mapping[str, torch.Tensor] = self._tokenizer(
-            *texts,
-            padding="max_length" if self._shape.padding == "max" else True,
-            truncation=True,
-            max_length=self._shape.seq_len,
-            return_tensors="pt",
-        )
-        check_vocabulary(int(tokens["input_ids"].max()), self._vocabulary, self._checkpoint)
-        return tokens
-
-
-Texts = Sequence[tuple[str, ...]]
-
 
 class Predictor(Protocol):
-    """How one kind of model is asked and understood."""
-
-    def tokenizer_calls(self, texts: Texts) -> list[list[list[str]]]:
-        """The positional arguments of each tokenizer call; each call's result is one forward of the model."""
+    """How the outputs of one kind of model are understood."""
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         """One prediction an example, from the output and the attention mask of each forward."""
@@ -104,9 +85,6 @@ class Classifier:
 
     def __init__(self, task: Task, model_config: Any) -> None:
         self._permutation = label_permutation(task, model_config) if task.labels else None
-
-    def tokenizer_calls(self, texts: Texts) -> list[list[list[str]]]:
-        return [_columns(texts)]
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         return self.decide(check_finite(self.scores(outputs[0])))
@@ -128,9 +106,6 @@ class SentenceSimilarity:
     def __init__(self, source: str) -> None:
         self._mode = sentence_pooling(source)
 
-    def tokenizer_calls(self, texts: Texts) -> list[list[list[str]]]:
-        return [[column] for column in _columns(texts)]
-
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         states = [output.last_hidden_state for output in outputs]
         return [float(value) for value in check_finite(self.cosines(states, masks)).cpu()]
@@ -139,7 +114,3 @@ class SentenceSimilarity:
         """The cosine of each pair [B], from the token states [B, S, D] and attention masks [B, S] of the two texts."""
         first, second = (pool(part.float(), mask, self._mode) for part, mask in zip(states, masks, strict=True))
         return torch.cosine_similarity(first, second)
-
-
-def _columns(texts: Texts) -> list[list[str]]:
-    return [list(column) for column in zip(*texts, strict=True)]

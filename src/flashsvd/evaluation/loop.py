@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.running.choice import bucket
+from flashsvd.data.tokenize import Batch
 from flashsvd.errors import DataError
 from flashsvd.evaluation.measure import timed
 
@@ -34,29 +34,6 @@ class BatchShape:
     seq_len: int
     padding: str
     stride: int | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step of an evaluation, on the CPU until the loop moves it.
-
-    Attributes:
-        inputs: the model's tensors by argument name, once for each forward that the samples need.
-        targets: what the outputs are held against; the job that made the batch knows how.
-        samples: how many samples it holds.
-        tokens: how many tokens the model reads, padding not counted.
-        full: whether its time says what a full batch takes.
-    """
-
-    inputs: Sequence[Mapping[str, Tensor]]
-    targets: Tensor
-    samples: int
-    tokens: int
-    full: bool
-
-    def to(self, device: torch.device) -> Batch:
-        inputs = [{name: tensor.to(device) for name, tensor in part.items()} for part in self.inputs]
-        return dataclasses.replace(self, inputs=inputs, targets=self.targets.to(device))
 
 
 class Job(Protocol):
@@ -121,8 +98,8 @@ def run_job(job: Job, model: Any, device: torch.device) -> Timings:
     milliseconds, full = [], []
     samples = tokens = 0
     with torch.inference_mode():
-        for number, batch in enumerate(tqdm(job, desc="evaluating", unit="batch")):
-            batch = batch.to(device)
+        for number, given in enumerate(tqdm(job, desc="evaluating", unit="batch")):
+            batch = given.to(device)
             forward = functools.partial(_forward, model, batch.inputs, job.forward_options)
             for _ in range(WARMUP_FORWARDS if number == 0 else 0):
                 forward()
@@ -131,9 +108,9 @@ def run_job(job: Job, model: Any, device: torch.device) -> Timings:
             # A language model's outputs may be gigabytes: gone before the next ones are made.
             del outputs
             milliseconds.append(elapsed)
-            full += [elapsed] if batch.full else []
-            samples += batch.samples
-            tokens += batch.tokens
+            full += [elapsed] if given.full else []
+            samples += given.samples
+            tokens += given.tokens
     return Timings(milliseconds, full or milliseconds, samples, tokens, bool(full))
 
 

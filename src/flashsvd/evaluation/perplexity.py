@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flashsvd.data.sampling import IGNORED
+from flashsvd.data.tokenize import Batch, token_ids
 from flashsvd.errors import DataError
-from flashsvd.evaluation.loop import Batch, BatchShape, check_finite
+from flashsvd.evaluation.loop import BatchShape, check_finite
 from flashsvd.models.loading import check_vocabulary
 
-NOT_SCORED = -100
 # The loss is taken over so many logits at a time: 16 MiB in float32, whatever the vocabulary and the batch.
 _LOGITS_AT_A_TIME = 1 << 22
 
@@ -70,12 +71,13 @@ class Perplexity:
             ids = torch.stack([self._tokens[window.start : window.end] for window in windows])
             targets = ids.clone()
             for row, window in zip(targets, windows, strict=True):
-                row[: window.length - window.scored] = NOT_SCORED
+                row[: window.length - window.scored] = IGNORED
             full = len(windows) == self._batch_size and windows[0].length == self._seq_len
-            yield Batch([{"input_ids": ids}], targets, samples=len(windows), tokens=ids.numel(), full=full)
+            yield Batch(({"input_ids": ids},), targets, full)
 
     def consume(self, batch: Batch, outputs: Sequence[Any]) -> None:
-        loss, scored = summed_loss(outputs[0].logits, batch.targets)
+        assert batch.labels is not None, "windows have the tokens to predict"
+        loss, scored = summed_loss(outputs[0].logits, batch.labels)
         self._loss += loss
         self._scored += scored
 
@@ -97,7 +99,7 @@ def read_tokens(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tens
         DataError: the text has fewer than two tokens, so that there is nothing to predict.
         ModelError: the tokenizer is not the model's.
     """
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     if len(ids) < 2:
         raise DataError(f"the text is too short: perplexity needs at least 2 tokens, it has {len(ids)}")
     check_vocabulary(max(ids), vocabulary, source)
@@ -124,14 +126,14 @@ def summed_loss(logits: Tensor, targets: Tensor) -> tuple[float, int]:
 
     Args:
         logits: [batch, length, vocabulary], in any dtype; those at i say what token i + 1 is.
-        targets: [batch, length] of token ids, or NOT_SCORED; never scored in the first column.
+        targets: [batch, length] of token ids, or IGNORED; never scored in the first column.
 
     Raises:
         DataError: a logit is NaN or infinite.
     """
     flat = logits.flatten(0, 1)
     following = targets.flatten()
-    scored = (following != NOT_SCORED).nonzero()[:, 0]
+    scored = (following != IGNORED).nonzero()[:, 0]
     total = 0.0
     for rows in torch.split(scored, max(1, _LOGITS_AT_A_TIME // flat.shape[-1])):
         chosen = check_finite(flat[rows - 1]).float()

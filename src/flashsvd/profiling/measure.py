@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flashsvd.data.tokenize import Batch
 from flashsvd.errors import described
-from flashsvd.evaluation.loop import Batch, Job, Timings, run_job
+from flashsvd.evaluation.loop import Job, Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload

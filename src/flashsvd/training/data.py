@@ -12,7 +12,8 @@ from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import SUFFIXES, Examples, Split, UnknownClassError, files_of, load_examples
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import TASKS, Task, get_task
-from flashsvd.data.text import TEXT_SUFFIXES, load_text
+from flashsvd.data.text import TEXT_SUFFIXES, lines_of, load_text
+from flashsvd.data.tokenize import Tokenize
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import head_classes
@@ -27,7 +28,7 @@ from flashsvd.training.objectives import (
     balanced_weights,
     masked_rows,
 )
-from flashsvd.training.rows import Row, Rows, encode
+from flashsvd.training.rows import Row, Rows
 
 log = logging.getLogger("flashsvd")
 
@@ -181,10 +182,8 @@ def _scale(task: Task, train: Examples | None) -> float:
 def _example_rows(examples: Examples | None, task: Task, tokenizer: Any, seq_len: int, scale: float) -> Rows | None:
     if examples is None:
         return None
-    columns = [list(column) for column in zip(*examples.texts, strict=True)]
-    calls = [[column] for column in columns] if task.head == "encoder" else [columns]
-    parts = zip(*(encode(tokenizer, call, seq_len) for call in calls), strict=True)
-    return Rows([Row(tuple(part), label / scale) for part, label in zip(parts, examples.labels, strict=True)])
+    encoded = Tokenize.of(task, tokenizer, seq_len).encode(examples.texts)
+    return Rows([Row(parts, label / scale) for parts, label in zip(encoded, examples.labels, strict=True)])
 
 
 def _class_weights(config: FinetuneConfig, task: Task, train: Examples | None) -> Any:
@@ -196,9 +195,8 @@ def _text_rows(source: _Source | None, config: FinetuneConfig, tokenizer: Any, s
     if source is None:
         return None
     text = load_text(TASKS["wikitext2"], source.split, source.data, source.option)
-    lines = [line for line in text.splitlines() if line.strip()]
     special = set(tokenizer.all_special_ids)
-    encodings = encode(tokenizer, [lines], seq_len, whole=True) if lines else []
+    encodings = Tokenize(tokenizer, seq_len).encode_whole(lines_of(text))
     # A line of unknown words, say, leaves nothing to predict.
     encodings = [encoding for encoding in encodings if set(encoding["input_ids"]) - special]
     if not encodings:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from flashsvd.calibration.losses import cosine_loss
 from flashsvd.data.sampling import IGNORED, choose_masked
 from flashsvd.data.tasks import Task
+from flashsvd.data.tokenize import Encoding
 from flashsvd.evaluation.labelled import Classifier, SentenceSimilarity
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.training.rows import Encoding, Row, Tensors
+from flashsvd.training.rows import Row, Tensors
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flashsvd.data.sampling import IGNORED
-from flashsvd.errors import ModelError
+from flashsvd.data.tokenize import Encoding
 
-Encoding: TypeAlias = Mapping[str, list[int]]
 # A class id or score, or the token to predict at each place; None where labels are made while training.
 Label: TypeAlias = float | list[int] | None
 Tensors: TypeAlias = dict[str, Tensor]
@@ -63,22 +62,6 @@ class Rows(Dataset[Row]):
         return max(max(part["input_ids"]) for row in self._rows for part in row.parts)
 
 
-def encode(tokenizer: Any, columns: Sequence[list[str]], seq_len: int, *, whole: bool = False) -> list[Encoding]:
-    """Tokenise texts, or pairs of texts, each cut to `seq_len` tokens.
-
-    Args:
-        whole: cut a longer text into several encodings instead, so that nothing is lost.
-
-    Raises:
-        ModelError: the tokenizer cannot do that.
-    """
-    if whole and not tokenizer.is_fast:
-        raise ModelError("long lines are cut by fast tokenizers only, and this model has no tokenizer.json; make one")
-    encoded = tokenizer(*columns, truncation=True, max_length=seq_len, return_overflowing_tokens=whole)
-    names = [name for name in encoded if name != "overflow_to_sample_mapping"]
-    return [dict(zip(names, values, strict=True)) for values in zip(*(encoded[name] for name in names), strict=True)]
-
-
 @dataclass(frozen=True)
 class Collate:
     """Rows -> tensors [B, S], or [B, 2, S] for two texts a row, padded to the longest; `labels` [B] or [B, S]."""
@@ -86,24 +69,23 @@ class Collate:
     tokenizer: Any
 
     def __call__(self, rows: Sequence[Row]) -> Tensors:
-        encodings = [part for row in rows for part in row.parts]
-        batch: Tensors = {name: self._padded(name, encodings) for name in encodings[0]}
+        from transformers import DataCollatorWithPadding
+
+        encodings = [dict(part) for row in rows for part in row.parts]
+        batch: Tensors = dict(DataCollatorWithPadding(self.tokenizer)(encodings))
         texts = len(rows[0].parts)
         if texts > 1:
             batch = {name: values.view(len(rows), texts, -1) for name, values in batch.items()}
         labels = [row.label for row in rows]
         if isinstance(labels[0], list):
-            batch["labels"] = self._pad([label for label in labels if isinstance(label, list)], IGNORED)
+            batch["labels"] = self._pad([label for label in labels if isinstance(label, list)])
         elif labels[0] is not None:
             batch["labels"] = torch.tensor(labels)
         return batch
 
-    def _padded(self, name: str, encodings: Sequence[Encoding]) -> Tensor:
-        fillers = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return self._pad([encoding[name] for encoding in encodings], fillers.get(name, 0))
-
-    def _pad(self, rows: Sequence[list[int]], filler: int) -> Tensor:
-        longest = max(map(len, rows))
+    def _pad(self, labels: Sequence[list[int]]) -> Tensor:
+        """Labels of tokens, padded as their inputs are by what is not to be predicted."""
+        longest = max(map(len, labels))
         left = self.tokenizer.padding_side == "left"
-        fill = [[filler] * (longest - len(row)) for row in rows]
-        return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)])
+        fill = [[IGNORED] * (longest - len(row)) for row in labels]
+        return torch.tensor([pad + row if left else row + pad for row, pad in zip(labels, fill, strict=True)])
