@@ -26,6 +26,7 @@ from attention_operands import (
 )
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from flashsvd.kernels.packed import both_sides
 from harness import Case, Prepared, Settings, Variant, finish, parse, run
 from plot import lines
 
@@ -80,8 +81,9 @@ def rank_space_case(name: str, batch: int, length: int, window: int | None) -> C
 
         def kernel() -> Tensor:
             result = flash_attention(
-                o.folded, k, v, o.cu_seqlens, length, scale=o.scale, window=window, backend=settings.backend
-            )
+                o.folded, k, v, *o.packed,
+                softmax_scale=o.scale, window_size=both_sides(window), backend=settings.backend,
+            )  # fmt: skip
             return o.sequences(result)
 
         yield Variant.of("flashsvd", kernel, check, flops)
@@ -125,8 +127,8 @@ def rope_case(name: str, batch: int, length: int, window: int | None) -> Case:
             p_q, p_k, p_v = o.p
             v_q, v_k, _ = o.v
             result = flashsvd_rope_attention(
-                p_q, v_q, p_k, v_k, p_v, rotation.cos, rotation.sin, o.cu_seqlens, length,
-                scale=o.scale, window=window, backend=settings.backend,
+                p_q, v_q, p_k, v_k, p_v, rotation.cos, rotation.sin, *o.packed,
+                softmax_scale=o.scale, window_size=both_sides(window), backend=settings.backend,
             )  # fmt: skip
             return o.sequences(result)
 
