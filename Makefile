@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn
+GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn launch
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo notebook test lint types layers bench bench-gpu clean

@@ -53,7 +53,7 @@ def equal_case(batch: int, length: int, rank: int) -> Case:
             return attend(o.sequences(o.folded), o.sequences(k), o.sequences(v), o.scale, None)
 
         def kernel() -> Tensor:
-            result = flashsvd_attention(o.folded, k, v, o.cu_seqlens, length, scale=o.scale, backend=settings.backend)
+            result = flashsvd_attention(o.folded, k, v, *o.packed, softmax_scale=o.scale, backend=settings.backend)
             return o.sequences(result)
 
         yield Variant.of("rank space, SDPA", sdpa, check, flops)
@@ -75,6 +75,7 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
     real = torch.arange(length, device=settings.device) < torch.tensor(lengths, device=settings.device)[:, None]
     index = real.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.tensor([0, *lengths], device=settings.device).cumsum(0).to(torch.int32)
+    both = (cu_seqlens, cu_seqlens, longest, longest)
     mask = real[:, None, None]
     # The three side by side, so that padding is taken out of all of them at once.
     padded = torch.stack((o.folded, o.p[1], o.p[2]), 1)
@@ -87,7 +88,7 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
 
     def kernel(operands: Tensor) -> Tensor:
         q, k, v = operands.unbind(1)
-        return flashsvd_attention(q, k, v, cu_seqlens, longest, scale=o.scale, backend=settings.backend)
+        return flashsvd_attention(q, k, v, *both, softmax_scale=o.scale, backend=settings.backend)
 
     def unpadding() -> Tensor:
         found = kernel(padded.index_select(0, index))
@@ -95,9 +96,7 @@ def ragged_variants(settings: Settings, length: int, rank: int, lengths: list[in
 
     def library() -> Tensor:
         q, k, v = packed.unbind(1)
-        found: Tensor = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, False, False, scale=o.scale
-        )[0]
+        found: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, *both, 0.0, False, False, scale=o.scale)[0]
         return found
 
     flops = 4.0 * o.heads * sum(n * n for n in lengths)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from flashsvd.kernels.packed import both_sides
 from support.attention_operands import (
     HEAD_DIM,
     Operands,
@@ -80,8 +81,9 @@ def rank_space_case(name: str, batch: int, length: int, window: int | None) -> C
 
         def kernel() -> Tensor:
             result = flash_attention(
-                o.folded, k, v, o.cu_seqlens, length, scale=o.scale, window=window, backend=settings.backend
-            )
+                o.folded, k, v, *o.packed,
+                softmax_scale=o.scale, window_size=both_sides(window), backend=settings.backend,
+            )  # fmt: skip
             return o.sequences(result)
 
         yield Variant.of("flashsvd", kernel, check, flops)
@@ -125,8 +127,8 @@ def rope_case(name: str, batch: int, length: int, window: int | None) -> Case:
             p_q, p_k, p_v = o.p
             v_q, v_k, _ = o.v
             result = flashsvd_rope_attention(
-                p_q, v_q, p_k, v_k, p_v, rotation.cos, rotation.sin, o.cu_seqlens, length,
-                scale=o.scale, window=window, backend=settings.backend,
+                p_q, v_q, p_k, v_k, p_v, rotation.cos, rotation.sin, *o.packed,
+                softmax_scale=o.scale, window_size=both_sides(window), backend=settings.backend,
             )  # fmt: skip
             return o.sequences(result)
 

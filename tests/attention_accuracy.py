@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.flash_attn_triton import flash_attention
 from kernel_accuracy import DEVICE, Operands, assert_accurate, on_triton
 
 # Tokens after the last sequence.
@@ -22,6 +21,12 @@ SURPLUS = 5
 def cumulative(lengths: Sequence[int]) -> Tensor:
     """cu_seqlens of sequences of these lengths."""
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+def sequences(lengths: Sequence[int], longest: int | None = None) -> tuple[Tensor, Tensor, int, int]:
+    """`cu_seqlens` and the longest length, of queries and keys that lie alike."""
+    cu_seqlens, longest = cumulative(lengths), max(lengths) if longest is None else longest
+    return cu_seqlens, cu_seqlens, longest, longest
 
 
 def packed(make: Operands, lengths: Sequence[int], heads: int, width: int) -> Tensor:
@@ -46,15 +51,15 @@ def assert_attends_accurately(
     op: Callable[..., Tensor], *operands: Tensor, lengths: Sequence[int], tuning: Any = None, **options: Any
 ) -> None:
     """The operator on Triton, and with `tuning`, against the same in plain torch; tokens of no sequence stay as are."""
-    tokens, longest = sum(lengths), max(lengths)
-    options |= {"cu_seqlens": cumulative(lengths), "max_seqlen": longest}
-    in_torch = options | {"backend": "torch"}
+    tokens, (cu_seqlens, _, longest, _) = sum(lengths), sequences(lengths)
+    options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    in_torch = options | {"max_seqlen_q": longest, "max_seqlen_k": longest, "backend": "torch"}
     exact = op(*map(in_fp64, operands), **{name: in_fp64(option) for name, option in in_torch.items()})
     plain = op(*operands, **in_torch)
     out = torch.full_like(plain, torch.nan)
     # As where only the device knows the lengths, the longest may be shorter than is said.
-    options["max_seqlen"] = longest + 3
-    with on_triton(op), on_triton(flash_attention):
+    options |= {"max_seqlen_q": longest + 3, "max_seqlen_k": longest + 3}
+    with on_triton():
         result = op(*operands, **options, backend="triton", out=out, **(tuning or {}))
     assert result is out
     assert_accurate(out[:tokens], plain[:tokens], exact[:tokens])
@@ -69,16 +74,20 @@ def attend(
     scale: float,
     window: int | None = None,
     positions: Tensor | None = None,
+    lengths_k: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention one sequence and one head at a time, by its definition."""
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    ends = cumulative(lengths).tolist()
-    for start, end in itertools.pairwise(ends):
+    ends, ends_k = (cumulative(n).tolist() for n in (lengths, lengths if lengths_k is None else lengths_k))
+    spans = zip(itertools.pairwise(ends), itertools.pairwise(ends_k), strict=True)
+    for (start, end), (start_k, end_k) in spans:
+        if start_k == end_k:
+            continue
         place = torch.arange(end - start, device=q.device) if positions is None else positions[start:end]
         for head in range(q.shape[1]):
             i_kv = head * k.shape[1] // q.shape[1]
-            scores = scale * q[start:end, head] @ k[start:end, i_kv].T
+            scores = scale * q[start:end, head] @ k[start_k:end_k, i_kv].T
             if window is not None:
                 scores[(place[:, None] - place).abs() > window] = -torch.inf
-            out[start:end, head] = scores.softmax(-1) @ v[start:end, i_kv]
+            out[start:end, head] = scores.softmax(-1) @ v[start_k:end_k, i_kv]
     return out

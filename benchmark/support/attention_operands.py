@@ -54,6 +54,11 @@ class Operands:
         return cls(batch, length, heads, window, (p[0], p[1], p[2]), (v[0], v[1], v[2]), folded, cu_seqlens)
 
     @property
+    def packed(self) -> tuple[Tensor, Tensor, int, int]:
+        """`cu_seqlens` and the longest length, of queries and of keys."""
+        return self.cu_seqlens, self.cu_seqlens, self.length, self.length
+
+    @property
     def rank(self) -> int:
         return self.folded.shape[2]
 

@@ -12,8 +12,9 @@ from attention_accuracy import assert_attends_accurately, cumulative, packed, wi
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
 from flashsvd.kernels.flashsvdropeattn import LARGEST_LIFTED_RANK, flashsvd_rope_attention
+from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.tiles import Tiles
-from kernel_accuracy import Operands
+from kernel_accuracy import Operands, assert_accurate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,13 +29,13 @@ Operation = tuple[Any, list[Tensor], dict[str, Any]]
 def dense(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
     kv_heads = 4 if joint else HEADS
     q, k, v = (packed(make, lengths, heads, rank) for heads in (HEADS, kv_heads, kv_heads))
-    return flash_attention, [q, k, v], {"scale": rank**-0.5}
+    return flash_attention, [q, k, v], {"softmax_scale": rank**-0.5}
 
 
 def rank_space(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
     kv_heads = 1 if joint else HEADS
     q, p_k, p_v = (packed(make, lengths, heads, rank) for heads in (HEADS, kv_heads, kv_heads))
-    return flashsvd_attention, [q, p_k, p_v], {"scale": rank**-0.5}
+    return flashsvd_attention, [q, p_k, p_v], {"softmax_scale": rank**-0.5}
 
 
 def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, head_dim: int = HEAD_DIM) -> Operation:
@@ -43,7 +44,7 @@ def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, hea
     v_q, v_k = (make.weight(HEADS, lifted, head_dim, walked=1) for _ in range(2))
     frequencies = 10000.0 ** -(torch.arange(head_dim // 2, device="cuda") / (head_dim // 2))
     angles = torch.arange(PLACES, device="cuda")[:, None] * frequencies
-    options = {"scale": head_dim**-0.5, "b_q": make(HEADS, head_dim), "b_k": make(HEADS, head_dim)}
+    options = {"softmax_scale": head_dim**-0.5, "b_q": make(HEADS, head_dim), "b_k": make(HEADS, head_dim)}
     return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, angles.cos(), angles.sin()], options
 
 
@@ -89,8 +90,24 @@ def test_tables_in_the_dtype_of_the_activations(holes: bool) -> None:
 @pytest.mark.parametrize("window", [0, 64, 1000])
 def test_a_window_with_and_without_holes(operands: Any, window: int, holes: bool, dtype: torch.dtype) -> None:
     op, given, options = operands(Operands(dtype), LENGTHS, 64, False)
-    options |= {"window": window, "positions": with_holes(LENGTHS) if holes else None}
+    options |= {"window_size": both_sides(window), "positions": with_holes(LENGTHS) if holes else None}
     assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [24, 64, 160])
+def test_keys_of_other_lengths_than_the_queries(rank: int, dtype: torch.dtype) -> None:
+    make, lengths, lengths_k = Operands(dtype), (100, 65, 3, 20), (431, 0, 64, 1)
+    q, k, v = (packed(make, n, HEADS, rank) for n in (lengths, lengths_k, lengths_k))
+    options: dict[str, Any] = {"cu_seqlens_q": cumulative(lengths), "cu_seqlens_k": cumulative(lengths_k)}
+    options |= {"max_seqlen_q": 100, "max_seqlen_k": 431, "softmax_scale": rank**-0.5}
+    tokens = sum(lengths)
+    exact = flash_attention(q.double(), k.double(), v.double(), backend="torch", **options)[:tokens]
+    plain = flash_attention(q, k, v, backend="torch", **options)[:tokens]
+    result = flash_attention(q, k, v, backend="triton", **options)[:tokens]
+    assert_accurate(result, plain, exact)
+    # Queries of the sequence without keys.
+    assert result[100:165].eq(0).all()
 
 
 @KERNELS
@@ -109,8 +126,7 @@ def test_one_length_for_all(operands: Any, length: int) -> None:
 )
 def test_tiles_of_other_sizes(operands: Any, tiles: Tiles, window: int | None) -> None:
     op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
-    if window is not None:
-        options["window"] = window
+    options["window_size"] = both_sides(window)
     assert_attends_accurately(op, *given, lengths=LENGTHS, tuning={"tiles": tiles}, **options)
 
 
@@ -148,8 +164,9 @@ def test_tokens_beyond_32_bit_addresses(operands: Any) -> None:
         if x is not last:
             x[-133:] = last
     cu_seqlens = cumulative(lengths)
-    expected = op(*few, cu_seqlens, 100, backend="triton", **options)
-    result = op(*many, cu_seqlens + (tokens - 133), 100, backend="triton", **options)
+    expected = op(*few, cu_seqlens, cu_seqlens, 100, 100, backend="triton", **options)
+    later = cu_seqlens + (tokens - 133)
+    result = op(*many, later, later, 100, 100, backend="triton", **options)
     assert torch.equal(result[-133:], expected)
 
 
@@ -157,17 +174,17 @@ def test_tokens_beyond_32_bit_addresses(operands: Any) -> None:
 def test_in_a_cuda_graph(operands: Any) -> None:
     op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
     cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
-    expected = op(*given, cu_seqlens, 431, backend="triton", **options)[:tokens]
+    expected = op(*given, cu_seqlens, cu_seqlens, 431, 431, backend="triton", **options)[:tokens]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = op(*given, cu_seqlens, 431, backend="triton", **options)
+        result = op(*given, cu_seqlens, cu_seqlens, 431, 431, backend="triton", **options)
     result.fill_(torch.nan)
     graph.replay()
     assert torch.equal(result[:tokens], expected)
     # Other lengths in the same graph.
     cu_seqlens.copy_(cumulative((65, 431, 1, 100, 0)))
     graph.replay()
-    expected = op(*given, cu_seqlens, 431, backend="triton", **options)[:tokens]
+    expected = op(*given, cu_seqlens, cu_seqlens, 431, 431, backend="triton", **options)[:tokens]
     assert torch.equal(result[:tokens], expected)
 
 
@@ -175,6 +192,6 @@ def test_in_a_cuda_graph(operands: Any) -> None:
 def test_in_a_compiled_model(operands: Any) -> None:
     op, given, options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
     cu_seqlens, tokens = cumulative(LENGTHS), sum(LENGTHS)
-    compiled = torch.compile(lambda *given: op(*given, cu_seqlens, 431, **options) + 1, fullgraph=True)
-    expected = op(*given, cu_seqlens, 431, backend="triton", **options) + 1
+    compiled = torch.compile(lambda *given: op(*given, cu_seqlens, cu_seqlens, 431, 431, **options) + 1, fullgraph=True)
+    expected = op(*given, cu_seqlens, cu_seqlens, 431, 431, backend="triton", **options) + 1
     torch.testing.assert_close(compiled(*given)[:tokens], expected[:tokens])

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, flashsvdffnv2, flashsvdgeglu, flashsvdropeattn
+from flashsvd.kernels.launch import precision
 from flashsvd.kernels.triton_import import TensorDescriptor
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
@@ -53,10 +54,10 @@ def kind(argument: Any) -> str:
     return "constexpr" if argument is None else "i32"
 
 
-def shared_memory(module: Any, kernel: str, *arguments: Any) -> int:
-    compiler = Compiler(getattr(module, kernel))
+def shared_memory(module: Any, kernel: str, *call: Any) -> int:
+    op, compiler = module._op, Compiler(getattr(module, kernel))
     with patch.object(module, kernel, compiler), patch.object(module, "generation", return_value="hopper"):
-        module._launch(*arguments)
+        op.launch(op.call(*call), precision(call[0]))
     return compiler.shared
 
 
@@ -66,30 +67,31 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
 
     p, q, lift, down, bias = zeros(1, rank), zeros(1, rank), zeros(64, rank), zeros(64, rank), zeros(64)
     x, narrow, wide = zeros(1000, 64), zeros(rank, 64), zeros(64, rank)
-    ffn, tail = [p, lift, bias, down], ["triton", "gelu", None, 1]
-    sequences = [torch.zeros(2, dtype=torch.int32), 1000]
+    ffn, options = [lift, bias, down], ["gelu", 1]
+    gated = [lift, lift, down, bias, bias]
+    sequences = torch.zeros(2, dtype=torch.int32)
+    heads = [*[zeros(1, 1, rank)] * 3, sequences, None, None, None]
     return {
-        "v1": shared_memory(flashsvdffnv1, "_ffn_v1", *ffn, *tail),
-        "v1 of more tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(1000, rank), *ffn[1:], *tail),
-        "v1 of many tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(5000, rank), *ffn[1:], *tail),
-        "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, lift, lift, down, bias, bias, *tail),
-        "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, p, lift, lift, down, bias, bias, *tail),
-        "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, lift, bias, down, wide, bias, *tail[:-1]),
-        "attention": shared_memory(
-            flash_attn_triton, "_attention", *[zeros(1, 1, rank)] * 3, *sequences, 1.0, None, None, "triton", None, None
+        "v1": shared_memory(flashsvdffnv1, "_ffn_v1", p, *ffn, *options),
+        "v1 of more tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(1000, rank), *ffn, *options),
+        "v1 of many tokens": shared_memory(flashsvdffnv1, "_ffn_v1", zeros(5000, rank), *ffn, *options),
+        "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, *gated, *options),
+        "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, None, *gated, *options),
+        "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, *ffn, wide, bias, "gelu"),
+        "attention": shared_memory(flash_attn_triton, "_attention", *heads, 1000, 1000, 1.0, -1),
+        "attention to other keys": shared_memory(
+            flash_attn_triton, "_attention", *heads[:4], sequences.clone(), None, None, 1000, 1000, 1.0, -1
         ),
         "rotary attention": rotary(zeros, rank, 128, sequences),
     }
 
 
-def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: list[Any]) -> int:
+def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor) -> int:
     """At the widest rank of values, queries and keys stay at the widest that the kernel takes of them."""
     lifted = min(rank, flashsvdropeattn.LARGEST_LIFTED_RANK)
     p, v, table = zeros(1, 1, lifted), zeros(1, lifted, head_dim), torch.zeros(1000, head_dim // 2)
-    operands = [p, v, p, v, zeros(1, 1, rank), table, table]
-    return shared_memory(
-        flashsvdropeattn, "_rope_attention", *operands, *sequences, 1.0, None, None, None, None, "triton", None, None
-    )
+    operands = [p, v, p, v, zeros(1, 1, rank), table, table, sequences, None, None, None, None]
+    return shared_memory(flashsvdropeattn, "_rope_attention", *operands, 1000, 1.0, -1)
 
 
 if __name__ == "__main__":

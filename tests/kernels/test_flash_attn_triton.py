@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_accuracy import SURPLUS, assert_attends_accurately, attend, cumulative, packed, with_holes
+from attention_accuracy import SURPLUS, assert_attends_accurately, attend, cumulative, packed, sequences, with_holes
 from flashsvd.errors import BackendError
-from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_reference, side_by_side
+from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_reference
+from flashsvd.kernels.flashsvdattn import flashsvd_attention
+from flashsvd.kernels.packed import both_sides, side_by_side
 from flashsvd.kernels.tiles import Tiles
-from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
+from kernel_accuracy import DEVICE, DTYPES, Operands, assert_accurate, on_triton
 
 # Rows beyond a sequence have no sum to divide by; the interpreter says so, and they are not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -37,7 +39,7 @@ def operands(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_sequences_of_any_length(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_attends_accurately(flash_attention, *operands(lengths, dtype=dtype), lengths=lengths, scale=SCALE)
+    assert_attends_accurately(flash_attention, *operands(lengths, dtype=dtype), lengths=lengths, softmax_scale=SCALE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,13 +48,13 @@ def test_sequences_of_any_length(lengths: tuple[int, ...], dtype: torch.dtype) -
 )
 def test_any_two_widths(width_k: int, width_v: int, dtype: torch.dtype) -> None:
     given = operands((20, 33), width_k=width_k, width_v=width_v, dtype=dtype)
-    assert_attends_accurately(flash_attention, *given, lengths=(20, 33), scale=SCALE)
+    assert_attends_accurately(flash_attention, *given, lengths=(20, 33), softmax_scale=SCALE)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (3, 1)])
 def test_heads_of_queries_that_share_keys_and_values(heads: int, kv_heads: int) -> None:
     given = operands((5, 20), heads, kv_heads)
-    assert_attends_accurately(flash_attention, *given, lengths=(5, 20), scale=SCALE)
+    assert_attends_accurately(flash_attention, *given, lengths=(5, 20), softmax_scale=SCALE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +64,14 @@ def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.
     lengths = (65, 1, 0, 20)
     positions = with_holes(lengths) if holes else None
     given = operands(lengths, dtype=dtype)
-    assert_attends_accurately(flash_attention, *given, lengths=lengths, scale=SCALE, window=window, positions=positions)
+    assert_attends_accurately(
+        flash_attention,
+        *given,
+        lengths=lengths,
+        softmax_scale=SCALE,
+        window_size=both_sides(window),
+        positions=positions,
+    )
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -70,7 +79,12 @@ def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.
 def test_tiles_of_other_sizes(tiles: Tiles, window: int | None) -> None:
     lengths = (65, 3)
     assert_attends_accurately(
-        flash_attention, *operands(lengths), lengths=lengths, scale=SCALE, window=window, tuning={"tiles": tiles}
+        flash_attention,
+        *operands(lengths),
+        lengths=lengths,
+        softmax_scale=SCALE,
+        window_size=both_sides(window),
+        tuning={"tiles": tiles},
     )
 
 
@@ -79,22 +93,23 @@ def test_strided_lengths_and_positions() -> None:
     q, k, v = operands(lengths)
     cu, positions = cumulative(lengths).to(DEVICE), with_holes(lengths).to(DEVICE)
     every_other = [torch.stack([x, x * 0 + 7], 1)[:, 0] for x in (cu, positions)]
-    options: dict[str, Any] = {"scale": SCALE, "window": 7, "backend": "triton"}
-    expected = flash_attention(q, k, v, cu, 33, positions=positions, **options)
-    found = flash_attention(q, k, v, every_other[0], 33, positions=every_other[1], **options)
+    options: dict[str, Any] = {"softmax_scale": SCALE, "window_size": (7, 7), "backend": "triton"}
+    expected = flash_attention(q, k, v, cu, cu, 33, 33, positions=positions, **options)
+    strided, places = every_other
+    found = flash_attention(q, k, v, strided, strided, 33, 33, positions=places, **options)
     assert torch.equal(found[: sum(lengths)], expected[: sum(lengths)])
 
 
 def test_positions_of_another_kind_are_refused() -> None:
     q, k, v = operands((3,))
     with pytest.raises(ValueError, match="positions are int32"):
-        flash_attention(q, k, v, cumulative((3,)), 3, scale=SCALE, positions=torch.arange(len(q)))
+        flash_attention(q, k, v, *sequences((3,)), softmax_scale=SCALE, positions=torch.arange(len(q)))
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     q, k, v = operands((65,))
     for factor in (-1e4, 1e4):
-        assert_attends_accurately(flash_attention, q * factor, k, v, lengths=(65,), scale=1.0)
+        assert_attends_accurately(flash_attention, q * factor, k, v, lengths=(65,), softmax_scale=1.0)
 
 
 def test_operands_that_no_descriptor_can_describe() -> None:
@@ -107,7 +122,7 @@ def test_operands_that_no_descriptor_can_describe() -> None:
         k.mT.contiguous().mT,
         v[:, :1].expand(-1, 2, -1),
         lengths=lengths,
-        scale=SCALE,
+        softmax_scale=SCALE,
     )
 
 
@@ -115,16 +130,16 @@ def test_views_of_one_product_are_not_copied() -> None:
     lengths = (20, 7)
     qkv = Operands()(sum(lengths) + SURPLUS, 2 * (24 + 24 + 40))
     q, k, v = (part.unflatten(1, (2, -1)) for part in qkv.split([48, 48, 80], dim=1))
-    assert all(side_by_side(x)[0].data_ptr() == x.data_ptr() for x in (q, k, v))
-    assert_attends_accurately(flash_attention, q, k, v, lengths=lengths, scale=SCALE)
+    assert all(side_by_side(x).data_ptr() == x.data_ptr() for x in (q, k, v))
+    assert_attends_accurately(flash_attention, q, k, v, lengths=lengths, softmax_scale=SCALE)
 
 
 def test_the_result_goes_into_a_part_of_a_larger_tensor() -> None:
     given = operands((20,))
     around = torch.full((20 + SURPLUS, 3, 56), torch.nan, device=DEVICE)
-    with on_triton(flash_attention):
-        flash_attention(*given, cumulative((20,)), 20, scale=SCALE, backend="triton", out=around[:, :2, 8:48])
-    expected = flash_attention_reference(*given, cumulative((20,)), 20, scale=SCALE)
+    with on_triton():
+        flash_attention(*given, *sequences((20,)), softmax_scale=SCALE, backend="triton", out=around[:, :2, 8:48])
+    expected = flash_attention_reference(*given, *sequences((20,)), softmax_scale=SCALE)
     torch.testing.assert_close(around[:20, :2, 8:48], expected[:20])
     around[:20, :2, 8:48] = torch.nan
     assert around.isnan().all()
@@ -133,7 +148,7 @@ def test_the_result_goes_into_a_part_of_a_larger_tensor() -> None:
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
 def test_no_tokens(lengths: tuple[int, ...]) -> None:
     q, k, v = (x[:0] for x in operands((3,)))
-    result = flash_attention(q, k, v, cumulative(lengths), 0, scale=SCALE, backend="triton")
+    result = flash_attention(q, k, v, *sequences(lengths, 0), softmax_scale=SCALE, backend="triton")
     assert result.shape == (0, 2, 40)
 
 
@@ -146,7 +161,7 @@ def test_the_reference_is_attention_by_its_definition(
     q, k, v = (x[:-SURPLUS].double() for x in operands(lengths, heads=4, kv_heads=2))
     positions = with_holes(lengths)[:-SURPLUS] if holes else None
     result = flash_attention_reference(
-        q, k, v, cumulative(lengths), max(lengths), scale=SCALE, window=window, positions=positions
+        q, k, v, *sequences(lengths), softmax_scale=SCALE, window_size=both_sides(window), positions=positions
     )
     torch.testing.assert_close(result, attend(q, k, v, lengths, SCALE, window, positions))
 
@@ -154,19 +169,25 @@ def test_the_reference_is_attention_by_its_definition(
 @pytest.mark.parametrize("window", [None, 5])
 def test_in_a_compiled_graph(window: int | None) -> None:
     q, k, v = (x[:-SURPLUS] for x in operands((20, 7)))
-    cu_seqlens = cumulative((20, 7))
+    lengths = sequences((20, 7))
 
     def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        return flash_attention(q, k, v, cu_seqlens, 20, scale=SCALE, window=window, backend="triton", out=out) + 1
+        return (
+            flash_attention(
+                q, k, v, *lengths, softmax_scale=SCALE, window_size=both_sides(window), backend="triton", out=out
+            )
+            + 1
+        )
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    expected = flash_attention_reference(q, k, v, cu_seqlens, 20, scale=SCALE, window=window)
+    expected = flash_attention_reference(q, k, v, *lengths, softmax_scale=SCALE, window_size=both_sides(window))
     torch.testing.assert_close(compiled(q, k, v), expected + 1)
     out = torch.zeros_like(expected)
     torch.testing.assert_close(compiled(q, k, v, out), expected + 1)
     torch.testing.assert_close(out, expected)
+    operands_of_node = (q, k, v, lengths[0], None, with_holes((20, 7))[:27], torch.empty_like(expected))
     torch.library.opcheck(
-        torch.ops.flashsvd.flash_attention.default, (q, k, v, cu_seqlens, 20, SCALE, window, with_holes((20, 7))[:27])
+        torch.ops.flashsvd.flash_attention.default, (*operands_of_node, 20, 20, SCALE, -1 if window is None else window)
     )
 
 
@@ -177,22 +198,28 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: int, shap
     given[wrong] = torch.zeros(shape)
     if wrong == 2 and shape == (9, 2, 7):
         # Values may have a width of their own.
-        flash_attention(*given, cumulative((9,)).cpu(), 9, scale=SCALE)
+        flash_attention(
+            *given, *[x.cpu() if isinstance(x, Tensor) else x for x in sequences((9,))], softmax_scale=SCALE
+        )
         return
     with pytest.raises(ValueError, match=f"{shape}".replace("(", r"\(").replace(")", r"\)") + ".* do not fit"):
-        flash_attention(*given, cumulative((9,)), 9, scale=SCALE)
+        flash_attention(*given, *sequences((9,)), softmax_scale=SCALE)
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"scale": 0.0}, "scale is a positive number, not 0.0"),
-        ({"scale": float("nan")}, "not nan"),
-        ({"scale": float("inf")}, "not inf"),
-        ({"window": -1}, "window is a number of positions, not -1"),
-        ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens is int32 \[B \+ 1\], not torch.int64 \(2,\)"),
-        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, r"not torch.int32 \(1, 2\)"),
-        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"not torch.int32 \(0,\)"),
+        ({"softmax_scale": 0.0}, "softmax_scale is a positive number, not 0.0"),
+        ({"softmax_scale": float("nan")}, "not nan"),
+        ({"softmax_scale": float("inf")}, "not inf"),
+        ({"window_size": (-2, -2)}, "window_size is a number of positions, or -1 for no window, not -2"),
+        ({"cu_seqlens_q": torch.tensor([0, 9])}, r"cu_seqlens_q is int32 \[B \+ 1\], not torch.int64 \(2,\)"),
+        ({"cu_seqlens_q": torch.zeros(1, 2, dtype=torch.int32)}, r"not torch.int32 \(1, 2\)"),
+        ({"cu_seqlens_q": torch.zeros(0, dtype=torch.int32)}, r"not torch.int32 \(0,\)"),
+        ({"cu_seqlens_k": torch.tensor([0, 9])}, r"cu_seqlens_k is int32 \[B \+ 1\], not torch.int64 \(2,\)"),
+        ({"cu_seqlens_k": torch.tensor([0, 4, 9]).int()}, r"equally many sequences, not \(2,\) and \(3,\)"),
+        ({"cu_seqlens_k": torch.tensor([0, 9]).int(), "window_size": (2, 2)}, "pass cu_seqlens_q twice"),
+        ({"cu_seqlens_k": torch.tensor([0, 9]).int(), "positions": torch.arange(9).int()}, "pass cu_seqlens_q twice"),
         ({"backend": "triton", "tiles": "autotune"}, "needs a GPU"),
         ({"backend": "triton", "out": torch.zeros(9, 2, 7)}, r"out is \(9, 2, 8\) with whole rows, not \(9, 2, 7\)"),
         ({"backend": "triton", "out": torch.zeros(9, 8, 2).mT}, r"with strides \(16, 1, 2\)"),
@@ -200,25 +227,69 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: int, shap
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
     x = torch.zeros(9, 2, 8)
-    given = {"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32), "max_seqlen": 9, "scale": SCALE}
+    lengths = torch.tensor([0, 9], dtype=torch.int32)
+    given = {"cu_seqlens_q": lengths, "max_seqlen_q": 9, "max_seqlen_k": 9, "softmax_scale": SCALE} | options
     with pytest.raises(ValueError, match=why):
-        flash_attention(x, x, x, **(given | options))
+        flash_attention(x, x, x, **({"cu_seqlens_k": given["cu_seqlens_q"]} | given))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"causal": True}, "causal=True is not supported yet"),
+        ({"window_size": (4, 0)}, r"window_size is the same number of positions .* not \(4, 0\)"),
+        ({"window_size": (-1, 0)}, r"not \(-1, 0\)"),
+    ],
+)
+def test_masks_that_no_kernel_has_are_refused_before_any_work(options: dict[str, Any], why: str, backend: Any) -> None:
+    unread: Any = None
+    for op in (flash_attention, flashsvd_attention):
+        with pytest.raises(ValueError, match=why):
+            op(unread, unread, unread, *sequences((9,)), softmax_scale=SCALE, backend=backend, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize("lengths_k", [(3, 65, 20), (65, 0, 1), (0, 0, 0)])
+def test_keys_of_other_lengths_than_the_queries(
+    lengths_k: tuple[int, ...], heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    lengths, make = (20, 3, 33), Operands(dtype)
+    q, k, v = (
+        packed(make, lengths, heads, 24),
+        packed(make, lengths_k, kv_heads, 24),
+        packed(make, lengths_k, kv_heads, 40),
+    )
+    options: dict[str, Any] = {"cu_seqlens_q": cumulative(lengths), "cu_seqlens_k": cumulative(lengths_k)}
+    options |= {"max_seqlen_q": 33, "max_seqlen_k": max(lengths_k), "softmax_scale": SCALE}
+    exact = attend(q.double(), k.double(), v.double(), lengths, SCALE, lengths_k=lengths_k)[:56]
+    plain = flash_attention(q, k, v, backend="torch", **options)[:56]
+    out = torch.full((56 + SURPLUS, heads, 40), torch.nan, dtype=dtype, device=DEVICE)
+    with on_triton():
+        flash_attention(q, k, v, backend="triton", out=out, **options)
+    torch.testing.assert_close(plain, exact.to(dtype), atol=1e-2 if dtype == torch.float16 else 1e-5, rtol=1e-3)
+    if any(lengths_k):
+        assert_accurate(out[:56], plain, exact)
+    else:
+        assert out[:56].eq(0).all()
+    assert out[56:].isnan().all()
 
 
 def test_mixed_dtypes_are_refused() -> None:
     q, k, v = operands((9,))
     with pytest.raises(ValueError, match=r"queries torch.float16, keys torch.float32"):
-        flash_attention(q.half(), k, v, cumulative((9,)), 9, scale=SCALE)
+        flash_attention(q.half(), k, v, *sequences((9,)), softmax_scale=SCALE)
 
 
 def test_a_width_that_does_not_fit_on_chip_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 520 is above 512"):
-        flash_attention(*operands((9,), width_v=520), cumulative((9,)), 9, scale=SCALE, backend="triton")
+        flash_attention(*operands((9,), width_v=520), *sequences((9,)), softmax_scale=SCALE, backend="triton")
 
 
 def test_fp64_is_left_to_torch() -> None:
     given = [x[:-SURPLUS] for x in operands((9,), dtype=torch.float64)]
     with pytest.raises(BackendError, match="not float64"):
-        flash_attention(*given, cumulative((9,)), 9, scale=SCALE, backend="triton")
-    expected = flash_attention_reference(*given, cumulative((9,)), 9, scale=SCALE)
-    assert torch.equal(flash_attention(*given, cumulative((9,)), 9, scale=SCALE), expected)
+        flash_attention(*given, *sequences((9,)), softmax_scale=SCALE, backend="triton")
+    expected = flash_attention_reference(*given, *sequences((9,)), softmax_scale=SCALE)
+    assert torch.equal(flash_attention(*given, *sequences((9,)), softmax_scale=SCALE), expected)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_accuracy import SURPLUS, assert_attends_accurately, attend, cumulative, packed
+from attention_accuracy import SURPLUS, assert_attends_accurately, attend, packed, sequences
 from flashsvd.errors import BackendError
-from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdattn import flashsvd_attention, flashsvd_attention_reference, fold_query
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
@@ -46,7 +45,7 @@ def test_rank_space_attention_is_attention_on_lifted_heads(lengths: tuple[int, .
     matrix, offset = fold_query(v_q, b_q, v_k)
     assert matrix.shape == (HEADS, 5, 4)
     attended = flashsvd_attention_reference(
-        lift(p_q, matrix, offset), p_k, p_v, cumulative(lengths), max(lengths), scale=SCALE
+        lift(p_q, matrix, offset), p_k, p_v, *sequences(lengths), softmax_scale=SCALE
     )
     torch.testing.assert_close(lift(attended, v_v, b_v), expected)
 
@@ -58,9 +57,9 @@ def test_folding_changes_fp32_by_rounding_alone(joint: bool) -> None:
     exact = [[None if x is None else x.double() for x in one] for one in (q, k, v)]
     expected = attend(*(lift(*one) for one in exact), lengths, SCALE)
     matrix, offset = fold_query(q[1], q[2], k[1])
-    with on_triton(flash_attention):
+    with on_triton():
         attended = flashsvd_attention(
-            lift(q[0], matrix, offset), k[0], v[0], cumulative(lengths), 33, scale=SCALE, backend="triton"
+            lift(q[0], matrix, offset), k[0], v[0], *sequences(lengths), softmax_scale=SCALE, backend="triton"
         )
     torch.testing.assert_close(lift(attended, *v[1:]).double(), expected, atol=2e-6, rtol=2e-6)
 
@@ -72,7 +71,7 @@ def test_any_two_ranks(r_k: int, r_v: int, shared: bool, dtype: torch.dtype) -> 
     lengths, make = (20, 1, 0, 33), Operands(dtype)
     kv_heads = 1 if shared else 2
     q, p_k, p_v = (packed(make, lengths, h, r) for h, r in ((2, r_k), (kv_heads, r_k), (kv_heads, r_v)))
-    assert_attends_accurately(flashsvd_attention, q, p_k, p_v, lengths=lengths, scale=0.2)
+    assert_attends_accurately(flashsvd_attention, q, p_k, p_v, lengths=lengths, softmax_scale=0.2)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 1), (63,), (65,), (100,)])
@@ -80,23 +79,23 @@ def test_sequences_of_any_length(lengths: tuple[int, ...]) -> None:
     make = Operands()
     q, p_k, p_v = (packed(make, lengths, 2, rank) for rank in (24, 24, 40))
     tuning = {"tiles": Tiles(32, 32)}
-    assert_attends_accurately(flashsvd_attention, q, p_k, p_v, lengths=lengths, scale=0.2, tuning=tuning)
+    assert_attends_accurately(flashsvd_attention, q, p_k, p_v, lengths=lengths, softmax_scale=0.2, tuning=tuning)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     q, p_k, p_v = (torch.zeros(9, 2, rank, device=DEVICE) for rank in (4, 5, 4))
     with pytest.raises(ValueError, match=r"queries \(9, 2, 4\), keys \(9, 2, 5\), values \(9, 2, 4\) do not fit"):
-        flashsvd_attention(q, p_k, p_v, cumulative((9,)), 9, scale=SCALE)
+        flashsvd_attention(q, p_k, p_v, *sequences((9,)), softmax_scale=SCALE)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU to time on")
 def test_tiles_are_not_timed_without_a_gpu() -> None:
     x = torch.zeros(9, 2, 8)
     with pytest.raises(ValueError, match="needs a GPU"):
-        flashsvd_attention(x, x, x, cumulative((9,)), 9, scale=SCALE, backend="triton", tiles="autotune")
+        flashsvd_attention(x, x, x, *sequences((9,)), softmax_scale=SCALE, backend="triton", tiles="autotune")
 
 
 def test_fp64_is_left_to_torch() -> None:
     x = torch.zeros(9, 2, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(BackendError, match="not float64"):
-        flashsvd_attention(x, x, x, cumulative((9,)), 9, scale=SCALE, backend="triton")
+        flashsvd_attention(x, x, x, *sequences((9,)), softmax_scale=SCALE, backend="triton")

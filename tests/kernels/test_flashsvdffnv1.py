@@ -71,7 +71,7 @@ def test_in_a_compiled_graph() -> None:
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), flashsvd_ffn_v1_reference(*given, "gelu"))
-    torch.library.opcheck(torch.ops.flashsvd.ffn_v1.default, (*given, "gelu"))
+    torch.library.opcheck(torch.ops.flashsvd.ffn_v1.default, (*given, "gelu", None))
 
 
 @pytest.mark.parametrize("wrong", range(4))

@@ -83,7 +83,7 @@ def test_in_a_compiled_graph() -> None:
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), flashsvd_geglu_reference(*given, "silu"))
-    torch.library.opcheck(torch.ops.flashsvd.geglu.default, (*given, "gelu"))
+    torch.library.opcheck(torch.ops.flashsvd.geglu.default, (*given, "gelu", None))
 
 
 @pytest.mark.parametrize("wrong", range(7))

@@ -14,9 +14,9 @@ from attention_accuracy import (
     SURPLUS,
     assert_attends_accurately,
     attend,
-    cumulative,
     in_fp64,
     packed,
+    sequences,
     with_holes,
 )
 from flashsvd.errors import BackendError
@@ -26,6 +26,7 @@ from flashsvd.kernels.flashsvdropeattn import (
     lift,
     rotate,
 )
+from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
 
@@ -58,7 +59,7 @@ class Case:
         frequencies = 100.0 ** -(torch.arange(self.head_dim // 2, device=DEVICE) / (self.head_dim // 2))
         angles = torch.arange(PLACES, device=DEVICE)[:, None] * frequencies
         biases = {"b_q": b_q, "b_k": b_k} if self.bias else {}
-        options = {"scale": self.head_dim**-0.5, **biases}
+        options = {"softmax_scale": self.head_dim**-0.5, **biases}
         return [p_q, v_q, p_k, v_k, p_v, angles.cos().to(self.table), angles.sin().to(self.table)], options
 
     def assert_accurate(self, dtype: torch.dtype = torch.float32, **more: Any) -> None:
@@ -103,7 +104,9 @@ def test_one_bias_or_none(bias: str | None) -> None:
 @pytest.mark.parametrize("window", [0, 1, 7, 40, 1000])
 def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.dtype) -> None:
     lengths = (65, 1, 0, 20)
-    Case(lengths).assert_accurate(dtype, window=window, positions=with_holes(lengths) if holes else None)
+    Case(lengths).assert_accurate(
+        dtype, window_size=both_sides(window), positions=with_holes(lengths) if holes else None
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +122,7 @@ def test_tables_in_the_dtype_of_the_activations(holes: bool) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("tiles", [Tiles(16, 16), Tiles(16, 128), Tiles(128, 32)])
 def test_tiles_of_other_sizes(tiles: Tiles, window: int | None) -> None:
-    Case((65, 3)).assert_accurate(tuning={"tiles": tiles}, window=window)
+    Case((65, 3)).assert_accurate(tuning={"tiles": tiles}, window_size=both_sides(window))
 
 
 def test_operands_that_no_descriptor_can_describe() -> None:
@@ -143,10 +146,10 @@ def test_the_reference_is_attention_on_heads_that_transformers_rotates() -> None
     place = torch.cat([torch.arange(n, device=DEVICE) for n in case.lengths])
     wide = [torch.cat([table, table], 1)[place] for table in (cos, sin)]
     q, k = apply_rotary_pos_emb(q, k, *wide)
-    expected = attend(q, k, p_v, case.lengths, options["scale"], window=7)
+    expected = attend(q, k, p_v, case.lengths, options["softmax_scale"], window=7)
     result = flashsvd_rope_attention_reference(
-        p_q, v_q, p_k, v_k, p_v, cos, sin, cumulative(case.lengths), 33,
-        scale=options["scale"], b_q=b_q, b_k=b_k, window=7,
+        p_q, v_q, p_k, v_k, p_v, cos, sin, *sequences(case.lengths),
+        softmax_scale=options["softmax_scale"], b_q=b_q, b_k=b_k, window_size=(7, 7),
     )  # fmt: skip
     # transformers rotates in fp32 whatever it is given.
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
@@ -160,7 +163,7 @@ def test_only_distances_matter() -> None:
 
     def result(**more: Any) -> Tensor:
         return flashsvd_rope_attention(
-            *operands[:5], *exact_tables(), cumulative(case.lengths), 33, **in_fp64_options(options), **more
+            *operands[:5], *exact_tables(), *sequences(case.lengths), **in_fp64_options(options), **more
         )[:tokens]
 
     def exact_tables() -> list[Tensor]:
@@ -169,7 +172,7 @@ def test_only_distances_matter() -> None:
         return [angles.cos(), angles.sin()]
 
     torch.testing.assert_close(result(positions=place + 70), result())
-    torch.testing.assert_close(result(positions=place + 70, window=7), result(window=7))
+    torch.testing.assert_close(result(positions=place + 70, window_size=(7, 7)), result(window_size=(7, 7)))
 
 
 def in_fp64_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def test_a_shared_activation_is_lifted_for_every_head(bias: bool) -> None:
 def test_no_tokens(lengths: tuple[int, ...]) -> None:
     (p_q, v_q, p_k, v_k, p_v, *tables), options = Case().operands()
     given = [p_q[:0], v_q, p_k[:0], v_k, p_v[:0], *tables]
-    result = flashsvd_rope_attention(*given, cumulative(lengths), 0, backend="triton", **options)
+    result = flashsvd_rope_attention(*given, *sequences(lengths, 0), backend="triton", **options)
     assert result.shape == (0, 2, 8)
 
 
@@ -206,25 +209,29 @@ def test_in_a_compiled_graph(window: int | None) -> None:
     case = Case()
     operands, options = case.operands()
     operands = [torch.nan_to_num(x) for x in operands]
-    cu_seqlens = cumulative(case.lengths)
+    lengths, window_size = sequences(case.lengths), both_sides(window)
 
     def call(*given: Tensor, out: Tensor | None = None) -> Tensor:
-        return flashsvd_rope_attention(*given, cu_seqlens, 33, window=window, backend="triton", out=out, **options)
+        return flashsvd_rope_attention(*given, *lengths, window_size=window_size, backend="triton", out=out, **options)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    expected = flashsvd_rope_attention_reference(*operands, cu_seqlens, 33, window=window, **options)
+    expected = flashsvd_rope_attention_reference(*operands, *lengths, window_size=window_size, **options)
     torch.testing.assert_close(compiled(*operands)[:53], expected[:53], atol=1e-5, rtol=1e-5)
     out = torch.zeros_like(expected)
     compiled(*operands, out=out)
     torch.testing.assert_close(out[:53], expected[:53], atol=1e-5, rtol=1e-5)
-    more = (options["scale"], options["b_q"], options["b_k"], window, with_holes(case.lengths))
     # Tokens of no sequence are not written, so no two calls agree on them.
     within = [x[:53] if x.shape[0] == 58 else x for x in operands]
+    more = (options["b_q"], options["b_k"], with_holes(case.lengths)[:53], torch.empty_like(expected[:53]))
     torch.library.opcheck(
-        torch.ops.flashsvd.rope_attention.default, (*within, cu_seqlens, 33, *more[:-1], more[-1][:53])
+        torch.ops.flashsvd.rope_attention.default,
+        (*within, lengths[0], *more, 33, options["softmax_scale"], window_size[0]),
     )
 
 
+SEQUENCES = dict(
+    zip(["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"], sequences((20, 33)), strict=True)
+)
 NAMES = ["p_q", "v_q", "p_k", "v_k", "p_v", "cos", "sin"]
 
 
@@ -243,28 +250,34 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: str, shap
     operands, options = Case().operands()
     given = dict(zip(NAMES, operands, strict=True)) | options | {wrong: torch.zeros(shape, device=DEVICE)}
     with pytest.raises(ValueError, match=f"{shape}".replace("(", r"\(").replace(")", r"\)") + ".* do not fit"):
-        flashsvd_rope_attention(**given, cu_seqlens=cumulative((20, 33)), max_seqlen=33)
+        flashsvd_rope_attention(**given, **SEQUENCES)
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"scale": -1.0}, "scale is a positive number, not -1.0"),
-        ({"window": -1}, "window is a number of positions, not -1"),
-        ({"cu_seqlens": torch.tensor([0, 53])}, "cu_seqlens is int32"),
+        ({"softmax_scale": -1.0}, "softmax_scale is a positive number, not -1.0"),
+        ({"window_size": (-2, -2)}, "window_size is a number of positions, or -1 for no window, not -2"),
+        ({"window_size": (3, 4)}, r"window_size is the same number of positions .* not \(3, 4\)"),
+        ({"causal": True}, "causal=True is not supported yet"),
+        ({"cu_seqlens_k": torch.tensor([0, 20, 53])}, "pass the same cu_seqlens and max_seqlen for both"),
+        ({"max_seqlen_k": 34}, "pass the same cu_seqlens and max_seqlen for both"),
+        ({"cu_seqlens_q": torch.tensor([0, 53])}, "cu_seqlens_q is int32"),
         ({"positions": torch.arange(58)}, r"positions are int32 \(58,\), not torch.int64 \(58,\)"),
         ({"positions": torch.arange(53).int()}, r"not torch.int32 \(53,\)"),
         ({"cos": torch.zeros(300, 16).half()}, "cos and sin are both fp32 or torch.float32, not torch.float16"),
-        ({"p_v": torch.zeros(58, 2, 8).half()}, "P_v differ: .* torch.float32, torch.float16"),
-        ({"b_k": torch.zeros(2, 32).half()}, "differ"),
+        ({"p_v": torch.zeros(58, 2, 8).half()}, "dtypes differ: .*, P_v torch.float16"),
+        ({"b_k": torch.zeros(2, 32).half()}, "dtypes differ: .*, b_k torch.float16"),
         ({"backend": "triton", "out": torch.zeros(58, 2, 7)}, r"out is \(58, 2, 8\) with whole rows"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
     operands, own = Case().operands()
-    given = dict(zip(NAMES, operands, strict=True)) | own | {"cu_seqlens": cumulative((20, 33)), "max_seqlen": 33}
+    given = dict(zip(NAMES, operands, strict=True)) | own | SEQUENCES | options
+    if "cu_seqlens_q" in options:
+        given["cu_seqlens_k"] = given["cu_seqlens_q"]
     with pytest.raises(ValueError, match=why):
-        flashsvd_rope_attention(**(given | options))
+        flashsvd_rope_attention(**given)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU to time on")
@@ -286,13 +299,13 @@ def test_tiles_are_not_timed_without_a_gpu() -> None:
 )
 def test_what_the_kernel_cannot_hold_is_left_to_torch(case: Case, why: str) -> None:
     operands, options = case.operands()
-    with pytest.raises(ValueError, match=why), on_triton(flashsvd_rope_attention):
-        flashsvd_rope_attention(*operands, cumulative(case.lengths), 33, backend="triton", **options)
-    result = flashsvd_rope_attention(*operands, cumulative(case.lengths), 33, backend="torch", **options)
+    with pytest.raises(ValueError, match=why), on_triton():
+        flashsvd_rope_attention(*operands, *sequences(case.lengths), backend="triton", **options)
+    result = flashsvd_rope_attention(*operands, *sequences(case.lengths), backend="torch", **options)
     assert result[:53].isfinite().all()
 
 
 def test_fp64_is_left_to_torch() -> None:
     operands, options = Case().operands(torch.float64)
     with pytest.raises(BackendError, match="not float64"):
-        flashsvd_rope_attention(*operands, cumulative((20, 33)), 33, backend="triton", **options)
+        flashsvd_rope_attention(*operands, *sequences((20, 33)), backend="triton", **options)

@@ -59,7 +59,7 @@ def test_rows_without_spread_give_the_bias() -> None:
 def test_the_sum_is_stored_too(residual: bool, dtype: torch.dtype) -> None:
     x, added, weight, bias = operands(5, 40, dtype, residual)
     sum_out = poisoned(x)
-    with on_triton(fused_ln):
+    with on_triton():
         fused_ln(x, added, weight, bias, eps=EPS, backend="triton", sum_out=sum_out)
     assert torch.equal(sum_out, x if added is None else x + added)
 
@@ -115,8 +115,8 @@ def test_in_a_compiled_graph() -> None:
     torch.testing.assert_close(residual, expected)
     assert torch.equal(sum_out, total)
     op = torch.ops.flashsvd.fused_ln.default
-    torch.library.opcheck(op, (x, residual, weight, bias, bias, EPS, torch.empty_like(x), torch.empty_like(x)))
-    torch.library.opcheck(op, (x, None, weight, None, None, EPS, torch.empty_like(x), None))
+    torch.library.opcheck(op, (x, residual, weight, bias, bias, torch.empty_like(x), torch.empty_like(x), EPS))
+    torch.library.opcheck(op, (x, None, weight, None, None, None, torch.empty_like(x), EPS))
 
 
 @pytest.mark.parametrize("wrong", ["x", "residual", "weight", "bias", "out", "sum_out"])

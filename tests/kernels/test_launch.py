@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsvd.errors import BackendError
-from flashsvd.kernels import launch, tiles
+from flashsvd.kernels import launch, partial_sums
 from flashsvd.kernels.launch import ALIGNMENT, LARGEST_RANK, SMALLEST_TILE, aligned, rank_tiles, use_triton
-from flashsvd.kernels.tiles import Tiles, choose, splits_that_fill
+from flashsvd.kernels.partial_sums import divided, splits_that_fill
+from flashsvd.kernels.tiles import Table, Tiles, choose
 
 CPU = torch.device("cpu")
 
@@ -120,7 +121,8 @@ def test_tiles_that_tensor_cores_cannot_take_are_refused(rows: int, columns: int
 
 
 def choose_on_cpu(option: Any) -> Tiles:
-    return choose(option, lambda: Tiles(64, 32), [Tiles(16, 16)], "key", lambda t: None, CPU)
+    table = Table[tuple[torch.Tensor]](lambda c: Tiles(64, 32), [Tiles(16, 16)], lambda c: c[0].shape)
+    return choose(option, table, (torch.zeros(1),), "name", lambda t: None)
 
 
 def test_the_callers_tiles_come_before_the_tables() -> None:
@@ -138,13 +140,22 @@ def test_tiles_are_not_timed_without_a_gpu_nor_named_otherwise() -> None:
 @given(st.integers(1, 2000), st.integers(1, 4096))
 def test_splits_fill_the_gpu_and_leave_each_two_steps(tokens: int, walked: int) -> None:
     choice = Tiles(64, 32)
-    with patch.object(tiles, "multiprocessors", return_value=132):
+    with patch.object(partial_sums, "multiprocessors", return_value=132):
         splits = splits_that_fill(CPU, tokens, walked, choice)
     programs = -(-tokens // choice.rows)
     assert splits == 1 or (splits * programs <= 132 and walked >= splits * 2 * choice.columns)
     assert splits >= 1
     # One more would be too many for the GPU or too few steps for each.
     assert (splits + 1) * programs > 132 or walked < (splits + 1) * 2 * choice.columns
+
+
+@given(st.integers(1, 4096), st.integers(1, 200), st.sampled_from([16, 32, 64]))
+def test_a_divided_walk_is_walked_once_in_whole_steps(walked: int, splits: int, columns: int) -> None:
+    programs, each = divided(walked, splits, columns)
+    assert each % columns == 0
+    assert programs <= splits
+    # Every program has a step to take.
+    assert (programs - 1) * each < walked <= programs * each
 
 
 def test_fp32_products_follow_either_of_torchs_settings() -> None:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, fused_ln, plans
+from flashsvd.kernels import flashsvdffnv1, flashsvdffnv2, fused_ln, op, plans
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1, flashsvd_ffn_v1_reference
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.fused_ln import fused_ln as layer_norm
-from flashsvd.kernels.plans import Plans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,14 +33,14 @@ def ffn(seed: int, tokens: int = 20) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `flashsvd_ffn_v1` checks from here on, with no plans from before."""
     seen: list[Any] = []
-    check = flashsvdffnv1.check_ffn
+    check = flashsvdffnv1._op.check
 
-    def counted(*operands: Any) -> None:
-        seen.append(operands)
-        check(*operands)
+    def counted(call: Any) -> None:
+        seen.append(call)
+        check(call)
 
-    monkeypatch.setattr(flashsvdffnv1, "check_ffn", counted)
-    monkeypatch.setattr(flashsvdffnv1, "_plans", Plans())
+    monkeypatch.setattr(flashsvdffnv1._op, "check", counted)
+    monkeypatch.setattr(flashsvdffnv1._op, "plans", {})
     return seen
 
 
@@ -86,7 +85,7 @@ def test_other_options_are_other_plans(checks: list[Any]) -> None:
 
 def test_a_plan_is_one_of_the_precision_that_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the one that another thread sets while the kernel is compiled."""
-    monkeypatch.setattr(flashsvdffnv2, "_plans", Plans())
+    monkeypatch.setattr(flashsvdffnv2._op, "plans", {})
     shapes = ((20, 16), (8, 16), (24, 8), (24, 8), (16, 8))
     x, u1, v1, u2, v2 = (random(*shape, seed=i) for i, shape in enumerate(shapes))
     launch = plans.Launch.__call__
@@ -120,16 +119,17 @@ def test_operands_that_are_copied_to_be_read_have_no_plan(checks: list[Any]) -> 
 def test_a_result_is_written_where_it_is_asked_for() -> None:
     q = random(8, 2, 16)
     cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32, device=DEVICE)
+    lengths = (cu_seqlens, cu_seqlens, 5, 5)
     outs = [torch.zeros_like(q) for _ in range(2)]
     for out in outs:
-        assert flash_attention(q, q, q, cu_seqlens, 5, scale=0.25, backend="triton", out=out) is out
-    fresh = flash_attention(q, q, q, cu_seqlens, 5, scale=0.25, backend="triton")
+        assert flash_attention(q, q, q, *lengths, softmax_scale=0.25, backend="triton", out=out) is out
+    fresh = flash_attention(q, q, q, *lengths, softmax_scale=0.25, backend="triton")
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], fresh)
 
 
 def test_a_norm_over_its_own_input_and_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_ln, "_plans", Plans())
+    monkeypatch.setattr(fused_ln._op, "plans", {})
     weight = random(24, seed=3)
     for seed in (1, 2):
         x = random(6, 24, seed=seed)
@@ -140,19 +140,19 @@ def test_a_norm_over_its_own_input_and_one_beside_it(monkeypatch: pytest.MonkeyP
 
 
 def test_a_norm_and_a_sum_are_never_written_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_ln, "_plans", Plans())
+    monkeypatch.setattr(fused_ln._op, "plans", {})
     x, weight, out, sum_out = random(6, 24), random(24), random(6, 24), random(6, 24)
     layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=sum_out)
     with pytest.raises(ValueError, match="out and sum_out are the same tensor"):
         layer_norm(x, None, weight, None, eps=1e-5, backend="triton", out=out, sum_out=out)
 
 
-@pytest.mark.parametrize("op", [flashsvd_ffn_v1, lambda p, v1, b1, u2: flashsvd_geglu(p, p, v1, v1, u2, b1)])
-def test_no_address_is_asked_for_where_nothing_is_launched(op: Any) -> None:
+@pytest.mark.parametrize("call", [flashsvd_ffn_v1, lambda p, v1, b1, u2: flashsvd_geglu(p, p, v1, v1, u2, b1)])
+def test_no_address_is_asked_for_where_nothing_is_launched(call: Any) -> None:
     """Tensors in torch's function transforms have none."""
     p, *weights = (x.cpu() for x in ffn(0))
-    found = torch.func.vmap(lambda rows: op(rows, *weights))(p[:, None])
-    torch.testing.assert_close(found.squeeze(1), op(p, *weights))
+    found = torch.func.vmap(lambda rows: call(rows, *weights))(p[:, None])
+    torch.testing.assert_close(found.squeeze(1), call(p, *weights))
 
 
 def test_plans_hold_no_memory_of_the_operands(checks: list[Any]) -> None:
@@ -167,8 +167,8 @@ def test_plans_hold_no_memory_of_the_operands(checks: list[Any]) -> None:
 
 
 def test_there_are_only_so_many_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "MOST_PLANS", 3)
-    monkeypatch.setattr(flashsvdffnv1, "_plans", kept := Plans())
+    monkeypatch.setattr(op, "MOST_PLANS", 3)
+    monkeypatch.setattr(flashsvdffnv1._op, "plans", kept := {})
     for tokens in range(1, 9):
         flashsvd_ffn_v1(*ffn(0, tokens), backend="triton")
     assert 0 < len(kept) <= 3

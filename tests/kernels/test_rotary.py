@@ -31,7 +31,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 def test_every_pair_is_turned_by_its_tokens_angle(heads: int, width: int, dtype: torch.dtype) -> None:
     x, cos, sin, positions = operands(heads, width, dtype)
     expected, plain = turned(x, cos, sin, positions), rotate_heads_reference(x, cos, sin, positions)
-    with on_triton(rotate_heads):
+    with on_triton():
         assert rotate_heads(x, cos, sin, positions, backend="triton") is x
     assert_accurate(x, plain, expected)
     # What lies around it stays as it is.

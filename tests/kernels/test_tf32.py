@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention_accuracy import cumulative, packed
+from attention_accuracy import packed, sequences
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.triton_import import tl, triton
 from kernel_accuracy import DEVICE, Operands, error, on_triton
@@ -123,7 +124,7 @@ def test_a_feed_forward_kernel_rounds_all_that_it_multiplies(op: Any, tf32: None
     operands = ffn_operands(op)
     with ProductsInTf32():
         expected = op(*operands, backend="torch")
-    with on_triton(op):
+    with on_triton():
         result = op(*operands, backend="triton")
     exact = op(*(x.double() for x in operands), backend="torch")
     assert error(result, expected.double()) < 5e-5
@@ -139,8 +140,9 @@ def test_attention_in_tf32(op: Any, window: int | None, tf32: None) -> None:
         lifts = [make.weight(2, rank, 2 * half, walked=1) for _ in range(2)]
         angles = torch.arange(33, device=DEVICE)[:, None] * 100.0 ** -(torch.arange(half, device=DEVICE) / half)
         operands = [operands[0], lifts[0], operands[1], lifts[1], operands[2], angles.cos(), angles.sin()]
-    options = {"cu_seqlens": cumulative(lengths), "max_seqlen": 33, "scale": 0.2, "window": window}
-    with on_triton(op):
-        result = op(*operands, **options, backend="triton")[:53]
-    exact = op(*(x.double() for x in operands), **options, backend="torch")[:53]
+    options = {"softmax_scale": 0.2, "window_size": both_sides(window)}
+    both = sequences(lengths)
+    with on_triton():
+        result = op(*operands, *both, **options, backend="triton")[:53]
+    exact = op(*(x.double() for x in operands), *both, **options, backend="torch")[:53]
     assert 1e-4 < error(result, exact) < 1e-3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsvd.kernels.launch import element_type, has_fast_tanh
 from flashsvd.kernels.triton_import import tl, triton
 
 # Whether `apply` below knows the activation, and what it is.
@@ -50,6 +52,12 @@ def kernel_name(name: str) -> str:
     """
     activation(name)
     return {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}.get(name, name)
+
+
+def numerics(x: Tensor, activation: str, exact: str) -> dict[str, Any]:
+    """A kernel's constants for operands like x: what is computed, and in which precision."""
+    fast, dtype = has_fast_tanh(x), element_type(x)
+    return {"ACTIVATION": kernel_name(activation), "FAST": fast, "PRECISION": exact, "DTYPE": dtype}
 
 
 @triton.jit

@@ -5,14 +5,16 @@ cancel in the softmax, so
 
     softmax(scale * Q K^T) V  =  softmax(scale * Q' P_k^T) P_v V_v + b_v,      Q' = P_q (V_q V_k^T) + b_q V_k^T
 
-Q' [T, H, r_k] is what `fold_query` makes of the query's factors; P_k [T, H, r_k] and P_v [T, H, r_v] are the
-rank-space activations of keys and values; V_v and b_v are left to the output projection. In the joint layout the
-heads share one factor, P_k [T, 1, r_k] and P_v [T, 1, r_v], and each head's Q' has the whole rank.
+Q' [T, heads, r_k] is what `fold_query` makes of the query's factors; P_k [T, kv_heads, r_k] and P_v [T, kv_heads, r_v]
+are the rank-space activations of keys and values; V_v and b_v are left to the output projection. In the joint layout
+the heads share one factor, `kv_heads` is 1, and each head's Q' has the whole rank.
 
 What runs is attention with keys and values of the ranks' widths, so the kernel is that of `flash_attn_triton`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -34,42 +36,46 @@ def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Te
     return matrix, offset
 
 
+def flashsvd_attention_reference(
+    q: Tensor, p_k: Tensor, p_v: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The same in plain torch."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "window_size": window_size, "positions": positions}
+    return flash_attention_reference(q, p_k, p_v, *lengths, **options)
+
+
 def flashsvd_attention(
-    q: Tensor,
-    p_k: Tensor,
-    p_v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    backend: Backend = "auto",
-    tiles: TilesOption = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale * Q' P_k^T) P_v within each packed sequence.
+    q: Tensor, p_k: Tensor, p_v: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    softmax_scale: float, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    positions: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(softmax_scale * Q' P_k^T) P_v within each packed sequence.
 
     Args:
-        q: folded queries Q', [T, H, r_k].
-        p_k: rank-space keys, [T, H, r_k], or [T, 1, r_k] where the heads share them.
-        p_v: rank-space values, [T, H, r_v] or [T, 1, r_v], as the keys.
-        cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1].
-        max_seqlen: no sequence is longer.
-        scale: the model's own attention scale, 1 / sqrt(head_dim) as a rule; not 1 / sqrt(r).
-        tiles: `rows` queries and `columns` keys; None takes the table's.
-        out: where to write, [T, H, r_v].
+        q: folded queries Q', [T_q, heads, r_k].
+        p_k: rank-space keys, [T_k, kv_heads, r_k], where `kv_heads` is 1 if the heads share them.
+        p_v: rank-space values, [T_k, kv_heads, r_v].
+        cu_seqlens_q: where the queries of each sequence begin, and at last where the last ones end, int32 [B + 1].
+        cu_seqlens_k: likewise of the keys; the same tensor where keys lie as queries do.
+        max_seqlen_q: no sequence has more queries.
+        max_seqlen_k: no sequence has more keys.
+        softmax_scale: the model's own factor of the scores, 1 / sqrt(head_dim) as a rule; not 1 / sqrt(r).
+        causal, window_size, positions, backend, tiles: as `flash_attention` takes them.
+        out: where to write, [T_q, heads, r_v].
 
     Returns:
-        [T, H, r_v].
+        [T_q, heads, r_v].
 
     Raises:
-        ValueError: the shapes do not fit together, or the scale is not positive.
+        ValueError: the shapes or dtypes do not fit together, the scale is not positive, or the mask is not supported.
         BackendError: `backend="triton"` cannot run here.
     """
-    return flash_attention(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale, backend=backend, tiles=tiles, out=out)
-
-
-def flashsvd_attention_reference(
-    q: Tensor, p_k: Tensor, p_v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> Tensor:
-    """The same in plain torch."""
-    return flash_attention_reference(q, p_k, p_v, cu_seqlens, max_seqlen, scale=scale)
+    return flash_attention(
+        q, p_k, p_v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        positions=positions, backend=backend, tiles=tiles, out=out,
+    )  # fmt: skip

@@ -2,8 +2,9 @@
 
     O = softmax(scale * Q K^T) P_v,   Q = R(P_q V_q + b_q),   K = R(P_k V_k + b_k),   within each sequence
 
-    P_q [T, H, r_q], V_q [H, r_q, D], b_q [H, D]     P_k [T, H_kv, r_k], V_k [H_kv, r_k, D], b_k [H_kv, D]
-    P_v [T, H_kv, r_v], O [T, H, r_v]                cos, sin [P, D / 2], by position
+    P_q [T, heads, r_q], V_q [heads, r_q, D], b_q [heads, D]
+    P_k [T, kv_heads, r_k], V_k [kv_heads, r_k, D], b_k [kv_heads, D]
+    P_v [T, kv_heads, r_v], O [T, heads, r_v]                cos, sin [P, D / 2], by position
 
 R turns each pair of numbers (x_i, x_{i + D/2}) of a head by an angle that grows with the token's position:
 
@@ -18,41 +19,24 @@ share one rank-space activation, P [T, 1, r].
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.flash_attn_triton import (
-    attention_step,
-    check_out,
-    check_sequences,
-    flash_attention_reference,
-    key_tile,
-    keys_in_reach,
-    side_by_side,
-    width_tiles,
-)
-from flashsvd.kernels.launch import (
-    Backend,
-    aligned,
-    on_its_device,
-    precision,
-    use_triton,
-)
-from flashsvd.kernels.plans import Address, Launch, Plan, Plans, in_place, tile
-from flashsvd.kernels.rotary import rotate
+from flashsvd.kernels.attention_steps import attention_step, key_tile, keys_in_reach, no_keys, program_rows, store_rows
+from flashsvd.kernels.checks import check_fit, has_dims
+from flashsvd.kernels.flash_attn_triton import flash_attention_reference
+from flashsvd.kernels.launch import Backend, aligned
+from flashsvd.kernels.op import Op, operand_names
+from flashsvd.kernels.packed import as_matrix, check_packed, out_strides, refuse_mask, side_by_side, width_tiles
+from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles, tile
+from flashsvd.kernels.rotary import check_tables, rotate
 from flashsvd.kernels.tf32 import nearest
-from flashsvd.kernels.tiles import Tiles, TilesOption, choose, generation
+from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
-CANDIDATES = (
-    Tiles(64, 64, warps=4, stages=2),
-    Tiles(64, 64, warps=4, stages=3),
-    Tiles(64, 64, warps=8, stages=2),
-    Tiles(128, 64, warps=8, stages=2),
-    Tiles(128, 64, warps=8, stages=3),
-    Tiles(128, 128, warps=8, stages=2),
-)
 HEAD_DIMS = (32, 64, 128)
 # Of queries and keys, whose lifts of a head lie on chip side by side, each at most so many bytes.
 LARGEST_LIFTED_RANK = 256
@@ -61,167 +45,50 @@ LARGEST_LIFT = 96 * 1024
 HOPPER_SHARED_MEMORY = 226 * 1024
 
 
-def flashsvd_rope_attention(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    b_q: Tensor | None = None,
-    b_k: Tensor | None = None,
-    window: int | None = None,
-    positions: Tensor | None = None,
-    backend: Backend = "auto",
-    tiles: TilesOption = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale * R(P_q V_q + b_q) R(P_k V_k + b_k)^T) P_v within each packed sequence, without a causal mask.
+class RopeAttention(NamedTuple):
+    """Operands and options of a call; `window` is -1 for none."""
 
-    Args:
-        p_q: rank-space queries, [T, H, r_q], or [T, 1, r_q] where the heads share them.
-        v_q: lift of the queries, [H, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256 (in fp32
-            with D = 128, 192).
-        p_k: rank-space keys, [T, H_kv, r_k] or [T, 1, r_k], H a multiple of H_kv.
-        v_k: lift of the keys, [H_kv, r_k, D].
-        p_v: rank-space values, [T, H_kv, r_v] or [T, 1, r_v].
-        cos: of the angles by position, [P, D / 2], fp32 or the dtype of the others. There is a row for every position.
-        sin: likewise.
-        cu_seqlens: where each sequence begins, and at last where the last one ends, int32 [B + 1]. Tokens after that
-            belong to no sequence; their outputs mean nothing.
-        max_seqlen: no sequence is longer.
-        scale: the model's own attention scale, 1 / sqrt(D) as a rule.
-        b_q: bias of the queries, [H, D].
-        b_k: bias of the keys, [H_kv, D].
-        window: a token attends to those at most this many positions away; None to all.
-        positions: of each token, int32 [T], ascending in each sequence, where they are not simply counted from 0 on.
-        tiles: `rows` queries and `columns` keys; None takes the table's.
-        out: where to write, [T, H, r_v].
-
-    Returns:
-        [T, H, r_v].
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit together, or the scale or the window is not positive.
-        BackendError: `backend="triton"` cannot run here.
-    """
-    operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions, out)
-    if plan := _plans.find(operands, backend, max_seqlen, scale, window, tiles):
-        return plan(*operands)
-    check_rope_attention(p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, scale, b_q, b_k, window, positions)
-    if not use_triton(backend, p_q):
-        result = flashsvd_rope_attention_reference(
-            p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen,
-            scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions,
-        )  # fmt: skip
-        return result if out is None else out.copy_(result)
-    check_fits(v_q.shape[2], max(v_q.shape[1], v_k.shape[1]), v_q.dtype)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.flashsvd.rope_attention(
-            p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions
-        )
-        return compiled if out is None else out.copy_(compiled)
-    return _launch(
-        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen, scale, b_q, b_k, window, positions,
-        backend, tiles, out,
-    )  # fmt: skip
-
-
-def check_rope_attention(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    window: int | None,
-    positions: Tensor | None,
-) -> None:
-    """Raises ValueError where the operands do not fit together."""
-    for name, p, v, b in (("q", p_q, v_q, b_q), ("k", p_k, v_k, b_k)):
-        fits = p.ndim == v.ndim == 3 and p.shape[2] == v.shape[1] and _for_each_or_all(p, v.shape[0])
-        if not fits or (b is not None and b.shape != (v.shape[0], v.shape[2])):
-            bias = None if b is None else tuple(b.shape)
-            raise ValueError(f"P_{name} {tuple(p.shape)}, V_{name} {tuple(v.shape)}, b_{name} {bias} do not fit")
-    tokens, heads, kv_heads = p_q.shape[0], v_q.shape[0], v_k.shape[0]
-    fits = v_q.shape[2] == v_k.shape[2] and heads % kv_heads == 0
-    fits = fits and p_v.ndim == 3 and _for_each_or_all(p_v, kv_heads)
-    if not fits or not tokens == p_k.shape[0] == p_v.shape[0]:
-        raise ValueError(
-            f"P_q {tuple(p_q.shape)} with V_q {tuple(v_q.shape)}, P_k {tuple(p_k.shape)} with V_k {tuple(v_k.shape)} "
-            f"and P_v {tuple(p_v.shape)} do not fit"
-        )
-    if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] != v_q.shape[2]:
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit heads of {v_q.shape[2]}")
-    if len({x.dtype for x in (p_q, v_q, p_k, v_k, p_v, b_q, b_k) if x is not None}) > 1:
-        dtypes = ", ".join(str(x.dtype) for x in (p_q, v_q, p_k, v_k, p_v))
-        raise ValueError(f"dtypes of P_q, V_q, P_k, V_k, P_v differ: {dtypes}")
-    if cos.dtype != sin.dtype or cos.dtype not in (torch.float32, p_q.dtype):
-        raise ValueError(f"cos and sin are both fp32 or {p_q.dtype}, not {cos.dtype} and {sin.dtype}")
-    if positions is not None and (positions.shape != (tokens,) or positions.dtype != torch.int32):
-        raise ValueError(f"positions are int32 {(tokens,)}, not {positions.dtype} {tuple(positions.shape)}")
-    check_sequences(cu_seqlens, scale, window)
-
-
-def _for_each_or_all(p: Tensor, heads: int) -> bool:
-    # Not `in (1, heads)`: torch.compile takes a size that varies for different from the constant that it equals.
-    return p.shape[1] == 1 or p.shape[1] == heads
-
-
-def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:
-    """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
-    largest = min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
-    if rank > largest:
-        raise ValueError(
-            f"rank {rank} of queries or keys is above {largest}, the largest whose lift of heads of {head_dim} stays "
-            f"on chip; use backend torch"
-        )
+    p_q: Tensor
+    v_q: Tensor
+    p_k: Tensor
+    v_k: Tensor
+    p_v: Tensor
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor
+    b_q: Tensor | None
+    b_k: Tensor | None
+    positions: Tensor | None
+    out: Tensor | None
+    max_seqlen: int
+    softmax_scale: float
+    window: int
 
 
 def flashsvd_rope_attention_reference(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    scale: float,
-    b_q: Tensor | None = None,
-    b_k: Tensor | None = None,
-    window: int | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
+    p_q: Tensor, v_q: Tensor, p_k: Tensor, v_k: Tensor, p_v: Tensor, cos: Tensor, sin: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    softmax_scale: float, b_q: Tensor | None = None, b_k: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same in plain torch, with Q and K in memory."""
     steps = torch.arange(p_q.shape[0], device=p_q.device)
     if positions is None:
-        i_sequence = torch.bucketize(steps, cu_seqlens[1:], right=True).clamp(max=max(0, cu_seqlens.shape[0] - 2))
-        place = steps - cu_seqlens[i_sequence]
+        last = max(0, cu_seqlens_q.shape[0] - 2)
+        i_sequence = torch.bucketize(steps, cu_seqlens_q[1:], right=True).clamp(max=last)
+        place = steps - cu_seqlens_q[i_sequence]
     else:
         place = positions
     # Tokens of no sequence may have any.
-    place = place.where(steps < cu_seqlens[-1], 0)
+    place = place.where(steps < cu_seqlens_q[-1], 0)
     cos, sin = cos[place], sin[place]
     q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
-    v = p_v.expand(-1, v_k.shape[0], -1)
-    # Without a window, positions only turn.
-    hollow = None if window is None else positions
-    return flash_attention_reference(q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, positions=hollow)
+    return flash_attention_reference(
+        q, k, p_v.expand(-1, v_k.shape[0], -1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=softmax_scale, window_size=window_size,
+        # Without a window, positions only turn.
+        positions=None if window_size[0] < 0 else positions,
+    )  # fmt: skip
 
 
 def lift(p: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
@@ -282,43 +149,12 @@ def _rotate(x, cos, sin, N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _keys_and_step(
-    q,
-    lift0,
-    lift1,
-    b,
-    k0_desc,
-    k1_desc,
-    v0_desc,
-    v1_desc,
-    cos_desc,
-    sin_desc,
-    cos_ptr,
-    sin_ptr,
-    acc0,
-    acc1,
-    high,
-    total,
-    place,
-    pos_ptr,
-    start,
-    end,
-    j,
-    column_k,
-    column_v,
-    qk_scale,
-    window,
-    COLUMNS: tl.constexpr,
-    D: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, lift0, lift1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
+    acc0, acc1, high, total, place, pos_ptr, start, end, j, column_k, column_v, qk_scale, window,
+    COLUMNS: tl.constexpr, D: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BIAS: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
     p0 = k0_desc.load([start + first, column_k])
     p1 = k1_desc.load([start + first, column_k + K0]) if K1 > 0 else p0
@@ -340,58 +176,15 @@ def _keys_and_step(
 
 @kernel("row_tiles")
 def _rope_attention(
-    q0_desc,
-    q1_desc,
-    k0_desc,
-    k1_desc,
-    v0_desc,
-    v1_desc,
-    lift_q_ptr,
-    lift_k_ptr,
-    b_q_ptr,
-    b_k_ptr,
-    cos_desc,
-    sin_desc,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    cu_ptr,
-    pos_ptr,
-    row_tiles,
-    heads,
-    group,
-    rank_q,
-    rank_k,
-    rank_v,
-    pitch_q,
-    pitch_k,
-    pitch_v,
-    out_token,
-    out_head,
-    qk_scale,
-    window,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D: tl.constexpr,
-    Q0: tl.constexpr,
-    Q1: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
-    BIAS_Q: tl.constexpr,
-    BIAS_K: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    i_program = tl.program_id(0)
-    i_row = (i_program % row_tiles) * ROWS
-    i_head = (i_program // row_tiles) % heads
-    i_sequence = i_program // row_tiles // heads
-    i_kv = i_head // group
-    start = tl.load(cu_ptr + i_sequence)
-    length = tl.load(cu_ptr + i_sequence + 1) - start
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, lift_q_ptr, lift_k_ptr, b_q_ptr, b_k_ptr,
+    cos_desc, sin_desc, cos_ptr, sin_ptr, out_ptr, cu_ptr, pos_ptr,
+    row_tiles, heads, group, rank_q, rank_k, rank_v, pitch_q, pitch_k, pitch_v, out_token, out_head, qk_scale, window,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
+    Q0: tl.constexpr, Q1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BIAS_Q: tl.constexpr, BIAS_K: tl.constexpr,
+    WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_row, i_head, i_kv, start, length = program_rows(cu_ptr, row_tiles, heads, group, ROWS)
     if i_row >= length:
         return
     o_row = i_row + tl.arange(0, ROWS)
@@ -410,10 +203,7 @@ def _rope_attention(
     q = _lift(p0, p1, lift_q0, lift_q1, b, Q1, BIAS_Q, PRECISION)
     q = nearest(_rotate(q, cos, sin, ROWS, D, p0.dtype), PRECISION)
     b = _bias(b_k_ptr, i_kv, D, BIAS_K)
-    high = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc0 = tl.zeros([ROWS, V0], tl.float32)
-    acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], tl.float32)
+    high, total, acc0, acc1 = no_keys(ROWS, V0, V1)
     low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
@@ -427,23 +217,25 @@ def _rope_attention(
             acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
             qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
         )  # fmt: skip
-    p_out = out_ptr + (start + o_row).to(tl.int64)[:, None] * out_token + i_head.to(tl.int64) * out_head
-    out_type = out_ptr.dtype.element_ty
-    scale = 1.0 / total[:, None]
-    o_rank = tl.arange(0, V0)[None, :]
-    tl.store(p_out + o_rank, (acc0 * scale).to(out_type), mask=m_row[:, None] & (o_rank < rank_v))
-    if V1 > 0:
-        o_rank = V0 + tl.arange(0, V1)[None, :]
-        tl.store(p_out + o_rank, (acc1 * scale).to(out_type), mask=m_row[:, None] & (o_rank < rank_v))
+    store_rows(out_ptr, acc0, acc1, total, o_row, m_row, i_head, start, rank_v, out_token, out_head, V0, V1, False)
 
 
-def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: int, max_seqlen: int) -> Tiles:
-    """The table: what fits into shared memory and registers; `widest` is the largest of the ranks and the head."""
-    rows = max(16, min(64, 1 << (max_seqlen - 1).bit_length()))
-    if p.dtype == torch.float32:
+CANDIDATES = (
+    Tiles(64, 64, warps=4, stages=2), Tiles(64, 64, warps=4, stages=3), Tiles(64, 64, warps=8, stages=2),
+    Tiles(128, 64, warps=8, stages=2), Tiles(128, 64, warps=8, stages=3), Tiles(128, 128, warps=8, stages=2),
+)  # fmt: skip
+
+
+def default_tiles(c: RopeAttention) -> Tiles:
+    """The table: what fits into shared memory and registers."""
+    head_dim, device = c.v_q.shape[2], c.p_q.device
+    rank_q, rank_k, rank_v = (sum(width_tiles(p.shape[2])) for p in (c.p_q, c.p_k, c.p_v))
+    widest = max(rank_q, rank_k, rank_v, head_dim)
+    rows = max(16, min(64, 1 << (c.max_seqlen - 1).bit_length()))
+    if c.p_q.dtype == torch.float32:
         side = 32 if widest <= 128 and head_dim <= 64 else 16
         return Tiles(min(rows, side), side, warps=8, stages=1)
-    if generation(p.device) == "hopper":
+    if generation(device) == "hopper":
         # Fewer columns would not fill the tensor cores' instruction when keys are lifted.
         columns = 32 if rows <= 32 else 64
         kept = rank_k * head_dim + 3 * columns * head_dim
@@ -456,162 +248,145 @@ def default_tiles(p: Tensor, head_dim: int, rank_k: int, rank_v: int, widest: in
     return Tiles(rows, 16, warps=8, stages=1)
 
 
-_plans = Plans()
+def _sizes(c: RopeAttention) -> Hashable:
+    return c.p_q.shape[0].bit_length(), c.max_seqlen.bit_length(), c.v_q.shape, c.v_k.shape, c.p_v.shape[2], c.window
 
 
-@on_its_device
-def _launch(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    window: int | None,
-    positions: Tensor | None,
-    backend: Backend,
-    tiles: TilesOption,
-    out: Tensor | None,
-) -> Tensor:
-    given = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions)
-    tokens, (heads, rank_q, head_dim), (kv_heads, rank_k), rank_v = p_q.shape[0], v_q.shape, v_k.shape[:2], p_v.shape[2]
-    sequences = cu_seqlens.shape[0] - 1
-    shape = (tokens, heads, rank_v)
-    if out is not None:
-        check_out(out, shape)
-    if tokens == 0 or sequences == 0 or max_seqlen == 0:
-        return p_q.new_empty(shape) if out is None else out
-    out_token, out_head = (heads * rank_v, rank_v) if out is None else out.stride()[:2]
-    shared_q, shared_k, shared_v = (p.shape[1] == 1 for p in (p_q, p_k, p_v))
-    (p_q, pitch_q), (p_k, pitch_k), (p_v, pitch_v) = side_by_side(p_q), side_by_side(p_k), side_by_side(p_v)
-    v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (v_q, v_k, cos, sin))
-    b_q, b_k = (None if b is None else b.contiguous() for b in (b_q, b_k))
-    (q0, q1), (k0, k1), (v0, v1) = width_tiles(rank_q), width_tiles(rank_k), width_tiles(rank_v)
-    cu_seqlens, positions = cu_seqlens.contiguous(), None if positions is None else positions.contiguous()
-    exact = precision(p_q)
+def check_rope_attention(c: RopeAttention) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    for name, p, v, b in (("q", c.p_q, c.v_q, c.b_q), ("k", c.p_k, c.v_k, c.b_k)):
+        fits = has_dims(3, p, v) and p.shape[2] == v.shape[1] and _for_each_or_all(p, v.shape[0])
+        fits = fits and (b is None or b.shape == (v.shape[0], v.shape[2]))
+        check_fit(fits, **{f"P_{name}": p, f"V_{name}": v, f"b_{name}": b})
+    tokens, heads, kv_heads = c.p_q.shape[0], c.v_q.shape[0], c.v_k.shape[0]
+    fits = c.v_q.shape[2] == c.v_k.shape[2] and heads % kv_heads == 0
+    fits = fits and has_dims(3, c.p_v) and _for_each_or_all(c.p_v, kv_heads)
+    fits = fits and tokens == c.p_k.shape[0] and tokens == c.p_v.shape[0]
+    check_fit(fits, P_q=c.p_q, V_q=c.v_q, P_k=c.p_k, V_k=c.v_k, P_v=c.p_v)
+    check_tables(c.cos, c.sin, c.v_q.shape[2], c.p_q.dtype)
+    check_packed(c.cu_seqlens, None, c.softmax_scale, c.window, c.positions, c.out, _shape(c))
 
-    def plan(t: Tiles) -> Plan:
-        row_tiles = -(-max_seqlen // t.rows)
-        arguments = (
-            tile(0, p_q, [t.rows, q0]),
-            tile(0, p_q, [t.rows, q1]),
-            tile(2, p_k, [t.columns, k0]),
-            tile(2, p_k, [t.columns, k1]),
-            tile(4, p_v, [t.columns, v0]),
-            tile(4, p_v, [t.columns, v1]),
-            Address(1),
-            Address(3),
-            Address(8),
-            Address(9),
-            tile(5, cos, [t.columns, head_dim // 2]) if positions is None else None,
-            tile(6, sin, [t.columns, head_dim // 2]) if positions is None else None,
-            Address(5),
-            Address(6),
-            Address(11),
-            Address(7),
-            Address(10),
-            row_tiles,
-            heads,
-            heads // kv_heads,
-            rank_q,
-            rank_k,
-            rank_v,
-            0 if shared_q else pitch_q,
-            0 if shared_k else pitch_k,
-            0 if shared_v else pitch_v,
-            out_token,
-            out_head,
-            scale * math.log2(math.e),
-            window or 0,
-        )
-        launch = Launch(
-            _rope_attention,
-            (row_tiles * heads * sequences,),
-            arguments,
-            ROWS=t.rows,
-            COLUMNS=t.columns,
-            D=head_dim,
-            Q0=q0,
-            Q1=q1,
-            K0=k0,
-            K1=k1,
-            V0=v0,
-            V1=v1,
-            BIAS_Q=b_q is not None,
-            BIAS_K=b_k is not None,
-            WINDOWED=window is not None,
-            POSITIONS=positions is not None,
-            PRECISION=exact,
-            num_warps=t.warps,
-            num_stages=t.stages,
+
+def _for_each_or_all(p: Tensor, heads: int) -> bool:
+    # Not `in (1, heads)`: torch.compile takes a size that varies for different from the constant that it equals.
+    return p.shape[1] == 1 or p.shape[1] == heads
+
+
+def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
+    largest = min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
+    if rank > largest:
+        raise ValueError(
+            f"rank {rank} of queries or keys is above {largest}, the largest whose lift of heads of {head_dim} stays "
+            f"on chip; use backend torch"
         )
 
-        def run(p_q: Tensor, *others: Tensor | None) -> Tensor:
-            *inputs, out = others
-            out = p_q.new_empty(shape) if out is None else out
-            launch(p_q, *inputs, out)
-            return out
 
-        return run
-
-    sizes = (tokens.bit_length(), max_seqlen.bit_length(), heads, kv_heads, head_dim, rank_q, rank_k, rank_v)
-    key = ("rope_attention", p_q.dtype, *sizes, window)
-
-    def table() -> Tiles:
-        return default_tiles(p_q, head_dim, k0 + k1, v0 + v1, max(q0 + q1, k0 + k1, v0 + v1, head_dim), max_seqlen)
-
-    ready = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, b_q, b_k, positions)
-    chosen = plan(choose(tiles, table, CANDIDATES, key, lambda t: plan(t)(*ready, out), p_q.device))
-    result = chosen(*ready, out)
-    if in_place(given, ready):
-        _plans.keep(chosen, (*given, out), exact, backend, max_seqlen, scale, window, tiles)
-    return result
-
-
-@torch.library.custom_op("flashsvd::rope_attention", mutates_args=())
-def _op(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    window: int | None,
-    positions: Tensor | None,
-) -> Tensor:
-    return flashsvd_rope_attention(
-        p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens, max_seqlen,
-        scale=scale, b_q=b_q, b_k=b_k, window=window, positions=positions, backend="triton",
+def _reference(c: RopeAttention) -> Tensor:
+    return flashsvd_rope_attention_reference(
+        *c[:7], c.cu_seqlens, c.cu_seqlens, c.max_seqlen, c.max_seqlen, softmax_scale=c.softmax_scale,
+        b_q=c.b_q, b_k=c.b_k, window_size=(c.window, c.window), positions=c.positions,
     )  # fmt: skip
 
 
-@_op.register_fake
-def _(
-    p_q: Tensor,
-    v_q: Tensor,
-    p_k: Tensor,
-    v_k: Tensor,
-    p_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    window: int | None,
-    positions: Tensor | None,
-) -> Tensor:
-    return p_q.new_empty(p_q.shape[0], v_q.shape[0], p_v.shape[2])
+def _shape(c: RopeAttention) -> tuple[int, int, int]:
+    return c.p_q.shape[0], c.v_q.shape[0], c.p_v.shape[2]
+
+
+def _idle(c: RopeAttention) -> bool:
+    return c.p_q.shape[0] == 0 or c.cu_seqlens.shape[0] == 1 or c.max_seqlen == 0
+
+
+def _prepare(c: RopeAttention, exact: str) -> RopeAttention:
+    check_fits(c.v_q.shape[2], max(c.v_q.shape[1], c.v_k.shape[1]), c.v_q.dtype)
+    p_q, p_k, p_v = (side_by_side(p) for p in (c.p_q, c.p_k, c.p_v))
+    v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (c.v_q, c.v_k, c.cos, c.sin))
+    b_q, b_k, positions = (None if x is None else x.contiguous() for x in (c.b_q, c.b_k, c.positions))
+    return RopeAttention(p_q, v_q, p_k, v_k, p_v, cos, sin, c.cu_seqlens.contiguous(), b_q, b_k, positions, *c[11:])
+
+
+def _plan(c: RopeAttention, exact: str, t: Tiles) -> Plan:
+    (heads, rank_q, head_dim), (kv_heads, rank_k, _), rank_v = c.v_q.shape, c.v_k.shape, c.p_v.shape[2]
+    (q0, q1), (k0, k1), (v0, v1) = widths = [width_tiles(rank) for rank in (rank_q, rank_k, rank_v)]
+    tables = [("cos", c.cos), ("sin", c.sin)] if c.positions is None else []
+    tiles_of_rows, sequences = -(-c.max_seqlen // t.rows), c.cu_seqlens.shape[0] - 1
+    arguments = [
+        *row_tiles("p_q", as_matrix(c.p_q), t.rows, widths[0]),
+        *row_tiles("p_k", as_matrix(c.p_k), t.columns, widths[1]),
+        *row_tiles("p_v", as_matrix(c.p_v), t.columns, widths[2]),
+        *addresses("v_q", "v_k", "b_q", "b_k"),
+        *([tile(name, x, [t.columns, head_dim // 2]) for name, x in tables] or [None, None]),
+        *addresses("cos", "sin", "out", "cu_seqlens", "positions"),
+        *(tiles_of_rows, heads, heads // kv_heads, rank_q, rank_k, rank_v),
+        # Heads that share an activation all begin at its first column.
+        *[0 if p.shape[1] == 1 else p.stride(1) for p in (c.p_q, c.p_k, c.p_v)],
+        *out_strides(c.out, _shape(c)),
+        *(c.softmax_scale * math.log2(math.e), max(c.window, 0)),
+    ]
+    launch = Launch(
+        _rope_attention, (tiles_of_rows * heads * sequences,), operand_names(RopeAttention), arguments, t,
+        D=head_dim, Q0=q0, Q1=q1, K0=k0, K1=k1, V0=v0, V1=v1, BIAS_Q=c.b_q is not None, BIAS_K=c.b_k is not None,
+        WINDOWED=c.window >= 0, POSITIONS=c.positions is not None, PRECISION=exact,
+    )  # fmt: skip
+    return into_last(launch, _shape(c))
+
+
+_op = Op(
+    "rope_attention", RopeAttention, check=check_rope_attention, reference=_reference, shape=_shape, idle=_idle,
+    prepare=_prepare, plan=_plan, table=Table(default_tiles, CANDIDATES, _sizes), writes=("out",),
+)  # fmt: skip
+
+
+def flashsvd_rope_attention(
+    p_q: Tensor, v_q: Tensor, p_k: Tensor, v_k: Tensor, p_v: Tensor, cos: Tensor, sin: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    softmax_scale: float, b_q: Tensor | None = None, b_k: Tensor | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+    backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(softmax_scale * R(P_q V_q + b_q) R(P_k V_k + b_k)^T) P_v within each packed sequence.
+
+    Args:
+        p_q: rank-space queries, [T, heads, r_q], or [T, 1, r_q] where the heads share them.
+        v_q: lift of the queries, [heads, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256 (in
+            fp32 with D = 128, 192).
+        p_k: rank-space keys, [T, kv_heads, r_k] or [T, 1, r_k]; `heads` is a multiple of `kv_heads`.
+        v_k: lift of the keys, [kv_heads, r_k, D].
+        p_v: rank-space values, [T, kv_heads, r_v] or [T, 1, r_v].
+        cos: cosines of the angles by position, [P, D / 2], fp32 or the dtype of the others. There is a row for every
+            position.
+        sin: sines, likewise.
+        cu_seqlens_q: where each sequence begins, and at last where the last one ends, int32 [B + 1]. Tokens after that
+            belong to no sequence; their outputs mean nothing.
+        cu_seqlens_k: the same tensor: keys of other lengths than the queries are not supported.
+        max_seqlen_q: no sequence is longer.
+        max_seqlen_k: the same number.
+        softmax_scale: the model's own factor of the scores, 1 / sqrt(D) as a rule.
+        b_q: bias of the queries, [heads, D].
+        b_k: bias of the keys, [kv_heads, D].
+        causal: has to be False; a causal mask is not supported yet.
+        window_size: how many positions to the left and to the right a token attends to, two equal numbers; (-1, -1)
+            for no window.
+        positions: the position of each token, int32 [T], ascending in each sequence, where they are not simply counted
+            from 0 on.
+        backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
+        tiles: `rows` queries and `columns` keys; None takes the table's.
+        out: where to write, [T, heads, r_v].
+
+    Returns:
+        [T, heads, r_v].
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, the scale is not positive, the mask is not supported, or
+            the kernel takes no such heads or ranks.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    window, right = window_size
+    if causal or right != window:
+        refuse_mask(causal, window_size)
+    if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q:
+        raise ValueError("keys lie as the queries do here: pass the same cu_seqlens and max_seqlen for both")
+    operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens_q, b_q, b_k, positions, out)
+    return _op(operands, (max_seqlen_q, softmax_scale, window), backend, tiles)

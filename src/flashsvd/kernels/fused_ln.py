@@ -12,65 +12,29 @@ place for a bias.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.launch import (
-    Backend,
-    on_its_device,
-    precision,
-    use_triton,
-)
-from flashsvd.kernels.plans import Address, Launch, Plans, in_place
+from flashsvd.kernels.checks import check_fit
+from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.op import Op, operand_names
+from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
-def fused_ln(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    shift: Tensor | None = None,
-    backend: Backend = "auto",
-    out: Tensor | None = None,
-    sum_out: Tensor | None = None,
-) -> Tensor:
-    """LayerNorm(x + residual + shift) * weight + bias.
+class Norm(NamedTuple):
+    """Operands and options of a call."""
 
-    Statistics are taken of the unrounded sum.
-
-    Args:
-        x: [T, H].
-        residual: what is added to x first, [T, H].
-        weight: [H].
-        bias: [H].
-        shift: added to every row before it is normalised, [H].
-        out: where the result goes, [T, H]; may be x or residual itself.
-        sum_out: where x + residual + shift goes, [T, H]; may be x or residual itself, but not `out`.
-
-    Returns:
-        [T, H]; `out` where it is given.
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit together, or an output's rows are not contiguous.
-        BackendError: `backend="triton"` cannot run here.
-    """
-    operands = (x, residual, weight, bias, shift, out, sum_out)
-    # No plan knows which operands are one.
-    if out is not None and out is sum_out:
-        raise ValueError("out and sum_out are the same tensor")
-    if plan := _plans.find(operands, backend, eps):
-        return plan(*operands)
-    check_ln(x, residual, weight, bias, shift, out, sum_out)
-    if not use_triton(backend, x):
-        return _write_reference(x, residual, weight, bias, shift, eps, out, sum_out)
-    if torch.compiler.is_compiling():
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        torch.ops.flashsvd.fused_ln(x, residual, weight, bias, shift, eps, out, sum_out)
-        return out
-    return _launch(x, residual, weight, bias, shift, backend, eps, out, sum_out)
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    sum_out: Tensor | None
+    out: Tensor | None
+    eps: float
 
 
 def fused_ln_reference(
@@ -82,67 +46,13 @@ def fused_ln_reference(
     return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 
 
-def _write_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    out: Tensor | None,
-    sum_out: Tensor | None,
-) -> Tensor:
-    normalised, total = fused_ln_reference(x, residual, weight, bias, shift, eps)
-    if sum_out is not None:
-        sum_out.copy_(total)
-    return normalised if out is None else out.copy_(normalised)
-
-
-def check_ln(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    out: Tensor | None,
-    sum_out: Tensor | None,
-) -> None:
-    """Raises ValueError where the operands do not fit together."""
-    rows = {"x": x, "residual": residual, "out": out, "sum_out": sum_out}
-    vectors = {"weight": weight, "bias": bias, "shift": shift}
-    given = {name: t for name, t in (rows | vectors).items() if t is not None}
-    if x.ndim != 2 or any(t.shape != (x.shape[1:] if name in vectors else x.shape) for name, t in given.items()):
-        raise ValueError(", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items()) + " do not fit")
-    if len({t.dtype for t in given.values()}) > 1:
-        raise ValueError("dtypes differ: " + ", ".join(f"{name} {t.dtype}" for name, t in given.items()))
-    for name, t in (("out", out), ("sum_out", sum_out)):
-        if t is not None and t.stride(1) != 1:
-            raise ValueError(f"rows of {name} are not contiguous: strides {t.stride()}")
-
-
 @kernel("tokens")
 def _fused_ln(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    shift_ptr,
-    out_ptr,
-    sum_ptr,
-    eps,
-    tokens,
-    size,
-    x_row,
-    residual_row,
-    out_row,
-    sum_row,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, shift_ptr, out_ptr, sum_ptr,
+    eps, tokens, size, x_row, residual_row, out_row, sum_row,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
     # From the last row to the first: the product before wrote the last rows last, and they are in the cache yet; the
     # product after reads the first rows first.
     o_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -173,90 +83,90 @@ def default_rows(tokens: int, block: int) -> tuple[int, int]:
     return rows, max(1, min(16, rows * block // 1024, 4)) if rows > 1 else max(1, min(16, block // 256))
 
 
-_plans = Plans()
+def check_ln(c: Norm) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    rows = all(x is None or x.shape == c.x.shape for x in (c.residual, c.out, c.sum_out))
+    vectors = all(x is None or x.shape == c.x.shape[1:] for x in (c.weight, c.bias, c.shift))
+    given = {"x": c.x, "residual": c.residual, "weight": c.weight, "bias": c.bias, "shift": c.shift}
+    check_fit(c.x.ndim == 2 and rows and vectors, **given, out=c.out, sum_out=c.sum_out)
+    for name, x in (("out", c.out), ("sum_out", c.sum_out)):
+        if x is not None and x.stride(1) != 1:
+            raise ValueError(f"rows of {name} are not contiguous: strides {x.stride()}")
 
 
-@on_its_device
-def _launch(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    backend: Backend,
-    eps: float,
-    out: Tensor | None,
-    sum_out: Tensor | None,
-) -> Tensor:
-    given = (x, residual, weight, bias, shift)
-    tokens, size = x.shape
-    if tokens == 0:
-        return x.new_empty(0, size) if out is None else out
-    x = x if x.stride(1) == 1 else x.contiguous()
-    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
-    weight = weight.contiguous()
-    bias, shift = (v if v is None else v.contiguous() for v in (bias, shift))
+def _reference(c: Norm) -> Tensor:
+    normalised, total = fused_ln_reference(c.x, c.residual, c.weight, c.bias, c.shift, c.eps)
+    if c.sum_out is not None:
+        c.sum_out.copy_(total)
+    return normalised
+
+
+def _prepare(c: Norm, exact: str) -> Norm:
+    x, residual = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (c.x, c.residual))
+    bias, shift = (x if x is None else x.contiguous() for x in (c.bias, c.shift))
+    assert x is not None
+    return Norm(x, residual, c.weight.contiguous(), bias, shift, c.sum_out, c.out, c.eps)
+
+
+def _plan(c: Norm, exact: str, tiles: None) -> Plan:
+    tokens, size = c.x.shape
     block = triton.next_power_of_2(size)
     rows, warps = default_rows(tokens, block)
-    arguments = (
-        *(Address(i) for i in range(7)),
-        eps,
-        tokens,
-        size,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        size if out is None else out.stride(0),
-        0 if sum_out is None else sum_out.stride(0),
-    )
+    residual_row, sum_row = (0 if x is None else x.stride(0) for x in (c.residual, c.sum_out))
+    out_row = size if c.out is None else c.out.stride(0)
+    arguments = [
+        *addresses("x", "residual", "weight", "bias", "shift", "out", "sum_out"),
+        *(c.eps, tokens, size, c.x.stride(0), residual_row, out_row, sum_row),
+    ]
     launch = Launch(
-        _fused_ln,
-        (-(-tokens // rows),),
-        arguments,
-        ROWS=rows,
-        BLOCK=block,
-        RESIDUAL=residual is not None,
-        BIAS=bias is not None,
-        SHIFT=shift is not None,
-        SUM=sum_out is not None,
-        num_warps=warps,
-    )
-
-    def run(x: Tensor, *others: Tensor | None) -> Tensor:
-        *inputs, out, sum_out = others
-        out = x.new_empty(tokens, size) if out is None else out
-        launch(x, *inputs, out, sum_out)
-        return out
-
-    ready = (x, residual, weight, bias, shift)
-    result = run(*ready, out, sum_out)
-    if in_place(given, ready):
-        _plans.keep(run, (*given, out, sum_out), precision(x), backend, eps)
-    return result
+        _fused_ln, (-(-tokens // rows),), operand_names(Norm), arguments, ROWS=rows, BLOCK=block,
+        RESIDUAL=c.residual is not None, BIAS=c.bias is not None, SHIFT=c.shift is not None,
+        SUM=c.sum_out is not None, num_warps=warps,
+    )  # fmt: skip
+    return into_last(launch, (tokens, size))
 
 
-@torch.library.custom_op("flashsvd::fused_ln", mutates_args=("out", "sum_out"))
-def _op(
+_op = Op(
+    "fused_ln", Norm, check=check_ln, reference=_reference, shape=lambda c: c.x.shape,
+    prepare=_prepare, plan=_plan, writes=("out", "sum_out"),
+)  # fmt: skip
+
+
+def fused_ln(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    shift: Tensor | None,
+    *,
     eps: float,
-    out: Tensor,
-    sum_out: Tensor | None,
-) -> None:
-    fused_ln(x, residual, weight, bias, eps=eps, shift=shift, backend="triton", out=out, sum_out=sum_out)
+    shift: Tensor | None = None,
+    backend: Backend = "auto",
+    out: Tensor | None = None,
+    sum_out: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(x + residual + shift) * weight + bias.
 
+    Statistics are taken of the unrounded sum.
 
-@_op.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    out: Tensor,
-    sum_out: Tensor | None,
-) -> None:
-    return None
+    Args:
+        x: [T, H].
+        residual: what is added to x first, [T, H].
+        weight: [H].
+        bias: [H].
+        eps: what is added to the variance.
+        shift: what is added to every row before it is normalised, [H].
+        backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
+        out: where the result goes, [T, H]; may be x or residual itself.
+        sum_out: where x + residual + shift goes, [T, H]; may be x or residual itself, but not `out`.
+
+    Returns:
+        [T, H]; `out` where it is given.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or an output's rows are not contiguous.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    # No plan knows which operands are one.
+    if out is not None and out is sum_out:
+        raise ValueError("out and sum_out are the same tensor")
+    return _op((x, residual, weight, bias, shift, sum_out, out), (eps,), backend)

@@ -1,10 +1,9 @@
-"""What every launcher needs: whether Triton can run on a tensor, descriptors of its memory, how ranks fill tiles."""
+"""What every launch needs: whether Triton can run on a tensor, descriptors of its memory, how ranks fill tiles."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from flashsvd.errors import BackendError
 from flashsvd.kernels.triton_import import MISSING, TensorDescriptor, tl, triton
 
 Backend = Literal["auto", "torch", "triton"]
-Launch = TypeVar("Launch", bound=Callable[..., Any])
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # A tensor descriptor wants its base address and its strides in multiples of this many bytes.
 ALIGNMENT = 16
@@ -34,7 +32,7 @@ def why_not_triton(x: Tensor) -> str:
     """Why kernels cannot run on this tensor; empty where they can."""
     if MISSING:
         return f"triton 3.4 or later is not installed ({MISSING})"
-    if x.dtype not in DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"the kernels take fp16, bf16 and fp32, not {str(x.dtype).removeprefix('torch.')}"
     if x.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter (TRITON_INTERPRET=1) multiplies bf16 wrongly"
@@ -96,19 +94,6 @@ def _tf32_allowed() -> bool:
 def has_fast_tanh(x: Tensor) -> bool:
     """Whether activations may use the GPU's own tanh, whose error (2^-11) vanishes in bf16's rounding alone."""
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None
-
-
-def on_its_device(launch: Launch) -> Launch:
-    """A launcher that makes its first operand's GPU the current one, which is where Triton launches."""
-
-    @functools.wraps(launch)
-    def launched(x: Tensor, *arguments: Any) -> Any:
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return launch(x, *arguments)
-        with torch.cuda.device(x.device):
-            return launch(x, *arguments)
-
-    return launched  # type: ignore[return-value]  # the same signature
 
 
 def element_type(x: Tensor) -> Any:

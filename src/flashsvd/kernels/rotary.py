@@ -9,48 +9,28 @@ Queries and keys that lie side by side in one buffer are 2 H heads and take one 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.launch import (
-    Backend,
-    on_its_device,
-    precision,
-    use_triton,
-)
-from flashsvd.kernels.plans import Address, Launch, Plans, in_place
+from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.op import Op, operand_names
+from flashsvd.kernels.packed import check_positions
+from flashsvd.kernels.plans import Launch, Plan, addresses
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 # Pairs of numbers that a program turns: sixteen for each thread.
 PAIRS = 2048
 
 
-def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """R(x), written over x; computed in fp32 and rounded once.
+class Rotation(NamedTuple):
+    """Operands of a call."""
 
-    Args:
-        x: [T, H, D]; tokens and heads may be strided.
-        cos: of the angles by position, [P, D / 2], fp32 or the dtype of x. There is a row for every position.
-        sin: likewise.
-        positions: of each token, int32 [T].
-
-    Returns:
-        x itself.
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit together, or the numbers of a head are not contiguous.
-        BackendError: `backend="triton"` cannot run here.
-    """
-    if plan := _plans.find((x, cos, sin, positions), backend):
-        return plan(x, cos, sin, positions)
-    check_rotary(x, cos, sin, positions)
-    if not use_triton(backend, x):
-        return x.copy_(rotate_heads_reference(x, cos, sin, positions))
-    if torch.compiler.is_compiling():
-        torch.ops.flashsvd.rotate_heads(x, cos, sin, positions)
-    else:
-        _launch(x, cos, sin, positions, backend)
-    return x
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
 
 
 def rotate_heads_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -66,31 +46,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
-def check_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    """Raises ValueError where the operands do not fit together."""
-    if x.ndim != 3 or cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] != x.shape[2]:
-        raise ValueError(f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit")
-    if cos.dtype != sin.dtype or cos.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"cos and sin are both fp32 or {x.dtype}, not {cos.dtype} and {sin.dtype}")
-    if positions.shape != x.shape[:1] or positions.dtype != torch.int32:
-        raise ValueError(f"positions are int32 {(x.shape[0],)}, not {positions.dtype} {tuple(positions.shape)}")
-    if x.stride(2) != 1:
-        raise ValueError(f"the numbers of a head are not contiguous: x has strides {x.stride()}")
-
-
 @kernel("rows")
 def _rotate_heads(
-    x_ptr,
-    cos_ptr,
-    sin_ptr,
-    pos_ptr,
-    rows,
-    heads,
-    half,
-    x_token,
-    x_head,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, pos_ptr, rows, heads, half, x_token, x_head, ROWS: tl.constexpr, HALF: tl.constexpr
 ):
     # A row is one head of one token.
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -111,37 +69,65 @@ def _rotate_heads(
     tl.store(p_first + half, (x2 * cos + x1 * sin).to(out_type), mask=mask)
 
 
-_plans = Plans()
+def check_tables(cos: Tensor, sin: Tensor, head_dim: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where these are not the cosines and sines for heads of this width and dtype."""
+    if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] != head_dim:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} of heads of {head_dim} do not fit")
+    if cos.dtype != sin.dtype or cos.dtype not in (torch.float32, dtype):
+        raise ValueError(f"cos and sin are both fp32 or {dtype}, not {cos.dtype} and {sin.dtype}")
 
 
-@on_its_device
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, backend: Backend) -> None:
-    given = (x, cos, sin, positions)
-    tokens, heads, width = x.shape
-    if x.numel() == 0:
-        return
+def check_rotary(c: Rotation) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    if c.x.ndim != 3:
+        raise ValueError(f"x {tuple(c.x.shape)} and its [T, H, D] do not fit")
+    check_tables(c.cos, c.sin, c.x.shape[2], c.x.dtype)
+    check_positions(c.positions, c.x.shape[0])
+    if c.x.stride(2) != 1:
+        raise ValueError(f"the numbers of a head are not contiguous: x has strides {c.x.stride()}")
+
+
+def _prepare(c: Rotation, exact: str) -> Rotation:
+    return Rotation(c.x, c.cos.contiguous(), c.sin.contiguous(), c.positions.contiguous())
+
+
+def _plan(c: Rotation, exact: str, tiles: None) -> Plan:
+    tokens, heads, width = c.x.shape
     half = width // 2
     block = triton.next_power_of_2(half)
     rows = max(1, PAIRS // block)
-    arguments = (*(Address(i) for i in range(4)), tokens * heads, heads, half, x.stride(0), x.stride(1))
+    arguments = [*addresses("x", "cos", "sin", "positions"), tokens * heads, heads, half, c.x.stride(0), c.x.stride(1)]
     grid = (-(-tokens * heads // rows),)
-    launch = Launch(_rotate_heads, grid, arguments, ROWS=rows, HALF=block, num_warps=4)
+    launch = Launch(_rotate_heads, grid, operand_names(Rotation), arguments, ROWS=rows, HALF=block, num_warps=4)
 
-    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+    def run(x: Tensor, *others: Tensor) -> Tensor:
         launch(x, *others)
         return x
 
-    ready = (x, cos.contiguous(), sin.contiguous(), positions.contiguous())
-    run(*ready)
-    if in_place(given, ready):
-        _plans.keep(run, given, precision(x), backend)
+    return run
 
 
-@torch.library.custom_op("flashsvd::rotate_heads", mutates_args=("x",))
-def _op(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    rotate_heads(x, cos, sin, positions, backend="triton")
+_op = Op(
+    "rotate_heads", Rotation, check=check_rotary, shape=lambda c: c.x.shape, idle=lambda c: c.x.numel() == 0,
+    reference=lambda c: rotate_heads_reference(*c), prepare=_prepare, plan=_plan, writes=("x",),
+)  # fmt: skip
 
 
-@_op.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    return None
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """R(x), written over x; computed in fp32 and rounded once.
+
+    Args:
+        x: [T, H, D]; tokens and heads may be strided.
+        cos: cosines of the angles by position, [P, D / 2], fp32 or the dtype of x. There is a row for every position.
+        sin: sines, likewise.
+        positions: the position of each token, int32 [T].
+        backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
+
+    Returns:
+        x itself.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or the numbers of a head are not contiguous.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    return _op((x, cos, sin, positions), (), backend)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from flashsvd.kernels.launch import capability, multiprocessors
+from flashsvd.kernels.launch import capability
 
 Generation = Literal["ampere", "hopper"]
+Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class Tiles:
 
 TilesOption = Tiles | Literal["autotune"] | None
 
+
+@dataclass(frozen=True)
+class Table(Generic[Call]):
+    """The tiles that an operator may take.
+
+    Attributes:
+        default: what should be fastest for a prepared call.
+        candidates: what `autotune` tries beside it.
+        sizes: what a measured choice holds for: calls for which this is the same take the same tiles.
+    """
+
+    default: Callable[[Call], Tiles]
+    candidates: Sequence[Tiles]
+    sizes: Callable[[Call], Hashable]
+
+
 _tuned: dict[Hashable, Tiles] = {}
 
 
@@ -52,48 +69,31 @@ def fp32_tiles(widest: int) -> Tiles:
     return Tiles(32, 32 if widest <= 256 else 16, warps=8, stages=1)
 
 
-def splits_that_fill(device: torch.device, tokens: int, walked: int, tiles: Tiles, resident: int = 1) -> int:
-    """Among how many programs to share a walk of this length, so that every multiprocessor has `resident` of them.
-
-    Each takes at least two steps of the walk.
-    """
-    programs = -(-tokens // tiles.rows)
-    most = max(1, walked // (2 * tiles.columns))
-    return max(1, min(most, resident * multiprocessors(device) // programs))
-
-
-def check_splits(splits: int | None) -> None:
-    """Raises ValueError where a caller's number of programs to share a walk cannot be."""
-    if splits is not None and splits < 1:
-        raise ValueError(f"splits is a number of programs from 1 on, not {splits}; leave it out to fill the GPU")
-
-
-def choose(
-    option: TilesOption,
-    table: Callable[[], Tiles],
-    candidates: Sequence[Tiles],
-    key: Hashable,
-    run: Callable[[Tiles], object],
-    device: torch.device,
-) -> Tiles:
-    """The caller's own tiles, the table's, or with `autotune` the fastest candidate, timed once for each `key`.
+def choose(option: TilesOption, table: Table[Call], call: Call, name: str, run: Callable[[Tiles], object]) -> Tiles:
+    """The caller's own tiles, the table's, or with `autotune` the fastest candidate for calls of these sizes.
 
     A candidate that does not fit on the GPU (too much shared memory) is left out.
 
+    Args:
+        call: the prepared call, whose first operand says the device and the dtype.
+        name: the operator's name, under which measured tiles are remembered.
+        run: runs the call with other tiles, to be timed.
+
     Raises:
-        ValueError: `autotune` is asked for without a GPU to time on.
+        ValueError: `autotune` is asked for without a GPU to time on, or there are no such tiles.
     """
     if isinstance(option, Tiles):
         return option
     if option is None:
-        return table()
+        return table.default(call)
     if option != "autotune":
         raise ValueError(f"tiles are a Tiles, 'autotune' or None, not {option!r}")
+    device, dtype = call[0].device, call[0].dtype
     if device.type != "cuda":
         raise ValueError("autotune times the kernel, which needs a GPU; leave tiles out")
-    here = (device, key)
+    here = (device, name, dtype, table.sizes(call))
     if here not in _tuned:
-        _tuned[here] = _fastest([table(), *candidates], run)
+        _tuned[here] = _fastest([table.default(call), *table.candidates], run)
     return _tuned[here]
 
 

@@ -9,6 +9,7 @@ from flashsvd.blocks.running.choice import Choices, Implementation, Operation, b
 from flashsvd.blocks.running.tokens import Chunk, spread
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.launch import LARGEST_RANK, use_triton
+from flashsvd.kernels.packed import both_sides
 
 ATTENTION = Operation("attention", "{} heads of {} and {}, sequences up to {}, padded {} tokens")
 
@@ -31,9 +32,11 @@ def attend(
             k,
             v,
             chunk.cu_seqlens,
+            chunk.cu_seqlens,
             chunk.max_seqlen,
-            scale=scale,
-            window=window,
+            chunk.max_seqlen,
+            softmax_scale=scale,
+            window_size=both_sides(window),
             positions=None if window is None else chunk.explicit_positions,
             backend="triton",
         )

@@ -24,6 +24,7 @@ from flashsvd.blocks.parts.rotary_tables import Tables
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_fits, flashsvd_rope_attention
+from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.rotary import rotate_heads
 
 GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
@@ -121,11 +122,13 @@ class StreamedRotary(Packed):
             cos,
             sin,
             chunk.cu_seqlens,
+            chunk.cu_seqlens,
             chunk.max_seqlen,
-            scale=self.rotary.scale,
+            chunk.max_seqlen,
+            softmax_scale=self.rotary.scale,
             b_q=self.bias_q,
             b_k=self.bias_k,
-            window=chunk.window(self.rotary.window),
+            window_size=both_sides(chunk.window(self.rotary.window)),
             positions=chunk.explicit_positions,
             backend="triton",
         )
