@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from flashsvd.profiling.figures import layer_figures, profile_figures
-from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.profiling.result import ProfileResult, VariantRow
 
 
-def row(variant: str, latency: float = 2.0, parameters: int = 1000, score: float | None = 0.5) -> Row:
-    return Row(
+def row(variant: str, latency: float = 2.0, parameters: int = 1000, score: float | None = 0.5) -> VariantRow:
+    return VariantRow(
         variant, "ok", metrics={"accuracy": score}, latency_ms=latency, latency_p90_ms=latency + 1,
         peak_memory_mib=7.0, transient_memory_mib=1.0, parameters=parameters,
     )  # fmt: skip
 
 
-def result(*rows: Row, checkpoint: str = "models/small", **changes: Any) -> ProfileResult:
+def result(*rows: VariantRow, checkpoint: str = "models/small", **changes: Any) -> ProfileResult:
     made = ProfileResult(
         task="sst2", metric_name="accuracy", checkpoint=checkpoint, dense="large", method="drone", ratio=0.5,
         device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
@@ -37,7 +37,7 @@ def widths(figure: Any) -> list[float]:
 
 
 def test_each_variant_that_was_measured_has_a_bar() -> None:
-    figures = profile_figures([result(row("dense", 4.0), row("fused", 1.0), Row("compiled", "skipped", "why"))])
+    figures = profile_figures([result(row("dense", 4.0), row("fused", 1.0), VariantRow("compiled", "skipped", "why"))])
     latency = next(figure for title, figure in figures.items() if title.startswith("Median latency"))
     assert labels(latency) == ["dense", "fused"]
     assert widths(latency) == [4.0, 1.0]
@@ -83,7 +83,7 @@ def test_another_metric_is_not_among_the_scores() -> None:
 
 
 @pytest.mark.parametrize("rows", [[row("low-rank")], [row("dense")], [row("dense", score=None), row("low-rank")]])
-def test_without_both_scores_there_is_nothing_to_set_against_size(rows: list[Row]) -> None:
+def test_without_both_scores_there_is_nothing_to_set_against_size(rows: list[VariantRow]) -> None:
     assert "Score against size" not in profile_figures([result(*rows)])
 
 

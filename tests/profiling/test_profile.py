@@ -24,7 +24,7 @@ from flashsvd.profiling.config import VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.figures import png
 from flashsvd.profiling.memory import freed_at_once, in_own_arena
-from flashsvd.profiling.result import Row
+from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import MicroBatches, offloaded
 
 WITHOUT_COMPILING = "dense,micro-batches,low-rank,fused"
@@ -268,7 +268,7 @@ def test_the_command_prints_the_table_or_json(config: MakeConfig, capsys: pytest
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def a_result(*rows: Row) -> ProfileResult:
+def a_result(*rows: VariantRow) -> ProfileResult:
     return ProfileResult(
         task="sst2", metric_name="accuracy", checkpoint="small", dense="large", method="drone", ratio=0.5,
         device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
@@ -277,14 +277,14 @@ def a_result(*rows: Row) -> ProfileResult:
     )  # fmt: skip
 
 
-MEASURED = Row(
+MEASURED = VariantRow(
     "dense", "ok", metrics={"accuracy": 0.5}, latency_ms=2.0, latency_p90_ms=3.0, peak_memory_mib=7.0,
     transient_memory_mib=1.0, parameters=1000, weight_bytes=4000, samples_per_second=10.0, speed_up=1.0,
 )  # fmt: skip
 
 
 def test_a_result_shows_its_rows_and_the_reasons_of_those_without_figures() -> None:
-    result = a_result(MEASURED, Row("fused", "skipped", "no <blocks>"))
+    result = a_result(MEASURED, VariantRow("fused", "skipped", "no <blocks>"))
     lines = str(result).splitlines()
     assert lines[2].split() == ["dense", "0.5000", "2.00", "3.00", "10.0", "1.00", "7.0", "1.0", "1,000", "0.0"]
     assert lines[3].split() == ["fused", *"-" * 9]
@@ -299,7 +299,7 @@ def test_a_result_shows_its_rows_and_the_reasons_of_those_without_figures() -> N
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
-    result = a_result(MEASURED, Row("fused", "skipped", "no blocks"))
+    result = a_result(MEASURED, VariantRow("fused", "skipped", "no blocks"))
     (tmp_path / "profile.json").write_text(json.dumps(result.to_json()))
     assert ProfileResult.read(tmp_path / "profile.json") == result
 
@@ -346,8 +346,8 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path, text: str) -> 
 
 
 def test_a_plot_needs_no_defined_metric() -> None:
-    undefined = Row("low-rank", "ok", metrics={"accuracy": None}, latency_ms=1.0, latency_p90_ms=1.0)
-    assert png(a_result(MEASURED, undefined, Row("fused", "failed", "why"))).startswith(b"\x89PNG")
+    undefined = VariantRow("low-rank", "ok", metrics={"accuracy": None}, latency_ms=1.0, latency_p90_ms=1.0)
+    assert png(a_result(MEASURED, undefined, VariantRow("fused", "failed", "why"))).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashsvd.errors import CheckpointError, ConfigError
-from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.profiling.result import ProfileResult, VariantRow
 from flashsvd.ui.jobs import Job, SavedProfile, run_job
 from flashsvd.ui.present import present
 from flashsvd.ui.root import Root
@@ -22,7 +22,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 def saved(root: Root, name: str, parameters: int) -> SavedProfile:
     rows = [
-        Row(variant, "ok", metrics={"accuracy": 0.5}, latency_ms=2.0, latency_p90_ms=3.0, parameters=count)
+        VariantRow(variant, "ok", metrics={"accuracy": 0.5}, latency_ms=2.0, latency_p90_ms=3.0, parameters=count)
         for variant, count in (("dense", 1000), ("low-rank", parameters))
     ]
     result = ProfileResult(

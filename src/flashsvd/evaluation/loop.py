@@ -36,7 +36,7 @@ class BatchShape:
     stride: int | None = None
 
 
-class Job(Protocol):
+class EvalJob(Protocol):
     """Something a model can be evaluated on: it yields batches, takes in the outputs of each, and knows the score.
 
     Attributes:
@@ -87,7 +87,7 @@ class Timings:
         return round(count / sum(self.milliseconds) * 1000, 2)
 
 
-def run_job(job: Job, model: Any, device: torch.device) -> Timings:
+def run_job(job: EvalJob, model: Any, device: torch.device) -> Timings:
     """Every batch of a job through a model that is on `device`, each forward timed.
 
     Raises:
@@ -134,7 +134,7 @@ def compiles(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def warm_up(job: Job, model: Any, device: torch.device) -> None:
+def warm_up(job: EvalJob, model: Any, device: torch.device) -> None:
     """One forward of the first batch of each size that the job has, whose outputs go nowhere."""
     from tqdm.auto import tqdm
 

@@ -14,7 +14,7 @@ from flashsvd.data.text import load_text
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.config import BATCH_SIZE, LM_BATCH_SIZE, LM_SEQ_LEN, SEQ_LEN
 from flashsvd.evaluation.labelled import Classifier, LabelledTexts, Predictor, SentenceSimilarity
-from flashsvd.evaluation.loop import BatchShape, Job
+from flashsvd.evaluation.loop import BatchShape, EvalJob
 from flashsvd.evaluation.perplexity import Perplexity, read_tokens
 from flashsvd.evaluation.subject import Subject
 from flashsvd.models.heads import head_classes
@@ -54,7 +54,7 @@ class Workload:
             tokens = data
         return cls(task, tokens, tokenizer, shape, limit)
 
-    def job(self, subject: Subject) -> Job:
+    def job(self, subject: Subject) -> EvalJob:
         """A fresh job for a model, whose own classes and pooling say what its outputs mean.
 
         Raises:

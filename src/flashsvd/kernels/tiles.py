@@ -10,7 +10,7 @@ import torch
 
 from flashsvd.kernels.launch import capability
 
-Generation = Literal["ampere", "hopper"]
+GpuGeneration = Literal["ampere", "hopper"]
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
@@ -54,7 +54,7 @@ class Table(Generic[Call]):
 _tuned: dict[Hashable, Tiles] = {}
 
 
-def generation(device: torch.device) -> Generation:
+def generation(device: torch.device) -> GpuGeneration:
     """Which row of a table serves this device: Hopper's asks for the shared memory of data centre GPUs since then.
 
     Anything before it, the later GPUs with less (12.x), and the interpreter take Ampere's.

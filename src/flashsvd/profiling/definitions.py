@@ -11,12 +11,12 @@ from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling import generation
 from flashsvd.profiling.generation import Prompts
 from flashsvd.profiling.memory import freed_at_once
-from flashsvd.profiling.result import Row
+from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import Setting
 
 
 def definitions(
-    workload: Workload, subject: Subject, rows: Sequence[Row], setting: Setting, prompts: Prompts | None
+    workload: Workload, subject: Subject, rows: Sequence[VariantRow], setting: Setting, prompts: Prompts | None
 ) -> dict[str, str]:
     """What was measured, by the names of the figures.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.profiling.result import ProfileResult, VariantRow
 from flashsvd.storage.metadata import split_module_path
 
 # Variants of the checkpoint itself; the others are of its dense model.
@@ -57,7 +57,7 @@ def layer_figures(
     return {title: _layer_figure(values, unit) for title, (values, unit) in found.items() if values}
 
 
-def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, Row]]:
+def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, VariantRow]]:
     """Label, result and row of each bar."""
     shown = set()
     one_setting = len({_setting(result) for result in results}) == 1
@@ -78,23 +78,23 @@ def _setting(result: ProfileResult) -> tuple[Any, ...]:
     return (result.dense, result.task, result.data, result.num_eval_samples, result.device, dtypes, *sizes)
 
 
-def _latency(_: ProfileResult, row: Row) -> float | None:
+def _latency(_: ProfileResult, row: VariantRow) -> float | None:
     return row.latency_ms
 
 
-def _latency_p90(_: ProfileResult, row: Row) -> float | None:
+def _latency_p90(_: ProfileResult, row: VariantRow) -> float | None:
     return row.latency_p90_ms
 
 
-def _score(result: ProfileResult, row: Row) -> float | None:
+def _score(result: ProfileResult, row: VariantRow) -> float | None:
     return (row.metrics or {}).get(result.metric_name)
 
 
-_Value = Callable[[ProfileResult, Row], "float | None"]
+_Value = Callable[[ProfileResult, VariantRow], "float | None"]
 
 
 def _bar_figure(
-    bars: Sequence[tuple[str, ProfileResult, Row]], unit: str, value: _Value, upper: _Value | None = None
+    bars: Sequence[tuple[str, ProfileResult, VariantRow]], unit: str, value: _Value, upper: _Value | None = None
 ) -> Any:
     figure, panel = _figure(1.1 + 0.36 * len(bars))
     values = [value(result, row) for _, result, row in bars]
@@ -210,7 +210,7 @@ def png(result: ProfileResult) -> bytes:
     return buffer.getvalue()
 
 
-def _generation_bars(panels: Sequence[Any], rows: list[Row]) -> None:
+def _generation_bars(panels: Sequence[Any], rows: list[VariantRow]) -> None:
     found = [row.generation for row in rows]
     _panel(panels[0], "time to the first token, ms", rows, [g.prefill_ms if g else None for g in found])
     _panel(panels[1], "time of each token after it, ms", rows, [g.ms_per_token if g else None for g in found])
@@ -235,7 +235,7 @@ def draw_bars(
 
 
 def _panel(
-    panel: Any, title: str, rows: list[Row], values: list[float | None], tops: Sequence[float | None] = ()
+    panel: Any, title: str, rows: list[VariantRow], values: list[float | None], tops: Sequence[float | None] = ()
 ) -> None:
     names = [row.variant for row in rows]
     draw_bars(panel, range(len(rows)), names, values, tops)

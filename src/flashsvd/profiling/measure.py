@@ -12,13 +12,13 @@ import torch
 
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import described
-from flashsvd.evaluation.loop import Job, Timings, run_job
+from flashsvd.evaluation.loop import EvalJob, Timings, run_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
 from flashsvd.profiling.memory import freed_at_once, graph_pool_bytes, in_own_arena, settle
-from flashsvd.profiling.result import Row
+from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import Ready, Setting, prepare
 
 log = logging.getLogger("flashsvd")
@@ -26,7 +26,7 @@ log = logging.getLogger("flashsvd")
 
 def measure(
     name: str, subject: Subject, workload: Workload, setting: Setting, runs: int, prompts: Prompts | None = None
-) -> Row:
+) -> VariantRow:
     """Measure a variant; whatever goes wrong becomes its row's status, and the next one has a clean start.
 
     Args:
@@ -56,7 +56,7 @@ def rehearse(subject: Subject, setting: Setting) -> None:
 
 def _measure(
     name: str, subject: Subject, workload: Workload, setting: Setting, runs: int, prompts: Prompts | None
-) -> Row:
+) -> VariantRow:
     device = setting.device
     no_generation = WHY_NOT.get(name, "") if prompts else ""
     after = None if no_generation else prompts
@@ -74,7 +74,7 @@ def _measure(
         jobs = [workload.job(subject) for _ in range(runs)]
         timings = _joined([run_job(job, call, device) for job in jobs])
         found = jobs[0].metrics()
-    return Row(
+    return VariantRow(
         variant=name,
         status="ok",
         metrics={key: value if math.isfinite(value) else None for key, value in found.items()},
@@ -125,14 +125,14 @@ def _needs_a_pass(name: str, device: torch.device) -> bool:
     return name == "compiled" or device.type == "cuda"
 
 
-def _run_untimed(job: Job, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:
+def _run_untimed(job: EvalJob, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:
     with torch.inference_mode():
         for batch in job if batches is None else batches:
             for inputs in batch.to(device).inputs:
                 ready.call(**inputs, **job.forward_options)
 
 
-def _largest(job: Job) -> list[Batch]:
+def _largest(job: EvalJob) -> list[Batch]:
     """The batch with most places and the one with most tokens, which are what memory follows, padded or not."""
     widest = fullest = None
     for batch in job:
@@ -167,9 +167,9 @@ def _joined(passes: list[Timings]) -> Timings:
     )
 
 
-def _unmeasured(name: str, error: Exception) -> Row:
+def _unmeasured(name: str, error: Exception) -> VariantRow:
     if name == "compiled" and ("C++ compiler" in str(error) or "C compiler" in str(error)):
-        return Row(name, "skipped", "torch.compile needs a C++ compiler and finds none here; install g++")
+        return VariantRow(name, "skipped", "torch.compile needs a C++ compiler and finds none here; install g++")
     if isinstance(error, torch.OutOfMemoryError):
-        return Row(name, "failed", "out of memory; take a smaller --batch-size")
-    return Row(name, "failed", described(error))
+        return VariantRow(name, "failed", "out of memory; take a smaller --batch-size")
+    return VariantRow(name, "failed", described(error))

@@ -40,7 +40,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One variant.
 
     Attributes:
@@ -111,13 +111,13 @@ class ProfileResult:
     timestamp: str
     git_commit: str | None
     versions: Mapping[str, str | None]
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
     definitions: Mapping[str, str]
     new_tokens: int | None = None
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
 
-    def __getitem__(self, variant: str) -> Row:
+    def __getitem__(self, variant: str) -> VariantRow:
         """The row of a variant."""
         for row in self.rows:
             if row.variant == variant:
@@ -155,7 +155,7 @@ class ProfileResult:
             "peak MiB", "transient MiB", "parameters", "weights MB", *(generation if self.new_tokens else []),
         ]  # fmt: skip
 
-    def cells(self, row: Row) -> list[str]:
+    def cells(self, row: VariantRow) -> list[str]:
         """A row as text; a figure that is not there is a dash."""
         metric = (row.metrics or {}).get(self.metric_name)
         size = None if row.weight_bytes is None else row.weight_bytes / 1e6
@@ -219,12 +219,12 @@ def _generation_cells(found: Generation | None) -> list[str]:
     ]
 
 
-_Read = TypeVar("_Read", Generation, Row, ProfileResult)
+_Read = TypeVar("_Read", Generation, VariantRow, ProfileResult)
 
 
-def _row(data: dict[str, Any]) -> Row:
+def _row(data: dict[str, Any]) -> VariantRow:
     generation = data.pop("generation")
-    return _checked(Row(**data, generation=None if generation is None else _checked(Generation(**generation))))
+    return _checked(VariantRow(**data, generation=None if generation is None else _checked(Generation(**generation))))
 
 
 def _checked(read: _Read) -> _Read:

@@ -23,7 +23,7 @@ from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import png
 from flashsvd.profiling.generation import Prompts
 from flashsvd.profiling.measure import measure, rehearse
-from flashsvd.profiling.result import ProfileResult, Row
+from flashsvd.profiling.result import ProfileResult, VariantRow
 from flashsvd.profiling.variants import DENSE, Setting, check_offload, why_not
 from flashsvd.storage.atomic import check_file_target, write_bytes, write_text
 
@@ -66,7 +66,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
     for name, reason in reasons.items():
         if reason is not None:
             log.info("%s is skipped: %s", name, reason)
-            rows.append(Row(name, "skipped", reason))
+            rows.append(VariantRow(name, "skipped", reason))
         else:
             rows.append(measure(name, subjects[name], workload, setting, config.runs, prompts))
     _refuse_nothing(rows)
@@ -174,13 +174,13 @@ def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | N
             raise BackendError(f"the variant {name} does not apply: {reason}")
 
 
-def _refuse_nothing(rows: Sequence[Row]) -> None:
+def _refuse_nothing(rows: Sequence[VariantRow]) -> None:
     if not any(row.status == "ok" for row in rows):
         row = next((row for row in rows if row.status == "failed"), rows[0])
         raise FlashSVDError(f"nothing could be measured; {row.variant} was {row.status}: {row.reason}")
 
 
-def _with_speed_up(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _with_speed_up(rows: Sequence[VariantRow]) -> tuple[VariantRow, ...]:
     dense = next((row.latency_ms for row in rows if row.variant == "dense"), None)
     return tuple(
         dataclasses.replace(row, speed_up=round(dense / row.latency_ms, 3)) if dense and row.latency_ms else row

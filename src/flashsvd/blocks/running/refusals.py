@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def refuse_config(config: Any) -> None:
@@ -81,7 +81,7 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
         listed = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in kinds))
         raise BackendError(f"the layers' weights are {listed}; load the model in one dtype on one device")
     ((device, dtype),) = kinds
-    if dtype not in DTYPES:
+    if dtype not in FUSED_DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise BackendError(f"the layers' weights are {name}; load them in fp16, bf16, fp32 or fp64 for fused blocks")
     if device.type == "meta":
