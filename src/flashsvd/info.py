@@ -12,6 +12,8 @@ from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.storage.metadata import CompressionInfo, split_module_path
 
+__all__ = ["CheckpointInfo", "read_info", "show_checkpoint_info"]
+
 
 @dataclass(frozen=True, repr=False)
 class CheckpointInfo:

@@ -28,6 +28,8 @@ from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
 from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
 
+__all__ = ["export_dense", "load_compressed", "save_compressed"]
+
 
 def save_compressed(
     model: Any,

@@ -20,6 +20,8 @@ from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.registry import base_prefix
 
+__all__ = ["check", "choices", "optimize"]
+
 
 def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     """Turn a model's layers into fused blocks on packed weights, in place, for inference.

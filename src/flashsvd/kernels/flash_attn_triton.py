@@ -31,6 +31,8 @@ from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
+__all__ = ["flash_attention", "flash_attention_reference"]
+
 
 class Attention(NamedTuple):
     """Operands and options of a call; `cu_seqlens_k` is None where keys lie as queries do, `window` is -1 for none."""

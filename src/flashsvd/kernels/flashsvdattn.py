@@ -22,6 +22,8 @@ from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_
 from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.tiles import TilesOption
 
+__all__ = ["flashsvd_attention", "flashsvd_attention_reference", "fold_query"]
+
 
 def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Tensor | None]:
     """The map from P_q to Q': matrix V_q V_k^T [H, r_q, r_k] and offset b_q V_k^T [H, r_k].

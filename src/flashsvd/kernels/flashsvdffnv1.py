@@ -29,6 +29,8 @@ from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, fp32_tiles, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
+__all__ = ["flashsvd_ffn_v1", "flashsvd_ffn_v1_reference"]
+
 FEW_TOKENS = 4096
 
 

@@ -31,6 +31,8 @@ from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, fp32_tiles, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
+__all__ = ["flashsvd_ffn_v2", "flashsvd_ffn_v2_reference"]
+
 # Above this rank P and the sum that it is turned into no longer share the registers of a multiprocessor.
 WIDEST_IN_REGISTERS = 160
 

@@ -34,6 +34,8 @@ from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, fp32_tiles, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
+__all__ = ["flashsvd_geglu", "flashsvd_geglu_reference"]
+
 
 class GatedFFN(NamedTuple):
     """Operands and options of a call; `p_g` is None where it is `p_a` itself."""

@@ -37,6 +37,8 @@ from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
+__all__ = ["flashsvd_rope_attention", "flashsvd_rope_attention_reference"]
+
 HEAD_DIMS = (32, 64, 128)
 # Of queries and keys, whose lifts of a head lie on chip side by side, each at most so many bytes.
 LARGEST_LIFTED_RANK = 256

@@ -23,6 +23,8 @@ from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
+__all__ = ["fused_ln", "fused_ln_reference"]
+
 
 class Norm(NamedTuple):
     """Operands and options of a call."""

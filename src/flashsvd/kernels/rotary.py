@@ -20,6 +20,8 @@ from flashsvd.kernels.packed import check_positions
 from flashsvd.kernels.plans import Launch, Plan, addresses
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
+__all__ = ["rotate_heads", "rotate_heads_reference"]
+
 # Pairs of numbers that a program turns: sixteen for each thread.
 PAIRS = 2048
 
