@@ -168,7 +168,7 @@ def _run_finetune(options: argparse.Namespace) -> None:
 
 
 def _leave_process_group() -> None:
-    """Of torchrun, which warns of a process that ends without."""
+    """Leave torchrun's process group: torchrun warns of a process that ends without doing so."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

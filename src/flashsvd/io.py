@@ -105,7 +105,7 @@ def load_compressed(
         optimize: run on fused blocks; `backend` and `graph` say how, as in `flashsvd.optimize`.
 
     Raises:
-        CheckpointError: it is no compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
+        CheckpointError: it is not a compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
         BackendError: its architecture has no fused blocks, or the backend cannot run on the device.
         ConfigError: the options do not fit one another.
     """
@@ -163,7 +163,7 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
         overwrite: replace an earlier export.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the output exists, is no export or cannot be written.
+        CheckpointError: the checkpoint cannot be read, or the output exists, is not an export or cannot be written.
     """
     directory, output = Path(directory).expanduser(), Path(output).expanduser()
     check_target(output, overwrite, EXPORT_MARKER)

@@ -29,11 +29,11 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
     at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
 
-    Each layer gives up its own weights as it is fused. Where that is interrupted, for one by lack of memory, the model
-    refuses everything from then on, unless no layer was fused yet.
+    Each layer gives up its own weights as it is fused. If that is interrupted, because memory runs out for example, the
+    model refuses everything from then on, unless no layer was fused yet.
 
     Args:
-        model: a transformers model in eval mode, on the device and in the dtype that it shall run in.
+        model: a transformers model in eval mode, on the device and in the dtype that it is to run in.
         backend: `auto` takes for each operation what is faster, measured on its first inputs of a size; `torch` and
             `triton` force one.
         graph: replay batches of up to 65,536 tokens as CUDA graphs, which spares small ones the time to launch kernels.
@@ -86,7 +86,7 @@ def check(config: Any, backend: Backend, device: torch.device, graph: bool = Fal
 
     Args:
         config: the model's, of transformers.
-        device: where the model shall run.
+        device: where the model is to run.
 
     Raises:
         BackendError: as `optimize` does.

@@ -1,7 +1,7 @@
 """ModernBERT with fused blocks: classes that take the place of transformers' model, layers and last norm.
 
 Subclasses, so that whatever looks for a ModernBertEncoderLayer, such as the recording of hidden states, still finds
-one. There is no encoder module here whose forward could be replaced, so that of the whole base model is.
+one. ModernBERT has no encoder module, so the forward of the whole base model is replaced.
 """
 
 from __future__ import annotations

@@ -30,6 +30,6 @@ class FusedArchitecture(Protocol):
 
 
 def fused_architecture(model_type: str) -> FusedArchitecture:
-    """Of one of the `FUSED`."""
+    """The file of a model type that has fused blocks, one of the `FUSED`."""
     module: FusedArchitecture = importlib.import_module(FUSED[model_type])
     return module

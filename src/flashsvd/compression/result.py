@@ -34,7 +34,7 @@ class CompressReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, JSON-ready."""
+        """Every field as a value that JSON has."""
         as_json: dict[str, Any] = plain(self)
         return as_json
 

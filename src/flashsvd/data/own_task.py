@@ -40,7 +40,7 @@ def fit_task(
 
     Raises:
         ConfigError: there is no data.
-        DataError: it cannot be read, has no column of texts or labels, or labels that are no classes.
+        DataError: it cannot be read, has no column of texts or labels, or has labels that are not classes.
     """
     if task.is_fitted:
         return task

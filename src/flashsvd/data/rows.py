@@ -25,7 +25,7 @@ _VALIDATION_NAMES = ("validation", "dev", "val")
 
 
 class UnknownClassError(DataError):
-    """A label is none of the classes that the user's own data, or the model's head, has."""
+    """A label is not one of the classes that the user's own data, or the model's head, has."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def find_file(
     """The file of a split: `path` itself, or the one in the directory `path` that is named after the split.
 
     Raises:
-        DataError: there is none, or more than one.
+        DataError: there is no such file, or more than one.
     """
     option = option or DATA_OPTION[split]
     if path.is_file():
@@ -225,7 +225,7 @@ def own_labels(texts: Sequence[str], classes: Sequence[str], where: str) -> list
     """The place of each label among the user's own classes; where they have names, numbers may be the places.
 
     Raises:
-        UnknownClassError: a label is none of them.
+        UnknownClassError: a label is not one of the classes.
     """
     places = {name: place for place, name in reversed(list(enumerate(classes)))}
     number, unknown = next(((n, text) for n, text in enumerate(texts, 1) if text not in places), (0, ""))

@@ -99,7 +99,7 @@ def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no task has that name.
     """
     if name not in TASKS:
         raise ConfigError(f"--task {name!r} is not known; choose from {', '.join(TASKS)}")

@@ -50,7 +50,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The batch with its tensors on a device."""
         inputs = tuple({name: values.to(device) for name, values in part.items()} for part in self.inputs)
         return Batch(inputs, None if self.labels is None else self.labels.to(device), self.full)
 
@@ -73,7 +73,7 @@ class Tokenize:
 
     @classmethod
     def of(cls, task: Task, tokenizer: Any, seq_len: int, padding: str = "longest") -> Tokenize:
-        """As a task's examples are read: an encoder embeds each text of a pair by itself, a classifier both at once."""
+        """How a task's examples are tokenised: an encoder reads each text of a pair by itself, a classifier both at once."""
         return cls(tokenizer, seq_len, apart=task.head == "encoder", padding=padding)
 
     def batch(self, texts: Texts) -> tuple[Inputs, ...]:

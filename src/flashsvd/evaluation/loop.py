@@ -115,7 +115,7 @@ def run_job(job: EvalJob, model: Any, device: torch.device) -> Timings:
 
 
 def check_finite(values: Tensor) -> Tensor:
-    """The values themselves.
+    """Return the values, all of which are finite.
 
     Raises:
         DataError: one of them is NaN or infinite.
@@ -157,6 +157,6 @@ def size_of(inputs: Mapping[str, Tensor]) -> tuple[object, ...]:
 
 
 def about(size: int) -> tuple[int, int]:
-    """The same for sizes between two powers of two that lie within 64, or a sixteenth, of each other."""
+    """A key that is the same for sizes between two powers of two that lie within 64, or a sixteenth, of each other."""
     power = bucket(size)
     return power, -(-size // max(64, power // 16))

@@ -55,7 +55,7 @@ def flash_attention_reference(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same by torch's scaled_dot_product_attention, over padded sequences where their lengths differ."""
+    """`flash_attention` by torch's scaled_dot_product_attention, over padded sequences where their lengths differ."""
     sequences, tokens, (window, _) = cu_seqlens_q.shape[0] - 1, q.shape[0], window_size
     # A branch, since under torch.compile the comparison itself may be left open.
     options: dict[str, Any] = {"scale": softmax_scale, **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {})}

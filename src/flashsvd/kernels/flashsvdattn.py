@@ -43,7 +43,7 @@ def flashsvd_attention_reference(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in plain torch."""
+    """`flashsvd_attention` in plain torch."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "window_size": window_size, "positions": positions}
     return flash_attention_reference(q, p_k, p_v, *lengths, **options)

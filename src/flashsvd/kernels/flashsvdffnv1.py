@@ -46,7 +46,7 @@ class FFN(NamedTuple):
 
 
 def flashsvd_ffn_v1_reference(p: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, activation: str) -> Tensor:
-    """The same in plain torch, with the [T, I] activation in memory."""
+    """`flashsvd_ffn_v1` in plain torch, with the [T, I] activation in memory."""
     return activation_function(activation)(torch.nn.functional.linear(p, v1, b1)) @ u2
 
 

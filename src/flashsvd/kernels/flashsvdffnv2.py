@@ -53,7 +53,7 @@ class WholeFFN(NamedTuple):
 def flashsvd_ffn_v2_reference(
     x: Tensor, u1: Tensor, v1: Tensor, b1: Tensor | None, u2: Tensor, v2: Tensor, b2: Tensor | None, activation: str
 ) -> Tensor:
-    """The same in plain torch, one product after the other."""
+    """`flashsvd_ffn_v2` in plain torch, one product after the other."""
     hidden = activation_function(activation)(F.linear(F.linear(x, u1), v1, b1))
     return F.linear(hidden @ u2, v2, b2)
 

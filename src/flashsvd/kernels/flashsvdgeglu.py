@@ -55,7 +55,7 @@ def flashsvd_geglu_reference(
     p_a: Tensor, p_g: Tensor, v_a: Tensor, v_g: Tensor, u2: Tensor, b_a: Tensor | None, b_g: Tensor | None,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    """The same in plain torch, with both [T, I] tensors in memory."""
+    """`flashsvd_geglu` in plain torch, with both [T, I] tensors in memory."""
     return (activation_function(activation)(F.linear(p_a, v_a, b_a)) * F.linear(p_g, v_g, b_g)) @ u2
 
 

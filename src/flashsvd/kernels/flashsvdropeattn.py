@@ -73,7 +73,7 @@ def flashsvd_rope_attention_reference(
     softmax_scale: float, b_q: Tensor | None = None, b_k: Tensor | None = None,
     window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in plain torch, with Q and K in memory."""
+    """`flashsvd_rope_attention` in plain torch, with Q and K in memory."""
     steps = torch.arange(p_q.shape[0], device=p_q.device)
     if positions is None:
         last = max(0, cu_seqlens_q.shape[0] - 2)

@@ -42,7 +42,7 @@ class Norm(NamedTuple):
 def fused_ln_reference(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch: the normalised rows and the sum."""
+    """`fused_ln` in plain torch: the normalised rows and the sum."""
     total = x if residual is None else x + residual
     total = total if shift is None else total + shift
     return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total

@@ -69,7 +69,10 @@ def out_strides(out: Tensor | None, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def width_tiles(width: int) -> tuple[int, int]:
-    """As `rank_tiles`, but one tile up to 64: two narrow products take longer than one wider one."""
+    """The one or two tiles that hold a width, as `rank_tiles` has them, but a single one up to 64.
+
+    Two narrow products take longer than a wider one.
+    """
     return (max(16, 1 << (width - 1).bit_length()), 0) if width <= 64 else rank_tiles(width)
 
 

@@ -67,7 +67,7 @@ def plan_sum(count: int, size: int) -> Plan:
 
 
 def add_partials_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in plain torch."""
+    """`add_partials` in plain torch."""
     return x.sum(0).to(dtype)
 
 

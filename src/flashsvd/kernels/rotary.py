@@ -36,7 +36,7 @@ class Rotation(NamedTuple):
 
 
 def rotate_heads_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """The same in plain torch, in new memory."""
+    """`rotate_heads` in plain torch, in new memory."""
     return rotate(x, cos[positions], sin[positions])
 
 

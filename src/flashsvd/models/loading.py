@@ -140,7 +140,7 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        ModelError: there is none, or it would be read from elsewhere.
+        ModelError: the model has no tokenizer, or it would be read from elsewhere.
     """
     from transformers import AutoTokenizer
 

@@ -62,7 +62,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Written:
-    """One generation.
+    """What one generation wrote and took.
 
     Attributes:
         tokens: [batch, new_tokens], the most probable ones.

@@ -1,4 +1,4 @@
-"""The same start for every variant: what the one before it left is freed, on the device and in the process."""
+"""Giving every variant the same start: what the one before it left is freed, on the device and in the process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def settle() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        # cuBLAS keeps a workspace for good once it ran; each variant shall pay for its own.
+        # cuBLAS keeps a workspace for good once it ran; each variant pays for its own.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
@@ -39,7 +39,7 @@ def settle() -> None:
 def freed_at_once() -> Iterator[bool]:
     """Inside, memory that is freed goes back to the system at once, so that the process's peak is what was in use.
 
-    Yields whether that is so: it is glibc that can be told. It is slower, so nothing shall be timed inside.
+    Yields whether that is so: it is glibc that can be told. Freeing at once is slower, so time nothing inside.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

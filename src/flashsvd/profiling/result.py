@@ -41,7 +41,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class VariantRow:
-    """One variant.
+    """What was measured of one variant.
 
     Attributes:
         status: `ok`, `skipped` where it cannot run here, `failed` where it broke.
@@ -135,7 +135,7 @@ class ProfileResult:
         """A result that `flashsvd profile --output` wrote.
 
         Raises:
-            CheckpointError: there is no such file, or it is none of those.
+            CheckpointError: there is no such file, or it is not such a result.
         """
         try:
             data: Any = json.loads(file.read_text(encoding="utf-8"))

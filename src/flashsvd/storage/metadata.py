@@ -77,7 +77,7 @@ class CompressionInfo:
 
     @classmethod
     def read_file(cls, path: Path) -> CompressionInfo:
-        """Raises CheckpointError where the file is no JSON, of another format, incomplete, or nonsense."""
+        """Raises CheckpointError where the file is not JSON, of another format, incomplete, or nonsense."""
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
             version = data["format_version"]

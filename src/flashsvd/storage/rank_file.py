@@ -22,7 +22,7 @@ def read_ranks(file: Path, qkv: str) -> dict[str, int | None]:
     """The ranks in a file; `ranks.plan_given_ranks` holds them against a model.
 
     Raises:
-        ConfigError: there is no such file, it is none of ours, or it is for the other Q/K/V layout.
+        ConfigError: there is no such file, it is not one of ours, or it is for the other Q/K/V layout.
     """
     if file.is_dir():
         file = file / RANKS_FILE

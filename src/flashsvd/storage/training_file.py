@@ -20,7 +20,7 @@ CURVE_CSV, CURVE_PNG = "loss.csv", "loss.png"
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """One training.
+    """What a model's metadata says of one training.
 
     Attributes:
         model: what was trained, as the user named it.
@@ -69,6 +69,6 @@ def read_trainings(file: Path) -> list[Mapping[str, Any]]:
 
 
 def write_trainings(file: Path, trainings: Sequence[Mapping[str, Any]]) -> None:
-    """What `read_trainings` reads."""
+    """Write the file that `read_trainings` reads."""
     text = json.dumps({"trainings": list(trainings)}, indent=2, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8")

@@ -57,7 +57,7 @@ def _check_name(source: str, file: str, name: object) -> None:
 def _json_of(source: str, name: str, key: str | None = None) -> Any:
     """What a JSON file beside the model holds, under a key of it; None where there is no such file or key.
 
-    What cannot be had, or is no JSON, is for transformers to say.
+    Transformers itself says what cannot be had or is not JSON.
     """
     with contextlib.suppress(HubUnreachableError, OSError, ValueError):
         if file := companion_file(source, name):

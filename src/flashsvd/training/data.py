@@ -84,7 +84,7 @@ def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
     """A task of the user's own with the columns of the training data, and with the classes that the model has or gets.
 
     Raises:
-        FlashSVDError: the data or the model cannot be read, or the data is no such task's.
+        FlashSVDError: the data or the model cannot be read, or the data does not fit such a task.
     """
     if task is None or task.is_fitted:
         return task
@@ -95,7 +95,7 @@ def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
 def prepare_material(
     config: FinetuneConfig, task: Task | None, model: HeadedModel, tokenizer: Any, seq_len: int
 ) -> Material:
-    """Read and tokenise.
+    """Read and tokenise the data to train and to evaluate on.
 
     Raises:
         FlashSVDError: the data cannot be had, or does not fit the task, the tokenizer or the model.

@@ -22,7 +22,7 @@ from flashsvd.training.rows import Row, Tensors
 
 @dataclass(frozen=True)
 class Question:
-    """One forward.
+    """What one forward of the model is asked.
 
     Attributes:
         inputs: the model's arguments, each [N, S].

@@ -47,7 +47,7 @@ class Workplace:
         """The workplace of an output, as far as it fits the config; nothing is written.
 
         Raises:
-            ConfigError: there is an interrupted run that shall not be resumed, or nothing to resume, or an option
+            ConfigError: there is an interrupted run and `--resume` is not given, or nothing to resume, or an option
                 or the number of processes differs from that of the interrupted run.
         """
         directory = output.resolve().with_name(f"{output.name}.partial")

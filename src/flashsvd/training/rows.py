@@ -43,7 +43,7 @@ class Rows(Dataset[Row]):
 
     @property
     def digest(self) -> str:
-        """The same for the same tokens and labels in the same order, and for no others."""
+        """A hash that is the same for the same tokens and labels in the same order, and for no others."""
         found = hashlib.sha256()
         for row in self._rows:
             lengths = [len(part["input_ids"]) for part in row.parts]
@@ -54,7 +54,7 @@ class Rows(Dataset[Row]):
 
     @property
     def mean_label(self) -> float:
-        """Of labels that are numbers."""
+        """The mean of the labels that are numbers."""
         return statistics.fmean(row.label for row in self._rows if isinstance(row.label, float))
 
     @property

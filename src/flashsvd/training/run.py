@@ -294,7 +294,7 @@ def _seq_len(config: FinetuneConfig, task: Task | None, model: HeadedModel, toke
 
 @contextlib.contextmanager
 def _unchanged_cache(config: Any) -> Iterator[None]:
-    """The Trainer turns a model's cache of keys and values off, which the saved config shall not say."""
+    """The Trainer turns a model's cache of keys and values off, which the saved config must not say."""
     own = {name: value for name, value in vars(config).items() if name == "use_cache"}
     yield
     vars(config).pop("use_cache", None)

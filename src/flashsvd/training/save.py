@@ -26,7 +26,7 @@ def output_marker(model: HeadedModel) -> str:
 
 
 def companions_of(model: HeadedModel, mode: Mode) -> Companions:
-    """What goes beside the weights: under a head, a model is no sentence encoder any more, whatever it was before."""
+    """What goes beside the weights: under a head, no model is a sentence encoder any more."""
     found = find_companions(model.source, sentence_encoder=mode == "similarity")
     if mode == "similarity":
         return found
@@ -55,7 +55,7 @@ class RandomParameters:
         return cls({name: p.detach().clone() for name, p in model.named_parameters() if name in names})
 
     def left(self, model: Any) -> tuple[str, ...]:
-        """Those that are as they were, and so still random."""
+        """The names of the parameters that are as they were, and so still random."""
         now = dict(model.named_parameters())
         return tuple(sorted(name for name, value in self.values.items() if torch.equal(now[name].cpu(), value)))
 

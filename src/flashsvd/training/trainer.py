@@ -27,7 +27,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         super().__init__(**options, compute_metrics=self._metrics_of)
         self._objective = objective
         self._teacher = teacher.to(self.args.device) if teacher else None
-        # A batch's loss is a mean here: the Trainer shall divide it by the batches of a step.
+        # A batch's loss is a mean here: the Trainer must divide it by the batches of a step.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -118,7 +118,7 @@ def training_arguments(
         "greater_is_better": greater_is_better,
         "logging_strategy": "steps",
         "logging_steps": 1 / POINTS,
-        # What is not finite shall show.
+        # Losses that are not finite must show.
         "logging_nan_inf_filter": False,
         # A sentence encoder's own pooling leaves the model's pooler aside; every other mode uses all there is.
         "ddp_find_unused_parameters": config.mode == "similarity",

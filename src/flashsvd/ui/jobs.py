@@ -19,7 +19,7 @@ class SavedProfile:
 
 @dataclass(frozen=True)
 class Job:
-    """One job.
+    """One job of the page.
 
     Attributes:
         name: the command that does the same in a shell.

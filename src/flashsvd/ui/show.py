@@ -18,7 +18,7 @@ def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple
     """The view of the Info tab: state, result, and the two downloads.
 
     Raises:
-        FlashSVDError: it lies outside of the root, or is no compressed checkpoint.
+        FlashSVDError: it lies outside of the root, or is not a compressed checkpoint.
     """
     name = (checkpoint or "").strip()
     if not name:

@@ -1,4 +1,4 @@
-"""How the page looks: fonts of the system, since none shall be fetched, and colours with enough contrast."""
+"""How the page looks: fonts of the system, so that none is fetched, and colours with enough contrast."""
 
 from __future__ import annotations
 

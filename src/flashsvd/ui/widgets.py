@@ -85,7 +85,7 @@ def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
 
 
 def _value(value: Any, annotation: Any) -> Any:
-    """What a widget's value stands for: None for nothing; text where it is no number, for the config to refuse."""
+    """What a widget's value stands for: None for nothing; text where it is not a number, for the config to refuse."""
     if not isinstance(value, str):
         return value
     text = value.strip()

@@ -1,6 +1,6 @@
 """The process that runs one job, and tells the page about it through a pipe.
 
-A process can be stopped at any moment, its log and its progress are no other job's, and its memory goes with it.
+A process can be stopped at any moment, its log and its progress are its own, and its memory goes with it.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ MATERIALISED_TOKENS = 8192
 
 
 def chunk_tokens(hidden: Tensor, width: int) -> int:
-    """As many as keep `width` numbers of each within ROOM times the hidden state's memory: few, long launches."""
+    """How many tokens keep `width` numbers of each within ROOM times the hidden state's memory: few, long launches."""
     return max(SMALLEST_CHUNK, int(ROOM * hidden.numel()) // width)
 
 
 def pre_ln_chunk_tokens(hidden: Tensor, width: int) -> int:
-    """The same of a pre-LN layer."""
+    """How many tokens a pre-LN layer takes at a time, which holds more of each."""
     return max(SMALLEST_CHUNK, int(PRE_LN_ROOM * hidden.numel()) // width)
 
 

@@ -70,7 +70,7 @@ class RotaryAttention(Packed):
 
 
 class StreamedRotary(Packed):
-    """The same with Q and K in the rank spaces of their heads."""
+    """Rotary attention with Q and K in the rank spaces of their heads."""
 
     lift_q: Tensor
     lift_k: Tensor

@@ -30,7 +30,7 @@ class RotaryTables:
         self._tables.clear()
 
     def take(self, layer_type: str, span: int, x: Tensor) -> Tables:
-        """Those of a kind of layer, for positions below `span`, in the dtype of x and on its device."""
+        """The tables of a kind of layer, for positions below `span`, in the dtype of x and on its device."""
         rows = bucket(span)
         key = (layer_type, rows, x.dtype, x.device)
         if key not in self._tables:

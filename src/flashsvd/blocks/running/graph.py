@@ -59,7 +59,7 @@ class Shape:
 
     @classmethod
     def of(cls, x: Tensor, padding: Padding) -> Shape:
-        """That of the graph for a batch x [batch, length, hidden]."""
+        """The size of the graph that serves a batch x [batch, length, hidden]."""
         batch, length = x.shape[:2]
         kind = (x.dtype, x.device, precision(x))
         even = (batch, length) == (bucket(batch), bucket(length))
@@ -71,7 +71,7 @@ class Shape:
 
     @property
     def places(self) -> int:
-        """Of the padded batch."""
+        """How many places the padded batch has."""
         return self.batch * self.length
 
 
@@ -217,7 +217,7 @@ class Stage:
 
 
 class _Captured:
-    """One graph."""
+    """One captured graph, with the memory that it reads and writes."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._graph = stage, torch.cuda.CUDAGraph()

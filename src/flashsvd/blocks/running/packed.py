@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
 
 
 class PackedModel(PackedModule):
-    """The same for a model as a whole."""
+    """Refuses, for a model as a whole, what its packed blocks cannot do."""
 
     def save_pretrained(self, *_: Any, **__: Any) -> Any:
         self._refuse("saved")

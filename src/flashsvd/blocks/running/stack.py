@@ -39,12 +39,12 @@ def run_stack(
     """hidden_states [batch, length, hidden] through all layers, zeros where the mask [batch, length] is false.
 
     Args:
-        padded: whether each layer shall take and return the padded batch, for those who record what it does. Hooks on
+        padded: whether each layer takes and returns the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
         owned: whether the hidden states may be overwritten.
 
     Raises:
-        BackendError: the mask is none of padding.
+        BackendError: the mask does not say which tokens are padding.
     """
     with on_device(hidden_states):
         layers = list(layers)

@@ -46,7 +46,7 @@ class Chunk:
         return None if self.counted else self.positions
 
     def window(self, reach: int | None) -> int | None:
-        """The same reach, None where it takes in every token of a sequence."""
+        """The window as a number of columns; None where it takes in every token of a sequence."""
         return None if reach is None or reach >= self.span - 1 else reach
 
     @functools.cached_property
@@ -104,10 +104,10 @@ class Padding:
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None) -> Padding:
-        """That of x [batch, length, ...], real where the mask [batch, length] is true; all of it for None.
+        """The layout of x [batch, length, ...], real where the mask [batch, length] is true; all of it for None.
 
         Raises:
-            BackendError: the mask is none of padding.
+            BackendError: the mask does not say which tokens are padding.
         """
         batch, length = x.shape[:2]
         if mask is None:
@@ -128,7 +128,7 @@ class Padding:
 
     @property
     def count(self) -> int:
-        """Of real tokens."""
+        """How many real tokens there are."""
         return sum(self.lengths)
 
 
@@ -161,13 +161,13 @@ class Tokens:
         """The tokens of x [batch, length, ...], real where the mask [batch, length] is true; all of them for None.
 
         Raises:
-            BackendError: the mask is none of padding.
+            BackendError: the mask does not say which tokens are padding.
         """
         return cls.behind(x, Padding.of(x, mask))
 
     @classmethod
     def behind(cls, x: Tensor, padding: Padding) -> Tokens:
-        """The same, of what was found out already."""
+        """The tokens of a batch whose padding was found out already."""
         if padding.mask is None:
             return _full(x.shape[0], x.shape[1], x.device)
         longest = max(padding.lengths)
