@@ -73,7 +73,7 @@ class Tokenize:
 
     @classmethod
     def of(cls, task: Task, tokenizer: Any, seq_len: int, padding: str = "longest") -> Tokenize:
-        """How a task's examples are tokenised: an encoder reads each text of a pair by itself, a classifier both at once."""
+        """How a task's examples are tokenised: an encoder reads a pair's texts apart, a classifier both at once."""
         return cls(tokenizer, seq_len, apart=task.head == "encoder", padding=padding)
 
     def batch(self, texts: Texts) -> tuple[Inputs, ...]:
