@@ -13,6 +13,8 @@ from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, run_compress
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import ConfigError
 from flashsvd.kernels.launch import Backend
+from flashsvd.training.config import MODES
+from flashsvd.training.model import Mode
 
 
 def test_paths_stand_for_their_names(make_model: MakeModel, tmp_path: Path) -> None:
@@ -65,3 +67,7 @@ def test_backends_are_named_alike_for_users_and_kernels() -> None:
         assert EvalConfig(checkpoint="x", task="sst2", backend=backend).backend == backend
     with pytest.raises(ConfigError, match="--backend 'cuda' is not known; choose from auto, torch, triton"):
         EvalConfig(checkpoint="x", task="sst2", backend="cuda")
+
+
+def test_modes_of_training_are_named_alike_for_users_and_models() -> None:
+    assert typing.get_args(Mode) == MODES
