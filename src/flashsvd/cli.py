@@ -11,7 +11,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,10 +55,11 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
 def run(command: Command, arguments: Sequence[str], prog: str) -> int:
     """`run_command` for a command that need not have a name."""
     try:
-        try:
-            _parse_and_run(command, arguments, prog)
-        finally:
-            sys.stdout.flush()
+        with _sigterm_interrupts():
+            try:
+                _parse_and_run(command, arguments, prog)
+            finally:
+                sys.stdout.flush()
     except FlashSVDError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return ERROR
@@ -75,7 +77,6 @@ def run(command: Command, arguments: Sequence[str], prog: str) -> int:
 
 
 def _parse_and_run(command: Command, arguments: Sequence[str], prog: str) -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
     parser = _Parser(prog=prog, description=command.help)
     command.add_arguments(parser)
     options = parser.parse_args(list(arguments))
@@ -309,6 +310,21 @@ def _log_to_terminal() -> None:
     log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
     if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
         log.addHandler(_TerminalHandler())
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While a command runs, SIGTERM ends it as Ctrl-C does; its caller's own handler comes back afterwards."""
+    previous = signal.getsignal(signal.SIGTERM)
+    # Python lets no other thread set a handler, and gives None for one that it could not put back.
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(*_: Any) -> NoReturn:
