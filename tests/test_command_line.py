@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,6 +138,46 @@ def test_an_interrupt_during_imports_is_one_line(
     monkeypatch.setitem(COMMANDS, "info", dataclasses.replace(COMMANDS["info"], add_arguments=interrupted))
     assert main(["info", "x"]) == 130
     assert capsys.readouterr().err == "flashsvd info: interrupted\n"
+
+
+@pytest.fixture
+def on_sigterm() -> Iterator[Callable[..., None]]:
+    """A handler of the caller's own."""
+
+    def handler(*_: object) -> None:
+        pass
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_sigterm_interrupts_a_command_and_is_its_callers_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch, on_sigterm: Callable[..., None]
+) -> None:
+    def run(_: argparse.Namespace) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setitem(COMMANDS, "info", dataclasses.replace(COMMANDS["info"], run=run))
+    assert main(["info", "x"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
+
+
+def test_a_command_that_fails_or_stops_leaves_no_handler_either(
+    tmp_path: Path, on_sigterm: Callable[..., None]
+) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
+    with pytest.raises(SystemExit):
+        main(["info", "--frobnicate"])
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
+
+
+def test_a_command_runs_in_any_thread(tmp_path: Path, on_sigterm: Callable[..., None]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(main, ["info", str(tmp_path)]).result() == 2
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
 
 
 def test_info_on_another_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

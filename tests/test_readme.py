@@ -21,7 +21,8 @@ import flashsvd
 import table
 from conftest import build_tokenizer, factor
 from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_eval
-from flashsvd.cli import COMMANDS, config_from, main
+from flashsvd.cli import COMMANDS, main
+from flashsvd.common.config import config_from
 from flashsvd.data.tasks import TASKS
 from flashsvd.methods import adasvd
 from flashsvd.methods.registry import METHODS
@@ -133,7 +134,7 @@ def parse(arguments: list[str]) -> None:
         "profile": flashsvd.ProfileConfig,
     }
     if arguments[0] in configs:
-        config_from(options, configs[arguments[0]])
+        config_from(configs[arguments[0]], vars(options))
 
 
 def run_python(block: Block, library: Path) -> dict[str, Any]:

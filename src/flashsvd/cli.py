@@ -11,13 +11,13 @@ import os
 import shlex
 import signal
 import sys
-import types
-import typing
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flashsvd._version import __version__
+from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
 from flashsvd.errors import FlashSVDError, one_line
 
@@ -55,10 +55,11 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
 def run(command: Command, arguments: Sequence[str], prog: str) -> int:
     """`run_command` for a command that need not have a name."""
     try:
-        try:
-            _parse_and_run(command, arguments, prog)
-        finally:
-            sys.stdout.flush()
+        with _sigterm_interrupts():
+            try:
+                _parse_and_run(command, arguments, prog)
+            finally:
+                sys.stdout.flush()
     except FlashSVDError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return ERROR
@@ -76,7 +77,6 @@ def run(command: Command, arguments: Sequence[str], prog: str) -> int:
 
 
 def _parse_and_run(command: Command, arguments: Sequence[str], prog: str) -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
     parser = _Parser(prog=prog, description=command.help)
     command.add_arguments(parser)
     options = parser.parse_args(list(arguments))
@@ -121,7 +121,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
 def _run_compress(options: argparse.Namespace) -> None:
     from flashsvd.compress import CompressConfig, run_compress
 
-    report = run_compress(config_from(options, CompressConfig))
+    report = run_compress(config_from(CompressConfig, vars(options)))
     print("\n".join(report.summary()))
     print(f"next: flashsvd info {report.output}")
 
@@ -149,7 +149,7 @@ def _run_finetune(options: argparse.Namespace) -> None:
     from flashsvd.finetune import FinetuneConfig, run_finetune
     from flashsvd.storage.training_file import CURVE_CSV
 
-    config = config_from(options, FinetuneConfig)
+    config = config_from(FinetuneConfig, vars(options))
     try:
         result = run_finetune(config)
     finally:
@@ -210,10 +210,12 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
 
 
-def _measure_and_print(options: argparse.Namespace, config: type[Any], run: Callable[[Any], Any]) -> None:
+def _measure_and_print(
+    options: argparse.Namespace, config_class: type[AnyConfig], run: Callable[[AnyConfig], Any]
+) -> None:
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
-    result = run(config_from(options, config))
+    result = run(config_from(config_class, vars(options)))
     if options.json:
         print(json.dumps(result.to_json(), indent=2, allow_nan=False))
         return
@@ -244,14 +246,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_config_arguments(
-    parser: argparse._ActionsContainer, config_class: Any, without: Collection[str] = ()
+    parser: argparse._ActionsContainer, config_class: type[Config], without: Collection[str] = ()
 ) -> list[argparse.Action]:
     """One option for each field of a config dataclass, with the field's own help, choices and default.
 
     Args:
         without: names of fields that get none.
     """
-    types_by_name = typing.get_type_hints(config_class)
+    types = field_types(config_class)
     actions = []
     for field in (field for field in dataclasses.fields(config_class) if field.name not in without):
         help_text = field.metadata["help"].replace("%", "%%")
@@ -263,7 +265,7 @@ def add_config_arguments(
             help_text += f" (default: {field.default})"
         action = parser.add_argument(
             flag(field.name),
-            type=_READERS[_plain_type(types_by_name[field.name])],
+            type=_READERS[types[field.name].plain],
             default=None if required else field.default,
             required=required,
             choices=field.metadata["choices"],
@@ -272,11 +274,6 @@ def add_config_arguments(
         )
         actions.append(action)
     return actions
-
-
-def config_from(options: argparse.Namespace, config_class: Any) -> Any:
-    """The config dataclass that the parsed options describe."""
-    return config_class(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config_class)})
 
 
 def whole_number(text: str) -> int:
@@ -296,14 +293,6 @@ def _number(text: str) -> float:
 _READERS: dict[type, Callable[[str], Any]] = {str: str, int: whole_number, float: _number}
 
 
-def _plain_type(annotation: Any) -> type:
-    """`int` for `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    plain: type = annotation
-    return plain
-
-
 class _TerminalHandler(logging.Handler):
     """Log lines that do not tear a progress bar: news to stdout, warnings to stderr."""
 
@@ -321,6 +310,21 @@ def _log_to_terminal() -> None:
     log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
     if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
         log.addHandler(_TerminalHandler())
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While a command runs, SIGTERM ends it as Ctrl-C does; its caller's own handler comes back afterwards."""
+    previous = signal.getsignal(signal.SIGTERM)
+    # Python lets no other thread set a handler, and gives None for one that it could not put back.
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(*_: Any) -> NoReturn:

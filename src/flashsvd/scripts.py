@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd.cli import Command, add_config_arguments, add_profile, config_from, run, run_profile_command
+from flashsvd.cli import Command, add_config_arguments, add_profile, run, run_profile_command
+from flashsvd.common.config import config_from
 from flashsvd.common.options import flag
 from flashsvd.compress import CompressConfig, run_compress
 from flashsvd.errors import ConfigError
@@ -91,7 +92,7 @@ def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict
         config = CompressConfig(**merged, output=str(scratch / config.output_directory(config.method).name))
     options.checkpoint = config.output
     # What it refuses, it refuses before the compression.
-    _check_profile(config_from(options, ProfileConfig), config)
+    _check_profile(config_from(ProfileConfig, vars(options)), config)
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
     run_compress(config)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import MakeModel
-from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, run_compress
+from flashsvd import CompressConfig, EvalConfig, run_compress
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import ConfigError
 from flashsvd.kernels.launch import Backend
+from flashsvd.training.config import MODES
+from flashsvd.training.model import Mode
 
 
 def test_paths_stand_for_their_names(make_model: MakeModel, tmp_path: Path) -> None:
@@ -30,26 +32,10 @@ def test_numpy_numbers_stand_for_plain_ones() -> None:
     assert EvalConfig(checkpoint="x", task="sst2", batch_size=np.int64(4)).batch_size == 4
 
 
-@pytest.mark.parametrize("value", ["no", "", 0, 1, None, []])
-def test_a_switch_is_true_or_false(value: object) -> None:
-    with pytest.raises(ConfigError, match="--overwrite must be "):
-        CompressConfig(model="x", rank=8, overwrite=value)
-    with pytest.raises(ConfigError, match="--resume must be "):
-        FinetuneConfig(model="x", task="sst2", resume=value)
-
-
 @pytest.mark.parametrize("seed", [-1, 1 << 63, 1.5, "1", True, None])
 def test_a_seed_that_torch_does_not_take_is_refused(seed: object) -> None:
-    with pytest.raises(ConfigError, match="--seed must be a whole number from 0"):
+    with pytest.raises(ConfigError, match=r"--seed must be a whole number from 0 to 2\*\*63 - 1"):
         CompressConfig(model="x", rank=8, seed=seed)
-
-
-@pytest.mark.parametrize("option", [{"output": ""}, {"model": ""}, {"calib_data": ""}, {"model": 5}])
-def test_empty_names_are_refused(option: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="must be a name"):
-        CompressConfig(**({"model": "x", "rank": 8} | option))
-    with pytest.raises(ConfigError, match="--output must be a name"):
-        EvalConfig(checkpoint="x", task="sst2", output="")
 
 
 def test_default_names_tell_the_layouts_apart() -> None:
@@ -65,3 +51,7 @@ def test_backends_are_named_alike_for_users_and_kernels() -> None:
         assert EvalConfig(checkpoint="x", task="sst2", backend=backend).backend == backend
     with pytest.raises(ConfigError, match="--backend 'cuda' is not known; choose from auto, torch, triton"):
         EvalConfig(checkpoint="x", task="sst2", backend="cuda")
+
+
+def test_modes_of_training_are_named_alike_for_users_and_models() -> None:
+    assert typing.get_args(Mode) == MODES

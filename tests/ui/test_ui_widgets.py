@@ -10,10 +10,11 @@ import gradio as gr
 import pytest
 
 from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig
+from flashsvd.common.config import config_from
 from flashsvd.compression.config import METHOD_NAMES
 from flashsvd.errors import ConfigError
 from flashsvd.methods.registry import METHODS
-from flashsvd.ui.widgets import config_from, label_of, widgets_for
+from flashsvd.ui.widgets import label_of, values_of, widgets_for
 
 CASES = [
     (CompressConfig, {"model": "x", "rank": 8}),
@@ -39,7 +40,7 @@ def test_each_field_has_a_widget_with_its_own_help_and_default(config_class: Any
         assert widget.label == label_of(name)
         assert widget.elem_id == f"tab-{name.replace('_', '-')}"
     values = [given.get(name, widget.value) for name, widget in made.items()]
-    assert config_from(config_class, list(made), values) == config_class(**given)
+    assert config_from(config_class, values_of(config_class, list(made), values)) == config_class(**given)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,8 @@ def test_choices_and_suggestions_are_offered() -> None:
 )  # fmt: skip
 def test_text_stands_for_a_value(name: str, text: Any, value: Any) -> None:
     ranks = {} if name in ("rank", "ratio") and value is not None else {"rank_attn": 4, "rank_ffn": 4, "rank_wo": 4}
-    config = config_from(CompressConfig, [name], [text], model="x", **ranks)
+    given = {"model": "x", **ranks, **values_of(CompressConfig, [name], [text])}
+    config = config_from(CompressConfig, given)
     assert getattr(config, name) == value
     assert type(getattr(config, name)) is type(value)
 
@@ -91,7 +93,7 @@ def test_text_stands_for_a_value(name: str, text: Any, value: Any) -> None:
 )
 def test_what_a_config_does_not_take_it_refuses_itself(options: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
-        config_from(CompressConfig, list(options), list(options.values()))
+        config_from(CompressConfig, values_of(CompressConfig, list(options), list(options.values())))
 
 
 @pytest.mark.parametrize("config_class", [case[0] for case in CASES])

@@ -1,40 +1,52 @@
-"""Config dataclass fields that carry their own help text, which argparse and the browser page both show."""
+"""Config dataclass fields that carry their own help text and rules, which argparse and the browser page show too."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flashsvd.common.ranges import Range, plain_number
 from flashsvd.errors import ConfigError
 
 # How a path is used: a model's may be a hub name instead.
 PathUse = Literal["model", "read", "write"]
+
+COUNT = Range(at_least=1)
+FRACTION = Range(above=0, below=1)
 
 
 def option(
     default: Any = dataclasses.MISSING,
     *,
     help: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    several: tuple[str, ...] | None = None,
     suggestions: tuple[str, ...] = (),
     path: PathUse | None = None,
     default_path: str | None = None,
 ) -> Any:
-    """A dataclass field with help text and, where the values are few, its choices. No default means required.
+    """A field of a `Config` with its help text and its rules, which the config holds it against.
 
     Args:
+        default: a field without one must be given.
+        at_least: with `above`, `at_most` and `below`, the numbers that are taken.
+        choices: the only values that are taken.
+        several: the names that are taken, one or more of them in one text with commas between them.
         suggestions: values to offer where others are taken too, or are refused later on.
         path: the text names a file or directory, and this is what is done with it.
         default_path: the directory that is written to, or below, where none is named.
     """
     metadata = {
         "help": help,
+        "range": Range(at_least, above, at_most, below),
         "choices": choices,
+        "several": several,
         "suggestions": suggestions,
         "path": path,
         "default_path": default_path,
@@ -61,86 +73,52 @@ def named_paths(config: Any) -> Iterator[NamedPath]:
             yield NamedPath(field.name, text, field.metadata["path"])
 
 
-def check_choices(config: Any) -> None:
-    """Refuse a field whose value is not among its declared choices."""
-    for field in dataclasses.fields(config):
-        choices = field.metadata.get("choices")
-        value = getattr(config, field.name)
-        if choices and value is not None and value not in choices:
-            raise ConfigError(f"{flag(field.name)} {value!r} is not known; choose from {', '.join(choices)}")
+def names_in(name: str, text: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """The names that an option's text holds, with commas between them, in the order of `known`.
+
+    Raises:
+        ConfigError: it is not text, it holds no name, or one that is not known.
+    """
+    if not isinstance(text, str):
+        such = ",".join(known[:2])
+        raise ConfigError(f"{flag(name)} must be names with commas between them, such as {such!r}, got {text!r}")
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    for part in asked:
+        if part not in known:
+            raise ConfigError(f"{flag(name)} {part!r} is not known; choose from {', '.join(known)}")
+    if not asked:
+        raise ConfigError(f"{flag(name)} names none; choose from {', '.join(known)}")
+    return tuple(part for part in known if part in asked)
 
 
-def take_plain_types(config: Any) -> None:
-    """Turn what stands for a plain value, a pathlib.Path or a NumPy number, into that value."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else plain_number(value)
-        object.__setattr__(config, field.name, plain)
+def check_number(name: str, value: Any, range: Range, *, whole: bool) -> None:
+    """Hold an option's number against the range that is taken.
 
-
-def plain_number(value: Any) -> Any:
-    """The int or float that a NumPy number is; anything else as it is."""
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Number):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def check_not_empty(config: Any) -> None:
-    """Refuse empty text, and anything but text where a field has no default."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value == "" or (field.default is dataclasses.MISSING and not isinstance(value, str)):
-            raise ConfigError(f"{flag(field.name)} must be a name, got {value!r}; {field.metadata['help']}")
-
-
-def check_switches(config: Any) -> None:
-    """Refuse anything but True or False where that is what an option is: text such as "no" would mean yes."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(field.default, bool) and not isinstance(value, bool):
-            raise ConfigError(f"{flag(field.name)} must be True or False, got {value!r}")
-
-
-def check_seed(value: Any) -> None:
-    """Refuse anything but a whole number that seeds torch."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise ConfigError(f"--seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+    Raises:
+        ConfigError: it is not a number, not a whole one where only `whole` ones are taken, or out of range.
+    """
+    if refusal := range.refusal(value, whole=whole):
+        raise ConfigError(f"{flag(name)} {refusal}")
 
 
 def check_count(name: str, value: Any, *, optional: bool = False) -> None:
-    """Refuse anything but a whole number of at least 1 (or None where `optional`)."""
-    if value is None and optional:
-        return
-    value = plain_number(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{flag(name)} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+    """Hold an option's value against what a count is: a whole number of at least 1, or None where it is `optional`.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    if value is not None or not optional:
+        check_number(name, plain_number(value), COUNT, whole=True)
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Refuse anything but a number strictly between 0 and 1, or None."""
-    value = plain_number(value)
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ConfigError(f"{flag(name)} must be a number, got {value!r}")
-    if not 0 < value < 1:
-        raise ConfigError(f"{flag(name)} must lie strictly between 0 and 1, got {value}")
+    """Hold an option's value against what a fraction is: a number strictly between 0 and 1, or None.
 
-
-def check_range(
-    name: str, value: Any, least: float, most: float = math.inf, *, above: bool = False, below: bool = False
-) -> None:
-    """Refuse anything but a finite number from `least` to `most`; `above` and `below` leave out the ends themselves."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{flag(name)} must be a number, got {value!r}")
-    if value < least or value > most or (above and value == least) or (below and value == most):
-        low = f"above {least:g}" if above else f"at least {least:g}"
-        high = f" and {'below' if below else 'at most'} {most:g}" if most < math.inf else ""
-        raise ConfigError(f"{flag(name)} must be {low}{high}, got {value}")
+    Raises:
+        ConfigError: it is anything else.
+    """
+    if value is not None:
+        check_number(name, plain_number(value), FRACTION, whole=False)
 
 
 def flag(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashsvd._version import __version__
 
-PACKAGE_DIRECTORY = Path(__file__).resolve().parent
+PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent
 
 
 def timestamp() -> str:

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashsvd.common.config import Config
 from flashsvd.common.device import DEVICES, DTYPES
-from flashsvd.common.options import (
-    check_choices,
-    check_count,
-    check_not_empty,
-    check_seed,
-    check_switches,
-    option,
-    take_plain_types,
-)
+from flashsvd.common.options import option
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import RankRequest
@@ -25,7 +18,7 @@ METHOD_NAMES = ("standard", "fwsvd", "drone", "asvd", "adasvd")
 
 
 @dataclass(frozen=True)
-class CompressConfig:
+class CompressConfig(Config):
     """What to compress and how.
 
     Raises:
@@ -44,11 +37,17 @@ class CompressConfig:
         "wikitext2",
         suggestions=tuple(TASKS),
     )
-    rank: int | None = option(None, help="rank r of all layers: attention r, feed-forward and attention output 4r")
-    rank_attn: int | None = option(None, help="rank of the Q, K, V projections (per head with --qkv per-head)")
-    rank_ffn: int | None = option(None, help="rank of the feed-forward matrices")
-    rank_wo: int | None = option(None, help="rank of the attention output projection")
-    ratio: float | None = option(None, help="fraction of the factored layers' parameters to keep; finds the ranks")
+    rank: int | None = option(
+        None, help="rank r of all layers: attention r, feed-forward and attention output 4r", at_least=1
+    )
+    rank_attn: int | None = option(
+        None, help="rank of the Q, K, V projections (per head with --qkv per-head)", at_least=1
+    )
+    rank_ffn: int | None = option(None, help="rank of the feed-forward matrices", at_least=1)
+    rank_wo: int | None = option(None, help="rank of the attention output projection", at_least=1)
+    ratio: float | None = option(
+        None, help="fraction of the factored layers' parameters to keep; finds the ranks", above=0, below=1
+    )
     ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")
     qkv: str = option(
         "joint",
@@ -61,17 +60,23 @@ class CompressConfig:
         "file; the default is the task's training split, or WikiText-2's, from the hub",
         path="read",
     )
-    calib_samples: int = option(512, help="texts, pairs or windows to calibrate on")
+    calib_samples: int = option(512, help="texts, pairs or windows to calibrate on", at_least=1)
     calib_order: str = option(
         "random", help="draw the samples by the seed, or take the first ones", choices=("random", "first")
     )
     calib_seq_len: int | None = option(
-        None, help="tokens a calibration sample is cut to; the default is 128, or windows of 512 for a causal model"
+        None,
+        help="tokens a calibration sample is cut to; the default is 128, or windows of 512 for a causal model",
+        at_least=1,
     )
-    calib_batch_size: int = option(8, help="samples in a calibration batch; fwsvd squares gradients batch by batch")
+    calib_batch_size: int = option(
+        8, help="samples in a calibration batch; fwsvd squares gradients batch by batch", at_least=1
+    )
     save_stats: str | None = option(None, help="directory to write the calibration statistics to", path="write")
     stats: str | None = option(None, help="statistics of the same model to use instead of calibrating", path="read")
-    alpha: float | None = option(None, help="asvd: exponent of the mean activation that scales a channel (0.5)")
+    alpha: float | None = option(
+        None, help="asvd: exponent of the mean activation that scales a channel (0.5)", at_least=0, at_most=2
+    )
     asvd_search: bool = option(False, help="asvd: find each matrix's rank by its sensitivity, within the budget")
     adasvd_base: str | None = option(
         None,
@@ -90,18 +95,15 @@ class CompressConfig:
     )
     overwrite: bool = option(False, help="replace an existing compressed checkpoint, or existing statistics")
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
-    seed: int = option(0, help="seeds calibration, rank search and the weights of a head the model comes without")
+    seed: int = option(
+        0,
+        help="seeds calibration, rank search and the weights of a head the model comes without",
+        at_least=0,
+        at_most=2**63 - 1,  # what torch takes
+    )
 
-    def __post_init__(self) -> None:
-        take_plain_types(self)
-        check_choices(self)
-        check_not_empty(self)
-        check_switches(self)
-        check_seed(self.seed)
+    def check(self) -> None:
         self.rank_request()
-        check_count("calib_samples", self.calib_samples)
-        check_count("calib_batch_size", self.calib_batch_size)
-        check_count("calib_seq_len", self.calib_seq_len, optional=True)
         if self.stats and self.save_stats:
             raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashsvd.common.config import Config
 from flashsvd.common.device import BACKENDS, DEVICES, DTYPES
-from flashsvd.common.options import (
-    check_choices,
-    check_count,
-    check_not_empty,
-    check_switches,
-    option,
-    take_plain_types,
-)
+from flashsvd.common.options import option
 from flashsvd.data.tasks import TASKS
 
 # Of a language model the logits, not the layers, are what fills memory.
@@ -27,7 +21,7 @@ SEQ_LEN_HELP = (
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Config):
     """What to evaluate and on what.
 
     Raises:
@@ -48,15 +42,18 @@ class EvalConfig:
         "validation file; the default is the task's own data on the hub",
         path="read",
     )
-    batch_size: int | None = option(None, help=BATCH_SIZE_HELP)
-    seq_len: int | None = option(None, help=SEQ_LEN_HELP)
+    batch_size: int | None = option(None, help=BATCH_SIZE_HELP, at_least=1)
+    seq_len: int | None = option(None, help=SEQ_LEN_HELP, at_least=1)
     stride: int | None = option(
         None,
         help="tokens from one window of a language model to the next; the default is seq-len; fewer give each token "
         "more context, and each is still scored once",
+        at_least=1,
     )
     padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
-    max_eval_samples: int | None = option(None, help="evaluate only this many examples or windows, the first ones")
+    max_eval_samples: int | None = option(
+        None, help="evaluate only this many examples or windows, the first ones", at_least=1
+    )
     device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(
@@ -66,11 +63,3 @@ class EvalConfig:
         choices=BACKENDS,
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
-
-    def __post_init__(self) -> None:
-        take_plain_types(self)
-        check_choices(self)
-        check_not_empty(self)
-        check_switches(self)
-        for name in ("batch_size", "seq_len", "stride", "max_eval_samples"):
-            check_count(name, getattr(self, name), optional=True)

@@ -16,7 +16,7 @@ from flashsvd.storage.model_files import companion_file
 
 log = logging.getLogger("flashsvd")
 
-MODES = ("mean", "cls", "max")
+POOLING_MODES = ("mean", "cls", "max")
 
 
 def pool(states: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
@@ -51,8 +51,10 @@ def pooling_mode(config_file: Path) -> str:
         prefix = "pooling_mode_"
         on = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True]
         modes = [key.removesuffix("_tokens").removesuffix("_token") for key in on]
-    if len(modes) != 1 or modes[0] not in MODES:
-        raise ModelError(f"{config_file} asks for {', '.join(modes)} pooling; supported is one of {', '.join(MODES)}")
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        raise ModelError(
+            f"{config_file} asks for {', '.join(modes)} pooling; supported is one of {', '.join(POOLING_MODES)}"
+        )
     return modes[0]
 
 

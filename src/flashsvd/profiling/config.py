@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashsvd.common.config import Config
 from flashsvd.common.device import DEVICES, DTYPES
-from flashsvd.common.options import (
-    check_choices,
-    check_count,
-    check_not_empty,
-    check_range,
-    check_switches,
-    option,
-    take_plain_types,
-)
+from flashsvd.common.options import names_in, option
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.evaluation.config import BATCH_SIZE_HELP, SEQ_LEN_HELP
@@ -25,7 +18,7 @@ GENERATING = ("dense", "low-rank", "fused")
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Config):
     """What to profile and on what.
 
     Raises:
@@ -51,18 +44,24 @@ class ProfileConfig:
         None,
         help=f"comma-separated, of {', '.join(VARIANTS)}; the default is all, where one that does not apply is "
         "reported as skipped",
+        several=VARIANTS,
     )
-    batch_size: int | None = option(None, help=BATCH_SIZE_HELP)
-    seq_len: int | None = option(None, help=SEQ_LEN_HELP)
+    batch_size: int | None = option(None, help=BATCH_SIZE_HELP, at_least=1)
+    seq_len: int | None = option(None, help=SEQ_LEN_HELP, at_least=1)
     padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
-    micro_batches: int = option(4, help="parts that the variant micro-batches runs a batch in, one after the other")
+    micro_batches: int = option(
+        4, help="parts that the variant micro-batches runs a batch in, one after the other", at_least=1
+    )
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
-    max_eval_samples: int | None = option(None, help="read only this many examples or windows, the first ones")
-    runs: int = option(1, help="timed passes over the data")
+    max_eval_samples: int | None = option(
+        None, help="read only this many examples or windows, the first ones", at_least=1
+    )
+    runs: int = option(1, help="timed passes over the data", at_least=1)
     new_tokens: int | None = option(
         None,
         help="language models only: also time generating so many tokens after prompts, which are windows of seq-len "
         "without their last new-tokens",
+        at_least=2,
     )
     device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run all in; the default is the checkpoint's own", choices=DTYPES)
@@ -74,17 +73,7 @@ class ProfileConfig:
     )
     output: str | None = option(None, help="directory to write profile.json and profile.png to", path="write")
 
-    def __post_init__(self) -> None:
-        take_plain_types(self)
-        check_choices(self)
-        check_not_empty(self)
-        check_switches(self)
-        for name in ("batch_size", "seq_len", "max_eval_samples", "new_tokens"):
-            check_count(name, getattr(self, name), optional=True)
-        for name in ("micro_batches", "runs"):
-            check_count(name, getattr(self, name))
-        if self.new_tokens is not None:
-            check_range("new_tokens", self.new_tokens, 2)
+    def check(self) -> None:
         names = self.variant_names()
         if self.new_tokens is not None and not set(names) & set(GENERATING):
             raise ConfigError(
@@ -94,19 +83,5 @@ class ProfileConfig:
             raise ConfigError("--graph is for the variant fused, which --variants leaves out; leave out one of them")
 
     def variant_names(self) -> tuple[str, ...]:
-        """The variants to measure, in the order of `VARIANTS`.
-
-        Raises:
-            ConfigError: one is not known.
-        """
-        if self.variants is None:
-            return VARIANTS
-        if not isinstance(self.variants, str):
-            raise ConfigError(f"--variants must be names with commas between them, got {self.variants!r}")
-        asked = [name.strip() for name in self.variants.split(",") if name.strip()]
-        for name in asked:
-            if name not in VARIANTS:
-                raise ConfigError(f"--variants {name!r} is not known; choose from {', '.join(VARIANTS)}")
-        if not asked:
-            raise ConfigError(f"--variants names none; choose from {', '.join(VARIANTS)}")
-        return tuple(name for name in VARIANTS if name in asked)
+        """The variants to measure, in the order of `VARIANTS`."""
+        return VARIANTS if self.variants is None else names_in("variants", self.variants, VARIANTS)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.config import Config
 from flashsvd.common.options import option
 from flashsvd.ui.root import Root
 
 
 @dataclass(frozen=True)
-class SavedProfile:
+class SavedProfile(Config):
     """In the place of a config: a profile that was measured before, to be shown again."""
 
     file: str = option(help="profile.json of an earlier run", path="read")

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from flashsvd._version import __version__
+from flashsvd.common.config import Config, config_from
 from flashsvd.compression.config import CompressConfig
 from flashsvd.errors import FlashSVDError, one_line
 from flashsvd.evaluate import EvalConfig
@@ -22,7 +23,7 @@ from flashsvd.ui.machine import Machine
 from flashsvd.ui.root import Root
 from flashsvd.ui.run import WAITING, Downloads, View, no_files, watch
 from flashsvd.ui.show import show_info
-from flashsvd.ui.widgets import config_from, widgets_for
+from flashsvd.ui.widgets import values_of, widgets_for
 
 # What a shell prints as one line.
 REFUSALS = (FlashSVDError, OSError)
@@ -47,7 +48,7 @@ class Form:
     """
 
     widgets: Mapping[str, Any]
-    configs: Callable[..., tuple[Any, ...]]
+    configs: Callable[..., tuple[Config, ...]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Tab:
     command: str
     title: str
     intro: str
-    config_class: Any
+    config_class: type[Config]
     essential: tuple[str, ...]
 
 
@@ -118,7 +119,11 @@ def build_page(site: Site) -> gr.Blocks:
 def _form(tab: Tab) -> Form:
     widgets = widgets_for(tab.config_class, tab.command, tab.essential)
     names = list(widgets)
-    return Form(widgets, lambda *values: (config_from(tab.config_class, names, values),))
+
+    def configs(*values: Any) -> tuple[Config, ...]:
+        return (config_from(tab.config_class, values_of(tab.config_class, names, values)),)
+
+    return Form(widgets, configs)
 
 
 def _comparison_form(tab: Tab) -> Form:
@@ -134,12 +139,12 @@ def _comparison_form(tab: Tab) -> Form:
     widgets = widgets_for(tab.config_class, tab.command, tab.essential, left_out=("checkpoint", "output"))
     names = list(widgets)
 
-    def config(name: str, values: tuple[Any, ...]) -> Any:
+    def config(name: str, values: tuple[Any, ...]) -> Config:
         if name.endswith(".json"):
             return SavedProfile(name)
-        return config_from(tab.config_class, names, values, checkpoint=name)
+        return config_from(tab.config_class, values_of(tab.config_class, names, values) | {"checkpoint": name})
 
-    def configs(checkpoints: str | None, *values: Any) -> tuple[Any, ...]:
+    def configs(checkpoints: str | None, *values: Any) -> tuple[Config, ...]:
         named = [line.strip() for line in (checkpoints or "").splitlines() if line.strip()]
         # Without any, the config says what is missing.
         return tuple(config(name, values) for name in named or [""])

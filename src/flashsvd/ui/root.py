@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from flashsvd.common.config import Config
 from flashsvd.common.options import PathUse, flag, named_paths
 from flashsvd.errors import ConfigError
 
@@ -32,7 +32,7 @@ class Root:
             raise ConfigError(f"--root {name} is not a directory; give an existing one")
         return cls(directory.resolve())
 
-    def check(self, config: Any) -> None:
+    def check(self, config: Config) -> None:
         """Hold every path in a config against the root, as the file system is now.
 
         Raises:

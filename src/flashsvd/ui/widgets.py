@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gradio as gr
+
+from flashsvd.common.config import Config, field_types
 
 # What a menu calls the value None.
 UNSET = "default"
@@ -22,7 +22,9 @@ _WORDS = {
 }  # fmt: skip
 
 
-def widgets_for(config_class: Any, tab: str, essential: Sequence[str], left_out: Iterable[str] = ()) -> dict[str, Any]:
+def widgets_for(
+    config_class: type[Config], tab: str, essential: Sequence[str], left_out: Iterable[str] = ()
+) -> dict[str, Any]:
     """Widgets by field name: the essential ones in their order, all others in a fold below them.
 
     Args:
@@ -30,31 +32,23 @@ def widgets_for(config_class: Any, tab: str, essential: Sequence[str], left_out:
         left_out: fields that the page fills in by other means.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name not in left_out}
-    types_by_name = typing.get_type_hints(config_class)
-    made = {name: _widget(fields[name], types_by_name[name], tab) for name in essential if name in fields}
+    kinds = field_types(config_class)
+    made = {name: _widget(fields[name], kinds[name].plain, tab) for name in essential if name in fields}
     others = [name for name in fields if name not in made]
     with gr.Accordion("More options", open=False, elem_classes="options"):
         for name in others:
-            made[name] = _widget(fields[name], types_by_name[name], tab)
+            made[name] = _widget(fields[name], kinds[name].plain, tab)
     return made
 
 
-def config_from(config_class: Any, names: Sequence[str], values: Sequence[Any], **given: Any) -> Any:
-    """The config that widgets' values describe. The dataclass itself says what it does not take.
+def values_of(config_class: type[Config], names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """What a form's values stand for, by field, for `config_from`.
 
     Args:
         names: the fields that `values` are of.
-        given: values of other fields.
-
-    Raises:
-        ConfigError: an option has a value that cannot be used.
     """
-    types_by_name = typing.get_type_hints(config_class)
-    read = {name: _value(value, types_by_name[name]) for name, value in zip(names, values, strict=True)}
-    # A field that was emptied has its default again, as an option that is left out has in a shell.
-    taken = {name: value for name, value in read.items() if value is not None}
-    required = {f.name: "" for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING}
-    return config_class(**(required | taken | given))
+    kinds = field_types(config_class)
+    return {name: _value(value, kinds[name].plain) for name, value in zip(names, values, strict=True)}
 
 
 def label_of(name: str) -> str:
@@ -63,7 +57,7 @@ def label_of(name: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
+def _widget(field: dataclasses.Field[Any], kind: type, tab: str) -> Any:
     about = {
         "label": label_of(field.name),
         "info": field.metadata["help"],
@@ -71,7 +65,7 @@ def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
     }
     default = None if field.default is dataclasses.MISSING else field.default
     choices, suggestions = field.metadata["choices"], field.metadata["suggestions"]
-    if annotation is bool:
+    if kind is bool:
         return gr.Checkbox(value=bool(default), container=True, **about)
     if choices:
         unset = [(UNSET, "")] if default is None else []
@@ -84,20 +78,12 @@ def _widget(field: dataclasses.Field[Any], annotation: Any, tab: str) -> Any:
     return gr.Textbox(value=shown, max_lines=1, **about)
 
 
-def _value(value: Any, annotation: Any) -> Any:
+def _value(value: Any, kind: type) -> Any:
     """What a widget's value stands for: None for nothing; text where it is not a number, for the config to refuse."""
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if _plain(annotation) in (int, float):
-        for number in (int, float):
-            with contextlib.suppress(ValueError):
-                return number(text)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
     return text or None
-
-
-def _plain(annotation: Any) -> Any:
-    """`int` for `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
