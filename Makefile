@@ -1,18 +1,27 @@
-# `make demo` runs the main job on an embedded example, `make test` all tests; both set up everything they need first.
+# `make demo` runs the main job on an embedded example, `make test` all tests; each target sets up what it needs first.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn launch
+# A process of pytest for each core. One that has nothing left to do takes tests over from another.
+PARALLEL ?= -n logical --maxprocesses=8 --dist=worksteal
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo notebook test lint types layers bench bench-gpu clean
+.PHONY: demo notebook quick test style lint types layers bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
+quick: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not interpreted" $(ARGS)
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --cov=flashsvd --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) --cov=flashsvd --cov-report=term $(ARGS)
+
+style: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -7,6 +7,9 @@ import os
 # Read when tqdm and the hub client are imported: by torch the one, by transformers the other.
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch is imported, here and in the processes that tests start. Tests run side by side, a process for each
+# core, and the models are too small for a second thread to be worth its start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -15,37 +18,42 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import (
-    BertConfig,
-    BertTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    ModernBertConfig,
-    Qwen2Config,
-    Qwen3Config,
-    RobertaConfig,
-)
-from transformers.models.bert import modeling_bert
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.modernbert import modeling_modernbert
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.roberta import modeling_roberta
 
 import flashsvd  # noqa: F401 - registers the checkpoint format
-from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
-from flashsvd.kernels.plans import Launch
-from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
-from flashsvd.methods.registry import get_method
-from flashsvd.models.registry import find_targets
+
+# Whatever imports transformers is imported where it is first wanted: it costs seconds, and every run reads this file,
+# that of a single test of the options as well.
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
+
+    from flashsvd.compression.factorize import FactoredMatrix
+
+TESTS = Path(__file__).parent
+HAS_GPU = torch.cuda.is_available()
+# Not even collected, since hundreds of skips would say nothing else than that there is no GPU.
+collect_ignore = [] if HAS_GPU else ["gpu"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what launches kernels, by its place or its fixtures, and drops what needs a GPU that is not there."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "gpu":
+            item.add_marker("gpu")
+        elif folder == "kernels" or "launched" in getattr(item, "fixturenames", ()):
+            item.add_marker("interpreted")
+    if not HAS_GPU:
+        dropped = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
 
 WORDS = ["a", "man", "woman", "dog", "eats", "runs", "good", "bad", "movie", "film", "not", "very", "the", "in", "."]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -61,40 +69,23 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
-HEADS = {
-    "bert": {
-        "base": modeling_bert.BertModel,
-        "classifier": modeling_bert.BertForSequenceClassification,
-        "masked-lm": modeling_bert.BertForMaskedLM,
-        "token-classifier": modeling_bert.BertForTokenClassification,
-    },
-    "roberta": {
-        "base": modeling_roberta.RobertaModel,
-        "classifier": modeling_roberta.RobertaForSequenceClassification,
-        "masked-lm": modeling_roberta.RobertaForMaskedLM,
-        "token-classifier": modeling_roberta.RobertaForTokenClassification,
-    },
-    "modernbert": {
-        "base": modeling_modernbert.ModernBertModel,
-        "classifier": modeling_modernbert.ModernBertForSequenceClassification,
-        "masked-lm": modeling_modernbert.ModernBertForMaskedLM,
-        "token-classifier": modeling_modernbert.ModernBertForTokenClassification,
-    },
-    "gpt2": {"base": modeling_gpt2.GPT2Model, "causal-lm": modeling_gpt2.GPT2LMHeadModel},
-    "llama": {"base": modeling_llama.LlamaModel, "causal-lm": modeling_llama.LlamaForCausalLM},
-    "mistral": {"base": modeling_mistral.MistralModel, "causal-lm": modeling_mistral.MistralForCausalLM},
-    "qwen2": {"base": modeling_qwen2.Qwen2Model, "causal-lm": modeling_qwen2.Qwen2ForCausalLM},
-    "qwen3": {"base": modeling_qwen3.Qwen3Model, "causal-lm": modeling_qwen3.Qwen3ForCausalLM},
+# How a family spells itself in the names of its classes, and a head in those of its models.
+FAMILIES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "modernbert": "ModernBert",
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
-CONFIGS = {
-    "bert": BertConfig,
-    "roberta": RobertaConfig,
-    "modernbert": ModernBertConfig,
-    "gpt2": GPT2Config,
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
+HEADS = {
+    "base": "Model",
+    "classifier": "ForSequenceClassification",
+    "masked-lm": "ForMaskedLM",
+    "token-classifier": "ForTokenClassification",
+    "causal-lm": "ForCausalLM",
 }
 
 # The second layer is a local one: a token sees three to each side of it.
@@ -144,6 +135,16 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 MakeModel = Callable[..., Path]
 
 
+def model_class(family: str, head: str) -> Any:
+    """A family's class for a head, such as BertForMaskedLM, whose module is imported now."""
+    name = "GPT2LMHeadModel" if (family, head) == ("gpt2", "causal-lm") else FAMILIES[family] + HEADS[head]
+    return getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+
+
+def config_class(family: str) -> Any:
+    return getattr(import_module("transformers"), f"{FAMILIES[family]}Config")
+
+
 def build_model(name: str = "bert", head: str = "classifier", **options: Any) -> Any:
     """A small random model, one of the `ENCODERS` or of a family's class.
 
@@ -151,7 +152,7 @@ def build_model(name: str = "bert", head: str = "classifier", **options: Any) ->
     """
     family, own = ENCODERS.get(name, (name, {}))
     torch.manual_seed(0)
-    model = HEADS[family][head](CONFIGS[family](**(SIZES | own | options))).eval()
+    model = model_class(family, head)(config_class(family)(**(SIZES | own | options))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -174,6 +175,11 @@ def build(name: str, head: str | None = None) -> Any:
 
 def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
     """Factor a model in place by truncated SVD, at full rank unless a ratio is given."""
+    from flashsvd.compression.factorize import factor_model, matrix_shapes
+    from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
+    from flashsvd.methods.registry import get_method
+    from flashsvd.models.registry import find_targets
+
     targets = find_targets(model)
     shapes = matrix_shapes(model, targets, qkv)
     plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
@@ -184,13 +190,15 @@ def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[F
 
 def shared_model(name: str) -> Path:
     """One of the trained models that lie beside the repository on some machines."""
-    directory = Path(__file__).parents[2] / "shared" / "models" / name
+    directory = TESTS.parents[1] / "shared" / "models" / name
     if not directory.is_dir():
         pytest.skip(f"needs {directory}, which not every machine has")
     return directory
 
 
 def build_tokenizer(**options: Any) -> BertTokenizer:
+    from transformers import BertTokenizer
+
     return BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=40, **options)
 
 
@@ -211,6 +219,8 @@ def make_model(tmp_path: Path) -> MakeModel:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are launched from here on, by name, in order."""
+    from flashsvd.kernels.plans import Launch
+
     names: list[str] = []
     launch = Launch.__call__
 
@@ -233,7 +243,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def stsb() -> Path:
-    return Path(__file__).parent.parent / "examples" / "data" / "stsb-validation.tsv"
+    return TESTS.parent / "examples" / "data" / "stsb-validation.tsv"
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from conftest import MakeModel
 from flashsvd import CompressConfig, read_info, run_compress
 from flashsvd.cli import COMMANDS, main
 from flashsvd.common.provenance import git_commit
+from processes import running
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,14 +108,13 @@ def test_info_tells_layers_of_one_name_apart(checkpoint: Path) -> None:
 
 
 def test_a_reader_that_stops_reading_ends_the_command_quietly(checkpoint: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flashsvd", "info", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.wait(timeout=60) == 141
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
+    command = [sys.executable, "-m", "flashsvd", "info", checkpoint]
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

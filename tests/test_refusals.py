@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from conftest import MakeModel
 from flashsvd import CompressConfig, EvalConfig, FlashSVDError, load_compressed, run_compress, run_eval
 from flashsvd.cli import main
 from flashsvd.errors import CheckpointError, ConfigError, ModelError
+from processes import running, until
 
 
 @pytest.fixture
@@ -206,14 +206,10 @@ def test_killed_while_saving_leaves_the_old_checkpoint(checkpoint: Path, kill: s
         checkpoint,
         "--overwrite",
     ]
-    process = subprocess.Popen([sys.executable, "-c", stalled, *map(str, arguments)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(checkpoint.parent.glob(".out.writing-*/tokenizer.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(kill)
-    process.communicate(timeout=60)
+    with running([sys.executable, "-c", stalled, *arguments], stderr=subprocess.PIPE) as process:
+        until(lambda: list(checkpoint.parent.glob(".out.writing-*/tokenizer.json")), process)
+        process.send_signal(kill)
+        process.communicate(timeout=60)
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
     leftovers = list(checkpoint.parent.glob(".out.*"))
     assert leftovers == [] or kill is signal.SIGKILL

@@ -234,7 +234,7 @@ def test_all_of_a_graphs_pool_counts_as_taken(monkeypatch: pytest.MonkeyPatch) -
     assert harness._memory(right, before, capture_peak=300 * mib) == (200, 40)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_graph_replays_its_call() -> None:
     x = torch.ones(8, device="cuda")
     graph = timing.Graphed(lambda: x * 2)

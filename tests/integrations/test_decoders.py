@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from conftest import DECODERS, HEADS, SIZES, VOCABULARY, build_decoder, factor, shared_model
+from conftest import DECODERS, SIZES, VOCABULARY, build_decoder, factor, model_class, shared_model
 from flashsvd import CompressConfig, export_dense, load_compressed, read_info, run_compress, save_compressed
 from flashsvd.compression.factorize import matrix_shapes
 from flashsvd.lowrank.joined import JoinedProjections
@@ -82,7 +82,7 @@ def test_a_base_model_round_trips_and_loads_under_a_language_model_head(tmp_path
     model = build_decoder(family, "base")
     output = compress(write(tmp_path / "dense", model), tmp_path / "out", qkv=qkv)
     loaded = load_compressed(output)
-    assert type(loaded) is HEADS[family]["base"]
+    assert type(loaded) is model_class(family, "base")
     headed = AutoModelForCausalLM.from_pretrained(output)
     assert equal_weights(headed.base_model, loaded)
     again = AutoModel.from_pretrained(write(tmp_path / "headed", headed))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import flashsvd
-from conftest import ENCODERS, HEADS, MakeModel, build_model
+from conftest import ENCODERS, MakeModel, build_model, model_class
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError
@@ -35,7 +35,7 @@ def test_round_trip_is_bit_equal(
 ) -> None:
     source = make_model(name, head)
     output = compress(source, tmp_path / "out", qkv=qkv)
-    model = HEADS[ENCODERS[name][0]][head].from_pretrained(source)
+    model = model_class(ENCODERS[name][0], head).from_pretrained(source)
     targets = find_targets(model)
     shapes = matrix_shapes(model, targets, qkv)
     factor_model(model, targets, plan_ranks(shapes, RankRequest(ratio=0.5)), get_method("standard"), qkv)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeModel
 from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.training.callbacks import StopWhenLost
+from processes import running, until
 from training_data import MNLI, SST2, TASKS, compress, finetune, write_task_data, write_text
 
 
@@ -267,14 +267,10 @@ def test_a_killed_process_is_resumed_from_the_shell(make_model: MakeModel, tmp_p
         "C.on_step_begin = lambda self, args, state, control, **_: time.sleep(120 if state.global_step == 5 else 0)\n"
         "from flashsvd.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", stalled, *map(str, arguments)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out.partial" / "checkpoint-3" / "trainer_state.json").is_file():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    with running([sys.executable, "-c", stalled, *arguments], stderr=subprocess.PIPE) as process:
+        until((tmp_path / "out.partial" / "checkpoint-3" / "trainer_state.json").is_file, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
     from flashsvd.cli import main
 
     assert main([*map(str, arguments), "--resume"]) == 0

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from gradio_client import Client
 from ui_server import fill_root, free_port
 
 from flashsvd.ui.app import main
+from processes import running, until
 
 
 def test_help_needs_neither_torch_nor_gradio() -> None:
@@ -69,15 +68,15 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
 def test_no_process_outlives_the_page_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
     fill_root(tmp_path)
     port = free_port()
-    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", str(port), "--root", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    command = [sys.executable, "-m", "flashsvd.ui.app", "--port", port, "--root", tmp_path]
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("flashsvd is at http://127.0.0.1:")
         # A training that ends when it is told to; its visitor stays connected.
         options = {"model": "dense", "task": "sst2", "data": "data", "epochs": "1e6", "output": "endless"}
         visitor = Client(f"http://127.0.0.1:{port}", verbose=False)
         visitor.submit(**options, api_name="/finetune")
-        until((tmp_path / "endless.partial").is_dir)
+        until((tmp_path / "endless.partial").is_dir, server)
         started = children(server.pid)
         assert started
         server.send_signal(how)
@@ -86,13 +85,6 @@ def test_no_process_outlives_the_page_however_it_ends(tmp_path: Path, how: signa
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
     assert not (tmp_path / "endless").exists()
     assert not [path for path in tmp_path.rglob("*") if "writing-" in path.name]
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def children(parent: int) -> list[int]:

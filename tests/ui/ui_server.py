@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import build_model, build_tokenizer
+from processes import running, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Nothing of its own that would go to the network, and no sandbox, which containers do not have.
@@ -40,11 +40,11 @@ def serve(root: Path, *options: str, environment: Mapping[str, str] | None = Non
     """The address of a page with that root, as long as the block lasts."""
     port = free_port()
     command = [sys.executable, "-m", "flashsvd.ui.app", "--root", str(root), "--port", str(port), *options]
-    with subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
+    environment = {**os.environ, **(environment or {})}
+    with running(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
         try:
-            yield _wait_for(f"http://127.0.0.1:{port}", server)
+            until(lambda: _is_served(port), server, seconds=60)
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
             server.communicate(timeout=60)
@@ -75,11 +75,7 @@ def free_port() -> int:
         return port
 
 
-def _wait_for(address: str, server: subprocess.Popen[str]) -> str:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and server.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
-            return address
-        time.sleep(0.1)
-    server.kill()
-    raise RuntimeError(f"no page came up: {server.communicate()[0]}")
+def _is_served(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
