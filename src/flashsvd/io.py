@@ -14,10 +14,11 @@ from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
-from flashsvd.integrations.quantizer import QUANT_METHOD, FlashSVDConfig, describe_layers
+from flashsvd.integrations.quantizer import FlashSVDConfig, describe_layers
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
+from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_config, load_model
 from flashsvd.storage.atomic import atomic_directory, check_target

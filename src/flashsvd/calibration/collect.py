@@ -145,9 +145,9 @@ class _Pass:
         self._model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for target in self._targets:
-            gradient = target_columns(target, _weight_gradient(self._model.get_submodule(target.module)))
+            gradient = target.own_columns(_weight_gradient(self._model.get_submodule(target.module)))
             squared = gradient.double().square()
-            rows = squared.view(len(squared), target.heads, -1).sum(-1).T
+            rows = squared.reshape(len(squared), target.heads, -1).sum(-1).T
             if not rows.isfinite().all():
                 raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
             self._add(key("row_gradients", target), rows)
@@ -162,13 +162,6 @@ class _Pass:
         if name.startswith("covariance/"):
             total = total.triu() + total.triu(1).T
         return (total / self._tokens).cpu()
-
-
-def target_columns(target: Target, matrix: Tensor) -> Tensor:
-    """The target's own columns of its module's W [in, out]."""
-    if target.part is None:
-        return matrix
-    return matrix.chunk(target.part.count, dim=1)[target.part.index]
 
 
 def _weight_gradient(module: nn.Module) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.joined import JoinedProjections, dense_share, share_of_columns
-from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, weight_matrix
+from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.joined import JoinedProjections, dense_share
+from flashsvd.lowrank.layers import layer_from_factors, weight_matrix
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice, Role
 from flashsvd.methods.method import Method, Statistics
 from flashsvd.models.architecture import Target
@@ -30,6 +31,7 @@ class FactoredMatrix:
         rank: None where the matrix stayed dense; `reason` then says why.
         error: relative reconstruction error ||W - U V||_F / ||W||_F, 0 where dense.
         note: what was degenerate about the statistics, empty as a rule.
+        stack: the stack of layers that `layer` counts in, empty where the model has one only.
     """
 
     name: str
@@ -42,6 +44,7 @@ class FactoredMatrix:
     error: float
     reason: str = ""
     note: str = ""
+    stack: str = ""
 
 
 def matrix_shapes(model: nn.Module, targets: Sequence[Target], qkv: QKVLayout) -> list[MatrixShape]:
@@ -102,11 +105,11 @@ def factor_layers(
     read_weight: ReadWeight | None = None,
     statistics_of: StatisticsOf | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[list[FactoredMatrix], dict[Target, FactoredLinear]]:
+) -> tuple[list[FactoredMatrix], dict[Target, FactoredLayer]]:
     """What `factor_model` would put into the model, and where; the model is left as it is."""
     check_finite(model, read_weight)
     results = []
-    layers: dict[Target, FactoredLinear] = {}
+    layers: dict[Target, FactoredLayer] = {}
     for target in targets:
         dense = dense_layer(model, target)
         weight = _weight(model, target, read_weight)
@@ -128,7 +131,7 @@ def dense_layer(model: nn.Module, target: Target) -> nn.Module:
     if target.part is None:
         return module
     try:
-        return dense_share(module, target.part.index, target.part.count)
+        return dense_share(module, target.part.columns, target.part.index)
     except ValueError as error:
         raise ModelError(f"{target.module} cannot be split into {', '.join(target.part.names)}: {error}") from error
 
@@ -136,8 +139,7 @@ def dense_layer(model: nn.Module, target: Target) -> nn.Module:
 def _weight(model: nn.Module, target: Target, read_weight: ReadWeight | None) -> Tensor:
     """The target's W [in, out], from where `read_weight` finds it."""
     stored = read_weight(f"{target.module}.weight") if read_weight else None
-    matrix = weight_matrix(model.get_submodule(target.module), stored).detach()
-    return matrix if target.part is None else share_of_columns(matrix, target.part.index, target.part.count)
+    return target.own_columns(weight_matrix(model.get_submodule(target.module), stored).detach())
 
 
 def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
@@ -149,7 +151,8 @@ def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
         (target, layer), *_ = factored.items()
         if target.part is not None:
             by_name = {t.part.name: part for t, part in factored.items() if t.part is not None}
-            layer = JoinedProjections.replacing(model.get_submodule(path), target.part.names, by_name)
+            dense = model.get_submodule(path)
+            layer = JoinedProjections.replacing(dense, target.part.names, by_name, target.part.columns)
         model.set_submodule(path, layer)
 
 
@@ -163,16 +166,17 @@ def _factor_layer(
     statistics: Statistics,
     device: torch.device | None,
     dtype: torch.dtype | None,
-) -> tuple[FactoredMatrix, FactoredLinear | None]:
+) -> tuple[FactoredMatrix, FactoredLayer | None]:
     heads = blocks if blocks > 1 else None
     if choice.rank is None:
         size = weight.numel()
-        return FactoredMatrix(target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason), None
+        kept_dense = FactoredMatrix(target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason)
+        return replace(kept_dense, stack=target.stack), None
     work = weight.to(device) if device is not None else weight
     blocked = _split_columns(work, blocks) if heads else work
     factors = method.factorize(blocked, choice.rank, statistics.to(work.device))
-    layer = LayerSpec(choice.rank, heads).build_from_factors(dense, factors.u, factors.v).to(dtype=dtype)
-    kept = layer.u.weight.numel() + layer.v.weight.numel()
+    layer = layer_from_factors(dense, factors.u, factors.v).to(dtype=dtype)
+    kept = factors.u.numel() + factors.v.numel()
     # The error of what is stored, so in the stored dtype's rounding; in place, since these are the largest tensors.
     original = work.float()
     residual = layer.matrix().to(work.device).sub_(original)
@@ -187,6 +191,7 @@ def _factor_layer(
         kept,
         error.item(),
         note=factors.note,
+        stack=target.stack,
     ), layer
 
 

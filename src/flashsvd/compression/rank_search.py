@@ -14,7 +14,7 @@ from flashsvd.calibration.batches import CalibrationBatch
 from flashsvd.calibration.losses import Loss
 from flashsvd.compression.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.layers import FactoredLinear
+from flashsvd.lowrank.factored import FactoredLayer
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.methods.method import Method
 from flashsvd.models.architecture import Target
@@ -24,7 +24,7 @@ from flashsvd.models.precision import working_on
 class MaskedLinear(nn.Module):
     """A dense layer; or where a mask [r] is set, its full-rank factors with masked rank-space activations."""
 
-    def __init__(self, dense: nn.Module, factored: FactoredLinear) -> None:
+    def __init__(self, dense: nn.Module, factored: FactoredLayer) -> None:
         super().__init__()
         self.dense, self.factored = dense, factored
         self.mask: Tensor | None = None

@@ -17,46 +17,40 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.joined import JoinedSpec, ModuleSpec, describe, spec_from_json
+from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.joined import build_module
+from flashsvd.lowrank.spec import QUANT_METHOD, ModuleSpec, read_modules, version_of
 from flashsvd.models.state import check_state
 from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
-
-QUANT_METHOD = "flashsvd"
-FORMAT_VERSION = 1
 
 
 @register_quantization_config(QUANT_METHOD)
 class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
     """The `quantization_config` of a compressed checkpoint: the factored modules, by path."""
 
-    def __init__(self, modules: Any = None, format_version: int = FORMAT_VERSION, **rest: Any) -> None:
+    def __init__(self, modules: Any = None, format_version: Any = 1, **rest: Any) -> None:
         self.quant_method = rest.pop("quant_method", QUANT_METHOD)
-        if rest or format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json is of a format this flashsvd does not read (format {format_version!r}, "
-                f"unknown {sorted(rest)}); upgrade flashsvd"
-            )
-        if not isinstance(modules, Mapping):
-            raise CheckpointError("config.json has no `modules` map in quantization_config; compress the model again")
+        specs = read_modules(modules, format_version, rest)
         self.format_version = format_version
-        self.modules = {path: spec_from_json(path, spec).to_json() for path, spec in modules.items()}
+        self.modules = {path: spec.to_json() for path, spec in specs.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> FlashSVDConfig:
         """Describe the factored modules that `model` has now."""
-        return cls({path: spec.to_json() for path, spec in describe_layers(model).items()})
+        specs = describe_layers(model)
+        return cls({path: spec.to_json() for path, spec in specs.items()}, version_of(specs.values()))
 
     def specs(self) -> dict[str, ModuleSpec]:
-        return {path: spec_from_json(path, spec) for path, spec in self.modules.items()}
+        return read_modules(self.modules, self.format_version)
 
 
 def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     """The factored modules of a model, by path; the parts of a joined one within its own description."""
     specs: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
-        is_part = isinstance(specs.get(path.rpartition(".")[0]), JoinedSpec)
-        if not is_part and (spec := describe(module)):
-            specs[path] = spec
+        is_part = path.rpartition(".")[0] in specs
+        if isinstance(module, FactoredModule) and not is_part:
+            specs[path] = module.spec()
     return specs
 
 
@@ -71,7 +65,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             here = _path_in(model, path)
             parent = model.get_submodule(here.rpartition(".")[0])
             try:
-                layer = spec.build(model.get_submodule(here))
+                layer = build_module(spec, model.get_submodule(here))
             except ValueError as error:
                 raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
             model.set_submodule(here, layer)
