@@ -256,6 +256,7 @@ class CompressionJob:
             ratio=request.ratio,
             module_ranks={m.name: m.rank for m in matrices},
             module_errors={m.name: None if m.rank is None else m.error for m in matrices},
+            module_places={target.name: target.place for target in self.targets},
             qkv=config.qkv,
             base_model=config.model,
             task=config.task,
