@@ -41,6 +41,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.roberta import modeling_roberta
 
 import flashsvd  # noqa: F401 - registers the checkpoint format
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.kernels.plans import Launch
 from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
@@ -179,7 +180,7 @@ def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[F
     plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
     if ratio is not None:
         plan = plan_ranks(shapes, RankRequest(ratio=ratio))
-    return factor_model(model, targets, plan, get_method("standard"), qkv)
+    return factor_model(model, Factoring(targets, plan, get_method("standard"), qkv))
 
 
 def shared_model(name: str) -> Path:

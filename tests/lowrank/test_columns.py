@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashsvd.compression.factorize import QKVLayout, factor_model, matrix_shapes
+from flashsvd.compression.factoring import Factoring, QKVLayout
+from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.lowrank.columns import Columns
 from flashsvd.lowrank.joined import JoinedProjections, build_module, dense_bias, dense_matrix, join_columns, separate
@@ -89,7 +90,7 @@ def test_full_rank_reproduces_the_layer_and_its_description_the_module(kind: str
     plan = {name: RankChoice(shape.full_rank) for name, shape in shapes.items()}
     # One part of three stays dense.
     plan["qkv.k"] = RankChoice(None, "asked to")
-    factor_model(model, targets(kind), plan, get_method("standard"), qkv)
+    factor_model(model, Factoring(targets(kind), plan, get_method("standard"), qkv))
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense_matrix(model.qkv), dense_matrix(dense.qkv), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import build, build_decoder, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError, ModelError
 from flashsvd.lowrank.columns import Columns
@@ -160,7 +161,7 @@ def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None
     model = place.build()
     before, others = model.get_submodule(place.path), {t.module for t in find_targets(model)} - {place.path}
     plan = plan_where(model, 4, tuple(f"{place.path}.{name}" for name in place.names))
-    factor_model(model, find_targets(model), plan, get_method("svd"))
+    factor_model(model, Factoring(find_targets(model), plan, get_method("svd")))
     assert model.get_submodule(place.path) is before
     assert torch.equal(before.weight, place.build().get_submodule(place.path).weight)
     assert all(isinstance(model.get_submodule(path), (LowRankLinear, JoinedProjections)) for path in others)
@@ -169,7 +170,7 @@ def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None
 def test_some_targets_alone_can_be_factored(place: Place) -> None:
     model, original = place.build(), place.build().get_submodule(place.path)
     chosen = [target for target in find_targets(model) if target.name == f"{place.path}.{place.part}"]
-    factor_model(model, chosen, {target.name: RankChoice(4) for target in chosen}, get_method("standard"))
+    factor_model(model, Factoring(chosen, {target.name: RankChoice(4) for target in chosen}, get_method("standard")))
     parts = dict(model.get_submodule(place.path).named_children())
     assert tuple(parts) == place.names
     assert isinstance(parts.pop(place.part), LowRankLinear)
@@ -185,7 +186,7 @@ def test_a_checkpoint_with_a_part_that_stayed_dense_round_trips(
     place: Place, checkpoint: Path, tmp_path: Path, qkv: str
 ) -> None:
     model, kept = place.build(), f"{place.path}.{place.part}"
-    factor_model(model, find_targets(model), plan_where(model, 4, (kept,)), get_method("standard"), qkv)
+    factor_model(model, Factoring(find_targets(model), plan_where(model, 4, (kept,)), get_method("standard"), qkv))
     save_compressed(model, tmp_path / "mixed", CompressionInfo.read(checkpoint))
     tokens = torch.arange(2, 9)[None]
     for loaded in (load_compressed(tmp_path / "mixed"), type(model).from_pretrained(tmp_path / "mixed")):
@@ -250,5 +251,5 @@ def test_an_error_half_way_leaves_the_model_as_it_was() -> None:
     targets = find_targets(model)
     plan = {target.name: RankChoice(4) for target in targets} | {targets[-1].name: RankChoice(1000)}
     with pytest.raises(ValueError, match="rank 1000"):
-        factor_model(model, targets, plan, get_method("standard"))
+        factor_model(model, Factoring(targets, plan, get_method("standard")))
     assert [type(module) for module in model.modules()] == before
