@@ -11,7 +11,7 @@ from typing import Any
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.places import Place, place_of
+from flashsvd.storage.places import LayerPlace, place_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +137,7 @@ def _training(about: Mapping[str, Any]) -> str:
     return ", ".join(parts) + result
 
 
-def _rank_summary(module_ranks: Mapping[str, int | None], places: Mapping[str, Place]) -> str:
+def _rank_summary(module_ranks: Mapping[str, int | None], places: Mapping[str, LayerPlace]) -> str:
     """Ranks by what the matrices are called within a layer: `attention.self.query 96, output.dense 152`."""
     by_name: dict[str, list[int | None]] = {}
     for path, rank in module_ranks.items():

@@ -16,16 +16,17 @@ from flashsvd.models.architecture import Part, Target
 from flashsvd.models.registry import find_targets
 from flashsvd.profiling.figures import layer_figures
 from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.places import Place, place_of
+from flashsvd.storage.places import LayerPlace, place_of
 
 
 def test_a_targets_place_is_its_layer_and_what_follows_it_in_its_name() -> None:
-    assert Target("bert.encoder.layer.11.output.dense", "ffn", 11).place == Place(11, "output.dense")
-    assert Target("h.0.attn.c_attn", "attn", 0, part=Part("q", ("q", "k"))).place == Place(0, "attn.c_attn.q")
+    assert Target("bert.encoder.layer.11.output.dense", "ffn", 11).place == LayerPlace(11, "output.dense")
+    assert Target("h.0.attn.c_attn", "attn", 0, part=Part("q", ("q", "k"))).place == LayerPlace(0, "attn.c_attn.q")
     # Numbers that are no layer's.
-    assert Target("layers.3.experts.7.up", "ffn", 3).place == Place(3, "experts.7.up")
-    assert Target("decoder.block.2.layer.1.wi", "ffn", 2, stack="decoder").place == Place(2, "layer.1.wi", "decoder")
-    assert Target("projector.1", "ffn", 0).place == Place(0, "projector.1")
+    assert Target("layers.3.experts.7.up", "ffn", 3).place == LayerPlace(3, "experts.7.up")
+    decoder = Target("decoder.block.2.layer.1.wi", "ffn", 2, stack="decoder")
+    assert decoder.place == LayerPlace(2, "layer.1.wi", "decoder")
+    assert Target("projector.1", "ffn", 0).place == LayerPlace(0, "projector.1")
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
@@ -39,7 +40,7 @@ def test_a_checkpoint_says_the_places_of_its_matrices(make_model: MakeModel, tmp
     info = CompressionInfo.read(tmp_path / "out")
     assert set(info.module_places) == set(info.module_ranks)
     path = "bert.encoder.layer.1.attention.self.key"
-    assert info.module_places[path] == Place(1, "attention.self.key")
+    assert info.module_places[path] == LayerPlace(1, "attention.self.key")
     shown = str(read_info(tmp_path / "out"))
 
     file = tmp_path / "out" / "compression_info.json"
@@ -53,7 +54,7 @@ def test_a_checkpoint_says_the_places_of_its_matrices(make_model: MakeModel, tmp
 
 
 def test_stacks_are_apart_in_figures_and_reports() -> None:
-    places = {f"{stack}.{i}.wi": Place(i, "wi", stack) for stack in ("encoder", "decoder") for i in range(2)}
+    places = {f"{stack}.{i}.wi": LayerPlace(i, "wi", stack) for stack in ("encoder", "decoder") for i in range(2)}
     ranks = {path: 4 + place.layer for path, place in places.items()}
     lines = layer_figures(ranks, {}, places)["Rank by layer"].axes[0].lines
     assert {line.get_label(): line.get_xydata().tolist() for line in lines} == {
@@ -72,4 +73,4 @@ def test_stacks_are_apart_in_figures_and_reports() -> None:
 )
 def test_a_place_that_is_none_is_refused(place: object) -> None:
     with pytest.raises(TypeError):
-        Place.from_json(place)
+        LayerPlace.from_json(place)

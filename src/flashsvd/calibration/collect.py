@@ -20,7 +20,7 @@ from flashsvd.errors import ModelError
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.methods.method import Need
 from flashsvd.models.architecture import Target
-from flashsvd.models.precision import working_on
+from flashsvd.models.precision import is_finite, working_on
 
 # What the sums of one pass may take; more layers than fit are left to further passes.
 PASS_BYTES = 4 << 30
@@ -121,7 +121,7 @@ class _Pass:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach()[self._mask]
             size = x.double().abs().sum(0)
-            if not size.isfinite().all():
+            if not is_finite(size):
                 raise ModelError(
                     f"the inputs of {target.module} are NaN or infinite on the calibration data; "
                     "the model is damaged, or calibrate it on the CPU"
@@ -148,7 +148,7 @@ class _Pass:
             gradient = target.own_columns(_weight_gradient(self._model.get_submodule(target.module)))
             squared = gradient.double().square()
             rows = squared.reshape(len(squared), target.heads, -1).sum(-1).T
-            if not rows.isfinite().all():
+            if not is_finite(rows):
                 raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
             self._add(key("row_gradients", target), rows)
         self._model.zero_grad(set_to_none=True)

@@ -20,8 +20,8 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.factored import FactoredModule
 from flashsvd.lowrank.joined import build_module
 from flashsvd.lowrank.spec import QUANT_METHOD, ModuleSpec, read_modules, version_of
-from flashsvd.models.state import check_state
-from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
+from flashsvd.models.state import check_base_state
+from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -54,27 +54,39 @@ def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     return specs
 
 
+def build_layers(model: Any, specs: Mapping[str, ModuleSpec]) -> None:
+    """Put uninitialised factored modules in the place of a model's dense ones.
+
+    Args:
+        specs: by the path of each in this model, or in its base model or one with a head.
+
+    Raises:
+        CheckpointError: there is no such layer in the model, or it does not fit its description.
+    """
+    for path, spec in specs.items():
+        here = _path_in(model, path)
+        parent = model.get_submodule(here.rpartition(".")[0])
+        try:
+            layer = build_module(spec, model.get_submodule(here))
+        except ValueError as error:
+            raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
+        model.set_submodule(here, layer)
+        # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
+        parent._is_hf_initialized = True
+
+
 @register_quantizer(QUANT_METHOD)
 class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
     """Builds the factored modules before the weights are loaded, and checks that each one was filled."""
 
-    _shapes: Mapping[str, Shape] = {}
+    _shapes: Mapping[str, TensorShape] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        for path, spec in self.quantization_config.specs().items():
-            here = _path_in(model, path)
-            parent = model.get_submodule(here.rpartition(".")[0])
-            try:
-                layer = build_module(spec, model.get_submodule(here))
-            except ValueError as error:
-                raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
-            model.set_submodule(here, layer)
-            # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
-            parent._is_hf_initialized = True
+        build_layers(model, self.quantization_config.specs())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if checkpoint_files:
             check_same_directory(checkpoint_files, str(model.config.name_or_path or ""))
-            check_state(model, tensor_shapes(checkpoint_files), str(checkpoint_files[0]))
+            check_base_state(model, tensor_shapes(checkpoint_files), str(checkpoint_files[0]))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path in describe_layers(model):

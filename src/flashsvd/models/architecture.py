@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashsvd.lowrank.columns import Columns
 from flashsvd.lowrank.joined import share_of_columns
 from flashsvd.lowrank.ranks import Role
-from flashsvd.storage.places import Place
+from flashsvd.storage.places import LayerPlace
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Target:
         return self.module if self.part is None else f"{self.module}.{self.part.name}"
 
     @property
-    def place(self) -> Place:
+    def place(self) -> LayerPlace:
         """Its layer, and what it is called there: what follows the layer's number in its name, or all of it."""
         _, number, own = f".{self.name}".partition(f".{self.layer}.")
-        return Place(self.layer, own if number else self.name, self.stack)
+        return LayerPlace(self.layer, own if number else self.name, self.stack)
 
     def own_columns(self, matrix: Tensor) -> Tensor:
         """The target's columns of its module's W [in, out].

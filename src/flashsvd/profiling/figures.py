@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.profiling.result import ProfileResult, Row
-from flashsvd.storage.places import Place, place_of
+from flashsvd.storage.places import LayerPlace, place_of
 
 # Variants of the checkpoint itself; the others are of its dense model.
 _SMALL = ("low-rank", "fused")
@@ -42,7 +42,7 @@ def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
 def layer_figures(
     module_ranks: Mapping[str, int | None],
     module_errors: Mapping[str, float | None],
-    places: Mapping[str, Place],
+    places: Mapping[str, LayerPlace],
     of: str = "",
 ) -> dict[str, Any]:
     """Rank and relative error of each matrix over the layers, by the figures' titles; none of what is empty.
@@ -143,7 +143,7 @@ def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> An
     return figure
 
 
-def _layer_figure(values: Mapping[str, float | None], places: Mapping[str, Place], unit: str) -> Any:
+def _layer_figure(values: Mapping[str, float | None], places: Mapping[str, LayerPlace], unit: str) -> Any:
     lines: dict[str, dict[int, float]] = {}
     for path, value in values.items():
         place = place_of(path, places)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from flashsvd.common.tables import html_table, text_table
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.places import Place, read_places
+from flashsvd.storage.places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
 
@@ -117,7 +117,7 @@ class ProfileResult:
     new_tokens: int | None = None
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
-    module_places: Mapping[str, Place] = field(default_factory=dict)
+    module_places: Mapping[str, LayerPlace] = field(default_factory=dict)
 
     def __getitem__(self, variant: str) -> Row:
         """The row of a variant."""

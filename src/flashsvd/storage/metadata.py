@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import CheckpointError
-from flashsvd.storage.places import Place, read_places
+from flashsvd.storage.places import LayerPlace, read_places
 
 INFO_FILE = "compression_info.json"
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ class CompressionInfo:
     timestamp: str
     trainings: tuple[Mapping[str, Any], ...] = ()
     module_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    module_places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
+    module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -122,7 +122,7 @@ def _error(value: Any) -> bool:
 
 def _place(value: Any) -> bool:
     try:
-        Place.from_json(value)
+        LayerPlace.from_json(value)
     except TypeError:
         return False
     return True

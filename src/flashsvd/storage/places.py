@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """Where a matrix stands in a model.
 
     Attributes:
@@ -27,7 +27,7 @@ class Place:
         return f"{self.stack} {self.name}" if self.stack else self.name
 
     @classmethod
-    def from_json(cls, data: Any) -> Place:
+    def from_json(cls, data: Any) -> LayerPlace:
         """What `dataclasses.asdict` made of a place.
 
         Raises:
@@ -41,16 +41,16 @@ class Place:
         return place
 
 
-def read_places(data: Mapping[str, Any]) -> dict[str, Place]:
+def read_places(data: Mapping[str, Any]) -> dict[str, LayerPlace]:
     """Places by path, of which `dataclasses.asdict` made `data`.
 
     Raises:
         TypeError: one of them is something else.
     """
-    return {path: Place.from_json(place) for path, place in data.items()}
+    return {path: LayerPlace.from_json(place) for path, place in data.items()}
 
 
-def place_of(path: str, places: Mapping[str, Place]) -> Place:
+def place_of(path: str, places: Mapping[str, LayerPlace]) -> LayerPlace:
     """The place of the matrix at a path.
 
     Args:
@@ -61,4 +61,4 @@ def place_of(path: str, places: Mapping[str, Place]) -> Place:
         return places[path]
     parts = path.split(".")
     number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return Place(int(parts[number]) if number >= 0 else -1, ".".join(parts[number + 1 :]))
+    return LayerPlace(int(parts[number]) if number >= 0 else -1, ".".join(parts[number + 1 :]))
