@@ -175,6 +175,7 @@ def build(name: str, head: str | None = None) -> Any:
 
 def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
     """Factor a model in place by truncated SVD, at full rank unless a ratio is given."""
+    from flashsvd.compression.factoring import Factoring
     from flashsvd.compression.factorize import factor_model, matrix_shapes
     from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
     from flashsvd.methods.registry import get_method
@@ -185,7 +186,7 @@ def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[F
     plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
     if ratio is not None:
         plan = plan_ranks(shapes, RankRequest(ratio=ratio))
-    return factor_model(model, targets, plan, get_method("standard"), qkv)
+    return factor_model(model, Factoring(targets, plan, get_method("standard"), qkv))
 
 
 def shared_model(name: str) -> Path:

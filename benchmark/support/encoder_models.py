@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, ModernBertConfig
 
 from flashsvd import runtime
-from flashsvd.compression.factorize import QKVLayout, factor_model, matrix_shapes
+from flashsvd.compression.factoring import Factoring, QKVLayout
+from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models.registry import find_targets
@@ -53,7 +54,7 @@ def low_rank(dense: Any, request: RankRequest, qkv: QKVLayout) -> tuple[Any, flo
     model = copy.deepcopy(dense)
     targets = find_targets(model)
     plan = plan_ranks(matrix_shapes(model, targets, qkv), request)
-    matrices = factor_model(model, targets, plan, Method("random", _random_factors), qkv)
+    matrices = factor_model(model, Factoring(targets, plan, Method("random", _random_factors), qkv))
     kept = sum(m.kept_parameters for m in matrices) / sum(m.dense_parameters for m in matrices)
     return model.requires_grad_(False), kept
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
-from flashsvd.storage.metadata import CompressionInfo, split_module_path
+from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.places import LayerPlace, place_of
 
 __all__ = ["CheckpointInfo", "read_info", "show_checkpoint_info"]
 
@@ -49,7 +50,7 @@ class CheckpointInfo:
             ("task", c.task or "none given"),
             ("method", ", ".join([c.method, *_options(c.method_options), f"Q/K/V {c.qkv}"])),
             ("asked", _asked(c)),
-            ("ranks", _rank_summary(c.module_ranks)),
+            ("ranks", _rank_summary(c.module_ranks, c.module_places)),
             ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
             ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
             ("weights", f"{_reduction(c.dense_bytes, self.weight_bytes, 'bytes')}, {c.dtype}"),
@@ -138,11 +139,11 @@ def _training(about: Mapping[str, Any]) -> str:
     return ", ".join(parts) + result
 
 
-def _rank_summary(module_ranks: Mapping[str, int | None]) -> str:
-    """Ranks by the layers' own names, which follow the layer number: `attention.self.query 96, output.dense 152`."""
+def _rank_summary(module_ranks: Mapping[str, int | None], places: Mapping[str, LayerPlace]) -> str:
+    """Ranks by what the matrices are called within a layer: `attention.self.query 96, output.dense 152`."""
     by_name: dict[str, list[int | None]] = {}
     for path, rank in module_ranks.items():
-        by_name.setdefault(split_module_path(path)[1], []).append(rank)
+        by_name.setdefault(place_of(path, places).kind, []).append(rank)
     return ", ".join(f"{name} {_range(ranks)}" for name, ranks in by_name.items())
 
 

@@ -14,19 +14,21 @@ from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
-from flashsvd.integrations.quantizer import FlashSVDConfig, describe_layers
+from flashsvd.integrations.quantizer import FlashSVDConfig, build_layers, describe_layers
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models.found import is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
+from flashsvd.models.precision import first_not_finite
+from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import atomic_directory, check_target
 from flashsvd.storage.companions import Companions, find_companions
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
-from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
+from flashsvd.storage.verify import tensor_shapes, weight_files
 
 __all__ = ["export_dense", "load_compressed", "save_compressed"]
 
@@ -138,19 +140,20 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
     """
     # On the hub, the quantizer checks the same as soon as the files are there.
     if Path(source).is_dir():
-        found = tensor_shapes(weight_files(Path(source)))
         # Some versions of transformers load a misshapen tensor of a quantized model without a word.
-        dense_shapes = {name: tuple(tensor.shape) for name, tensor in _dense_skeleton(config).state_dict().items()}
-        compare_tensors({name: dense_shapes[name] for name in found if name in dense_shapes}, found, source)
+        check_state(_skeleton(config), tensor_shapes(weight_files(Path(source))), source)
     try:
         loaded = load_model(source, config, own_class(config), dtype)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
     if loaded.untrained:
         raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
-    if Path(source).is_dir():
-        check_no_extra(set(loaded.model.state_dict()), found, source)
-    _check_finite(loaded.model, source)
+    if name := first_not_finite(loaded.model):
+        dtype = loaded.model.get_parameter(name).dtype
+        raise CheckpointError(
+            f"{source} holds NaN or infinite values in {name}, or values too large for {dtype}; "
+            "choose another dtype, or compress the model again"
+        )
     return loaded.model
 
 
@@ -191,13 +194,13 @@ def _compressed_config(directory: Path) -> Any:
     return config
 
 
-def _check_finite(model: Any, where: str) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
-            raise CheckpointError(
-                f"{where} holds NaN or infinite values in {name}, or values too large for {parameter.dtype}; "
-                "choose another dtype, or compress the model again"
-            )
+def _skeleton(config: Any) -> Any:
+    """The model of a compressed checkpoint's config, with its factored modules, without storage."""
+    described = config.quantization_config
+    described = described if isinstance(described, FlashSVDConfig) else FlashSVDConfig(**described)
+    model = _dense_skeleton(config)
+    build_layers(model, described.specs())
+    return model
 
 
 def _dense_skeleton(config: Any) -> Any:

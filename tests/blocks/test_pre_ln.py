@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashsvd.blocks.parts import chunks
 from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
-from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint, PerHead
+from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices, PerHead
 from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
 from flashsvd.blocks.running.choice import Choices
@@ -85,11 +85,11 @@ def ragged() -> tuple[Tensor, Tokens]:
     return tokens.remove_padding(x), tokens
 
 
-def linear(x: Tensor, factors: Factors) -> Tensor:
+def linear(x: Tensor, factors: Matrices) -> Tensor:
     return x @ factors.matrix + factors.bias
 
 
-def attention(x: Tensor, q: Factors, k: Factors, v: Factors, tokens: Tokens, window: int | None) -> Tensor:
+def attention(x: Tensor, q: Matrices, k: Matrices, v: Matrices, tokens: Tokens, window: int | None) -> Tensor:
     """Row by row."""
     cos, sin = tables(tokens.length, x)
     rows = zip(x.split(tokens.lengths), tokens.positions.split(tokens.lengths), strict=True)

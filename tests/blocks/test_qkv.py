@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashsvd.blocks.parts.output import fewer_launches, fold_output
 from flashsvd.blocks.parts.qkv import pack_qkv
-from flashsvd.blocks.parts.read import Dense, Factors, Joint, PerHead
+from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead
 
 HEADS, HEAD_DIM, HIDDEN, TOKENS = 3, 16, 40, 5
 WIDTH = HEADS * HEAD_DIM
@@ -20,7 +20,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def make(kind: str) -> Factors:
+def make(kind: str) -> Matrices:
     bias = random(WIDTH)
     if kind == "dense":
         return Dense(random(HIDDEN, WIDTH), bias)

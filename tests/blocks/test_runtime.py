@@ -24,6 +24,7 @@ from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.parts.qkv import PackedQKV
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.lowrank.ranks import RankChoice
@@ -113,7 +114,7 @@ def ranks(name: str) -> int | None:
 def test_unequal_ranks_and_layers_that_stayed_dense_will_do(qkv: Any) -> None:
     plain = build_model("bert", "base", **SIZES).double()
     plan = {target.name: RankChoice(ranks(target.name)) for target in find_targets(plain)}
-    factor_model(plain, find_targets(plain), plan, get_method("standard"), qkv)
+    factor_model(plain, Factoring(find_targets(plain), plan, get_method("standard"), qkv))
     for padding in (None, "right"):
         batch = inputs(padding)
         expected, found = (run(model, batch).last_hidden_state for model in (plain, optimised(plain)))

@@ -19,6 +19,7 @@ from conftest import MakeModel, build_model, factor
 from flashsvd import CompressConfig, EvalConfig, load_compressed, optimize, run_compress, run_eval, runtime
 from flashsvd.blocks.modernbert import FusedModernBertLayer
 from flashsvd.blocks.parts.rotary_attention import RotaryAttention, StreamedRotary
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError
 from flashsvd.kernels import flashsvdropeattn
@@ -204,7 +205,7 @@ def test_unequal_ranks_and_parts_that_stayed_dense_will_do(dense: str, name: str
     for target in targets:
         path = target.name.removeprefix("layers.")
         plan[target.name] = RankChoice(None if path in DENSE[dense] else RANKS[path.rpartition(".")[2]])
-    factor_model(plain, targets, plan, get_method("standard"), qkv)
+    factor_model(plain, Factoring(targets, plan, get_method("standard"), qkv))
     for padding in (None, "right"):
         assert_same_states(plain, optimised(plain), inputs(padding))
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import ENCODERS, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
@@ -30,7 +31,7 @@ def test_full_rank_reproduces_the_dense_model(name: str, head: str, qkv: str, to
         targets = find_targets(model)
         shapes = matrix_shapes(model, targets, qkv)
         full = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
-        results = factor_model(model, targets, full, get_method("standard"), qkv)
+        results = factor_model(model, Factoring(targets, full, get_method("standard"), qkv))
         factored = model(tokens)[0]
     assert (factored - dense).norm() <= 1e-5 * dense.norm()
     assert all(result.error < 1e-5 for result in results)
@@ -48,7 +49,9 @@ def test_a_larger_rank_never_has_a_larger_error(seed: int, smaller: int) -> None
         model = build_model("bert", "base", num_hidden_layers=1)
         targets = find_targets(model)
         plan = {target.name: RankChoice(rank) for target in targets}
-        errors.append([r.error for r in factor_model(model, targets, plan, get_method("standard"), "per-head")])
+        errors.append(
+            [r.error for r in factor_model(model, Factoring(targets, plan, get_method("standard"), "per-head"))]
+        )
     assert all(after <= before + 1e-6 for before, after in zip(*errors, strict=True))
 
 

@@ -12,7 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, PerHeadLowRankLinear, weight_matrix
+from flashsvd.lowrank.layers import (
+    LowRankLinear,
+    PerHeadLowRankLinear,
+    build_layer,
+    layer_from_factors,
+    weight_matrix,
+)
+from flashsvd.lowrank.spec import LayerSpec
 from flashsvd.methods.registry import get_method
 from flashsvd.methods.weighted import weighted_svd
 
@@ -57,7 +64,7 @@ def test_methods_are_found_by_name_and_alias() -> None:
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])
 def test_a_factored_layer_multiplies_by_its_matrix(heads: int | None, shape: tuple[int, ...]) -> None:
     dense = nn.Linear(7, 12)
-    layer = LayerSpec(2, heads).build(dense)
+    layer = build_layer(LayerSpec(2, heads), dense)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -79,7 +86,7 @@ def test_a_layer_made_from_a_dense_one_keeps_its_bias_dtype_and_mode(heads: int 
     w = weight_matrix(dense)
     assert w.shape == (8, 12)
     blocks = w if heads is None else w.reshape(8, heads, -1).movedim(1, 0)
-    layer = LayerSpec(4, heads).build_from_factors(dense, *weighted_svd(blocks, 4)[:2])
+    layer = layer_from_factors(dense, *weighted_svd(blocks, 4)[:2])
     assert isinstance(layer, LowRankLinear if heads is None else PerHeadLowRankLinear)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in layer.parameters())

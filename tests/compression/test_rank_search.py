@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conftest import ENCODERS, build_decoder, build_model
 from flashsvd.calibration.losses import head_loss
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.data.tokenize import Batch
@@ -19,7 +20,7 @@ from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, paramet
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
 from flashsvd.methods.asvd import measure_sensitivity
-from flashsvd.methods.method import Method, RankProblem, Statistics
+from flashsvd.methods.method import Method, RankProblem
 from flashsvd.methods.registry import METHODS
 from flashsvd.models.registry import find_targets
 
@@ -136,10 +137,9 @@ def test_a_masked_model_computes_the_truncated_one(name: str, qkv: Any, with_los
         return dict(problem.uniform)
 
     method = Method("looking", METHODS["standard"].factorize, choose_ranks=look)
-    ranks = search_ranks(
-        model, targets, shapes, plan, parameter_budget(shapes, request), method, lambda *_: Statistics(), qkv, batches,
-        head_loss if with_loss else None, torch.device("cpu"), 0,
-    )  # fmt: skip
+    factoring = Factoring(targets, plan, method, qkv, torch.device("cpu"))
+    loss = head_loss if with_loss else None
+    ranks = search_ranks(model, factoring, parameter_budget(shapes, request), batches, loss, seed=0)
     assert set(ranks) == {shape.name for shape in shapes}
     # The model is as it was: same modules, same values.
     assert {key: torch.equal(value, before[key]) for key, value in model.state_dict().items()} == dict.fromkeys(
@@ -150,7 +150,7 @@ def test_a_masked_model_computes_the_truncated_one(name: str, qkv: Any, with_los
     with torch.no_grad():
         reference = model(**batches[0].inputs[0])[0]
         truncated = {shape.name: RankChoice(shape.full_rank // 2) for shape in shapes}
-        factor_model(model, targets, truncated, METHODS["standard"], qkv)
+        factor_model(model, Factoring(targets, truncated, METHODS["standard"], qkv))
         outputs = model(**batches[0].inputs[0])[0]
         distance = (outputs - reference).square().sum() / reference.square().sum()
         expected = head_loss(model, batches[0]) if with_loss else distance

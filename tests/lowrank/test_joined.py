@@ -16,17 +16,21 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import build, build_decoder, build_model
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError, ModelError
-from flashsvd.lowrank.joined import JoinedProjections, JoinedSpec, dense_bias, dense_matrix, dense_share, spec_from_json
-from flashsvd.lowrank.layers import LayerSpec, LowRankLinear, weight_matrix
+from flashsvd.lowrank.columns import Columns
+from flashsvd.lowrank.joined import JoinedProjections, build_module, dense_bias, dense_matrix, dense_share
+from flashsvd.lowrank.layers import LowRankLinear, build_layer, weight_matrix
 from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.lowrank.spec import JoinedSpec, LayerSpec, spec_from_json
 from flashsvd.methods.registry import get_method
 from flashsvd.models.architecture import Part
 from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import CompressionInfo
 
 NAMES = ("q", "k", "v")
+THIRDS = Columns.equal(3)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def dense_layer(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["conv1d", "linear", "linear without bias"])
 def test_the_shares_of_a_dense_layer_are_its_output_columns(kind: str) -> None:
     dense, x = dense_layer(kind), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    shares = [dense_share(dense, i, 3) for i in range(3)]
+    shares = [dense_share(dense, THIRDS, i) for i in range(3)]
     torch.testing.assert_close(torch.cat([share(x) for share in shares], dim=-1), dense(x))
     storage = dense.weight.untyped_storage().data_ptr()
     assert all(share.weight.untyped_storage().data_ptr() == storage for share in shares)
@@ -81,7 +85,7 @@ def test_the_shares_of_a_dense_layer_are_its_output_columns(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["conv1d", "linear", "linear without bias"])
 def test_parts_that_stay_dense_hold_the_same_numbers_in_memory_of_their_own(kind: str) -> None:
     dense = dense_layer(kind).to(torch.bfloat16).eval()
-    factored = LayerSpec(2).build(dense_share(dense, 1, 3))
+    factored = build_layer(LayerSpec(2), dense_share(dense, THIRDS, 1))
     fused = JoinedProjections.replacing(dense, NAMES, {"k": factored})
     assert [type(part) for part in fused.children()] == [nn.Linear, LowRankLinear, nn.Linear]
     assert fused.k is factored
@@ -96,7 +100,9 @@ def test_parts_that_stay_dense_hold_the_same_numbers_in_memory_of_their_own(kind
 
 @pytest.mark.parametrize("kind", ["conv1d", "linear", "linear without bias"])
 def test_a_fused_module_multiplies_by_its_matrix(kind: str) -> None:
-    fused = JoinedSpec((("q", LayerSpec(2)), ("k", None), ("v", LayerSpec(1, 2)))).build(dense_layer(kind))
+    spec = JoinedSpec((("q", LayerSpec(2)), ("k", None), ("v", LayerSpec(1, 2))))
+    fused = build_module(spec, dense_layer(kind))
+    assert isinstance(fused, JoinedProjections)
     for parameter in fused.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
@@ -107,9 +113,9 @@ def test_a_fused_module_multiplies_by_its_matrix(kind: str) -> None:
 
 def test_columns_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ValueError, match="12 columns do not make 5 equal parts"):
-        dense_share(dense_layer("linear"), 0, 5)
+        dense_share(dense_layer("linear"), Columns.equal(5), 0)
     with pytest.raises(ValueError, match="4 columns are not 3 heads"):
-        JoinedSpec((("q", LayerSpec(1, 3)), ("k", None), ("v", None))).build(dense_layer("linear"))
+        build_module(JoinedSpec((("q", LayerSpec(1, 3)), ("k", None), ("v", None))), dense_layer("linear"))
 
 
 def test_a_description_survives_json_whose_keys_are_sorted() -> None:
@@ -127,8 +133,6 @@ def test_a_description_survives_json_whose_keys_are_sorted() -> None:
         {"parts": [{"name": "q", "rank": 4}, 7]},
         {"parts": [{"name": "q", "rank": 4}, {"rank": 4}]},
         {"parts": [{"name": "q", "rank": 4}, {"name": "q", "rank": 4}]},
-        {"parts": [{"name": "q", "rank": 4}, {"name": "forward", "rank": 4}]},
-        {"parts": [{"name": "q", "rank": 4}, {"name": "training", "rank": 4}]},
         {"parts": [{"name": "q", "rank": 4}, {"name": "k.v", "rank": 4}]},
         {"parts": [{"name": "q", "rank": 4}, {"name": "k"}]},
         {"parts": [{"name": "q", "rank": 4}, {"name": "k", "rank": 0}]},
@@ -142,6 +146,13 @@ def test_a_description_of_parts_that_is_none_is_refused(data: Any) -> None:
         spec_from_json("a.b", data)
 
 
+@pytest.mark.parametrize("name", ["forward", "training", "columns", "bias"])
+def test_a_part_cannot_have_the_name_of_what_every_module_has(name: str) -> None:
+    spec = JoinedSpec((("q", LayerSpec(2)), (name, None)))
+    with pytest.raises(ValueError, match=f"no part of a module can be called '{name}'"):
+        build_module(spec, dense_layer("linear"))
+
+
 def plan_where(model: Any, rank: int, dense: tuple[str, ...]) -> dict[str, RankChoice]:
     return {t.name: RankChoice(None if t.name.endswith(dense) else rank) for t in find_targets(model)}
 
@@ -150,7 +161,7 @@ def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None
     model = place.build()
     before, others = model.get_submodule(place.path), {t.module for t in find_targets(model)} - {place.path}
     plan = plan_where(model, 4, tuple(f"{place.path}.{name}" for name in place.names))
-    factor_model(model, find_targets(model), plan, get_method("svd"))
+    factor_model(model, Factoring(find_targets(model), plan, get_method("svd")))
     assert model.get_submodule(place.path) is before
     assert torch.equal(before.weight, place.build().get_submodule(place.path).weight)
     assert all(isinstance(model.get_submodule(path), (LowRankLinear, JoinedProjections)) for path in others)
@@ -159,12 +170,12 @@ def test_a_module_whose_parts_all_stay_dense_is_left_alone(place: Place) -> None
 def test_some_targets_alone_can_be_factored(place: Place) -> None:
     model, original = place.build(), place.build().get_submodule(place.path)
     chosen = [target for target in find_targets(model) if target.name == f"{place.path}.{place.part}"]
-    factor_model(model, chosen, {target.name: RankChoice(4) for target in chosen}, get_method("standard"))
+    factor_model(model, Factoring(chosen, {target.name: RankChoice(4) for target in chosen}, get_method("standard")))
     parts = dict(model.get_submodule(place.path).named_children())
     assert tuple(parts) == place.names
     assert isinstance(parts.pop(place.part), LowRankLinear)
     for name, part in parts.items():
-        share = dense_share(original, place.names.index(name), len(place.names))
+        share = dense_share(original, Columns.equal(len(place.names)), place.names.index(name))
         assert type(part) is nn.Linear
         assert torch.equal(part.weight, share.weight)
         assert torch.equal(part.bias, share.bias)
@@ -175,7 +186,7 @@ def test_a_checkpoint_with_a_part_that_stayed_dense_round_trips(
     place: Place, checkpoint: Path, tmp_path: Path, qkv: str
 ) -> None:
     model, kept = place.build(), f"{place.path}.{place.part}"
-    factor_model(model, find_targets(model), plan_where(model, 4, (kept,)), get_method("standard"), qkv)
+    factor_model(model, Factoring(find_targets(model), plan_where(model, 4, (kept,)), get_method("standard"), qkv))
     save_compressed(model, tmp_path / "mixed", CompressionInfo.read(checkpoint))
     tokens = torch.arange(2, 9)[None]
     for loaded in (load_compressed(tmp_path / "mixed"), type(model).from_pretrained(tmp_path / "mixed")):
@@ -188,9 +199,10 @@ def test_a_checkpoint_with_a_part_that_stayed_dense_round_trips(
             assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     export_dense(tmp_path / "mixed", tmp_path / "exported")
     exported = type(model).from_pretrained(tmp_path / "exported").get_submodule(place.path)
-    original, index, count = place.build().get_submodule(place.path), place.names.index(place.part), len(place.names)
+    original, index = place.build().get_submodule(place.path), place.names.index(place.part)
+    columns = Columns.equal(len(place.names))
     assert type(exported) is type(original)
-    assert torch.equal(dense_share(exported, index, count).weight, dense_share(original, index, count).weight)
+    assert torch.equal(dense_share(exported, columns, index).weight, dense_share(original, columns, index).weight)
 
 
 @pytest.mark.parametrize("factor", ["u.weight", "v.weight", "v.bias"])
@@ -239,5 +251,5 @@ def test_an_error_half_way_leaves_the_model_as_it_was() -> None:
     targets = find_targets(model)
     plan = {target.name: RankChoice(4) for target in targets} | {targets[-1].name: RankChoice(1000)}
     with pytest.raises(ValueError, match="rank 1000"):
-        factor_model(model, targets, plan, get_method("standard"))
+        factor_model(model, Factoring(targets, plan, get_method("standard")))
     assert [type(module) for module in model.modules()] == before

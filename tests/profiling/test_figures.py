@@ -89,7 +89,7 @@ def test_without_both_scores_there_is_nothing_to_set_against_size(rows: list[Var
 
 def test_each_kind_of_matrix_has_a_line_over_the_layers_with_a_gap_where_it_stayed_dense() -> None:
     ranks = {"encoder.layer.0.query": 8, "encoder.layer.1.query": None, "encoder.layer.0.output.dense": 16}
-    figures = layer_figures(ranks, {"layer.0.x": 0.25})
+    figures = layer_figures(ranks, {"layer.0.x": 0.25}, {})
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures["Rank by layer"].axes[0].lines}
     assert lines["output.dense"] == [[0, 16]]
     (first, second) = lines["query"]
@@ -101,8 +101,8 @@ def test_each_kind_of_matrix_has_a_line_over_the_layers_with_a_gap_where_it_stay
 
 
 def test_what_is_not_known_of_the_layers_is_not_drawn() -> None:
-    assert layer_figures({}, {}) == {}
-    assert list(layer_figures({"layer.0.x": 4}, {})) == ["Rank by layer"]
+    assert layer_figures({}, {}, {}) == {}
+    assert list(layer_figures({"layer.0.x": 4}, {}, {})) == ["Rank by layer"]
 
 
 def test_the_layers_of_each_checkpoint_that_was_profiled_are_drawn() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 import flashsvd
 from conftest import ENCODERS, MakeModel, build_model, model_class
 from flashsvd import CompressConfig, export_dense, load_compressed, run_compress, save_compressed
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
@@ -38,7 +39,7 @@ def test_round_trip_is_bit_equal(
     model = model_class(ENCODERS[name][0], head).from_pretrained(source)
     targets = find_targets(model)
     shapes = matrix_shapes(model, targets, qkv)
-    factor_model(model, targets, plan_ranks(shapes, RankRequest(ratio=0.5)), get_method("standard"), qkv)
+    factor_model(model, Factoring(targets, plan_ranks(shapes, RankRequest(ratio=0.5)), get_method("standard"), qkv))
     loaded, plain = load_compressed(output), AUTO[head].from_pretrained(output)
     assert type(loaded) is type(plain) is type(model)
     expected = model.state_dict()

@@ -130,6 +130,7 @@ def test_malformed_factored_layers_are_one_line(checkpoint: Path, described: obj
         ("parameters", {}), ("parameters", "x"), ("parameters", None), ("dense_bytes", 0), ("dense_bytes", "1"),
         ("ratio", "0.5"), ("ratio", 2), ("versions", None), ("untrained", None), ("untrained", "abc"),
         ("module_ranks", None), ("module_ranks", {"a": "b"}), ("module_errors", {"a": -1}),
+        ("module_places", []), ("module_places", {"a": {"layer": "0", "name": "b"}}),
         ("ranks", [1]), ("method", 5), ("task", 1),
         ("calibration", []), ("timestamp", None),
     ],

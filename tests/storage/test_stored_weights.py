@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import HEADS, SIZES, MakeModel, build
 from flashsvd import CompressConfig, load_compressed, run_compress
+from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
@@ -41,8 +42,8 @@ def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_pat
         # All but the ends, by which a loaded weight is told to be the stored one.
         damaged.get_parameter(f"{target.module}.weight").detach().view(-1)[256:-256] = 0
     plan = {target.name: RankChoice(4) for target in targets}
-    factor_model(damaged, targets, plan, get_method("standard"), read_weight=stored.read)
-    factor_model(whole, targets, plan, get_method("standard"))
+    factor_model(damaged, Factoring(targets, plan, get_method("standard"), read_weight=stored.read))
+    factor_model(whole, Factoring(targets, plan, get_method("standard")))
     assert all(torch.equal(a, b) for a, b in zip(damaged.parameters(), whole.parameters(), strict=True))
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from flashsvd.blocks.parts.attention import why_no_attention
 from flashsvd.blocks.parts.ffn import why_not_fused
 from flashsvd.blocks.parts.qkv import attended_width
-from flashsvd.blocks.parts.read import check_linear, read_activation, read_factors, read_whole
+from flashsvd.blocks.parts.read import check_linear, joint_rank, read_activation, read_matrices, read_whole
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
@@ -29,7 +29,6 @@ from flashsvd.blocks.running.refusals import (
 )
 from flashsvd.blocks.running.stack import FusedStack, run_stack
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.layers import LowRankLinear
 
 LINEARS = (
     "attention.self.query",
@@ -132,9 +131,9 @@ def read_layer(layer: Any, config: Any) -> PostLNWeights:
     """The weights of a BertLayer or one of its shape."""
     attention = layer.attention.self
     return PostLNWeights(
-        q=read_factors(attention.query),
-        k=read_factors(attention.key),
-        v=read_factors(attention.value),
+        q=read_matrices(attention.query),
+        k=read_matrices(attention.key),
+        v=read_matrices(attention.value),
         o=read_whole(layer.attention.output.dense),
         first=read_whole(layer.intermediate.dense),
         second=read_whole(layer.output.dense),
@@ -155,8 +154,8 @@ def _attention_limit(layer: Any) -> str:
 
 
 def _ffn_limit(layer: Any, config: Any) -> str:
-    if not isinstance(layer.intermediate.dense, LowRankLinear) or not isinstance(layer.output.dense, LowRankLinear):
+    first, second = joint_rank(layer.intermediate.dense), joint_rank(layer.output.dense)
+    if first is None or second is None:
         # Plain products serve here, whatever the backend.
         return ""
-    activation = read_activation(config.hidden_act, layer.intermediate.intermediate_act_fn)
-    return why_not_fused(layer.intermediate.dense.rank, layer.output.dense.rank, activation)
+    return why_not_fused(first, second, read_activation(config.hidden_act, layer.intermediate.intermediate_act_fn))

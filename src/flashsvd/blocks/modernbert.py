@@ -27,7 +27,7 @@ from flashsvd.blocks.parts.attention import why_no_attention
 from flashsvd.blocks.parts.ffn import why_not_fused
 from flashsvd.blocks.parts.norm import NormBlock, PackedNorm
 from flashsvd.blocks.parts.qkv import attended_width
-from flashsvd.blocks.parts.read import check_linear, read_activation, read_factors, read_whole
+from flashsvd.blocks.parts.read import check_linear, joint_rank, read_activation, read_matrices, read_whole
 from flashsvd.blocks.parts.rotary_attention import Rotary
 from flashsvd.blocks.parts.rotary_tables import RotaryTables
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
@@ -50,8 +50,8 @@ from flashsvd.blocks.running.refusals import (
 from flashsvd.blocks.running.stack import FusedStack, run_stack
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.joined import JoinedProjections, dense_share
-from flashsvd.lowrank.layers import LowRankLinear
+from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.joined import separate
 from flashsvd.models.modernbert import GLU, QKV
 
 
@@ -166,14 +166,14 @@ def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
 def read_layer(layer: Any, tables: RotaryTables) -> PreLNWeights:
     """The weights of a ModernBertEncoderLayer."""
     attention = layer.attn
-    q, k, v = parts(attention.Wqkv, QKV).values()
-    activated, gate = parts(layer.mlp.Wi, GLU).values()
+    q, k, v = separate(attention.Wqkv, QKV).values()
+    activated, gate = separate(layer.mlp.Wi, GLU).values()
     # FlashAttention's count, which takes in the token itself: a token sees those less than this many columns away.
     window = None if attention.sliding_window is None else attention.sliding_window - 1
     return PreLNWeights(
-        q=read_factors(q),
-        k=read_factors(k),
-        v=read_factors(v),
+        q=read_matrices(q),
+        k=read_matrices(k),
+        v=read_matrices(v),
         o=read_whole(attention.Wo),
         activated=read_whole(activated),
         gate=read_whole(gate),
@@ -191,22 +191,15 @@ def read_layer(layer: Any, tables: RotaryTables) -> PreLNWeights:
     )
 
 
-def parts(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The projections that a linear layer computes side by side, each as a layer of its own."""
-    if isinstance(module, JoinedProjections):
-        return {name: module.get_submodule(name) for name in names}
-    return {name: dense_share(module, i, len(names)) for i, name in enumerate(names)}
-
-
 def _attention_limit(layer: Any) -> str:
     # Queries and keys as they are where they are lifted in memory.
     head_dim: int = layer.attn.head_dim
-    return why_no_attention(head_dim, attended_width(parts(layer.attn.Wqkv, QKV)["v"], head_dim))
+    return why_no_attention(head_dim, attended_width(separate(layer.attn.Wqkv, QKV)["v"], head_dim))
 
 
 def _ffn_limit(layer: Any) -> str:
-    linears = [*parts(layer.mlp.Wi, GLU).values(), layer.mlp.Wo]
-    ranks = [linear.rank for linear in linears if isinstance(linear, LowRankLinear)]
+    linears = [*separate(layer.mlp.Wi, GLU).values(), layer.mlp.Wo]
+    ranks = [rank for linear in linears if (rank := joint_rank(linear)) is not None]
     if len(ranks) < len(linears):
         # Plain products serve here, whatever the backend.
         return ""
@@ -220,6 +213,11 @@ def _check_layer(layer: Any, path: str) -> None:
     refuse_other_class(layer.mlp, f"{path}.mlp", ModernBertMLP)
     for name, module in _linears(layer):
         check_linear(module, f"{path}.{name}")
+    for name, names in (("attn.Wqkv", QKV), ("mlp.Wi", GLU)):
+        try:
+            separate(layer.get_submodule(name), names)
+        except ValueError as error:
+            raise BackendError(f"{path}.{name} cannot be fused: {error}; run the model as it is") from error
     for name in ("attn_norm", "mlp_norm"):
         norm = layer.get_submodule(name)
         if name != "attn_norm" or type(norm) is not nn.Identity:
@@ -229,7 +227,8 @@ def _check_layer(layer: Any, path: str) -> None:
 def _linears(layer: Any) -> Iterable[tuple[str, nn.Module]]:
     for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"):
         module = layer.get_submodule(name)
-        if isinstance(module, JoinedProjections):
-            yield from ((f"{name}.{part}", child) for part, child in module.named_children())
+        parts = module.parts() if isinstance(module, FactoredModule) else {}
+        if parts:
+            yield from ((f"{name}.{part}", child) for part, child in parts.items())
         else:
             yield name, module

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.parts.attention import attend
-from flashsvd.blocks.parts.buffers import Part
+from flashsvd.blocks.parts.buffers import QuickModule
 from flashsvd.blocks.parts.chunks import chunk_tokens
 from flashsvd.blocks.parts.ffn import PackedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual, fold_output
 from flashsvd.blocks.parts.qkv import pack_qkv
-from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint
+from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.tokens import Chunk, Tokens
 
@@ -26,9 +26,9 @@ from flashsvd.blocks.running.tokens import Chunk, Tokens
 class PostLNWeights:
     """What a BERT-shaped layer computes."""
 
-    q: Factors
-    k: Factors
-    v: Factors
+    q: Matrices
+    k: Matrices
+    v: Matrices
     o: Dense | Joint
     first: Dense | Joint
     second: Dense | Joint
@@ -40,7 +40,7 @@ class PostLNWeights:
     dtype: torch.dtype
 
 
-class PostLNBlock(Part):
+class PostLNBlock(QuickModule):
     """A layer's packed weights, and its forward on packed tokens."""
 
     def __init__(self, weights: PostLNWeights, choices: Choices) -> None:

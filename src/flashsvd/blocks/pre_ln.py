@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import Part
+from flashsvd.blocks.parts.buffers import QuickModule
 from flashsvd.blocks.parts.chunks import pre_ln_chunk_tokens
 from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual, fold_output
-from flashsvd.blocks.parts.read import Activation, Dense, Factors, Joint
+from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
 from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.tokens import Tokens
@@ -34,9 +34,9 @@ class PreLNWeights:
         gate: the half that this is multiplied by.
     """
 
-    q: Factors
-    k: Factors
-    v: Factors
+    q: Matrices
+    k: Matrices
+    v: Matrices
     o: Dense | Joint
     activated: Dense | Joint
     gate: Dense | Joint
@@ -48,7 +48,7 @@ class PreLNWeights:
     dtype: torch.dtype
 
 
-class PreLNBlock(Part):
+class PreLNBlock(QuickModule):
     """A layer's packed weights, and its forward on packed tokens."""
 
     def __init__(self, weights: PreLNWeights, choices: Choices) -> None:

@@ -20,7 +20,7 @@ from flashsvd.errors import ModelError
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.methods.method import Need
 from flashsvd.models.architecture import Target
-from flashsvd.models.precision import working_on
+from flashsvd.models.precision import is_finite, working_on
 
 # What the sums of one pass may take; more layers than fit are left to further passes.
 PASS_BYTES = 4 << 30
@@ -121,7 +121,7 @@ class _Pass:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach()[self._mask]
             size = x.double().abs().sum(0)
-            if not size.isfinite().all():
+            if not is_finite(size):
                 raise ModelError(
                     f"the inputs of {target.module} are NaN or infinite on the calibration data; "
                     "the model is damaged, or calibrate it on the CPU"
@@ -145,10 +145,10 @@ class _Pass:
         self._model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for target in self._targets:
-            gradient = target_columns(target, _weight_gradient(self._model.get_submodule(target.module)))
+            gradient = target.own_columns(_weight_gradient(self._model.get_submodule(target.module)))
             squared = gradient.double().square()
-            rows = squared.view(len(squared), target.heads, -1).sum(-1).T
-            if not rows.isfinite().all():
+            rows = squared.reshape(len(squared), target.heads, -1).sum(-1).T
+            if not is_finite(rows):
                 raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
             self._add(key("row_gradients", target), rows)
         self._model.zero_grad(set_to_none=True)
@@ -162,13 +162,6 @@ class _Pass:
         if name.startswith("covariance/"):
             total = total.triu() + total.triu(1).T
         return (total / self._tokens).cpu()
-
-
-def target_columns(target: Target, matrix: Tensor) -> Tensor:
-    """The target's own columns of its module's W [in, out]."""
-    if target.part is None:
-        return matrix
-    return matrix.chunk(target.part.count, dim=1)[target.part.index]
 
 
 def _weight_gradient(module: nn.Module) -> Tensor:

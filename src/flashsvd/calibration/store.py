@@ -21,6 +21,7 @@ from flashsvd.calibration.collect import key
 from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.methods.method import Need, Statistics
 from flashsvd.models.architecture import Target
+from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
 
 INDEX_FILE = "statistics.json"
@@ -156,7 +157,7 @@ class _StoredTensors(Mapping[str, Tensor]):
                 tensor: Tensor = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({first_line(error)}); calibrate again") from error
-        if not tensor.isfinite().all() or tensor.dtype != torch.float64:
+        if not is_finite(tensor) or tensor.dtype != torch.float64:
             raise CheckpointError(f"{file} holds damaged statistics of {name}; calibrate again")
         return tensor
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from flashsvd.compression.factoring import Factoring, QKVLayout, block_count
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.joined import JoinedProjections, dense_share, share_of_columns
-from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, weight_matrix
-from flashsvd.lowrank.ranks import MatrixShape, RankChoice, Role
-from flashsvd.methods.method import Method, Statistics
+from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.joined import JoinedProjections, dense_share
+from flashsvd.lowrank.layers import layer_from_factors, weight_matrix
+from flashsvd.lowrank.ranks import MatrixShape, Role
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import check_finite
-
-QKVLayout = Literal["joint", "per-head"]
-ReadWeight = Callable[[str], Tensor | None]
-StatisticsOf = Callable[[Target, int], Statistics]
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,7 @@ class FactoredMatrix:
         rank: None where the matrix stayed dense; `reason` then says why.
         error: relative reconstruction error ||W - U V||_F / ||W||_F, 0 where dense.
         note: what was degenerate about the statistics, empty as a rule.
+        stack: the stack of layers that `layer` counts in, empty where the model has one only.
     """
 
     name: str
@@ -42,10 +39,15 @@ class FactoredMatrix:
     error: float
     reason: str = ""
     note: str = ""
+    stack: str = ""
 
 
 def matrix_shapes(model: nn.Module, targets: Sequence[Target], qkv: QKVLayout) -> list[MatrixShape]:
-    """The shapes that `ranks.plan_ranks` plans for: in the per-head layout each head of Q, K, V is a block."""
+    """The shapes that `ranks.plan_ranks` plans for: in the per-head layout each head of Q, K, V is a block.
+
+    Raises:
+        ModelError: a matrix does not divide into its parts or its heads.
+    """
     shapes = []
     for target in targets:
         rows, columns = weight_matrix(dense_layer(model, target)).shape
@@ -57,63 +59,32 @@ def matrix_shapes(model: nn.Module, targets: Sequence[Target], qkv: QKVLayout) -
 
 
 def factor_model(
-    model: nn.Module,
-    targets: Sequence[Target],
-    plan: Mapping[str, RankChoice],
-    method: Method,
-    qkv: QKVLayout = "joint",
-    device: torch.device | None = None,
-    on_matrix: Callable[[FactoredMatrix], None] | None = None,
-    read_weight: ReadWeight | None = None,
-    statistics_of: StatisticsOf | None = None,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, factoring: Factoring, on_matrix: Callable[[FactoredMatrix], None] | None = None
 ) -> list[FactoredMatrix]:
     """Replace the planned layers of `model`, in place, by low-rank ones.
 
     Nothing is replaced before the last matrix has been factored, so that an error leaves the model as it was.
 
     Args:
-        plan: the rank of each target, by its name.
-        device: where the factorisation runs; the model itself stays where it is.
         on_matrix: called with each result as it comes.
-        read_weight: another place to read a parameter from than the model's own memory; None from it means the
-            model's own.
-        statistics_of: what the method needs to know of a target in that many blocks, where it needs anything.
-        dtype: of the factors; None takes the model's own.
 
     Raises:
         ModelError: a weight is not finite.
     """
-    results, layers = factor_layers(
-        model, targets, plan, method, qkv, device, on_matrix, read_weight, statistics_of, dtype
-    )
+    results, layers = factor_layers(model, factoring, on_matrix)
     install(model, layers)
     return results
 
 
 def factor_layers(
-    model: nn.Module,
-    targets: Sequence[Target],
-    plan: Mapping[str, RankChoice],
-    method: Method,
-    qkv: QKVLayout = "joint",
-    device: torch.device | None = None,
-    on_matrix: Callable[[FactoredMatrix], None] | None = None,
-    read_weight: ReadWeight | None = None,
-    statistics_of: StatisticsOf | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[list[FactoredMatrix], dict[Target, FactoredLinear]]:
+    model: nn.Module, factoring: Factoring, on_matrix: Callable[[FactoredMatrix], None] | None = None
+) -> tuple[list[FactoredMatrix], dict[Target, FactoredLayer]]:
     """What `factor_model` would put into the model, and where; the model is left as it is."""
-    check_finite(model, read_weight)
+    check_finite(model, factoring.read_weight)
     results = []
-    layers: dict[Target, FactoredLinear] = {}
-    for target in targets:
-        dense = dense_layer(model, target)
-        weight = _weight(model, target, read_weight)
-        choice, blocks = plan[target.name], block_count(target, qkv)
-        statistics = statistics_of(target, blocks) if statistics_of and choice.rank is not None else Statistics()
-        result, layer = _factor_layer(dense, weight, target, choice, method, blocks, statistics, device, dtype)
-        del weight, statistics
+    layers: dict[Target, FactoredLayer] = {}
+    for target in factoring.targets:
+        result, layer = _factor_target(model, target, factoring)
         if layer is not None:
             layers[target] = layer
         if on_matrix:
@@ -128,16 +99,9 @@ def dense_layer(model: nn.Module, target: Target) -> nn.Module:
     if target.part is None:
         return module
     try:
-        return dense_share(module, target.part.index, target.part.count)
+        return dense_share(module, target.part.columns, target.part.index)
     except ValueError as error:
         raise ModelError(f"{target.module} cannot be split into {', '.join(target.part.names)}: {error}") from error
-
-
-def _weight(model: nn.Module, target: Target, read_weight: ReadWeight | None) -> Tensor:
-    """The target's W [in, out], from where `read_weight` finds it."""
-    stored = read_weight(f"{target.module}.weight") if read_weight else None
-    matrix = weight_matrix(model.get_submodule(target.module), stored).detach()
-    return matrix if target.part is None else share_of_columns(matrix, target.part.index, target.part.count)
 
 
 def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
@@ -149,50 +113,45 @@ def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
         (target, layer), *_ = factored.items()
         if target.part is not None:
             by_name = {t.part.name: part for t, part in factored.items() if t.part is not None}
-            layer = JoinedProjections.replacing(model.get_submodule(path), target.part.names, by_name)
+            dense = model.get_submodule(path)
+            layer = JoinedProjections.replacing(dense, target.part.names, by_name, target.part.columns)
         model.set_submodule(path, layer)
 
 
-def _factor_layer(
-    dense: nn.Module,
-    weight: Tensor,
-    target: Target,
-    choice: RankChoice,
-    method: Method,
-    blocks: int,
-    statistics: Statistics,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> tuple[FactoredMatrix, FactoredLinear | None]:
-    heads = blocks if blocks > 1 else None
+def _factor_target(
+    model: nn.Module, target: Target, factoring: Factoring
+) -> tuple[FactoredMatrix, FactoredLayer | None]:
+    dense, weight = dense_layer(model, target), _weight(model, target, factoring)
+    choice, blocks, size = factoring.plan[target.name], factoring.blocks(target), weight.numel()
+    result = FactoredMatrix(
+        target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason, stack=target.stack
+    )
     if choice.rank is None:
-        size = weight.numel()
-        return FactoredMatrix(target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason), None
-    work = weight.to(device) if device is not None else weight
-    blocked = _split_columns(work, blocks) if heads else work
-    factors = method.factorize(blocked, choice.rank, statistics.to(work.device))
-    layer = LayerSpec(choice.rank, heads).build_from_factors(dense, factors.u, factors.v).to(dtype=dtype)
-    kept = layer.u.weight.numel() + layer.v.weight.numel()
+        return result, None
+    work = weight.to(factoring.device) if factoring.device is not None else weight
+    blocked = _split_columns(work, blocks) if blocks > 1 else work
+    factors = factoring.method.factorize(blocked, choice.rank, factoring.statistics(target).to(work.device))
+    layer = layer_from_factors(dense, factors.u, factors.v).to(dtype=factoring.dtype)
     # The error of what is stored, so in the stored dtype's rounding; in place, since these are the largest tensors.
     original = work.float()
     residual = layer.matrix().to(work.device).sub_(original)
     error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)
-    return FactoredMatrix(
-        target.name,
-        target.role,
-        target.layer,
-        choice.rank,
-        heads,
-        weight.numel(),
-        kept,
-        error.item(),
+    result = replace(
+        result,
+        rank=choice.rank,
+        heads=blocks if blocks > 1 else None,
+        kept_parameters=factors.u.numel() + factors.v.numel(),
+        error=error.item(),
+        reason="",
         note=factors.note,
-    ), layer
+    )
+    return result, layer
 
 
-def block_count(target: Target, qkv: QKVLayout) -> int:
-    """How many blocks of columns have factors of their own: the heads of Q, K, V in the per-head layout, else 1."""
-    return target.heads if qkv == "per-head" and target.role == "attn" else 1
+def _weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
+    """The target's W [in, out], from where it is to be read."""
+    stored = factoring.read_weight(f"{target.module}.weight") if factoring.read_weight else None
+    return target.own_columns(weight_matrix(model.get_submodule(target.module), stored).detach())
 
 
 def _split_columns(weight: Tensor, blocks: int) -> Tensor:

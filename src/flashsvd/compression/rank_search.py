@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashsvd.calibration.losses import Loss
-from flashsvd.compression.factorize import QKVLayout, StatisticsOf, dense_layer, factor_layers, install
+from flashsvd.compression.factoring import Factoring
+from flashsvd.compression.factorize import dense_layer, factor_layers, install, matrix_shapes
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.layers import FactoredLinear
+from flashsvd.lowrank.factored import FactoredLayer
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
-from flashsvd.methods.method import Method
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import working_on
 
@@ -24,7 +25,7 @@ from flashsvd.models.precision import working_on
 class MaskedLinear(nn.Module):
     """A dense layer; or where a mask [r] is set, its full-rank factors with masked rank-space activations."""
 
-    def __init__(self, dense: nn.Module, factored: FactoredLinear) -> None:
+    def __init__(self, dense: nn.Module, factored: FactoredLayer) -> None:
         super().__init__()
         self.dense, self.factored = dense, factored
         self.mask: Tensor | None = None
@@ -42,16 +43,10 @@ class MaskedLinear(nn.Module):
 
 def search_ranks(
     model: Any,
-    targets: Sequence[Target],
-    shapes: Sequence[MatrixShape],
-    plan: Mapping[str, RankChoice],
+    factoring: Factoring,
     budget: int,
-    method: Method,
-    statistics_of: StatisticsOf,
-    qkv: QKVLayout,
     batches: Sequence[Batch],
     loss: Loss | None,
-    device: torch.device,
     seed: int,
 ) -> dict[str, int]:
     """The rank that the method chooses for each matrix, by its name; full rank where it should stay dense.
@@ -59,7 +54,8 @@ def search_ranks(
     The model is as before afterwards, and on the CPU.
 
     Args:
-        plan: what a method that does not choose would do; the method may start from it.
+        factoring: its plan is what a method that does not choose would do; the method may start from it. Weights are
+            read from the model, and the factors are in float32.
         budget: parameters that all matrices together may keep.
         loss: None takes the distance of the outputs from the dense model's.
 
@@ -67,61 +63,72 @@ def search_ranks(
         ConfigError: the budget is less than rank 1 everywhere.
         ModelError: the loss is not finite.
     """
-    assert method.choose_ranks is not None, "the caller asks methods that choose ranks"
+    choose = factoring.method.choose_ranks
+    assert choose is not None, "the caller asks methods that choose ranks"
+    device = factoring.device or torch.device("cpu")
+    shapes = matrix_shapes(model, factoring.targets, factoring.qkv)
     full = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
-    uniform = {shape.name: plan[shape.name].rank or shape.full_rank for shape in shapes}
     with working_on(model, device, torch.float32):
-        _, factored = factor_layers(model, targets, full, method, qkv, device, statistics_of=statistics_of)
+        _, factored = factor_layers(model, replace(factoring, plan=full, device=device, dtype=None, read_weight=None))
         layers = {target: MaskedLinear(dense_layer(model, target), layer) for target, layer in factored.items()}
         with _installed(model, layers), _frozen(model):
-            problem = _MaskedModel(model, layers, shapes, uniform, budget, batches, loss, device, seed)
-            return method.choose_ranks(problem)
+            problem = _MaskedModel(
+                shapes=shapes,
+                uniform={shape.name: factoring.plan[shape.name].rank or shape.full_rank for shape in shapes},
+                budget=budget,
+                seed=seed,
+                model=model,
+                layers=layers,
+                data=batches,
+                measure=loss,
+                device=device,
+            )
+            return choose(problem)
 
 
+@dataclass
 class _MaskedModel:
     """A `RankProblem` over a real model."""
 
-    def __init__(
-        self,
-        model: Any,
-        layers: Mapping[Target, MaskedLinear],
-        shapes: Sequence[MatrixShape],
-        uniform: Mapping[str, int],
-        budget: int,
-        batches: Sequence[Batch],
-        loss: Loss | None,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.shapes, self.uniform, self.budget, self.seed = shapes, uniform, budget, seed
-        self.batches = len(batches)
-        self._model, self._layers, self._data, self._loss, self._device = model, layers, batches, loss, device
-        self._dense_outputs: dict[int, list[Tensor]] = {}
+    shapes: Sequence[MatrixShape]
+    uniform: Mapping[str, int]
+    budget: int
+    seed: int
+    model: Any
+    layers: Mapping[Target, MaskedLinear]
+    data: Sequence[Batch]
+    measure: Loss | None
+    device: torch.device
+    dense_outputs: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        return len(self.data)
 
     def loss(self, masks: Mapping[str, Tensor], batch: int) -> Tensor:
-        data = self._data[batch].to(self._device)
-        if self._loss is None and batch not in self._dense_outputs:
+        data = self.data[batch].to(self.device)
+        if self.measure is None and batch not in self.dense_outputs:
             self._set({})
             with torch.no_grad():
-                self._dense_outputs[batch] = self._outputs(data)
+                self.dense_outputs[batch] = self._outputs(data)
         self._set(masks)
-        value = self._distance(data, batch) if self._loss is None else self._loss(self._model, data)
+        value = self._distance(data, batch) if self.measure is None else self.measure(self.model, data)
         if not math.isfinite(value.item()):
             raise ModelError("the loss is NaN or infinite on the calibration data; the model or the labels are wrong")
         return value
 
     def _set(self, masks: Mapping[str, Tensor]) -> None:
-        for target, layer in self._layers.items():
-            layer.mask = masks[target.name].to(self._device) if target.name in masks else None
+        for target, layer in self.layers.items():
+            layer.mask = masks[target.name].to(self.device) if target.name in masks else None
 
     def _outputs(self, data: Batch) -> list[Tensor]:
         """The model's first output of each forward, [rows, features]: at the real tokens, where it is one by token."""
-        outputs = [(self._model(**part)[0], part["attention_mask"].bool()) for part in data.inputs]
+        outputs = [(self.model(**part)[0], part["attention_mask"].bool()) for part in data.inputs]
         return [output[mask] if output.ndim == 3 else output for output, mask in outputs]
 
     def _distance(self, data: Batch, batch: int) -> Tensor:
         """Mean over the forwards of ||y - y_dense||^2 / ||y_dense||^2."""
-        pairs = zip(self._outputs(data), self._dense_outputs[batch], strict=True)
+        pairs = zip(self._outputs(data), self.dense_outputs[batch], strict=True)
         return torch.stack([(ours - dense).square().sum() / dense.square().sum() for ours, dense in pairs]).mean()
 
 

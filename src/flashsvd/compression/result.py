@@ -49,7 +49,10 @@ class CompressReport:
         caption = f"{self.info.base_model}, {self.info.method}, Q/K/V {self.info.qkv}"
         header = ["layer", "role", "rank", "parameters", "kept", "relative error", "remarks"]
         rows = [_Line.of(group) for group in group_matrices(self.matrices)]
-        cells = [[str(r.layer), r.role, r.ranks, f"{r.before:,}", f"{r.after:,}", r.errors, r.remarks] for r in rows]
+        cells = [
+            [f"{r.stack} {r.layer}".strip(), r.role, r.ranks, f"{r.before:,}", f"{r.after:,}", r.errors, r.remarks]
+            for r in rows
+        ]
         return html_table(caption, header, cells, self.summary())
 
     def summary(self) -> list[str]:
@@ -88,7 +91,7 @@ class GroupLog:
         self._bar.close()
 
     def __call__(self, matrix: FactoredMatrix) -> None:
-        if self._group and (self._group[0].layer, self._group[0].role) != (matrix.layer, matrix.role):
+        if self._group and _group_of(self._group[0]) != _group_of(matrix):
             self._flush()
         self._group.append(matrix)
         self._bar.update()
@@ -101,16 +104,23 @@ class GroupLog:
 
 def group_matrices(matrices: Sequence[FactoredMatrix]) -> list[list[FactoredMatrix]]:
     """Matrices of the same layer and role together, in order."""
-    groups: dict[tuple[int, str], list[FactoredMatrix]] = {}
+    groups: dict[tuple[str, int, str], list[FactoredMatrix]] = {}
     for matrix in matrices:
-        groups.setdefault((matrix.layer, matrix.role), []).append(matrix)
+        groups.setdefault(_group_of(matrix), []).append(matrix)
     return list(groups.values())
+
+
+def _group_of(matrix: FactoredMatrix) -> tuple[str, int, str]:
+    return matrix.stack, matrix.layer, matrix.role
 
 
 def group_line(group: Sequence[FactoredMatrix]) -> str:
     """One line on a layer group: ranks, parameters, relative errors, what stayed dense and why."""
     one = _Line.of(group)
-    line = f"layer {one.layer:>2} {one.role:<4} rank {one.ranks:<12} {one.before:>11,} -> {one.after:>11,}"
+    line = (
+        f"{one.stack} layer".lstrip()
+        + f" {one.layer:>2} {one.role:<4} rank {one.ranks:<12} {one.before:>11,} -> {one.after:>11,}"
+    )
     line += f"  error {one.errors}" if one.errors else ""
     return f"{line}  {one.remarks}" if one.remarks else line
 
@@ -124,6 +134,7 @@ class _Line:
         errors: relative ones, empty where all stayed dense.
     """
 
+    stack: str
     layer: int
     role: str
     ranks: str
@@ -139,6 +150,7 @@ class _Line:
         reasons = sorted({m.reason for m in group if m.rank is None})
         notes = sorted({m.note for m in group if m.note})
         return cls(
+            group[0].stack,
             group[0].layer,
             group[0].role,
             _compact(ranks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compression.config import CompressConfig
-from flashsvd.compression.factorize import FactoredMatrix, QKVLayout, StatisticsOf, factor_model, matrix_shapes
+from flashsvd.compression.factoring import Factoring, QKVLayout
+from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
 from flashsvd.data.sampling import Draw
@@ -36,15 +37,13 @@ from flashsvd.io import save_compressed
 from flashsvd.lowrank.ranks import (
     ROLES,
     MatrixShape,
-    RankChoice,
     kept_parameters,
     parameter_budget,
     plan_given_ranks,
     plan_ranks,
 )
-from flashsvd.methods.method import Method, Need, Statistics
+from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
-from flashsvd.models.architecture import Target
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task
 from flashsvd.models.loading import Pretrained, load_model, seeded
@@ -65,17 +64,13 @@ class CompressionJob:
     """A compression before its weights are loaded: nothing that could be refused is left open."""
 
     config: CompressConfig
-    method: Method
-    device: torch.device
-    dtype: torch.dtype | None
+    factoring: Factoring
+    shapes: Sequence[MatrixShape]
     output: Path
     source: str
     model_config: Any
     model_class: Any
     head_options: Mapping[str, Any]
-    targets: Sequence[Target]
-    shapes: Sequence[MatrixShape]
-    plan: Mapping[str, RankChoice]
     calibration: Calibration | None
     companions: Companions
 
@@ -113,29 +108,30 @@ class CompressionJob:
             plan = plan_ranks(shapes, config.rank_request())
         calibration = _calibration(config, method, task, model_class, model_config, source)
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
+        factoring = Factoring(targets, plan, method, _layout(config), device, dtype)
         return cls(
-            config, method, device, dtype, output, source, model_config, model_class, head_options,
-            targets, shapes, plan, calibration, companions,
-        )  # fmt: skip
+            config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions
+        )
 
     def run(self) -> CompressReport:
         """Do it and save the checkpoint, all of it or nothing."""
         loaded = self._load()
         model = loaded.model
         dense_parameters = sum(p.numel() for p in model.parameters())
-        dense_bytes = sum(p.numel() * (self.dtype or p.dtype).itemsize for p in model.parameters())
+        dtype = self.factoring.dtype
+        dense_bytes = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
         start = time.perf_counter()
         statistics = self._statistics(model)
-        plan = self._final_plan(model, statistics)
-        matrices = self._factor(model, plan, statistics)
+        factoring = self._with_final_ranks(model, self._with_statistics(statistics))
+        matrices = self._factor(model, factoring)
         seconds = time.perf_counter() - start
-        if self.dtype is not None:
-            cast(model, self.dtype)
+        if dtype is not None:
+            cast(model, dtype)
         parameters = {
             "dense": dense_parameters,
             "compressed": sum(p.numel() for p in model.parameters()),
             "target_dense": sum(shape.dense_parameters for shape in self.shapes),
-            "target_compressed": kept_parameters(self.shapes, plan),
+            "target_compressed": kept_parameters(self.shapes, factoring.plan),
         }
         info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
         log.info("saving to %s", self.output)
@@ -153,7 +149,7 @@ class CompressionJob:
 
     @property
     def _chooses(self) -> bool:
-        return _chooses_ranks(self.config, self.method)
+        return _chooses_ranks(self.config, self.factoring.method)
 
     def _load(self) -> Pretrained:
         log.info("loading %s", self.config.model)
@@ -169,19 +165,21 @@ class CompressionJob:
 
     def _statistics(self, model: Any) -> ModelStatistics | None:
         """What the method needs to know, from an earlier run or from calibration; None where it needs nothing."""
-        config, needs = self.config, self.method.needs
+        config, targets, needs = self.config, self.factoring.targets, self.factoring.method.needs
         if not needs:
             return None
         if config.stats:
             where = _path(config.stats)
             statistics = load_statistics(where, fingerprint(model))
-            statistics.require(self.targets, needs, config.task, str(where))
+            statistics.require(targets, needs, config.task, str(where))
             return statistics
+        device = self.factoring.device
+        assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
         batches, about, loss = self.calibration.batches, self.calibration.about, self.calibration.loss
         if not config.save_stats:
-            parts = collect_statistics(model, self.targets, batches, needs, loss, self.device)
-            if fits_one_pass(model, self.targets, needs):
+            parts = collect_statistics(model, targets, batches, needs, loss, device)
+            if fits_one_pass(model, targets, needs):
                 return in_memory(parts, about)
             return in_temporary_files(parts, about, beside=self.output)
         # Whatever any method may need later, so that they all can use what is saved.
@@ -189,53 +187,30 @@ class CompressionJob:
         if loss is not None:
             everything.append("row_gradients")
         key = fingerprint(model)
-        parts = collect_statistics(model, self.targets, batches, everything, loss, self.device)
+        parts = collect_statistics(model, targets, batches, everything, loss, device)
         return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
 
-    def _final_plan(self, model: Any, statistics: ModelStatistics | None) -> Mapping[str, RankChoice]:
-        """The ranks asked for, or those that the method chooses."""
-        if not self._chooses:
-            return self.plan
-        assert self.calibration is not None, "prepared for every method that chooses ranks"
-        ranks = search_ranks(
-            model,
-            self.targets,
-            self.shapes,
-            self.plan,
-            parameter_budget(self.shapes, self.config.rank_request()),
-            self.method,
-            self._statistics_of(statistics),
-            _layout(self.config),
-            self.calibration.batches,
-            self.calibration.loss,
-            self.device,
-            self.config.seed,
-        )
-        return plan_given_ranks(self.shapes, ranks)
-
-    def _factor(
-        self, model: Any, plan: Mapping[str, RankChoice], statistics: ModelStatistics | None
-    ) -> list[FactoredMatrix]:
-        log.info("factoring %d matrices with %s on %s", len(self.targets), self.method.name, self.device)
-        read = StoredWeights(self.source, model).read
-        with GroupLog(len(self.targets)) as progress:
-            return factor_model(
-                model,
-                self.targets,
-                plan,
-                self.method,
-                _layout(self.config),
-                self.device,
-                progress,
-                read,
-                self._statistics_of(statistics),
-                self.dtype,
-            )
-
-    def _statistics_of(self, statistics: ModelStatistics | None) -> StatisticsOf:
+    def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
         if statistics is None:
-            return lambda *_: Statistics()
-        return lambda target, blocks: statistics.of(target, self.method.needs, blocks)
+            return self.factoring
+        needs = self.factoring.method.needs
+        return replace(self.factoring, statistics_of=lambda target, blocks: statistics.of(target, needs, blocks))
+
+    def _with_final_ranks(self, model: Any, factoring: Factoring) -> Factoring:
+        """With the ranks asked for, or those that the method chooses."""
+        if not self._chooses:
+            return factoring
+        assert self.calibration is not None, "prepared for every method that chooses ranks"
+        budget = parameter_budget(self.shapes, self.config.rank_request())
+        batches, loss = self.calibration.batches, self.calibration.loss
+        ranks = search_ranks(model, factoring, budget, batches, loss, self.config.seed)
+        return replace(factoring, plan=plan_given_ranks(self.shapes, ranks))
+
+    def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
+        count, method = len(factoring.targets), factoring.method.name
+        log.info("factoring %d matrices with %s on %s", count, method, factoring.device)
+        with GroupLog(count) as progress:
+            return factor_model(model, replace(factoring, read_weight=StoredWeights(self.source, model).read), progress)
 
     def _describe(
         self,
@@ -246,17 +221,18 @@ class CompressionJob:
         untrained: tuple[str, ...],
         statistics: ModelStatistics | None,
     ) -> CompressionInfo:
-        config, request = self.config, self.config.rank_request()
+        config, request, method = self.config, self.config.rank_request(), self.factoring.method
         calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
         if calibration and self.calibration and config.stats:
             calibration = {**calibration, "rank_search": self.calibration.about}
         return CompressionInfo(
-            method=self.method.name,
-            method_options=dict(self.method.options),
+            method=method.name,
+            method_options=dict(method.options),
             ranks={role: request.of(role) for role in ROLES},
             ratio=request.ratio,
             module_ranks={m.name: m.rank for m in matrices},
             module_errors={m.name: None if m.rank is None else m.error for m in matrices},
+            module_places={target.name: target.place for target in self.factoring.targets},
             qkv=config.qkv,
             base_model=config.model,
             task=config.task,

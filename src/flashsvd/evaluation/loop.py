@@ -15,6 +15,7 @@ from flashsvd.blocks.running.choice import bucket
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import DataError
 from flashsvd.evaluation.measure import timed
+from flashsvd.models.precision import is_finite
 
 WARMUP_FORWARDS = 2
 
@@ -120,7 +121,7 @@ def check_finite(values: Tensor) -> Tensor:
     Raises:
         DataError: one of them is NaN or infinite.
     """
-    if not values.isfinite().all():
+    if not is_finite(values):
         raise DataError("the model's outputs are NaN or infinite; try --dtype float32, or compress the model again")
     return values
 

@@ -17,70 +17,76 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.joined import JoinedSpec, ModuleSpec, describe, spec_from_json
-from flashsvd.models.found import QUANT_METHOD
-from flashsvd.models.state import check_state
-from flashsvd.storage.verify import Shape, check_same_directory, tensor_shapes
-
-FORMAT_VERSION = 1
+from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.joined import build_module
+from flashsvd.lowrank.spec import QUANT_METHOD, ModuleSpec, read_modules, version_of
+from flashsvd.models.state import check_base_state
+from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
 
 
 @register_quantization_config(QUANT_METHOD)
 class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
     """The `quantization_config` of a compressed checkpoint: the factored modules, by path."""
 
-    def __init__(self, modules: Any = None, format_version: int = FORMAT_VERSION, **rest: Any) -> None:
+    def __init__(self, modules: Any = None, format_version: Any = 1, **rest: Any) -> None:
         self.quant_method = rest.pop("quant_method", QUANT_METHOD)
-        if rest or format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json is of a format this flashsvd does not read (format {format_version!r}, "
-                f"unknown {sorted(rest)}); upgrade flashsvd"
-            )
-        if not isinstance(modules, Mapping):
-            raise CheckpointError("config.json has no `modules` map in quantization_config; compress the model again")
+        specs = read_modules(modules, format_version, rest)
         self.format_version = format_version
-        self.modules = {path: spec_from_json(path, spec).to_json() for path, spec in modules.items()}
+        self.modules = {path: spec.to_json() for path, spec in specs.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> FlashSVDConfig:
         """Describe the factored modules that `model` has now."""
-        return cls({path: spec.to_json() for path, spec in describe_layers(model).items()})
+        specs = describe_layers(model)
+        return cls({path: spec.to_json() for path, spec in specs.items()}, version_of(specs.values()))
 
     def specs(self) -> dict[str, ModuleSpec]:
-        return {path: spec_from_json(path, spec) for path, spec in self.modules.items()}
+        return read_modules(self.modules, self.format_version)
 
 
 def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     """The factored modules of a model, by path; the parts of a joined one within its own description."""
     specs: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
-        is_part = isinstance(specs.get(path.rpartition(".")[0]), JoinedSpec)
-        if not is_part and (spec := describe(module)):
-            specs[path] = spec
+        is_part = path.rpartition(".")[0] in specs
+        if isinstance(module, FactoredModule) and not is_part:
+            specs[path] = module.spec()
     return specs
+
+
+def build_layers(model: Any, specs: Mapping[str, ModuleSpec]) -> None:
+    """Put uninitialised factored modules in the place of a model's dense ones.
+
+    Args:
+        specs: by the path of each in this model, or in its base model or one with a head.
+
+    Raises:
+        CheckpointError: there is no such layer in the model, or it does not fit its description.
+    """
+    for path, spec in specs.items():
+        here = _path_in(model, path)
+        parent = model.get_submodule(here.rpartition(".")[0])
+        try:
+            layer = build_module(spec, model.get_submodule(here))
+        except ValueError as error:
+            raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
+        model.set_submodule(here, layer)
+        # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
+        parent._is_hf_initialized = True
 
 
 @register_quantizer(QUANT_METHOD)
 class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
     """Builds the factored modules before the weights are loaded, and checks that each one was filled."""
 
-    _shapes: Mapping[str, Shape] = {}
+    _shapes: Mapping[str, TensorShape] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        for path, spec in self.quantization_config.specs().items():
-            here = _path_in(model, path)
-            parent = model.get_submodule(here.rpartition(".")[0])
-            try:
-                layer = spec.build(model.get_submodule(here))
-            except ValueError as error:
-                raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
-            model.set_submodule(here, layer)
-            # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
-            parent._is_hf_initialized = True
+        build_layers(model, self.quantization_config.specs())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if checkpoint_files:
             check_same_directory(checkpoint_files, str(model.config.name_or_path or ""))
-            check_state(model, tensor_shapes(checkpoint_files), str(checkpoint_files[0]))
+            check_base_state(model, tensor_shapes(checkpoint_files), str(checkpoint_files[0]))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path in describe_layers(model):

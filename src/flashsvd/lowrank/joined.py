@@ -7,126 +7,152 @@ columns is factored by itself, and a `JoinedProjections` of the parts stands whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.layers import FactoredLinear, LayerSpec, dense_parameters, weight_matrix
+from flashsvd.lowrank.columns import Columns
+from flashsvd.lowrank.factored import FactoredLayer, FactoredModule
+from flashsvd.lowrank.layers import build_layer, dense_parameters, weight_matrix
+from flashsvd.lowrank.spec import JoinedSpec, ModuleSpec
 
 
-class JoinedProjections(nn.Module):
-    """y = [y_1, y_2, ...], the outputs of the parts side by side. x [..., in] -> y [..., sum of the parts' out].
+class JoinedProjections(FactoredModule):
+    """The outputs of the parts, each in its own columns of y. x [..., in] -> y [..., sum of the parts' out].
 
     The parts are children under their own names, each a factored layer or a plain `nn.Linear`.
+
+    Attributes:
+        columns: which columns of y each part has.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], columns: Columns | None = None) -> None:
         super().__init__()
+        self.columns = columns or Columns.equal(len(parts))
         for name, part in parts.items():
             self.add_module(name, part)
 
     @classmethod
-    def replacing(cls, dense: nn.Module, names: Sequence[str], factored: Mapping[str, nn.Module]) -> JoinedProjections:
-        """The parts `names` of a dense layer: the factored ones as given, of the others its own weights, copied."""
+    def replacing(
+        cls,
+        dense: nn.Module,
+        names: Sequence[str],
+        factored: Mapping[str, nn.Module],
+        columns: Columns | None = None,
+    ) -> JoinedProjections:
+        """The parts `names` of a dense layer: the factored ones as given, of the others its own weights, copied.
+
+        Args:
+            columns: which columns of the dense layer each part has; None gives them equal shares, in their order.
+        """
+        columns = columns or Columns.equal(len(names))
         parts = {}
         for i, name in enumerate(names):
             part = factored.get(name)
-            parts[name] = _copy(dense_share(dense, i, len(names))) if part is None else part
-        return cls(parts).train(dense.training)
+            parts[name] = _copy(dense_share(dense, columns, i)) if part is None else part
+        return cls(parts, columns).train(dense.training)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts by name, in the order of their columns."""
+        return dict(self.named_children())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        return join_columns([part(x) for part in self.children()], self.columns)
+
+    @property
+    def bias(self) -> Tensor | None:
+        biases = [bias for part in self.children() if (bias := dense_bias(part)) is not None]
+        return join_columns(biases, self.columns) if biases else None
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The parts' matrices side by side, [in, out], computed in `dtype`."""
-        return torch.cat([dense_matrix(part, dtype) for part in self.children()], dim=1)
+        """The parts' matrices in their columns, [in, out], computed in `dtype`."""
+        return join_columns([dense_matrix(part, dtype) for part in self.children()], self.columns)
+
+    def spec(self) -> JoinedSpec:
+        parts = self.parts().items()
+        return JoinedSpec(
+            tuple((name, part.spec() if isinstance(part, FactoredLayer) else None) for name, part in parts),
+            self.columns,
+        )
+
+    def extra_repr(self) -> str:
+        return "" if self.columns == Columns.equal(len(self.columns.shares)) else str(self.columns)
 
 
-FactoredModule: TypeAlias = FactoredLinear | JoinedProjections
+def build_module(spec: ModuleSpec, dense: nn.Module) -> FactoredModule:
+    """The uninitialised factored module of a description, of the dense layer's sizes, dtype and device.
 
-
-@dataclass(frozen=True)
-class JoinedSpec:
-    """What the checkpoint says of a module with parts: the name of each, in column order, and its factors' sizes.
-
-    Attributes:
-        parts: None for a part that stayed dense.
+    Raises:
+        ValueError: it does not fit the dense layer, or a part has a name that no module can have.
     """
-
-    parts: tuple[tuple[str, LayerSpec | None], ...]
-
-    @classmethod
-    def of(cls, module: JoinedProjections) -> JoinedSpec:
-        return cls(tuple((name, LayerSpec.of(part)) for name, part in module.named_children()))
-
-    def to_json(self) -> dict[str, Any]:
-        # A list, since transformers sorts the keys of its config and the order of the parts is that of the columns.
-        return {"parts": [{"name": name} | (spec.to_json() if spec else {"rank": None}) for name, spec in self.parts]}
-
-    @classmethod
-    def from_json(cls, name: str, data: Any) -> JoinedSpec:
-        """Raises CheckpointError where `data` is not what `to_json` writes."""
-        parts = data["parts"] if isinstance(data, Mapping) and set(data) == {"parts"} else None
-        if not isinstance(parts, list) or len(parts) < 2 or not all(isinstance(part, Mapping) for part in parts):
-            raise CheckpointError(f"config.json describes {name} as {data!r}, which is no module of several parts")
-        names = [part.get("name") for part in parts]
-        if not all(_can_name_a_child(part) for part in names) or len(set(names)) < len(names):
-            raise CheckpointError(f"config.json describes {name} with parts named {names!r}; compress the model again")
-        return cls(tuple((part["name"], _part_from_json(f"{name}.{part['name']}", part)) for part in parts))
-
-    def build(self, dense: nn.Module) -> JoinedProjections:
-        """Uninitialised parts of the dense layer's sizes, dtype and device.
-
-        Raises:
-            ValueError: its columns do not divide into so many parts, or a part's into its heads.
-        """
-        parts: dict[str, nn.Module] = {}
-        for i, (name, spec) in enumerate(self.parts):
-            share = dense_share(dense, i, len(self.parts))
-            parts[name] = _uninitialised(share) if spec is None else spec.build(share)
-        return JoinedProjections(parts)
+    if not isinstance(spec, JoinedSpec):
+        return build_layer(spec, dense)
+    columns = spec.columns or Columns.equal(len(spec.parts))
+    parts: dict[str, nn.Module] = {}
+    for i, (name, part) in enumerate(spec.parts):
+        if hasattr(JoinedProjections({}, columns), name):
+            raise ValueError(f"no part of a module can be called {name!r}")
+        share = dense_share(dense, columns, i)
+        parts[name] = _uninitialised(share) if part is None else build_layer(part, share)
+    return JoinedProjections(parts, columns)
 
 
-ModuleSpec: TypeAlias = LayerSpec | JoinedSpec
+def separate(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The projections that a linear layer computes side by side in equal shares, each as a layer of its own.
+
+    Args:
+        module: a joined module whose parts have these names, or a dense layer, whose weights they then view.
+
+    Raises:
+        ValueError: the parts are others, or the columns do not divide so.
+    """
+    columns = Columns.equal(len(names))
+    if not isinstance(module, JoinedProjections):
+        return {name: dense_share(module, columns, i) for i, name in enumerate(names)}
+    parts = module.parts()
+    if tuple(parts) != tuple(names) or module.columns != columns:
+        raise ValueError(f"its parts are {', '.join(parts)} ({module.columns}), not {', '.join(names)} ({columns})")
+    return parts
 
 
-def describe(module: nn.Module) -> ModuleSpec | None:
-    """What a checkpoint says of a module; None for one that is dense or no linear layer."""
-    return JoinedSpec.of(module) if isinstance(module, JoinedProjections) else LayerSpec.of(module)
-
-
-def spec_from_json(name: str, data: Any) -> ModuleSpec:
-    """Raises CheckpointError where `data` describes no factored module."""
-    if isinstance(data, Mapping) and "parts" in data:
-        return JoinedSpec.from_json(name, data)
-    return LayerSpec.from_json(name, data)
-
-
-def dense_share(dense: nn.Module, index: int, count: int) -> nn.Linear:
-    """One of `count` equal shares of a dense layer's output columns, as a layer of its own that views its weights.
+def dense_share(dense: nn.Module, columns: Columns, index: int) -> nn.Linear:
+    """One part of a dense layer's output columns as a layer of its own, which views its weights where it can.
 
     Raises:
         ValueError: the columns do not divide so.
     """
     weight, bias = dense_parameters(dense)
-    in_features, out_features = weight_matrix(dense).shape
-    if out_features % count:
-        raise ValueError(f"its {out_features} columns do not make {count} equal parts")
+    matrix = share_of_columns(weight_matrix(dense), columns, index)
     with torch.device("meta"):
-        share = nn.Linear(in_features, out_features // count, bias=bias is not None)
-    share.weight = _view(share_of_columns(weight_matrix(dense), index, count).T, like=weight)
+        share = nn.Linear(matrix.shape[0], matrix.shape[1], bias=bias is not None)
+    share.weight = _view(matrix.T, like=weight)
     if bias is not None:
-        share.bias = _view(share_of_columns(bias, index, count), like=bias)
+        share.bias = _view(share_of_columns(bias, columns, index), like=bias)
     return share.train(dense.training)
 
 
-def share_of_columns(matrix: Tensor, index: int, count: int) -> Tensor:
-    """[..., count * width] -> [..., width], a view."""
-    width = matrix.shape[-1] // count
-    return matrix[..., index * width : (index + 1) * width]
+def share_of_columns(matrix: Tensor, columns: Columns, index: int) -> Tensor:
+    """[..., all columns] -> [..., those of one part]: a view, unless the part has some in each of several groups.
+
+    Raises:
+        ValueError: the columns do not divide so.
+    """
+    start, width = columns.run(index, matrix.shape[-1])
+    if columns.groups == 1:
+        return matrix[..., start : start + width]
+    return _grouped(matrix, columns.groups)[..., start : start + width].flatten(-2)
+
+
+def join_columns(shares: Sequence[Tensor], columns: Columns) -> Tensor:
+    """The inverse of `share_of_columns`: [..., those of one part] of every part -> [..., all columns]."""
+    if columns.groups == 1:
+        return torch.cat(list(shares), dim=-1)
+    return torch.cat([_grouped(share, columns.groups) for share in shares], dim=-1).flatten(-2)
+
+
+def _grouped(matrix: Tensor, groups: int) -> Tensor:
+    """[..., groups * width] -> [..., groups, width]."""
+    return matrix.reshape(*matrix.shape[:-1], groups, -1)
 
 
 def dense_matrix(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,19 +162,7 @@ def dense_matrix(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tenso
 
 def dense_bias(module: nn.Module) -> Tensor | None:
     """The bias [out] of a dense layer or a factored module."""
-    if isinstance(module, JoinedProjections):
-        biases = [bias for part in module.children() if (bias := dense_bias(part)) is not None]
-        return torch.cat(biases) if biases else None
-    return module.v.bias if isinstance(module, FactoredLinear) else dense_parameters(module)[1]
-
-
-def _part_from_json(name: str, data: Mapping[str, Any]) -> LayerSpec | None:
-    rest = {key: value for key, value in data.items() if key != "name"}
-    return None if rest == {"rank": None} else LayerSpec.from_json(name, rest)
-
-
-def _can_name_a_child(name: Any) -> bool:
-    return isinstance(name, str) and name.isidentifier() and not hasattr(nn.Module(), name)
+    return module.bias if isinstance(module, FactoredModule) else dense_parameters(module)[1]
 
 
 def _uninitialised(share: nn.Linear) -> nn.Linear:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from flashsvd.lowrank.columns import Columns
+from flashsvd.lowrank.joined import share_of_columns
 from flashsvd.lowrank.ranks import Role
+from flashsvd.storage.places import LayerPlace
 
 
 @dataclass(frozen=True)
@@ -17,19 +20,24 @@ class Part:
 
     Attributes:
         name: what the projection is called, such as `q`.
-        names: all projections of the module, in the order of its output columns; each has an equal share of them.
+        names: all projections of the module, in the order of its output columns.
+        shares: how their widths stand to one another, such as (4, 1, 1); empty where all are equal.
+        groups: how many times over the projections come in the columns, such as once for each head.
     """
 
     name: str
     names: tuple[str, ...]
+    shares: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def index(self) -> int:
         return self.names.index(self.name)
 
     @property
-    def count(self) -> int:
-        return len(self.names)
+    def columns(self) -> Columns:
+        """Which of the module's output columns each projection has."""
+        return Columns(self.shares or (1,) * len(self.names), self.groups)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Target:
         part: which share of a joined module it is; None where the module computes nothing else.
         inputs: name of the activation stream it reads, a path too. Targets of one stream always get the same tensor.
             The default is the module's own path.
+        stack: which stack of layers `layer` counts in, such as `encoder` or `decoder`; empty where there is one only.
     """
 
     module: str
@@ -52,6 +61,7 @@ class Target:
     heads: int = 1
     part: Part | None = None
     inputs: str = ""
+    stack: str = ""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -61,6 +71,20 @@ class Target:
     def name(self) -> str:
         """What plans, reports and metadata call it: the module's path, with the part's name where there is one."""
         return self.module if self.part is None else f"{self.module}.{self.part.name}"
+
+    @property
+    def place(self) -> LayerPlace:
+        """Its layer, and what it is called there: what follows the layer's number in its name, or all of it."""
+        _, number, own = f".{self.name}".partition(f".{self.layer}.")
+        return LayerPlace(self.layer, own if number else self.name, self.stack)
+
+    def own_columns(self, matrix: Tensor) -> Tensor:
+        """The target's columns of its module's W [in, out].
+
+        Raises:
+            ValueError: the columns do not divide into the module's parts.
+        """
+        return matrix if self.part is None else share_of_columns(matrix, self.part.columns, self.part.index)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import ModelError, library_errors
+from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.heads import own_class
 from flashsvd.models.registry import architecture_of
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
-
-# What the `quantization_config` of our checkpoints is known by.
-QUANT_METHOD = "flashsvd"
 
 
 @dataclass(frozen=True)

@@ -36,18 +36,34 @@ def working_on(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator
         vars(model.config).update(cached)
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether none of the values is NaN or infinite."""
+    # NaN passes through aminmax, which unlike isfinite needs no memory of the tensor's own size.
+    return not values.numel() or bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())
+
+
+def first_not_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] | None = None) -> str | None:
+    """The name of the first parameter that holds NaN or infinite values; None where all are finite.
+
+    Args:
+        read_weight: another place to read a parameter from than the model's own memory; None from it means the model's
+            own.
+    """
+    for name, parameter in model.named_parameters():
+        stored = read_weight(name) if read_weight else None
+        if not is_finite(parameter if stored is None else stored):
+            return name
+    return None
+
+
 def check_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] | None = None) -> None:
     """Refuse a model with NaN or infinite weights, read as `factor_model` reads them.
 
     Raises:
         ModelError: naming the first such parameter.
     """
-    for name, parameter in model.named_parameters():
-        stored = read_weight(name) if read_weight else None
-        values = parameter.detach() if stored is None else stored
-        # NaN passes through aminmax, which unlike isfinite needs no memory of the parameter's own size.
-        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
-            raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
+    if name := first_not_finite(model, read_weight):
+        raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -57,7 +73,6 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         ConfigError: a finite parameter is too large for the dtype.
     """
     model.to(dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
-            short = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")
+    if name := first_not_finite(model):
+        short = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")

@@ -1,30 +1,49 @@
-"""Holding a compressed checkpoint's tensors against the whole state of the model that is about to be loaded.
+"""Holding a checkpoint's tensors against the state of the model that is to be loaded from it.
 
-transformers only warns about a missing or extra tensor, and not at all where the user asked it not to. A head may
-differ, since an encoder loads under any; the base model may not.
+transformers only warns about a missing or extra tensor, and not at all where the user asked it not to.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flashsvd.models.registry import base_prefix
-from flashsvd.storage.verify import Shape, check_no_extra, compare_tensors
+from flashsvd.storage.verify import TensorShape, check_tensors
 
 
-def check_state(model: Any, found: Mapping[str, Shape], where: str) -> None:
-    """Demand every tensor of the model, or of its base model where another class saved the checkpoint.
+def check_state(model: Any, found: Mapping[str, TensorShape], where: str) -> None:
+    """Demand that a checkpoint holds the whole state of the model, and nothing else.
+
+    Of tensors that the model ties together one is enough, since they are written once.
 
     Args:
         model: with its factored modules in place, on any device.
         found: the shapes of the checkpoint's tensors, by name.
+        where: what the checkpoint is called in the error.
 
     Raises:
         CheckpointError: naming a tensor that is missing, misshapen or has no place.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict(keep_vars=True)
+    written = {id(tensor) for name, tensor in state.items() if name in found}
+    tied = {name for name, tensor in state.items() if id(tensor) in written}
+    check_tensors(_shapes(model), found, where, tied | _ignored(model, state, "missing"))
+
+
+def check_base_state(model: Any, found: Mapping[str, TensorShape], where: str) -> None:
+    """The same, except that the head may be another, since an encoder loads under any; the base model may not.
+
+    Args:
+        model: of the class that saved the checkpoint or of another, with its factored modules in place.
+        found: the shapes of the checkpoint's tensors, by name.
+        where: what the checkpoint is called in the error.
+
+    Raises:
+        CheckpointError: naming a tensor that is missing, misshapen or has no place.
+    """
+    expected = _shapes(model)
     optional = _optional(model, expected, found)
     if type(model).__name__ not in (model.config.architectures or ()):
         names = _base_names(model, found)
@@ -35,23 +54,30 @@ def check_state(model: Any, found: Mapping[str, Shape], where: str) -> None:
         optional |= {name for name in (*expected, *found) if name.startswith(pooler)}
     # A head of another size is transformers' to refuse, or to replace where the user says so.
     found = {n: s if n.startswith(base_prefix(model)) else expected.get(n, s) for n, s in found.items()}
-    compare_tensors({n: s for n, s in expected.items() if n in found or n not in optional}, found, where)
-    check_no_extra({*expected, *optional}, found, where)
+    check_tensors(expected, found, where, optional)
 
 
-def _optional(model: Any, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> set[str]:
+def _shapes(model: Any) -> dict[str, TensorShape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _optional(model: Any, expected: Iterable[str], found: Mapping[str, TensorShape]) -> set[str]:
     """Names that may be missing, since another tensor is their twin, or that the class itself ignores."""
+    # The twins are not tied yet.
     twins = dict(getattr(model, "all_tied_weights_keys", None) or {})
     twins |= {source: name for name, source in twins.items()}
-    ignored = [
-        *(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
-        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-    ]
     tied = {name for name, twin in twins.items() if twin in found or _respelled(model, twin) in found}
-    return tied | {n for n in (*expected, *found) if any(re.search(pattern, n) for pattern in ignored)}
+    names = {*expected, *found}
+    return tied | _ignored(model, names, "missing") | _ignored(model, names, "unexpected")
 
 
-def _base_names(model: Any, found: Mapping[str, Shape]) -> dict[str, str]:
+def _ignored(model: Any, names: Iterable[str], what: str) -> set[str]:
+    """The names that the class itself ignores where they are `missing` or `unexpected`."""
+    patterns = getattr(model, f"_keys_to_ignore_on_load_{what}", None) or ()
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _base_names(model: Any, found: Mapping[str, TensorShape]) -> dict[str, str]:
     """The checkpoint's tensors of the base model: their names in `model`, and as the file spells them."""
     prefix = f"{model.base_model_prefix}."
     in_file = prefix if any(name.startswith(prefix) for name in found) else ""

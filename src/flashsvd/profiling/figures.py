@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.profiling.result import ProfileResult, VariantRow
-from flashsvd.storage.metadata import split_module_path
+from flashsvd.storage.places import LayerPlace, place_of
 
 # Variants of the checkpoint itself; the others are of its dense model.
 _SMALL = ("low-rank", "fused")
@@ -35,18 +35,22 @@ def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
     layered = {result.checkpoint: result for result in results if result.module_ranks}
     for checkpoint, result in layered.items():
         of = checkpoint if len(layered) > 1 else ""
-        figures |= layer_figures(result.module_ranks, result.module_errors, of)
+        figures |= layer_figures(result.module_ranks, result.module_errors, result.module_places, of)
     return figures
 
 
 def layer_figures(
-    module_ranks: Mapping[str, int | None], module_errors: Mapping[str, float | None], of: str = ""
+    module_ranks: Mapping[str, int | None],
+    module_errors: Mapping[str, float | None],
+    places: Mapping[str, LayerPlace],
+    of: str = "",
 ) -> dict[str, Any]:
     """Rank and relative error of each matrix over the layers, by the figures' titles; none of what is empty.
 
     A figure has a line for each kind of matrix, with a gap where one stayed dense.
 
     Args:
+        places: in which layer each matrix stands, as far as that is known.
         of: the checkpoint's name, for the titles, where there are several.
     """
     named = f": {of}" if of else ""
@@ -54,7 +58,7 @@ def layer_figures(
         f"Rank by layer{named}": (module_ranks, "rank"),
         f"Relative error of the weights by layer{named}": (module_errors, "relative error"),
     }
-    return {title: _layer_figure(values, unit) for title, (values, unit) in found.items() if values}
+    return {title: _layer_figure(values, places, unit) for title, (values, unit) in found.items() if values}
 
 
 def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult, VariantRow]]:
@@ -139,11 +143,11 @@ def _score_figure(points: Sequence[tuple[float, float, str]], metric: str) -> An
     return figure
 
 
-def _layer_figure(values: Mapping[str, float | None], unit: str) -> Any:
+def _layer_figure(values: Mapping[str, float | None], places: Mapping[str, LayerPlace], unit: str) -> Any:
     lines: dict[str, dict[int, float]] = {}
     for path, value in values.items():
-        layer, name = split_module_path(path)
-        lines.setdefault(name, {})[layer] = math.nan if value is None else value
+        place = place_of(path, places)
+        lines.setdefault(place.kind, {})[place.layer] = math.nan if value is None else value
     figure, panel = _figure(3.4)
     for name, by_layer in lines.items():
         layers = sorted(by_layer)

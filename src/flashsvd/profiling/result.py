@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from flashsvd.common.tables import html_table, text_table
 from flashsvd.errors import CheckpointError, described
+from flashsvd.storage.places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
 
@@ -89,7 +90,7 @@ class ProfileResult:
         rows: the variants, in the order they were measured.
         definitions: what latency, the two memories, the sizes and generation mean.
         new_tokens: generated after each prompt; None where that was not asked for.
-        module_ranks, module_errors: of the checkpoint, as its metadata has them; empty for a dense model.
+        module_ranks, module_errors, module_places: of the checkpoint, as its metadata has them; empty for a dense one.
     """
 
     task: str
@@ -116,6 +117,7 @@ class ProfileResult:
     new_tokens: int | None = None
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
+    module_places: Mapping[str, LayerPlace] = field(default_factory=dict)
 
     def __getitem__(self, variant: str) -> VariantRow:
         """The row of a variant."""
@@ -141,6 +143,7 @@ class ProfileResult:
             data: Any = json.loads(file.read_text(encoding="utf-8"))
             definitions = {key[1:-11]: data.pop(key) for key in list(data) if key.endswith("_definition")}
             rows = tuple(_row(row) for row in data.pop("rows"))
+            data["module_places"] = read_places(data.get("module_places", {}))
             return _checked(cls(rows=rows, definitions=definitions, **data))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(

@@ -96,6 +96,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         new_tokens=config.new_tokens,
         module_ranks=info.module_ranks if info else {},
         module_errors=info.module_errors if info else {},
+        module_places=info.module_places if info else {},
     )
     if config.output:
         _write(result, Path(config.output).expanduser())

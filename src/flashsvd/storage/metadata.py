@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import CheckpointError
+from flashsvd.storage.places import LayerPlace, read_places
 
 INFO_FILE = "compression_info.json"
 FORMAT_VERSION = 1
@@ -28,6 +29,8 @@ class CompressionInfo:
         module_ranks: the rank each target really has, by module path; None where it stayed dense.
         module_errors: the relative error of each target's weights as they were compressed, ||W - U V||_F / ||W||_F, by
             module path; None where it stayed dense. Files written before lack it, and then it is empty.
+        module_places: the layer of each target and its name there, by module path. Files written before lack it, and
+            then it is empty.
         calibration: what was calibrated on, and under `rank_search` what ranks were chosen on where that was something
             else; None where nothing was.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
@@ -59,6 +62,7 @@ class CompressionInfo:
     timestamp: str
     trainings: tuple[Mapping[str, Any], ...] = ()
     module_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -85,7 +89,7 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({error!r}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
-        data = {"trainings": [], "module_errors": {}} | data
+        data = {"trainings": [], "module_errors": {}, "module_places": {}} | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
@@ -93,14 +97,8 @@ class CompressionInfo:
             if not fits(data[name]):
                 raise CheckpointError(f"{path} has {name} {data[name]!r:.60}, which cannot be; compress again")
         known = {name: data[name] for name in names}
-        return cls(**(known | {name: tuple(data[name]) for name in ("untrained", "trainings")}))
-
-
-def split_module_path(path: str) -> tuple[int, str]:
-    """The layer number in a module path, and the layer's own name that follows it; -1 and all of it without one."""
-    parts = path.split(".")
-    number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return (int(parts[number]) if number >= 0 else -1), ".".join(parts[number + 1 :])
+        known |= {name: tuple(data[name]) for name in ("untrained", "trainings")}
+        return cls(**(known | {"module_places": read_places(data["module_places"])}))
 
 
 Check = Callable[[Any], bool]
@@ -122,6 +120,14 @@ def _error(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
+def _place(value: Any) -> bool:
+    try:
+        LayerPlace.from_json(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _or_null(fits: Check) -> Check:
     return lambda value: value is None or fits(value)
 
@@ -138,6 +144,7 @@ _CHECKS: dict[str, Check] = {
     "ratio": _or_null(_ratio),
     "module_ranks": _map_of(_or_null(_count)),
     "module_errors": _map_of(_or_null(_error)),
+    "module_places": _map_of(_place),
     "calibration": _or_null(_map_of(lambda value: True)),
     "parameters": _map_of(_count, "dense", "compressed", "target_dense", "target_compressed"),
     "dense_bytes": _count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from flashsvd.errors import CheckpointError, first_line
@@ -11,7 +11,7 @@ from flashsvd.errors import CheckpointError, first_line
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -75,7 +75,7 @@ def _below(file: Path, source: str) -> tuple[str, ...] | None:
     return file.parts[file.parts.index(folder) + 1 :] if folder in file.parts else None
 
 
-def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
+def tensor_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
     """Names and shapes of all tensors, from the files' headers alone.
 
     Raises:
@@ -83,7 +83,7 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
     """
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorShape] = {}
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as tensors:
@@ -99,25 +99,26 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, Shape]:
     return shapes
 
 
-def compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
-    """Demand every expected tensor in its shape.
+def check_tensors(
+    expected: Mapping[str, TensorShape], found: Mapping[str, TensorShape], where: str, optional: Collection[str] = ()
+) -> None:
+    """Demand every expected tensor in its shape, and no other.
+
+    Args:
+        found: the shapes of a checkpoint's tensors, by name.
+        where: what the checkpoint is called in the error.
+        optional: tensors that may be missing, or be there although they are not expected.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing or misshapen.
+        CheckpointError: naming the first tensor that is missing, misshapen or has no place.
     """
     for name, shape in expected.items():
         if name not in found:
+            if name in optional:
+                continue
             raise CheckpointError(f"{where} lacks the tensor {name} {list(shape)}; compress the model again")
         if found[name] != shape:
             raise CheckpointError(f"{where}: tensor {name} is {list(found[name])}, {list(shape)} was expected")
-
-
-def check_no_extra(expected: set[str], found: Mapping[str, Shape], where: str) -> None:
-    """Refuse tensors the model has no place for.
-
-    Raises:
-        CheckpointError: naming the first of them.
-    """
-    if extra := sorted(set(found) - expected):
+    if extra := sorted(set(found) - set(expected) - set(optional)):
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise CheckpointError(f"{where} holds the tensor {extra[0]}{more}, which the model has no place for")

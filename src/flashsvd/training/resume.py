@@ -19,8 +19,9 @@ from typing import Any
 
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import write_text
-from flashsvd.storage.verify import check_no_extra, compare_tensors, tensor_shapes, weight_files
+from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
 
 CONFIG_FILE = "finetune_config.json"
@@ -120,13 +121,7 @@ def check_checkpoint(model: Any, checkpoint: Path) -> None:
     Raises:
         CheckpointError: naming a tensor that is missing, misshapen or has no place.
     """
-    found = tensor_shapes(weight_files(checkpoint))
-    state = model.state_dict()
-    # Tensors that share their memory are written once.
-    written = {tensor.data_ptr() for name, tensor in state.items() if name in found}
-    wanted = {name: tuple(t.shape) for name, t in state.items() if name in found or t.data_ptr() not in written}
-    compare_tensors(wanted, found, str(checkpoint))
-    check_no_extra(set(state), found, str(checkpoint))
+    check_state(model, tensor_shapes(weight_files(checkpoint)), str(checkpoint))
 
 
 def check_resumable(checkpoint: Path, process: int, processes: int) -> None:

@@ -108,6 +108,7 @@ def trained_info(
         info,
         module_ranks=renamed(info.module_ranks),
         module_errors=renamed(info.module_errors),
+        module_places=renamed(info.module_places),
         task=trainings[-1]["task"] or info.task,
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -53,7 +53,8 @@ def _pictures(results: tuple[Any, ...]) -> Iterable[Picture]:
 
     match results[0]:
         case CompressReport() as report:
-            yield from svgs(layer_figures(report.info.module_ranks, report.info.module_errors))
+            info = report.info
+            yield from svgs(layer_figures(info.module_ranks, info.module_errors, info.module_places))
         case FinetuneResult() as result:
             if (result.output / CURVE_PNG).is_file():
                 yield Picture("Loss and score over the steps", "image/png", (result.output / CURVE_PNG).read_bytes())

@@ -27,10 +27,11 @@ def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple
 
     root.check_path("checkpoint", name, "read")
     info = read_info(name)
+    about = info.compression
     shown = Shown(
         text=str(info),
         data=info.to_json(),
         info=(INFO_FILE, (info.directory / INFO_FILE).read_bytes()),
-        pictures=tuple(svgs(layer_figures(info.compression.module_ranks, info.compression.module_errors))),
+        pictures=tuple(svgs(layer_figures(about.module_ranks, about.module_errors, about.module_places))),
     )
     return "", markup.result(shown), *files(shown, "info.json", downloads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 STEP = 8
 
 
-class Part(nn.Module):
+class QuickModule(nn.Module):
     """A module of a block, called as cheaply as a function: torch's own way would take as long as a launch."""
 
     def __call__(self, *arguments: Any) -> Any:
@@ -20,7 +20,7 @@ class Part(nn.Module):
         return self.forward(*arguments)
 
 
-class Packed(Part):
+class Packed(QuickModule):
     """A module whose tensors are non-persistent buffers, and attributes as quickly read as any other."""
 
     def keep(self, name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:

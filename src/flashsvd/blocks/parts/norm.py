@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import Packed, Part
+from flashsvd.blocks.parts.buffers import Packed, QuickModule
 from flashsvd.blocks.parts.read import present
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.blocks.running.tokens import Tokens
@@ -43,7 +43,7 @@ class PackedNorm(Packed):
         return run(self.choices.pick(NORM, (x.shape[1],), x, run), out)
 
 
-class NormBlock(Part):
+class NormBlock(QuickModule):
     """A norm that stands in a stack of layers."""
 
     def __init__(self, norm: PackedNorm) -> None:

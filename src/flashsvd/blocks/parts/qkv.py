@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from flashsvd.blocks.parts.buffers import padded, widen
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
-from flashsvd.blocks.parts.read import Dense, Factors, PerHead, beside, present
+from flashsvd.blocks.parts.read import Dense, Matrices, PerHead, head_rank, present
 from flashsvd.kernels.flashsvdattn import fold_query
-from flashsvd.lowrank.layers import PerHeadLowRankLinear
+from flashsvd.lowrank.factored import beside
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PackedQKV(PackedProjections):
         return y.view(y.shape[0], self.heads, -1)
 
 
-def pack_qkv(q: Factors, k: Factors, v: Factors, heads: int, dtype: torch.dtype) -> tuple[PackedQKV, ValueLift]:
+def pack_qkv(q: Matrices, k: Matrices, v: Matrices, heads: int, dtype: torch.dtype) -> tuple[PackedQKV, ValueLift]:
     """The packed projections, and what is left to the output projection."""
     if stays_in_rank_space(k):
         assert isinstance(k, PerHead)
@@ -57,7 +57,7 @@ def pack_qkv(q: Factors, k: Factors, v: Factors, heads: int, dtype: torch.dtype)
     return PackedQKV(query, key, value, heads, dtype), lift
 
 
-def split_value(v: Factors) -> tuple[Projection, ValueLift]:
+def split_value(v: Matrices) -> tuple[Projection, ValueLift]:
     """What is computed of V before attention, and what after it."""
     if stays_in_rank_space(v):
         assert isinstance(v, PerHead)
@@ -65,23 +65,22 @@ def split_value(v: Factors) -> tuple[Projection, ValueLift]:
     return head_space(v), ValueLift(None, v.bias)
 
 
-def stays_in_rank_space(factors: Factors) -> bool:
+def stays_in_rank_space(factors: Matrices) -> bool:
     """Whether attention on rank-space activations costs no more than on lifted ones."""
     return isinstance(factors, PerHead) and _is_thin(factors.rank, factors.v.shape[-1])
 
 
 def attended_width(module: nn.Module, head_dim: int) -> int:
     """How wide a head of keys or values will be when it attends, of a linear layer that is not packed yet."""
-    if isinstance(module, PerHeadLowRankLinear) and _is_thin(module.rank, head_dim):
-        return padded(module.rank)
-    return head_dim
+    rank = head_rank(module)
+    return padded(rank) if rank is not None and _is_thin(rank, head_dim) else head_dim
 
 
 def _is_thin(rank: int, head_dim: int) -> bool:
     return rank <= head_dim
 
 
-def _folded_query(q: Factors, k: PerHead, heads: int) -> Projection:
+def _folded_query(q: Matrices, k: PerHead, heads: int) -> Projection:
     """x -> Q' of all heads; whatever form Q has, one product."""
     matrices = q.matrix.reshape(len(q.matrix), heads, -1).transpose(0, 1)
     matrix, offset = fold_query(matrices, q.bias.reshape(heads, -1), k.v)
@@ -95,7 +94,7 @@ def rank_space(factors: PerHead) -> Projection:
     return Projection(beside(widen(factors.u, 2)))
 
 
-def head_space(factors: Factors, bias: bool = False) -> Projection:
+def head_space(factors: Matrices, bias: bool = False) -> Projection:
     """x -> x W, with the layer's bias if it is asked for."""
     # Heads that hold more numbers in rank space than in their own are cheaper multiplied out.
     whole = Dense(factors.matrix, factors.bias) if isinstance(factors, PerHead) else factors

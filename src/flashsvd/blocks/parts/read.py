@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.activations import ACTIVATIONS
-from flashsvd.lowrank.layers import LowRankLinear, PerHeadLift, PerHeadLowRankLinear
+from flashsvd.lowrank.factored import FactoredLayer, beside
+from flashsvd.lowrank.joined import dense_bias, dense_matrix
 
 # Folding multiplies factors together once; in this dtype the product is exact to the model's own.
 EXACT = torch.float64
@@ -60,24 +61,32 @@ class PerHead:
         return beside(self.u @ self.v)
 
 
-Factors: TypeAlias = Dense | Joint | PerHead
+Matrices: TypeAlias = Dense | Joint | PerHead
 
 
-def read_factors(module: nn.Module) -> Factors:
+def read_matrices(module: nn.Module) -> Matrices:
     """The matrices of a linear layer that `check_linear` has let pass; a bias it lacks is zeros."""
-    if isinstance(module, LowRankLinear):
-        return Joint(_exact(module.u.weight).T, _exact(module.v.weight).T, _bias(module.v))
-    if isinstance(module, PerHeadLowRankLinear):
-        u = _exact(module.u.weight).view(module.v.heads, module.rank, -1).mT
-        return PerHead(u, _exact(module.v.weight).mT, _bias(module.v))
-    assert isinstance(module, nn.Linear)
-    return Dense(_exact(module.weight).T, _bias(module))
+    if not isinstance(module, FactoredLayer):
+        matrix = dense_matrix(module, EXACT).detach()
+        return Dense(matrix, _bias(module, matrix))
+    u, v = (factor.detach() for factor in module.factors(EXACT))
+    return Joint(u, v, _bias(module, v)) if module.heads is None else PerHead(u, v, _bias(module, v))
 
 
 def read_whole(module: nn.Module) -> Dense | Joint:
     """The same where heads mean nothing: per-head factors are multiplied out."""
-    factors = read_factors(module)
-    return Dense(factors.matrix, factors.bias) if isinstance(factors, PerHead) else factors
+    found = read_matrices(module)
+    return Dense(found.matrix, found.bias) if isinstance(found, PerHead) else found
+
+
+def joint_rank(module: nn.Module) -> int | None:
+    """The rank of a layer with one pair of factors; None of any other."""
+    return module.rank if isinstance(module, FactoredLayer) and module.heads is None else None
+
+
+def head_rank(module: nn.Module) -> int | None:
+    """The rank of a layer with factors for each head; None of any other."""
+    return module.rank if isinstance(module, FactoredLayer) and module.heads is not None else None
 
 
 def present(bias: Tensor) -> Tensor | None:
@@ -91,27 +100,16 @@ def check_linear(module: nn.Module, name: str) -> None:
     Raises:
         BackendError: it is of another class, such as a quantized or adapted linear, or a hook watches it.
     """
-    known = type(module) in (LowRankLinear, PerHeadLowRankLinear, nn.Linear)
-    parts = [module, *module.children()]
-    if not known or any(type(part) not in (nn.Linear, PerHeadLift) for part in parts[1:]):
-        kinds = ", ".join(type(part).__name__ for part in parts)
+    plain = type(module) is nn.Linear or (isinstance(module, FactoredLayer) and module.is_untouched())
+    if not plain:
+        kinds = ", ".join(type(part).__name__ for part in (module, *module.children()))
         raise BackendError(f"{name} ({kinds}) is no plain or low-rank linear layer; optimize before changing its class")
 
 
-def beside(matrices: Tensor) -> Tensor:
-    """[heads, in, width] -> [in, heads * width]."""
-    return matrices.transpose(0, 1).flatten(1)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(EXACT)
-
-
-def _bias(module: nn.Linear | PerHeadLift) -> Tensor:
-    if module.bias is not None:
-        return _exact(module.bias)
-    size = module.heads * module.head_dim if isinstance(module, PerHeadLift) else module.out_features
-    return torch.zeros(size, dtype=EXACT, device=module.weight.device)
+def _bias(module: nn.Module, lift: Tensor) -> Tensor:
+    """b [out], as wide as the matrices [..., columns] that make the output."""
+    bias = dense_bias(module)
+    return lift.new_zeros(lift[..., 0, :].numel()) if bias is None else bias.detach().to(EXACT)
 
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]

@@ -19,7 +19,7 @@ from flashsvd.blocks.parts.attention import attend
 from flashsvd.blocks.parts.buffers import Packed, widen
 from flashsvd.blocks.parts.projections import Projection
 from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
-from flashsvd.blocks.parts.read import Factors, PerHead, present
+from flashsvd.blocks.parts.read import Matrices, PerHead, present
 from flashsvd.blocks.parts.rotary_tables import Tables
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.running.tokens import Chunk
@@ -51,7 +51,7 @@ class RotaryAttention(Packed):
     """x [n, hidden] -> [n, heads * width of a value], with Q, K and V in memory."""
 
     def __init__(
-        self, q: Factors, k: Factors, value: Projection, rotary: Rotary, dtype: torch.dtype, choices: Choices
+        self, q: Matrices, k: Matrices, value: Projection, rotary: Rotary, dtype: torch.dtype, choices: Choices
     ) -> None:
         super().__init__()
         self.rotary, self.choices = rotary, choices
@@ -154,7 +154,7 @@ def kernel_takes(head_dim: int, rank: int, dtype: torch.dtype) -> bool:
 
 
 def pack_rotary(
-    q: Factors, k: Factors, v: Factors, rotary: Rotary, dtype: torch.dtype, choices: Choices
+    q: Matrices, k: Matrices, v: Matrices, rotary: Rotary, dtype: torch.dtype, choices: Choices
 ) -> tuple[RotaryAttention | StreamedRotary, ValueLift]:
     """The layout that serves these factors, and what is left to the output projection."""
     value, lift = split_value(v)

@@ -1,0 +1,78 @@
+"""Checkpoints that commit 0c7d0c6 wrote: they load as they did there, bit for bit, and are written again as they were.
+
+`checkpoints/bert` has factors for each head, joint ones and two layers that stayed dense; `checkpoints/gpt2` has joined
+modules, one of them with a dense part. The `expected.json` beside each holds what that commit computed: logits for some
+tokens, and a hash of the loaded model's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from flashsvd import load_compressed, read_info, save_compressed
+from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.joined import JoinedProjections
+from flashsvd.storage.metadata import CompressionInfo
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+AUTO = {"bert": AutoModelForSequenceClassification, "gpt2": AutoModelForCausalLM}
+
+
+def state_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("way", ["load_compressed", "from_pretrained"])
+@pytest.mark.parametrize("name", AUTO)
+def test_it_loads_bit_for_bit(name: str, way: str) -> None:
+    checkpoint = CHECKPOINTS / name
+    expected = json.loads((checkpoint / "expected.json").read_text())
+    model = load_compressed(checkpoint) if way == "load_compressed" else AUTO[name].from_pretrained(checkpoint)
+    state = model.state_dict()
+    for tensor, value in load_file(checkpoint / "model.safetensors").items():
+        assert torch.equal(state[tensor], value)
+    assert state_hash(model) == expected["state_sha256"]
+    with torch.inference_mode():
+        logits = model(torch.tensor(expected["input_ids"])).logits
+    # Of the same weights; the last digit is the processor's.
+    torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-5, atol=1e-6)
+
+
+def test_all_forms_of_factors_are_there() -> None:
+    modules = [module for name in AUTO for module in load_compressed(CHECKPOINTS / name).modules()]
+    assert {module.heads for module in modules if isinstance(module, FactoredLayer)} == {None, 2}
+    parts = [tuple(type(part).__name__ for part in m.children()) for m in modules if isinstance(m, JoinedProjections)]
+    assert parts == [("PerHeadLowRankLinear", "Linear", "PerHeadLowRankLinear"), ("PerHeadLowRankLinear",) * 3]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_it_is_written_again_as_it_was(name: str, tmp_path: Path) -> None:
+    checkpoint = CHECKPOINTS / name
+    model = load_compressed(checkpoint)
+    save_compressed(model, tmp_path / "ours", CompressionInfo.read(checkpoint))
+    model.save_pretrained(tmp_path / "theirs")
+    described = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    for again in (tmp_path / "ours", tmp_path / "theirs"):
+        assert json.loads((again / "config.json").read_text())["quantization_config"] == described
+        before, after = load_file(checkpoint / "model.safetensors"), load_file(again / "model.safetensors")
+        assert set(before) == set(after)
+        assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
+
+
+def test_it_is_shown_by_the_layers_in_its_paths() -> None:
+    assert "attention.self.query 2, attention.self.key 3 (1 dense), attention.self.value 2" in str(
+        read_info(CHECKPOINTS / "bert")
+    )
+    assert "attn.c_attn.q 2, attn.c_attn.k 3 (1 dense)" in str(read_info(CHECKPOINTS / "gpt2"))
