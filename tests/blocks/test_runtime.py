@@ -7,6 +7,8 @@ import importlib
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +22,10 @@ from transformers.models.bert import modeling_bert
 from conftest import MakeModel, build_decoder, build_model, factor
 from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
 from flashsvd.blocks import bert
-from flashsvd.blocks.bert import FusedBertLayer
 from flashsvd.blocks.parts.qkv import PackedQKV
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.layer import FusedLayer
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError, ConfigError
@@ -464,8 +466,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException,
 
 
 BLOCKS = {
-    "bert": "flashsvd.blocks.encoder.PostLNBlock",
-    "roberta": "flashsvd.blocks.encoder.PostLNBlock",
+    "bert": "flashsvd.blocks.bert.PostLNBlock",
+    "roberta": "flashsvd.blocks.bert.PostLNBlock",
     "modernbert": "flashsvd.blocks.modernbert.PreLNBlock",
 }
 
@@ -720,7 +722,28 @@ def test_the_layers_share_what_was_measured() -> None:
     model = optimised(compressed())
     found = {id(module.choices) for module in model.modules() if isinstance(getattr(module, "choices", None), Choices)}
     assert len(found) == 1
-    assert all(isinstance(layer, FusedBertLayer) for layer in model.encoder.layer)
+    assert all(isinstance(layer, FusedLayer) for layer in model.encoder.layer)
+
+
+def test_fused_layers_go_by_the_names_of_their_family() -> None:
+    for family, name in (("bert", "Bert"), ("roberta", "Roberta")):
+        plain = compressed(family)
+        fused = optimised(plain).encoder
+        (kind,) = {type(layer) for layer in fused.layer}
+        assert (type(fused).__name__, kind.__name__) == (f"Fused{name}Encoder", f"Fused{name}Layer")
+        assert issubclass(kind, type(plain.encoder.layer[0]))
+
+
+def test_only_the_familys_own_file_of_transformers_is_imported() -> None:
+    code = (
+        "import sys, flashsvd\n"
+        "from transformers import BertConfig, BertModel\n"
+        "config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
+        "flashsvd.optimize(BertModel(config).eval(), backend='torch')\n"
+        "print([name for name in sys.modules if 'modeling_roberta' in name or 'modeling_modernbert' in name])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 # Configs, which a model may share with others, and be given anew.

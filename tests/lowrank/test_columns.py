@@ -80,6 +80,12 @@ def test_columns_that_do_not_divide_are_an_error(columns: Columns, says: str) ->
         share(torch.zeros(2, 8), columns, 0)
 
 
+@pytest.mark.parametrize(("shares", "groups"), [((4, 1), 1), ((4, 1, 1, 1), 1), ((4, 1, 0), 1), ((), 0)])
+def test_shares_that_are_not_those_of_the_parts_are_an_error(shares: tuple[int, ...], groups: int) -> None:
+    with pytest.raises(ValueError, match="do not divide q, k, v; give one for each"):
+        Part("q", NAMES, shares, groups)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 @pytest.mark.parametrize("kind", PARTS)

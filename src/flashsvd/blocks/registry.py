@@ -1,4 +1,4 @@
-"""Fused blocks, one file an architecture, which imports transformers' own file of it and so is imported when needed."""
+"""Fused blocks, a file for each shape of model, which imports parts of transformers and so is imported when needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashsvd.kernels.launch import Backend
 # By `config.model_type`.
 FUSED = {
     "bert": "flashsvd.blocks.bert",
-    "roberta": "flashsvd.blocks.roberta",
+    "roberta": "flashsvd.blocks.bert",
     "modernbert": "flashsvd.blocks.modernbert",
 }
 

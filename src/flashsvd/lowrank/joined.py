@@ -172,7 +172,7 @@ def _uninitialised(share: nn.Linear) -> nn.Linear:
 
 
 def _copy(share: nn.Linear) -> nn.Linear:
-    """The share with memory of its own: saved tensors must not overlap, and the fused weight shall be freed."""
+    """The share with memory of its own: saved tensors must not overlap, and the dense weight has to be freed."""
     for parameter in share.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return share

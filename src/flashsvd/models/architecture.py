@@ -30,6 +30,12 @@ class Part:
     shares: tuple[int, ...] = ()
     groups: int = 1
 
+    def __post_init__(self) -> None:
+        if len(self.shares) not in (0, len(self.names)) or not all(share > 0 for share in (*self.shares, self.groups)):
+            raise ValueError(
+                f"shares {self.shares} in {self.groups} groups do not divide {', '.join(self.names)}; give one for each"
+            )
+
     @property
     def index(self) -> int:
         return self.names.index(self.name)
