@@ -48,6 +48,12 @@ def library_errors(source: str) -> Iterator[None]:
 
     Every kind of error counts: what a damaged file or a config with nonsense in it raises inside transformers is
     anything from a KeyError to a struct.error.
+
+    Args:
+        source: the model's directory or hub name.
+
+    Raises:
+        ModelError: the library raised anything but an error of ours.
     """
     try:
         yield

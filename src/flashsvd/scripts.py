@@ -45,6 +45,9 @@ def compress_and_profile_script(
 
     Args:
         compress: defaults of the compression, by field name of CompressConfig.
+
+    Returns:
+        The exit code; an error that is meant for users becomes one line and the code 2.
     """
     names: list[str] = []
 

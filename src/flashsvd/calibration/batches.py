@@ -68,7 +68,7 @@ def text_batches(text: str, tokenize: Tokenize, draw: Draw, batch_size: int) -> 
 
 
 def masked_batches(batches: Sequence[Batch], tokenizer: Any, seed: int) -> list[Batch]:
-    """The same batches with 15 % of their tokens masked, to be predicted (Devlin et al., BERT, 2019), the others not.
+    """The batches with 15 % of their tokens masked, which are to be predicted (Devlin et al., BERT, 2019).
 
     Every chosen token becomes the mask token: a tenth kept and a tenth random are for training.
     """

@@ -108,7 +108,11 @@ class CompressConfig(Config):
             raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")
 
     def rank_request(self) -> RankRequest:
-        """The ranks asked for; an empty request where a file gives the rank of each matrix."""
+        """The ranks asked for; an empty request where a file gives the rank of each matrix.
+
+        Raises:
+            ConfigError: no ranks are given, more than one kind of them, or one that cannot be.
+        """
         options = (self.rank, self.rank_attn, self.rank_ffn, self.rank_wo, self.ratio)
         if self.ranks_json:
             if any(value is not None for value in options):

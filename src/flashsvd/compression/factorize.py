@@ -94,7 +94,11 @@ def factor_layers(
 
 
 def dense_layer(model: nn.Module, target: Target) -> nn.Module:
-    """The target's module, or its share of a joined one."""
+    """The target's module, or its share of a joined one.
+
+    Raises:
+        ModelError: the module's columns do not divide into the parts that it is said to have.
+    """
     module = model.get_submodule(target.module)
     if target.part is None:
         return module

@@ -76,7 +76,7 @@ class CompressionJob:
 
     @classmethod
     def prepare(cls, config: CompressConfig) -> CompressionJob:
-        """Resolve a config.
+        """Resolve a config into everything that the act needs but the weights.
 
         Raises:
             FlashSVDError: the config, the model, the calibration data or the output cannot be used.

@@ -34,7 +34,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The torch function.
+    """The torch function of an activation.
 
     Raises:
         ValueError: the kernels have none of that name.

@@ -20,7 +20,7 @@ class FactoredModule(nn.Module, ABC):
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
-        """b [out], None where there is none."""
+        """b [out]; None for a layer without a bias."""
 
     @abstractmethod
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,7 +68,7 @@ class FactoredLayer(FactoredModule):
 
     @property
     def rank(self) -> int:
-        """Of each pair of factors."""
+        """The rank of each pair of factors."""
         return self.spec().rank
 
     @property

@@ -84,7 +84,7 @@ def build_layer(spec: LayerSpec, dense: nn.Module) -> LowRankLinear | PerHeadLow
     """An uninitialised factored layer of the dense layer's sizes, dtype and device.
 
     Raises:
-        ValueError: its columns are no such number of heads, or the rank is above its own.
+        ValueError: its columns do not divide into that many heads, or the rank is above its own.
     """
     weight, bias = dense_parameters(dense)
     in_features, out_features = weight_matrix(dense).shape

@@ -249,11 +249,11 @@ def _round_down(rank: float) -> int:
 
 
 def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, int]:
-    """The same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded to an aligned rank.
+    """Keep the same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded to an aligned rank.
 
     Matrices of one kind pass on what rounding down leaves over, until it pays for rounding one of them up, so that
     each kind keeps its fraction and the raised ones are spread over the layers. What is left at the end raises
-    others while the budget allows it. Matrices that even rank 1 would not make smaller stay dense and are no part of
+    others while the budget allows it. Matrices that even rank 1 would not make smaller stay dense and do not count in
     the budget.
     """
     rigid = {shape.name: 1 for shape in shapes if not shape.saves(1)}

@@ -80,7 +80,7 @@ class Target:
 
     @property
     def place(self) -> LayerPlace:
-        """Its layer, and what it is called there: what follows the layer's number in its name, or all of it."""
+        """The target's layer, and what it is called there: its name behind the layer's number, or all of it."""
         _, number, own = f".{self.name}".partition(f".{self.layer}.")
         return LayerPlace(self.layer, own if number else self.name, self.stack)
 

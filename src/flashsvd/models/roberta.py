@@ -8,7 +8,11 @@ from flashsvd.models.bert import encoder_targets
 
 
 def max_length(config: Any) -> int:
-    """Positions are counted from pad_token_id + 1 on, so that many entries of the table are never used."""
+    """The longest sequence that RoBERTa reads: it counts positions from pad_token_id + 1 on.
+
+    Raises:
+        ModelError: the config has no pad_token_id.
+    """
     if config.pad_token_id is None:
         raise ModelError("config.json has no pad_token_id, after which RoBERTa counts its positions; set it (to 1)")
     return int(config.max_position_embeddings - config.pad_token_id - 1)

@@ -33,7 +33,7 @@ def check_state(model: Any, found: Mapping[str, TensorShape], where: str) -> Non
 
 
 def check_base_state(model: Any, found: Mapping[str, TensorShape], where: str) -> None:
-    """The same, except that the head may be another, since an encoder loads under any; the base model may not.
+    """Hold a checkpoint against a model as `check_state` does, but for the head: an encoder loads under any.
 
     Args:
         model: of the class that saved the checkpoint or of another, with its factored modules in place.

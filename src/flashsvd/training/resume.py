@@ -68,6 +68,9 @@ class Workplace:
 
         Args:
             digest: of the examples to train on.
+
+        Raises:
+            ConfigError: they are others.
         """
         if self.resumes and _read(self.directory / CONFIG_FILE).get(_DATA, digest) != digest:
             raise ConfigError(
@@ -91,7 +94,11 @@ class Workplace:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the file system says to whoever writes here into a CheckpointError of one line."""
+        """Turn what the file system says to whoever writes here into an error of one line.
+
+        Raises:
+            CheckpointError: this directory cannot be written.
+        """
         try:
             yield
         except Exception as error:

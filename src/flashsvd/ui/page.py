@@ -171,7 +171,7 @@ def _job_tab(site: Site, tab: Tab) -> None:
         return job
 
     def check(*values: Any) -> Iterator[tuple[Any, ...]]:
-        """What can be refused at once is, without a place in the queue."""
+        """Refuse at once what can be, without a place in the queue."""
         try:
             job_of(values)
         except REFUSALS as error:

@@ -26,7 +26,11 @@ class Root:
 
     @classmethod
     def of(cls, name: str) -> Root:
-        """Raises ConfigError where there is no such directory."""
+        """The root in a directory of that name.
+
+        Raises:
+            ConfigError: there is no such directory.
+        """
         directory = Path(name).expanduser()
         if not directory.is_dir():
             raise ConfigError(f"--root {name} is not a directory; give an existing one")
@@ -42,10 +46,13 @@ class Root:
             self.check_path(flag(path.field), path.text, path.use)
 
     def check_path(self, option: str, text: str, use: PathUse) -> None:
-        """`check` for one path.
+        """Hold one path against the root, as `check` does those of a config.
 
         Args:
             option: what names it, for the error.
+
+        Raises:
+            ConfigError: it leads out of the root.
         """
         path = self._resolve(option, text)
         if not self._holds(path) or (use == "write" and path == self.directory):

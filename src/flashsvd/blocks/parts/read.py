@@ -74,7 +74,7 @@ def read_matrices(module: nn.Module) -> Matrices:
 
 
 def read_whole(module: nn.Module) -> Dense | Joint:
-    """The same where heads mean nothing: per-head factors are multiplied out."""
+    """The matrices of a linear layer whose heads mean nothing: per-head factors are multiplied out."""
     found = read_matrices(module)
     return Dense(found.matrix, found.bias) if isinstance(found, PerHead) else found
 

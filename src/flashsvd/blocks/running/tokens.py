@@ -175,7 +175,7 @@ class Tokens:
 
     @classmethod
     def masked(cls, mask: Tensor, count: int, max_seqlen: int, counted: bool, lengths: tuple[int, ...] = ()) -> Tokens:
-        """Those where the mask [batch, length] is true, found without the host waiting for the device.
+        """The tokens where the mask [batch, length] is true, found without the host waiting for the device.
 
         Args:
             count: at least as many as there are; surplus tokens are given the place behind the batch's last.
