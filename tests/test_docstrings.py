@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 from markdown import ROOT
 
@@ -20,8 +19,9 @@ def documented_functions() -> Iterator[tuple[str, ast.FunctionDef, str]]:
                 if isinstance(node, ast.ClassDef):
                     bodies.append(node)
                 elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                    if docstring := ast.get_docstring(node):
-                        yield f"{file.relative_to(Path(SOURCE))}: {node.name}", node, docstring
+                    docstring = ast.get_docstring(node)
+                    if docstring:
+                        yield f"{file.relative_to(SOURCE)}: {node.name}", node, docstring
 
 
 def test_what_a_public_function_raises_is_said() -> None:
