@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.compression.factorize import QKVLayout
+from flashsvd.compression.factoring import QKVLayout
 from flashsvd.lowrank.ranks import RankRequest
 from support.encoder_models import (
     Forward,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashsvd.data.tokenize import Batch
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, run_job
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, run_eval_job
 
 
 class Output:
@@ -60,7 +60,7 @@ class Counting:
 
 def test_every_batch_is_consumed_and_timed_once() -> None:
     job, model = Counting(), Model()
-    timings = run_job(job, model, torch.device("cpu"))
+    timings = run_eval_job(job, model, torch.device("cpu"))
     assert job.consumed == [0, 1, 2, 3]
     assert len(model.held) == WARMUP_FORWARDS + 4
     assert (timings.samples, timings.tokens) == (8, 20)
@@ -70,5 +70,5 @@ def test_every_batch_is_consumed_and_timed_once() -> None:
 
 def test_outputs_are_gone_before_the_next_forward() -> None:
     model = Model()
-    run_job(Counting(), model, torch.device("cpu"))
+    run_eval_job(Counting(), model, torch.device("cpu"))
     assert set(model.held) == {0}

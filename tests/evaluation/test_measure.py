@@ -11,7 +11,7 @@ import torch
 from test_loop import Counting, Model
 
 from flashsvd.evaluation import measure
-from flashsvd.evaluation.loop import Timings, run_job
+from flashsvd.evaluation.loop import Timings, run_eval_job
 from flashsvd.evaluation.measure import MIB, PeakMemory, peak_resident_bytes, timed
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_a_call_is_timed_in_milliseconds() -> None:
 
 @pytest.mark.usefixtures("clock")
 def test_figures_of_a_job_follow_from_its_milliseconds() -> None:
-    timings = run_job(Counting(), Model(), CPU)
+    timings = run_eval_job(Counting(), Model(), CPU)
     assert timings.percentile(50) == 250.0
     # Eight samples and twenty tokens in four forwards, one second together.
     assert timings.per_second(timings.samples) == 8.0

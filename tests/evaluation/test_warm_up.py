@@ -15,7 +15,7 @@ from conftest import MakeModel
 from flashsvd import EvalConfig, run_eval
 from flashsvd.data.tokenize import Batch
 from flashsvd.evaluation import loop, run
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, about, compiles, run_job, size_of
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, about, compiles, run_eval_job, size_of
 from flashsvd.evaluation.measure import MIB, PeakMemory
 
 CPU = torch.device("cpu")
@@ -86,8 +86,8 @@ def test_what_the_first_forward_of_a_size_takes_is_timed_unless_warmed_up(monkey
     cold, warm = Compiling(Clock(monkeypatch)), Compiling(Clock(monkeypatch))
     monkeypatch.setattr("time.perf_counter", lambda: cold._clock.now + warm._clock.now)
     loop.warm_up(Job(), warm, CPU)
-    assert list(run_job(Job(), warm, CPU).milliseconds) == [1000.0] * 5
-    assert max(run_job(Job(), cold, CPU).milliseconds) == 61_000.0
+    assert list(run_eval_job(Job(), warm, CPU).milliseconds) == [1000.0] * 5
+    assert max(run_eval_job(Job(), cold, CPU).milliseconds) == 61_000.0
 
 
 @pytest.mark.parametrize(

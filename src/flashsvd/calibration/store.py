@@ -34,7 +34,7 @@ class ModelStatistics:
     """The statistics of every target.
 
     Attributes:
-        tensors: by the names of `calibrate.key`.
+        tensors: by the names of `collect.key`.
         about: what was calibrated on: data, samples, tokens, sequence length, batch size, seed.
     """
 

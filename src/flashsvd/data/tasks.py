@@ -20,10 +20,10 @@ class Task:
     """One task.
 
     Attributes:
-        columns: the text columns, one or two; empty until `own_data.fit_task` has looked at the user's data.
+        columns: the text columns, one or two; empty until `own_task.fit_task` has looked at the user's data.
         metrics: names of the metrics, the one to quote first.
         labels: class names in the order of the data's label ids; empty for a real-valued label, and for classes of
-            the user's own until `own_data.fit_task` knows them.
+            the user's own until `own_task.fit_task` knows them.
         head: `classifier` scores each text or pair with the model's head; `encoder` compares two texts' embeddings;
             `lm` predicts each token of running text from those before it.
         hub_config: the data set's name inside `hub`.

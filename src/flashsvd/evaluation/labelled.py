@@ -12,7 +12,7 @@ from torch import Tensor
 from flashsvd.data.rows import Examples
 from flashsvd.data.tasks import Task, label_permutation
 from flashsvd.data.tokenize import Batch, Tokenize
-from flashsvd.evaluation.loop import BatchShape, check_finite
+from flashsvd.evaluation.loop import BatchShape, finite_outputs
 from flashsvd.evaluation.metrics import compute_metrics
 from flashsvd.models.loading import check_tokenizer, check_vocabulary
 from flashsvd.models.pooling import pool, sentence_pooling
@@ -87,7 +87,7 @@ class Classifier:
         self._permutation = label_permutation(task, model_config) if task.labels else None
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
-        return self.decide(check_finite(self.scores(outputs[0])))
+        return self.decide(finite_outputs(self.scores(outputs[0])))
 
     def scores(self, output: Any) -> Tensor:
         """Logits in the order of the data's classes, [B, classes]; [B, 1] for a regression task. float32."""
@@ -108,7 +108,7 @@ class SentenceSimilarity:
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         states = [output.last_hidden_state for output in outputs]
-        return [float(value) for value in check_finite(self.cosines(states, masks)).cpu()]
+        return [float(value) for value in finite_outputs(self.cosines(states, masks)).cpu()]
 
     def cosines(self, states: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """The cosine of each pair [B], from the token states [B, S, D] and attention masks [B, S] of the two texts."""

@@ -88,7 +88,7 @@ class Timings:
         return round(count / sum(self.milliseconds) * 1000, 2)
 
 
-def run_job(job: EvalJob, model: Any, device: torch.device) -> Timings:
+def run_eval_job(job: EvalJob, model: Any, device: torch.device) -> Timings:
     """Every batch of a job through a model that is on `device`, each forward timed.
 
     Raises:
@@ -115,7 +115,7 @@ def run_job(job: EvalJob, model: Any, device: torch.device) -> Timings:
     return Timings(milliseconds, full or milliseconds, samples, tokens, bool(full))
 
 
-def check_finite(values: Tensor) -> Tensor:
+def finite_outputs(values: Tensor) -> Tensor:
     """Return the values, all of which are finite.
 
     Raises:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from flashsvd.data.sampling import IGNORED
 from flashsvd.data.tokenize import Batch, token_ids
 from flashsvd.errors import DataError
-from flashsvd.evaluation.loop import BatchShape, check_finite
+from flashsvd.evaluation.loop import BatchShape, finite_outputs
 from flashsvd.models.loading import check_vocabulary
 
 # The loss is taken over so many logits at a time: 16 MiB in float32, whatever the vocabulary and the batch.
@@ -136,7 +136,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> tuple[float, int]:
     scored = (following != IGNORED).nonzero()[:, 0]
     total = 0.0
     for rows in torch.split(scored, max(1, _LOGITS_AT_A_TIME // flat.shape[-1])):
-        chosen = check_finite(flat[rows - 1]).float()
+        chosen = finite_outputs(flat[rows - 1]).float()
         total += float(functional.cross_entropy(chosen, following[rows], reduction="none").double().sum())
     return total, len(scored)
 

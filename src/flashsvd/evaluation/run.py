@@ -15,7 +15,7 @@ from flashsvd.common.provenance import git_commit, timestamp
 from flashsvd.data.tasks import get_task
 from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.config import EvalConfig
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_job, warm_up
+from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_eval_job, warm_up
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.result import EvalResult
 from flashsvd.evaluation.subject import Subject
@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         warmed = "one forward for each size of batch and "
         with memory.paused():
             warm_up(job, model, device)
-    timings = run_job(job, model, device)
+    timings = run_eval_job(job, model, device)
     metrics = {name: value if math.isfinite(value) else None for name, value in job.metrics().items()}
     for name in (name for name, value in metrics.items() if value is None):
         log.warning("%s is not defined here: predictions or labels are constant, or the loss overflows", name)

@@ -38,18 +38,29 @@ class Subject(Found):
             ModelError, CheckpointError: it cannot be had, is not supported, or lacks the head that the task needs.
             DataError: its head has another number of classes than the task.
         """
-        found = find_model(checkpoint)
-        own, wanted = found.own_class, head_class(found.config, task.head)
-        if task.head != "encoder" and own is not wanted:
+        return cls.of(find_model(checkpoint), task)
+
+    @classmethod
+    def of(cls, found: Found, task: Task) -> Subject:
+        """Hold a checkpoint that was found against a task.
+
+        Raises:
+            ModelError, CheckpointError: it lacks the head that the task needs, or its metadata cannot be used.
+            DataError: its head has another number of classes than the task.
+        """
+        subject = cls(found.name, found.source, found.config, head_class(found.config, task.head))
+        own = subject.own_class
+        if task.head != "encoder" and own is not subject.wanted_class:
             lacks = "classification head" if task.head == "classifier" else "causal language model head"
-            raise ModelError(f"{checkpoint} is a {own.__name__} without a {lacks}; {task.name} needs one")
+            raise ModelError(f"{found.name} is a {own.__name__} without a {lacks}; {task.name} needs one")
         if task.head == "classifier":
-            check_label_count(task, found.config, checkpoint)
-        if found.compressed and found.info is None:
-            log.warning("%s is compressed but has no %s, so its method is unknown", checkpoint, INFO_FILE)
-        if found.info and found.info.untrained:
-            log.warning("the weights of %s were random when the model was compressed", ", ".join(found.info.untrained))
-        return cls(**vars(found), wanted_class=wanted)
+            check_label_count(task, found.config, found.name)
+        if subject.compressed and subject.info is None:
+            log.warning("%s is compressed but has no %s, so its method is unknown", found.name, INFO_FILE)
+        if subject.info and subject.info.untrained:
+            random = ", ".join(subject.info.untrained)
+            log.warning("the weights of %s were random when the model was compressed", random)
+        return subject
 
     def seq_len(self, asked: int | None, default: int) -> int:
         """The sequence length to use: the one asked for, or the default as far as the model can read it.

@@ -215,6 +215,8 @@ def check_attention(c: Attention) -> None:
     fits = fits and c.q.shape[1] % c.k.shape[1] == 0
     if c.cu_seqlens_k is None:
         fits = fits and c.q.shape[0] == c.k.shape[0]
+        if c.max_seqlen_k != c.max_seqlen_q:
+            raise ValueError(f"keys that lie as queries do are as long: {c.max_seqlen_q}, not {c.max_seqlen_k}")
     check_fit(fits, queries=c.q, keys=c.k, values=c.v)
     check_packed(c.cu_seqlens_q, c.cu_seqlens_k, c.softmax_scale, c.window, c.positions, c.out, _shape(c))
 
@@ -276,7 +278,7 @@ _op = Op(
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    softmax_scale: float, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
     positions: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(softmax_scale * Q K^T) V within each packed sequence.
@@ -291,7 +293,7 @@ def flash_attention(
             twice. Queries of a sequence without keys get zeros.
         max_seqlen_q: no sequence has more queries.
         max_seqlen_k: no sequence has more keys.
-        softmax_scale: the factor of the scores, 1 / sqrt(D) as a rule.
+        softmax_scale: the factor of the scores; None for 1 / sqrt(D_k).
         causal: has to be False; a causal mask is not supported yet.
         window_size: how many positions to the left and to the right a token attends to, two equal numbers; (-1, -1)
             for no window. A window needs `cu_seqlens_k` to be `cu_seqlens_q`.
@@ -311,6 +313,8 @@ def flash_attention(
     window, right = window_size
     if causal or right != window:
         refuse_mask(causal, window_size)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
     keys = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     operands = (q, k, v, cu_seqlens_q, keys, positions, out)
     return _op(operands, (max_seqlen_q, max_seqlen_k, softmax_scale, window), backend, tiles)

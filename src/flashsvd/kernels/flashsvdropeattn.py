@@ -274,7 +274,7 @@ def _for_each_or_all(p: Tensor, heads: int) -> bool:
     return p.shape[1] == 1 or p.shape[1] == heads
 
 
-def check_fits(head_dim: int, rank: int, dtype: torch.dtype) -> None:
+def check_on_chip(head_dim: int, rank: int, dtype: torch.dtype) -> None:
     """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
@@ -302,7 +302,7 @@ def _idle(c: RopeAttention) -> bool:
 
 
 def _prepare(c: RopeAttention, exact: str) -> RopeAttention:
-    check_fits(c.v_q.shape[2], max(c.v_q.shape[1], c.v_k.shape[1]), c.v_q.dtype)
+    check_on_chip(c.v_q.shape[2], max(c.v_q.shape[1], c.v_k.shape[1]), c.v_q.dtype)
     p_q, p_k, p_v = (side_by_side(p) for p in (c.p_q, c.p_k, c.p_v))
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (c.v_q, c.v_k, c.cos, c.sin))
     b_q, b_k, positions = (None if x is None else x.contiguous() for x in (c.b_q, c.b_k, c.positions))

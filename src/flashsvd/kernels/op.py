@@ -96,7 +96,8 @@ class Op(Generic[Call]):
         assert x is not None
         # There may be a plan where a kernel is launched, and on the current GPU, which is where a launch goes. `auto`
         # launches on GPUs only; elsewhere a tensor, such as one of torch's function transforms, may have no address.
-        if not is_compiling() and (x.device.index == torch.cuda.current_device() if x.is_cuda else backend == "triton"):
+        at_hand = x.device.index == torch.cuda.current_device() if x.is_cuda else backend == "triton"
+        if backend != "torch" and at_hand and not is_compiling():
             exact = precision(x)
             # What decides how a kernel reads a tensor; Triton compiles anew for addresses that are no multiples of 16.
             kinds = [

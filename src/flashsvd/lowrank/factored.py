@@ -62,7 +62,8 @@ class FactoredLayer(FactoredModule):
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.v.bias
+        # Other libraries' linear layers may have no such attribute.
+        bias = getattr(self.v, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 

@@ -81,7 +81,7 @@ class Target:
     @property
     def place(self) -> LayerPlace:
         """The target's layer, and what it is called there: its name behind the layer's number, or all of it."""
-        _, number, own = f".{self.name}".partition(f".{self.layer}.")
+        _, number, own = f".{self.name}".rpartition(f".{self.layer}.")
         return LayerPlace(self.layer, own if number else self.name, self.stack)
 
     def own_columns(self, matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,20 @@ class Found:
         name: what the user calls it.
         source: its directory or hub name, as transformers takes it.
         config: its transformers config.
-        info: what is known of its compression; None for a dense model, and where its metadata was lost.
     """
 
     name: str
     source: str
     config: Any
-    info: CompressionInfo | None
+
+    @functools.cached_property
+    def info(self) -> CompressionInfo | None:
+        """What is known of its compression; None for a dense model, and where its metadata was lost.
+
+        Raises:
+            CheckpointError: its `compression_info.json` cannot be used.
+        """
+        return find_info(self.source) if self.compressed else None
 
     @property
     def own_class(self) -> Any:
@@ -67,11 +75,9 @@ def find_model(name: str) -> Found:
 
     Raises:
         ModelError: there is no such model, or its architecture is not supported.
-        CheckpointError: it is compressed, and its `compression_info.json` cannot be used.
     """
     source = locate(name)
-    config = load_config(source)
-    return Found(name, source, config, find_info(source) if is_compressed(config) else None)
+    return Found(name, source, load_config(source))
 
 
 def locate(name: str) -> str:

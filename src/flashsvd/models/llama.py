@@ -28,6 +28,6 @@ def decoder_targets(base: nn.Module) -> Iterator[Target]:
         yield Target(f"{mlp}.down_proj", "ffn", i)
 
 
-ARCHITECTURES = tuple(
+LLAMA_LIKE = tuple(
     Architecture(model_type, decoder_targets, position_count) for model_type in ("llama", "mistral", "qwen2", "qwen3")
 )

@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         roberta.ARCHITECTURE,
         modernbert.ARCHITECTURE,
         gpt2.ARCHITECTURE,
-        *llama.ARCHITECTURES,
+        *llama.LLAMA_LIKE,
     )
 }
 

@@ -13,7 +13,7 @@ from flashsvd.models.registry import base_prefix
 from flashsvd.storage.verify import TensorShape, check_tensors
 
 
-def check_state(model: Any, found: Mapping[str, TensorShape], where: str) -> None:
+def check_state(model: Any, found: Mapping[str, TensorShape], where: str, *, all_of_it: bool = False) -> None:
     """Demand that a checkpoint holds the whole state of the model, and nothing else.
 
     Of tensors that the model ties together one is enough, since they are written once.
@@ -22,6 +22,7 @@ def check_state(model: Any, found: Mapping[str, TensorShape], where: str) -> Non
         model: with its factored modules in place, on any device.
         found: the shapes of the checkpoint's tensors, by name.
         where: what the checkpoint is called in the error.
+        all_of_it: whether it must hold what the class itself can do without, too.
 
     Raises:
         CheckpointError: naming a tensor that is missing, misshapen or has no place.
@@ -29,7 +30,8 @@ def check_state(model: Any, found: Mapping[str, TensorShape], where: str) -> Non
     state = model.state_dict(keep_vars=True)
     written = {id(tensor) for name, tensor in state.items() if name in found}
     tied = {name for name, tensor in state.items() if id(tensor) in written}
-    check_tensors(_shapes(model), found, where, tied | _ignored(model, state, "missing"))
+    optional = tied if all_of_it else tied | _ignored(model, state, "missing")
+    check_tensors(_shapes(model), found, where, optional)
 
 
 def check_base_state(model: Any, found: Mapping[str, TensorShape], where: str) -> None:

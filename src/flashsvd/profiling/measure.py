@@ -12,7 +12,7 @@ import torch
 
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import described
-from flashsvd.evaluation.loop import EvalJob, Timings, run_job
+from flashsvd.evaluation.loop import EvalJob, Timings, run_eval_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
@@ -72,7 +72,7 @@ def _measure(
         if after:
             generation = measure_generation(call, after, device, runs, loaded.generation_mib)
         jobs = [workload.job(subject) for _ in range(runs)]
-        timings = _joined([run_job(job, call, device) for job in jobs])
+        timings = _joined([run_eval_job(job, call, device) for job in jobs])
         found = jobs[0].metrics()
     return VariantRow(
         variant=name,

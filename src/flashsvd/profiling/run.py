@@ -17,7 +17,7 @@ from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-from flashsvd.models.found import find_model
+from flashsvd.models.found import Found, find_model
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import png
@@ -44,8 +44,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
     if config.offload:
         check_offload(device)
     _check_output(config.output)
-    task = _task(config)
-    subject = Subject.find(config.checkpoint, task)
+    found = find_model(config.checkpoint)
+    task = _task(config, found)
+    subject = Subject.of(found, task)
     names = config.variant_names()
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
     task, data = load_data(task, config.data, config.max_eval_samples, subject)
@@ -109,16 +110,15 @@ def _check_output(output: str | None) -> None:
             check_file_target(Path(output).expanduser() / name)
 
 
-def _task(config: ProfileConfig) -> Task:
+def _task(config: ProfileConfig, found: Found) -> Task:
     """The task asked for, or the one in the checkpoint's own metadata.
 
     Raises:
         ConfigError: neither names one.
-        ModelError: there is no such checkpoint.
     """
     if config.task is not None:
         return get_task(config.task)
-    info = find_model(config.checkpoint).info
+    info = found.info
     if info is None or info.task is None:
         raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
     return get_task(info.task)

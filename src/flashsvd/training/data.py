@@ -15,7 +15,7 @@ from flashsvd.data.tasks import TASKS, Task, get_task
 from flashsvd.data.text import TEXT_SUFFIXES, lines_of, load_text
 from flashsvd.data.tokenize import Tokenize
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.models.found import find_model
+from flashsvd.models.found import Found
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import check_vocabulary
 from flashsvd.training.config import CLASSIFIER_TASKS, FinetuneConfig
@@ -80,7 +80,7 @@ def task_of(config: FinetuneConfig) -> Task | None:
     return task
 
 
-def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
+def fit_to_data(config: FinetuneConfig, task: Task | None, found: Found) -> Task | None:
     """A task of the user's own with the columns of the training data, and with the classes that the model has or gets.
 
     Raises:
@@ -88,8 +88,8 @@ def fit_to_data(config: FinetuneConfig, task: Task | None) -> Task | None:
     """
     if task is None or task.is_fitted:
         return task
-    model_config = find_model(config.model).config
-    return fit_task(task, "train", config.data, None if config.new_head else head_classes(model_config), "--data")
+    classes = None if config.new_head else head_classes(found.config)
+    return fit_task(task, "train", config.data, classes, "--data")
 
 
 def prepare_material(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, FlashSVDError, ModelError
+from flashsvd.models.found import find_model
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.models.registry import architecture_of
 from flashsvd.training.config import DISTILL_WEIGHT, TEMPERATURE, FinetuneConfig
@@ -137,7 +138,7 @@ class TeacherPlan:
         weight = DISTILL_WEIGHT if config.distill_weight is None else config.distill_weight
         how = Distillation(weight, config.temperature or TEMPERATURE, config.hidden_weight or 0.0)
         try:
-            teacher = HeadedModel.find(config.teacher, mode, task, trains=False)
+            teacher = HeadedModel.of(find_model(config.teacher), mode, task, trains=False)
         except FlashSVDError as error:
             raise type(error)(f"--teacher cannot be used: {error}") from error
         _check(teacher, student, mode, tokenizer, how)

@@ -13,7 +13,7 @@ from torch import nn
 from flashsvd.data.tasks import Task, check_classifier, foreign_classes, names_classes_of
 from flashsvd.errors import CheckpointError, DataError, ModelError
 from flashsvd.io import load_factored
-from flashsvd.models.found import Found, find_model
+from flashsvd.models.found import Found
 from flashsvd.models.heads import class_for_task, head_class
 from flashsvd.models.loading import Pretrained, load_model, seeded
 from flashsvd.models.precision import check_finite
@@ -54,21 +54,20 @@ class HeadedModel(Found):
     foreign_classes: tuple[str, ...]
 
     @classmethod
-    def find(
-        cls, name: str, mode: Mode, task: Task | None, new_head: bool = False, *, trains: bool = True
+    def of(
+        cls, found: Found, mode: Mode, task: Task | None, new_head: bool = False, *, trains: bool = True
     ) -> HeadedModel:
-        """Find a model and hold it against a mode.
+        """Hold a model that was found against a mode.
 
         Args:
             new_head: a classifier gets a fresh head for the task, whatever head it has.
             trains: whether it is to be trained, and not a teacher.
 
         Raises:
-            ModelError, CheckpointError: it cannot be had, trained, or given the head that the mode needs.
+            ModelError, CheckpointError: it cannot be trained, or given the head that the mode needs.
             DataError: its head has another number of classes than the task.
         """
-        found = find_model(name)
-        config, compressed = found.config, found.compressed
+        name, config, compressed = found.name, found.config, found.compressed
         if found.quantized:
             raise ModelError(f"{name} is quantized, and rounded weights cannot be trained; give the unquantized model")
         if compressed and found.info is None:
@@ -99,7 +98,7 @@ class HeadedModel(Found):
             foreign = foreign_classes(task, config) if task.labels else []
             _set_classes(task, config)
             check_classifier(config, name)
-        return cls(**vars(found), model_class=model_class, has_head=has_head, foreign_classes=tuple(foreign))
+        return cls(name, found.source, config, model_class, has_head, tuple(foreign))
 
     def load(self, seed: int) -> LoadedModel:
         """Load it; weights of a head that it lacks are random, by the seed."""

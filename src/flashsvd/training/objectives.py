@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from flashsvd.calibration.losses import cosine_loss
 from flashsvd.data.sampling import IGNORED, choose_masked
 from flashsvd.data.tasks import Task
-from flashsvd.data.tokenize import Encoding
+from flashsvd.data.tokenize import Encoding, Inputs
 from flashsvd.evaluation.labelled import Classifier, SentenceSimilarity
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.training.rows import Row, Tensors
+from flashsvd.training.rows import Row
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Question:
         labels: what its answer is held against; the objective that asked knows how.
     """
 
-    inputs: Tensors
+    inputs: Inputs
     labels: Tensor
 
 
@@ -44,7 +44,7 @@ class Objective(Protocol):
     metrics: Sequence[str]
     greater_is_better: bool
 
-    def ask(self, batch: Tensors, training: bool) -> Question:
+    def ask(self, batch: Inputs, training: bool) -> Question:
         """What to ask the model for a batch from `Collate`."""
 
     def scores(self, output: Any, question: Question) -> Tensor:
@@ -75,7 +75,7 @@ class Classification:
         self._classifier = Classifier(task, model_config)
         self._class_weights = class_weights
 
-    def ask(self, batch: Tensors, training: bool) -> Question:
+    def ask(self, batch: Inputs, training: bool) -> Question:
         return Question({name: values for name, values in batch.items() if name != "labels"}, batch["labels"])
 
     def scores(self, output: Any, question: Question) -> Tensor:
@@ -120,7 +120,7 @@ class PairSimilarity:
         self.metrics: Sequence[str] = task.metrics
         self._similarity = SentenceSimilarity(source)
 
-    def ask(self, batch: Tensors, training: bool) -> Question:
+    def ask(self, batch: Inputs, training: bool) -> Question:
         return Question({name: v.flatten(0, 1) for name, v in batch.items() if name != "labels"}, batch["labels"])
 
     def scores(self, output: Any, question: Question) -> Tensor:
@@ -153,7 +153,7 @@ class MaskedLM:
         self._mask = tokenizer.mask_token_id
         self._vocabulary = vocabulary
 
-    def ask(self, batch: Tensors, training: bool) -> Question:
+    def ask(self, batch: Inputs, training: bool) -> Question:
         if not training:
             return Question({name: values for name, values in batch.items() if name != "labels"}, batch["labels"])
         ids = batch["input_ids"]

@@ -128,7 +128,7 @@ def check_checkpoint(model: Any, checkpoint: Path) -> None:
     Raises:
         CheckpointError: naming a tensor that is missing, misshapen or has no place.
     """
-    check_state(model, tensor_shapes(weight_files(checkpoint)), str(checkpoint))
+    check_state(model, tensor_shapes(weight_files(checkpoint)), str(checkpoint), all_of_it=True)
 
 
 def check_resumable(checkpoint: Path, process: int, processes: int) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flashsvd.data.sampling import IGNORED
-from flashsvd.data.tokenize import Encoding
+from flashsvd.data.tokenize import Encoding, Inputs
 
 # A class id or score, or the token to predict at each place; None where labels are made while training.
 Label: TypeAlias = float | list[int] | None
-Tensors: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,26 @@ class Collate:
 
     tokenizer: Any
 
-    def __call__(self, rows: Sequence[Row]) -> Tensors:
-        from transformers import DataCollatorWithPadding
-
-        encodings = [dict(part) for row in rows for part in row.parts]
-        batch: Tensors = dict(DataCollatorWithPadding(self.tokenizer)(encodings))
+    def __call__(self, rows: Sequence[Row]) -> Inputs:
+        encodings = [part for row in rows for part in row.parts]
+        batch: Inputs = {name: self._padded(name, encodings) for name in encodings[0]}
         texts = len(rows[0].parts)
         if texts > 1:
             batch = {name: values.view(len(rows), texts, -1) for name, values in batch.items()}
         labels = [row.label for row in rows]
         if isinstance(labels[0], list):
-            batch["labels"] = self._pad([label for label in labels if isinstance(label, list)])
+            batch["labels"] = self._pad([label for label in labels if isinstance(label, list)], IGNORED)
         elif labels[0] is not None:
             batch["labels"] = torch.tensor(labels)
         return batch
 
-    def _pad(self, labels: Sequence[list[int]]) -> Tensor:
-        """Labels of tokens, padded as their inputs are by what is not to be predicted."""
-        longest = max(map(len, labels))
+    def _padded(self, name: str, encodings: Sequence[Encoding]) -> Tensor:
+        # The tokenizer's own padding knows some columns alone, and refuses others that it may have made.
+        fillers = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return self._pad([encoding[name] for encoding in encodings], fillers.get(name, 0))
+
+    def _pad(self, rows: Sequence[list[int]], filler: int) -> Tensor:
+        longest = max(map(len, rows))
         left = self.tokenizer.padding_side == "left"
-        fill = [[IGNORED] * (longest - len(row)) for row in labels]
-        return torch.tensor([pad + row if left else row + pad for row, pad in zip(labels, fill, strict=True)])
+        fill = [[filler] * (longest - len(row)) for row in rows]
+        return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)])

@@ -18,6 +18,7 @@ from flashsvd.common.provenance import library_versions, timestamp
 from flashsvd.data.rows import listed
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
+from flashsvd.models.found import find_model
 from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
 from flashsvd.models.precision import cast as cast_to
 from flashsvd.models.precision import check_finite
@@ -74,11 +75,13 @@ class TrainingJob:
         Raises:
             FlashSVDError: the config, the model, the data, the teacher or the output cannot be used.
         """
-        mode, task = cast(Mode, config.mode), fit_to_data(config, task_of(config))
+        mode, task = cast(Mode, config.mode), task_of(config)
+        found = find_model(config.model)
+        task = fit_to_data(config, task, found)
         device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
         output = config.output_directory()
         workplace = Workplace.find(output, config)
-        model = HeadedModel.find(config.model, mode, task, config.new_head)
+        model = HeadedModel.of(found, mode, task, config.new_head)
         if model.foreign_classes and task is not None:
             log.info("the classes %s become %s", ", ".join(model.foreign_classes), ", ".join(task.labels))
         check_target(output, config.overwrite, output_marker(model))

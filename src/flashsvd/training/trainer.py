@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.utils import logging
 
+from flashsvd.data.tokenize import Inputs
 from flashsvd.errors import ConfigError
 from flashsvd.training.config import FinetuneConfig
 from flashsvd.training.distill import Answer, Teacher
 from flashsvd.training.objectives import Objective
-from flashsvd.training.rows import Tensors
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -31,7 +31,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers is untype
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
-        self, model: Any, inputs: Tensors, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of a batch; while evaluating, of the labels alone, and what the metrics need."""
         teacher = self._teacher if model.training else None

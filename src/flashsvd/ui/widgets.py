@@ -84,6 +84,8 @@ def _value(value: Any, kind: type) -> Any:
         return value
     text = value.strip()
     if kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
+        # A whole number stays one where any number is taken, and what is out of kind is the config's to refuse.
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
     return text or None

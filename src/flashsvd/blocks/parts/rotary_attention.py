@@ -23,7 +23,7 @@ from flashsvd.blocks.parts.read import Matrices, PerHead, present
 from flashsvd.blocks.parts.rotary_tables import Tables
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.running.tokens import Chunk
-from flashsvd.kernels.flashsvdropeattn import check_fits, flashsvd_rope_attention
+from flashsvd.kernels.flashsvdropeattn import check_on_chip, flashsvd_rope_attention
 from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.rotary import rotate_heads
 
@@ -147,7 +147,7 @@ class StreamedRotary(Packed):
 def kernel_takes(head_dim: int, rank: int, dtype: torch.dtype) -> bool:
     """Whether the kernel can lift and rotate such heads while they stream; otherwise they are lifted in memory."""
     try:
-        check_fits(head_dim, rank, dtype)
+        check_on_chip(head_dim, rank, dtype)
     except ValueError:
         return False
     return True
