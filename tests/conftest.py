@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when tqdm and the hub client are imported: by torch the one, by transformers the other.
@@ -201,6 +202,22 @@ def build_tokenizer(**options: Any) -> BertTokenizer:
     from transformers import BertTokenizer
 
     return BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=40, **options)
+
+
+def pytest_unconfigure() -> None:
+    # Libraries look at the end of a process whether anything of theirs is left.
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_heap() -> None:
+    """What is there when a module of tests begins is no longer looked through when somebody collects garbage.
+
+    torch, transformers and gradio keep millions of objects, through which each call of `gc.collect()` would go for half
+    a second: the profiler and the Trainer call it several times a run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,16 @@ def pairwise(*values: Sequence[Any], keep: Sequence[Case] = ()) -> list[Case]:
 
     What breaks depends on one option or on two together, hardly ever on three. The cases of `keep` come first. The
     choice is greedy, and always the same: of all combinations, the one that brings together the most pairs that have
-    not met yet, and of several of those the first.
+    not met yet; of several of those the one whose pairs have met least often, and then the first.
     """
+    everything = list(itertools.product(*values))
+    assert set(keep) <= set(everything)
     chosen = list(dict.fromkeys(keep))
-    left = [case for case in itertools.product(*values) if case not in chosen]
-    assert all(value in known for case in chosen for value, known in zip(case, values, strict=True))
-    missing = {pair for case in left for pair in _pairs(case)} - {pair for case in chosen for pair in _pairs(case)}
-    while missing:
-        best = max(left, key=lambda case: len(missing & _pairs(case)))
+    met = Counter(pair for case in chosen for pair in _pairs(case))
+    while missing := {pair for case in everything for pair in _pairs(case)} - set(met):
+        best = max(everything, key=lambda case: (len(missing & _pairs(case)), -sum(met[pair] for pair in _pairs(case))))
         chosen.append(best)
-        missing -= _pairs(best)
+        met.update(_pairs(best))
     return chosen
 
 

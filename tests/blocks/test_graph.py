@@ -18,6 +18,7 @@ from flashsvd.blocks.running import tokens as tokens_module
 from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs, Shape, Stage, round_up
 from flashsvd.blocks.running.tokens import Padding, Tokens
 from flashsvd.errors import BackendError
+from pairs import pairwise
 
 
 def test_token_counts_are_rounded_up_to_few_sizes() -> None:
@@ -197,10 +198,12 @@ def fresh_memory_is_nan() -> Iterator[None]:
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2}
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("fresh_memory_is_nan")
-@pytest.mark.parametrize("padding", ["right", "anywhere"])
-@pytest.mark.parametrize("qkv", ["joint", "per-head"])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "modernbert with biases"])
+@pytest.mark.parametrize(
+    ("family", "qkv", "padding"),
+    pairwise(["bert", "modernbert", "modernbert with biases"], ["joint", "per-head"], ["right", "anywhere"]),
+)
 def test_surplus_tokens_change_nothing(family: str, qkv: str, padding: str) -> None:
     """What a graph runs: more tokens than there are, of which only the device knows the sequences' lengths."""
     model: Any = build_model(family, "base", **SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,25 +12,43 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from conftest import build_decoder
 from flashsvd import CompressConfig, export_dense, run_compress
+from pairs import pairwise
 
 FAMILIES = ["gpt2", "llama", "llama with llama3 rope", "mistral", "qwen2", "qwen3"]
 LENGTH = 24
 PADDING = 0
 
 Pair = tuple[Any, Any]
+MakePair = Callable[[str, str], Pair]
 
 
-@pytest.fixture(scope="module", params=[(name, qkv) for name in FAMILIES for qkv in ("joint", "per-head")], ids=str)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A loaded compressed model and its dense export, in double precision, so that no near tie decides a token."""
-    name, qkv = request.param
-    directory = tmp_path_factory.mktemp("generate")
-    build_decoder(name).double().save_pretrained(directory / "dense")
-    run_compress(
-        CompressConfig(model=str(directory / "dense"), ratio=0.6, qkv=qkv, device="cpu", output=str(directory / "out"))
-    )
-    export_dense(directory / "out", directory / "exported")
-    return tuple(AutoModelForCausalLM.from_pretrained(directory / name) for name in ("out", "exported"))  # type: ignore[return-value]  # two
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "dynamic cache": {"cache_implementation": "dynamic"},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+LAYOUTS = ("joint", "per-head")
+every_model = pytest.mark.parametrize(("name", "qkv"), [(name, qkv) for name in FAMILIES for qkv in LAYOUTS])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
+    """Loads a compressed model and its dense export, in double precision, so that no near tie decides a token."""
+
+    @cache
+    def make(name: str, qkv: str) -> Pair:
+        directory = tmp_path_factory.mktemp("generate")
+        build_decoder(name).double().save_pretrained(directory / "dense")
+        config = CompressConfig(directory / "dense", ratio=0.6, qkv=qkv, device="cpu", output=directory / "out")
+        run_compress(config)
+        export_dense(directory / "out", directory / "exported")
+        compressed, exported = (AutoModelForCausalLM.from_pretrained(directory / name) for name in ("out", "exported"))
+        return compressed, exported
+
+    return make
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -49,34 +69,27 @@ def write(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.
         return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_sample": True, "temperature": 0.8, "top_k": 20},
-        {"num_beams": 3},
-        {"cache_implementation": "dynamic"},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-    ],
-    ids=["greedy", "sampling", "beams", "dynamic cache", "static cache", "no cache"],
-)
-def test_the_compressed_model_writes_what_its_dense_export_writes(pair: Pair, options: dict[str, Any]) -> None:
-    compressed, exported = pair
-    tokens = write(compressed, batch(), **options)
+@pytest.mark.parametrize(("name", "qkv", "how"), pairwise(FAMILIES, LAYOUTS, list(OPTIONS)))
+def test_the_compressed_model_writes_what_its_dense_export_writes(
+    pair: MakePair, name: str, qkv: str, how: str
+) -> None:
+    compressed, exported = pair(name, qkv)
+    tokens = write(compressed, batch(), **OPTIONS[how])
     assert tokens.shape == (3, LENGTH)
-    assert torch.equal(tokens, write(exported, batch(), **options))
+    assert torch.equal(tokens, write(exported, batch(), **OPTIONS[how]))
 
 
-def test_every_cache_gives_the_same_tokens(pair: Pair) -> None:
-    compressed, _ = pair
+@every_model
+def test_every_cache_gives_the_same_tokens(pair: MakePair, name: str, qkv: str) -> None:
+    compressed, _ = pair(name, qkv)
     tokens = write(compressed, batch())
     for options in ({"cache_implementation": "static"}, {"use_cache": False}):
         assert torch.equal(write(compressed, batch(), **options), tokens)
 
 
-def test_a_padded_row_gives_the_same_tokens_as_alone(pair: Pair) -> None:
-    compressed, _ = pair
+@every_model
+def test_a_padded_row_gives_the_same_tokens_as_alone(pair: MakePair, name: str, qkv: str) -> None:
+    compressed, _ = pair(name, qkv)
     inputs = batch()
     together = write(compressed, inputs)
     for row, mask in enumerate(inputs["attention_mask"]):

@@ -15,6 +15,7 @@ import torch
 from conftest import DECODERS, WORDS, MakeModel, build_decoder, build_model, build_tokenizer
 from flashsvd import CompressConfig, FlashSVDError, load_compressed, read_info, run_compress
 from flashsvd.errors import ConfigError, DataError, ModelError
+from flashsvd.methods import adasvd
 from flashsvd.methods.adasvd import BASES
 from flashsvd.methods.method import Method, Statistics
 from flashsvd.methods.registry import METHODS, get_method
@@ -50,11 +51,18 @@ def decoder(tmp_path: Path) -> Path:
     return tmp_path / "decoder"
 
 
+@pytest.fixture
+def learns_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough of adasvd where it is one method of all; how well it learns is tested by itself."""
+    monkeypatch.setattr(adasvd, "STEPS", 4)
+
+
 def compress(source: Path, output: Path, **options: Any) -> CompressionInfo:
     defaults = {"ratio": 0.5, "device": "cpu", "calib_batch_size": 4}
     return run_compress(CompressConfig(model=str(source), output=str(output), **(defaults | options))).info
 
 
+@pytest.mark.usefixtures("learns_little")
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
@@ -73,6 +81,7 @@ def test_every_method_compresses_a_classifier(
         assert info.calibration["samples"] == 24
 
 
+@pytest.mark.usefixtures("learns_little")
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("name", sorted(DECODERS))
 def test_every_method_compresses_every_decoder(tmp_path: Path, text: Path, name: str, method: str) -> None:
@@ -95,6 +104,7 @@ def test_methods_give_different_factors(make_model: MakeModel, sentences: Path, 
     assert all(not torch.allclose(a, b) for i, a in enumerate(products) for b in products[:i])
 
 
+@pytest.mark.usefixtures("learns_little")
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_same_seed_gives_the_same_factors(
     make_model: MakeModel, sentences: Path, tmp_path: Path, method: str

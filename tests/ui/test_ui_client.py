@@ -5,29 +5,18 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_server import fill_root, serve
+from ui_server import serve
 
 from flashsvd import load_compressed, read_info
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("root")
-    fill_root(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def address(root: Path) -> Iterator[str]:
-    with serve(root) as address:
-        yield address
+pytest_plugins = ["served_page"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ui_server import browser, fill_root, serve
+from ui_server import browser
 
 import flashsvd
+
+pytest_plugins = ["served_page"]
+pytestmark = pytest.mark.slow
 
 # Milliseconds to wait for what takes seconds, on a machine that has other things to do.
 PATIENCE = 120_000
@@ -68,47 +69,6 @@ class Visit:
         with self.page.expect_download() as download:
             self.page.locator(selector).click()
         return json.loads(Path(download.value.path()).read_text())
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("root")
-    fill_root(directory)
-    flashsvd.run_compress(
-        flashsvd.CompressConfig(
-            model=str(directory / "dense"), rank=4, task="sst2", output=str(directory / "ready"), device="cpu"
-        )
-    )
-    return directory
-
-
-@pytest.fixture(scope="module")
-def trap() -> Iterator[list[bytes]]:
-    """A proxy that lets nothing through, and the requests that were sent to it."""
-    caught: list[bytes] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def listen() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    caught.append(connection.recv(200))
-
-        threading.Thread(target=listen, daemon=True).start()
-        caught.append(str(listener.getsockname()[1]).encode())
-        yield caught
-
-
-@pytest.fixture(scope="module")
-def address(root: Path, trap: list[bytes]) -> Iterator[str]:
-    proxy = f"http://127.0.0.1:{trap.pop().decode()}"
-    # As users have it: nothing tells the libraries to stay offline.
-    environment = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-    with serve(root, environment=environment | {name.lower(): value for name, value in environment.items()}) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
