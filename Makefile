@@ -8,7 +8,7 @@ GPU_BENCHMARKS := encoder flashsvdattn_ranks flashsvdffn long_context_attn long_
 PARALLEL ?= -n logical --maxprocesses=8 --dist=worksteal
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo notebook quick test style lint types layers bench bench-gpu clean
+.PHONY: demo notebook quick test oldest style lint types layers bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,10 @@ types: $(VENV)/.ready
 layers: $(VENV)/.ready
 	$(BIN)/lint-imports
 
+# The oldest torch has CUDA's libraries in its wheel's dependencies: some gigabytes.
+oldest: $(VENV)-oldest/.ready
+	$(VENV)-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not interpreted" $(ARGS)
+
 notebook: $(VENV)/.ready
 	$(BIN)/python examples/run_notebook.py
 
@@ -52,5 +56,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -Ev '^(torch|triton|transformers)=' constraints.txt | cat - constraints-oldest.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-oldest/constraints.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

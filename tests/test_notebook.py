@@ -39,6 +39,7 @@ def text(notebook: Any, kind: str) -> str:
     return "\n".join(output["data"][kind] for output in found if kind in output.get("data", {}))
 
 
+@pytest.mark.slow
 def test_it_runs_and_gives_what_is_stored(stored: Any, executed: Any) -> None:
     assert outputs(executed) == outputs(stored)
     # Times and memory differ from run to run; parameters and ranks do not.

@@ -149,6 +149,7 @@ def run_python(block: Block, library: Path) -> dict[str, Any]:
     return namespace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_runs(block: Block, workplace: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     match block.language:

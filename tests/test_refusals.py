@@ -159,6 +159,7 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(make_model: MakeModel, t
     assert (precious / "letters.txt").read_text() == "dear"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(checkpoint: Path) -> None:
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     # A limit on file size fails the write itself, as a full disk does.
@@ -188,6 +189,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(checkpoint: Path
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["dense", "out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_while_saving_leaves_the_old_checkpoint(checkpoint: Path, kill: signal.Signals) -> None:
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}

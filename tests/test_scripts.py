@@ -100,6 +100,7 @@ def test_a_script_profiles_a_dense_model_of_its_family(
     assert [(row["variant"], row["status"]) for row in result["rows"]] == [("dense", "ok"), ("micro-batches", "ok")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", COMPRESSED)
 def test_a_script_compresses_a_model_of_its_family_and_profiles_it(
     script: str, run: Run, material: Callable[[str], Material]
@@ -118,6 +119,7 @@ def test_a_script_compresses_a_model_of_its_family_and_profiles_it(
             assert row["generation"]["ms_per_token"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fwsvd", "drone", "adasvd"])
 def test_a_script_takes_any_method_and_size(
     method: str, run: Run, material: Callable[[str], Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +135,7 @@ def test_a_script_takes_any_method_and_size(
     assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_kept_is_replaced_only_where_that_is_asked_for(
     run: Run, material: Callable[[str], Material], tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_a_script_leaves_no_checkpoint_behind_unless_it_is_told_to(
     assert not checkpoint.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_script_profiles_a_checkpoint_that_is_there(
     run: Run, material: Callable[[str], Material], tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 sys.modules["triton"] = None
@@ -30,6 +32,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_without_triton_models_are_optimised_in_plain_torch() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

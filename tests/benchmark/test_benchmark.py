@@ -245,6 +245,8 @@ def test_a_graph_replays_its_call() -> None:
     assert graph().tolist() == [6.0] * 8
 
 
+@pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the benchmarks themselves")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_runs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,7 @@ def test_threads_that_share_a_model_get_their_own_answers(family: str, monkeypat
             done.result()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same() -> None:
     model, batch = optimised(compressed("bert", "classifier")), inputs()
     torch._dynamo.reset()

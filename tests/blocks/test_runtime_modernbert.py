@@ -549,6 +549,7 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
     assert set(runtime.choices(model).values()) == {"triton"}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("limit", ["head", "rank"])
 def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory(
     limit: str, monkeypatch: pytest.MonkeyPatch
@@ -576,6 +577,7 @@ def test_what_was_picked_can_be_asked_for() -> None:
 # Checkpoints.
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 def test_a_checkpoint_loads_onto_fused_blocks(make_model: MakeModel, tmp_path: Path, qkv: str) -> None:
     source = make_model("modernbert", **SIZES)

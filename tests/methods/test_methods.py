@@ -154,6 +154,7 @@ def test_saved_statistics_give_the_same_factors_without_data(
         compress(other, tmp_path / "x", stats=stats, **common)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", sorted(BASES))
 def test_adasvd_meets_its_budget_and_its_ranks_can_be_used_again(
     make_model: MakeModel, sentences: Path, tmp_path: Path, base: str
@@ -178,6 +179,7 @@ def test_adasvd_meets_its_budget_and_its_ranks_can_be_used_again(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_adasvd_learns_without_labels_from_the_dense_models_outputs(
     make_model: MakeModel, text: Path, tmp_path: Path
 ) -> None:

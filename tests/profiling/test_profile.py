@@ -92,6 +92,7 @@ def test_figures_fit_together(config: MakeConfig) -> None:
     assert result.num_eval_samples == 6
 
 
+@pytest.mark.slow
 def test_the_default_is_every_variant_and_the_compiled_one_computes_the_same(config: MakeConfig) -> None:
     result = run_profile(config(variants=None))
     assert tuple(row.variant for row in result.rows) == VARIANTS
@@ -402,6 +403,7 @@ def test_offloading_without_accelerate_says_what_to_install(monkeypatch: pytest.
         variants.check_offload(torch.device("cuda"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
     # In a process of its own: what other tests have left free would do.
@@ -447,6 +449,7 @@ with freed_at_once() as exact:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_hide_in_what_others_have_left() -> None:
     printed = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True).stdout

@@ -221,6 +221,7 @@ with freed_at_once() as exact:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_prompts_and_of_the_tokens_after_them_are_told_apart() -> None:
     # In a process of its own: what other tests have left behind comes and goes.

@@ -72,6 +72,7 @@ def apart(one: Any, other: Any) -> float:
     return float((answers[0] - answers[1]).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_weight", [None, 1.0])
 @pytest.mark.parametrize("task", [SST2, STSB], ids=lambda task: task.name)
 def test_a_student_comes_nearer_to_its_teacher(
@@ -104,6 +105,7 @@ def test_other_modes_learn_from_a_teacher_too(make_model: MakeModel, tmp_path: P
     assert losses[-1] < losses[0] / 1.5
 
 
+@pytest.mark.slow
 def test_a_teacher_may_have_its_classes_in_another_order(make_model: MakeModel, tmp_path: Path) -> None:
     """A student that learns from the teacher alone gets the right classes, whichever their order in either."""
     order = ["contradiction", "entailment", "neutral"]

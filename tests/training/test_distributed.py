@@ -18,6 +18,7 @@ from training_data import SST2, compress, finetune, write_task_data
 SCRIPT = Path(__file__).parent / "distributed.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_train_one_model_as_one_would(make_model: MakeModel, tmp_path: Path) -> None:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

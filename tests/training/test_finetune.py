@@ -185,6 +185,7 @@ def test_a_classifier_gets_a_new_head_when_asked(make_model: MakeModel, tmp_path
         finetune(compress(source, tmp_path / "small"), tmp_path / "out", task="stsb", data=data, new_head=True)
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_learns_scores_and_stays_one(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("bert", "base", **LEARNS)
     _make_sentence_encoder(source)
@@ -221,6 +222,7 @@ def test_a_sentence_encoder_under_a_head_is_none_any_more(make_model: MakeModel,
     assert not (tmp_path / "out" / "modules.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_masked_language_model_learns_the_text(
@@ -409,6 +411,7 @@ def test_what_is_frozen_stays_and_the_rest_does_not(
     assert result.trainable == sum(p.numel() for n, p in before.items() if n not in frozen)
 
 
+@pytest.mark.slow
 def test_rare_classes_weigh_more_when_asked(make_model: MakeModel, tmp_path: Path) -> None:
     """Nothing tells the classes apart, so a model learns how frequent they seem: even odds, or 7 to 1."""
     data = tmp_path / "data"
@@ -434,6 +437,7 @@ def test_so_many_samples_are_drawn_by_the_seed(make_model: MakeModel, tmp_path: 
     assert (result.train_samples, result.eval_samples, result.record.steps) == (16, 4, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, "balanced"])
 def test_accumulated_batches_are_as_one(make_model: MakeModel, tmp_path: Path, weights: str | None) -> None:
     data = write_task_data(tmp_path / "data", SST2)

@@ -75,6 +75,7 @@ def test_classes_of_ones_own_are_learned_by_their_names(trained: Path, topics: P
     assert result.metrics == {"accuracy": 1.0, "f1_macro": 1.0}
 
 
+@pytest.mark.slow
 def test_they_are_compressed_profiled_and_trained_on(trained: Path, topics: Path, tmp_path: Path) -> None:
     small = compress(trained, tmp_path / "small", task="classification", method="fwsvd", calib_data=topics, ratio=0.7)
     info = find_info(small)
@@ -89,6 +90,7 @@ def test_they_are_compressed_profiled_and_trained_on(trained: Path, topics: Path
     assert recorded.trainings[-1]["task"] == "classification"
 
 
+@pytest.mark.slow
 def test_a_teacher_with_the_same_classes_is_imitated_and_no_other(
     trained: Path, topics: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -113,6 +115,7 @@ def test_numbers_are_classes_in_their_order(make_model: MakeModel, tmp_path: Pat
     assert run_eval(EvalConfig(tmp_path / "out", "classification", data=stars, device="cpu")).metric_value == 1.0
 
 
+@pytest.mark.slow
 def test_scores_of_ones_own_are_a_regression(make_model: MakeModel, tmp_path: Path) -> None:
     scores = {"bad": 1500.0, "good": -7250.0, "very": 30000.0}
     data = write_data(tmp_path / "scores", scores)
@@ -235,6 +238,7 @@ def test_the_data_must_be_given(trained: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_other_classes_take_a_new_head(trained: Path, tmp_path: Path) -> None:
     other = write_data(tmp_path / "other", {"bad": "no", "good": "yes"})
     with pytest.raises(DataError, match=r"none of the classes Sports, arts, politics of .*; --new-head trains a head"):

@@ -12,6 +12,7 @@ from training_data import compress
 TRAIN = Path(__file__).parents[2] / "examples" / "data" / "stsb-train-512.tsv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_few_steps_bring_back_much_of_a_quarter_of_minilm(
     minilm: Path, stsb: Path, tmp_path: Path, teacher: bool

@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # Six steps an epoch, a checkpoint after each five: interrupted between two epochs, within one, before there is any.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "step", "last"),
     [*((case, 11, 10) for case in CASES), ("dense", 6, 6), ("per-head", 6, 6), ("dense", 3, None)],
@@ -81,6 +82,7 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
     assert not (tmp_path / "parts.partial").exists()
 
 
+@pytest.mark.slow
 def test_legacy_names_of_weights_survive_a_checkpoint(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +105,7 @@ def test_legacy_names_of_weights_survive_a_checkpoint(
     assert set(load_file(tmp_path / "whole" / "model.safetensors")) == set(tensors)
 
 
+@pytest.mark.slow
 def test_early_stopping_remembers_what_it_saw(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ def test_an_interrupted_run_is_neither_lost_nor_mixed_up(interrupted: dict[str, 
     assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -257,6 +261,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(interrupted: dict[str, Any], t
         finetune(**interrupted, resume=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed_from_the_shell(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     arguments = ["finetune", "--model", make_model(), "--task", "sst2", "--data", data, "--output", tmp_path / "out"]
@@ -278,6 +283,7 @@ def test_a_killed_process_is_resumed_from_the_shell(make_model: MakeModel, tmp_p
     assert (record["steps"], record["epochs"]) == (24, 1.0)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_what_was_whole(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     # A limit on file size fails the write itself, as a full disk does: the optimiser's state is twice the weights.

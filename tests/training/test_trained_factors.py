@@ -110,6 +110,7 @@ def test_no_parameter_is_left_out_of_a_step(
     assert all(set(step["grads"]) == trained for step in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_dropout_is_the_models_own_and_on_while_training(
     make_model: MakeModel, tmp_path: Path, steps: list[dict[str, Any]], compressed: bool

@@ -18,6 +18,8 @@ from flashsvd.ui.machine import Machine
 from flashsvd.ui.news import Bar, Failed, Line, Shown
 from flashsvd.ui.root import Root
 
+# Each job is a process that imports all of torch and transformers.
+pytestmark = pytest.mark.slow
 TICK = 0.2
 
 
