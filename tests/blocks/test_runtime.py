@@ -735,6 +735,7 @@ def test_fused_layers_go_by_the_names_of_their_family() -> None:
         assert issubclass(kind, type(plain.encoder.layer[0]))
 
 
+@pytest.mark.slow
 def test_only_the_familys_own_file_of_transformers_is_imported() -> None:
     code = (
         "import sys, flashsvd\n"

@@ -103,6 +103,7 @@ def test_full_rank_equals_dense(name: str, qkv: str) -> None:
     assert len(layers) == len(results) == (12 if name.startswith("gpt2") else 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qkv", LAYOUTS)
 @pytest.mark.parametrize("name", ["gpt2-docs", "llama-docs"])
 def test_full_rank_equals_dense_on_a_trained_model(name: str, qkv: str) -> None:
@@ -116,6 +117,7 @@ def test_full_rank_equals_dense_on_a_trained_model(name: str, qkv: str) -> None:
         assert torch.equal(greedy(model, tokens), written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2-docs", "llama-docs"])
 def test_a_trained_half_precision_model_keeps_its_dtype_tokenizer_and_generation_config(
     tmp_path: Path, name: str

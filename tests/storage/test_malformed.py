@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from conftest import HEADS, MakeModel, build_model, build_tokenizer
+from conftest import MakeModel, build_model, build_tokenizer, model_class
 from flashsvd import CompressConfig, EvalConfig, FlashSVDError, export_dense, load_compressed, run_compress, run_eval
 from flashsvd.errors import CheckpointError, ConfigError, DataError, ModelError
 from flashsvd.models.found import load_config
@@ -103,7 +103,7 @@ def test_positions_of_roberta_need_its_padding_token(make_model: MakeModel, tmp_
 
 
 def test_own_class_is_a_model_of_the_configs_architecture(make_model: MakeModel) -> None:
-    assert own_class(load_config(str(make_model()))) is HEADS["bert"]["classifier"]
+    assert own_class(load_config(str(make_model()))) is model_class("bert", "classifier")
 
 
 @pytest.mark.parametrize(

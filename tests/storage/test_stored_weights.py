@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import HEADS, SIZES, MakeModel, build
+from conftest import SIZES, MakeModel, build, config_class, model_class
 from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
@@ -22,7 +22,7 @@ from flashsvd.storage.stored_weights import StoredWeights
 @pytest.mark.parametrize(("saved", "loaded"), [("base", "base"), ("base", "classifier"), ("classifier", "base")])
 def test_a_stored_weight_is_the_loaded_one(make_model: MakeModel, saved: str, loaded: str) -> None:
     source = make_model("roberta", saved)
-    model = HEADS["roberta"][loaded].from_pretrained(source)
+    model = model_class("roberta", loaded).from_pretrained(source)
     stored = StoredWeights(str(source), model)
     for target in find_targets(model):
         read = stored.read(f"{target.module}.weight")
@@ -48,7 +48,7 @@ def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_pat
 
 
 def test_shards_are_found_through_their_index(make_model: MakeModel, tmp_path: Path) -> None:
-    model = HEADS["bert"]["base"].from_pretrained(make_model("bert", "base"))
+    model = model_class("bert", "base").from_pretrained(make_model("bert", "base"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     stored = StoredWeights(str(tmp_path / "sharded"), model)
     for name, parameter in model.named_parameters():
@@ -59,12 +59,12 @@ def test_shards_are_found_through_their_index(make_model: MakeModel, tmp_path: P
 
 def test_a_model_loaded_in_another_dtype_is_not_replaced_by_its_file(make_model: MakeModel) -> None:
     source = make_model("bert", "base")
-    model = HEADS["bert"]["base"].from_pretrained(source, dtype=torch.bfloat16)
+    model = model_class("bert", "base").from_pretrained(source, dtype=torch.bfloat16)
     assert StoredWeights(str(source), model).read("encoder.layer.0.output.dense.weight") is None
 
 
 def test_a_model_in_another_format_has_no_stored_weights(make_model: MakeModel, tmp_path: Path) -> None:
-    model = HEADS["bert"]["base"].from_pretrained(make_model("bert", "base"))
+    model = model_class("bert", "base").from_pretrained(make_model("bert", "base"))
     assert StoredWeights(str(tmp_path), model).read("encoder.layer.0.output.dense.weight") is None
 
 
@@ -72,8 +72,10 @@ def test_another_models_file_is_not_taken_for_the_loaded_one(make_model: MakeMod
     name = "encoder.layer.1.output.dense.weight"
     source = make_model("bert", "base")
     torch.manual_seed(5)
-    other = HEADS["bert"]["base"](HEADS["bert"]["base"].config_class(**SIZES))
-    assert other.get_parameter(name).shape == HEADS["bert"]["base"].from_pretrained(source).get_parameter(name).shape
+    other = model_class("bert", "base")(config_class("bert")(**SIZES))
+    assert (
+        other.get_parameter(name).shape == model_class("bert", "base").from_pretrained(source).get_parameter(name).shape
+    )
     assert StoredWeights(str(source), other).read(name) is None
 
 
@@ -83,7 +85,7 @@ def test_of_two_models_in_one_file_the_loaded_one_is_read(make_model: MakeModel,
     tensors = load_file(source / "model.safetensors")
     decoys = {n.removeprefix("bert."): t + 1 for n, t in tensors.items() if n.startswith("bert.")}
     save_file(tensors | decoys, source / "model.safetensors", metadata={"format": "pt"})
-    model = HEADS["bert"][loaded].from_pretrained(source)
+    model = model_class("bert", loaded).from_pretrained(source)
     stored = StoredWeights(str(source), model)
     for target in find_targets(model):
         read = stored.read(f"{target.module}.weight")
@@ -97,7 +99,7 @@ def test_weight_files_that_the_config_names_are_the_ones_compressed(make_model: 
     save_file({n: t + 1 for n, t in tensors.items()}, source / "other.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
-    dense = HEADS["bert"]["classifier"].from_pretrained(source)
+    dense = model_class("bert", "classifier").from_pretrained(source)
     run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(tmp_path / "out")))
     compressed = load_compressed(tmp_path / "out")
     layer = "bert.encoder.layer.0.output.dense"
