@@ -13,7 +13,8 @@ import pytest
 from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
 
 # Ten to eighty seconds each, most of it in reading 1500 pairs.
-pytestmark = pytest.mark.slow
+# A slow machine takes minutes for a search of ranks.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TRAIN = Path(__file__).parents[2] / "examples" / "data" / "stsb-train-512.tsv"
 
 
