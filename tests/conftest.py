@@ -133,6 +133,9 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", GROUPED | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 
+# One decoder of each family; `make quick` leaves out the others where each takes its time.
+EVERY_DECODER = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+
 MakeModel = Callable[..., Path]
 
 

@@ -17,6 +17,7 @@ from support.plain_trainer import best_score
 from training_data import LEARNS, SST2, STSB, write_task_data
 
 
+@pytest.mark.slow
 def test_pieces_add_up_to_tables(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, work = tmp_path / "glue", tmp_path / "work"
     write_task_data(data / "sst2", SST2)
@@ -104,6 +105,7 @@ def test_of_several_models_one_may_fail(
     assert "failed: Piece(" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_each_way_and_keeps_no_model(make_model: MakeModel, tmp_path: Path) -> None:
     write_task_data(tmp_path / "glue" / "sst2", SST2, train=8, validation=4)
     where = {"data": tmp_path / "glue", "work": tmp_path / "work", "output": tmp_path, "device": "cpu"}

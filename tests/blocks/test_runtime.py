@@ -621,6 +621,7 @@ def test_heads_too_wide_for_the_attention_kernel_are_refused_where_it_is_forced(
     assert_as_exact(run(optimised(plain, "auto"), inputs()).last_hidden_state, plain, inputs())
 
 
+@pytest.mark.slow
 def test_heads_that_are_narrow_enough_in_their_rank_space_will_do() -> None:
     plain = build_model("bert", "base", **WIDE)
     factor(plain, "per-head", ratio=0.3)

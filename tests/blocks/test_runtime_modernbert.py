@@ -153,6 +153,7 @@ def test_windows_of_any_width(local_attention: int, qkv: str) -> None:
         assert_same_states(plain, model, inputs(padding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 def test_a_token_is_seen_by_all_in_a_global_layer_and_by_its_neighbours_in_a_local_one(qkv: str, backend: str) -> None:
@@ -364,6 +365,7 @@ def test_a_copy_has_tables_of_its_own() -> None:
     assert not copied.tables._tables
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same() -> None:
     model, batch = optimised(compressed(head="classifier")), inputs()
     torch._dynamo.reset()
@@ -514,6 +516,7 @@ def test_a_refused_model_is_left_as_it_was(change: Callable[[Any], object]) -> N
     assert torch.equal(run(plain, inputs()).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_triton_is_refused_for_layers_that_kernels_cannot_take() -> None:
     with pytest.raises(BackendError, match="it has no such activation; use backend auto or torch"):
         optimize(compressed(hidden_activation="quick_gelu"), backend="triton")

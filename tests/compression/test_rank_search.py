@@ -76,6 +76,7 @@ def prefix_masks(problem: QuadraticProblem, ranks: Mapping[str, int]) -> dict[st
     }
 
 
+@pytest.mark.slow
 def test_learned_ranks_are_never_worse_than_uniform_ones_on_the_calibration_data() -> None:
     class Deceptive(QuadraticProblem):
         """Its gradients point the wrong way, so that learning can only do harm."""
@@ -89,6 +90,7 @@ def test_learned_ranks_are_never_worse_than_uniform_ones_on_the_calibration_data
     assert learn_ranks(problem) == problem.uniform
 
 
+@pytest.mark.slow
 def test_learning_is_fixed_by_the_seed_and_leaves_torchs_own_generator_alone() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()

@@ -24,6 +24,7 @@ NUMBERS = st.integers(3, 40).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_classification_metrics_are_those_of_sklearn(pair: tuple[list[int], list[int]]) -> None:
     predictions, references = pair

@@ -12,8 +12,8 @@ import pytest
 
 from flashsvd import CompressConfig, EvalConfig, run_compress, run_eval
 
-# Ten to eighty seconds each, most of it in reading 1500 pairs.
-# A slow machine takes minutes for a search of ranks.
+# Fifteen to ninety seconds each, most of it in reading 1500 pairs and in a search of ranks, for which a slow machine
+# takes minutes. All methods, layouts and ratios side by side are in benchmark/results/methods.csv.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TRAIN = Path(__file__).parents[2] / "examples" / "data" / "stsb-train-512.tsv"
 
@@ -25,6 +25,19 @@ def stsb(stsb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("stsb") / "validation.tsv"
     file.write_text("\n".join([head, *sorted(rows, key=len)]) + "\n")
     return file
+
+
+@pytest.fixture(scope="module")
+def statistics(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What any method asks of the calibration data, collected once for all of them."""
+    where = tmp_path_factory.mktemp("statistics")
+    run_compress(
+        CompressConfig(
+            model=str(minilm), ratio=0.5, task="similarity", method="drone", calib_data=str(TRAIN), device="cpu",
+            output=str(where / "out"), save_stats=str(where / "saved"),
+        )
+    )  # fmt: skip
+    return where / "saved"
 
 
 def spearman(checkpoint: Path, data: Path) -> float:
@@ -39,10 +52,7 @@ def test_dense(minilm: Path, stsb: Path) -> None:
     assert spearman(minilm, stsb) == pytest.approx(0.867, abs=0.001)
 
 
-@pytest.mark.parametrize(
-    ("qkv", "ratio", "independent"),
-    [("joint", 0.75, 0.836), ("joint", 0.5, 0.799), ("per-head", 0.75, 0.748), ("per-head", 0.5, 0.740)],
-)
+@pytest.mark.parametrize(("qkv", "ratio", "independent"), [("joint", 0.75, 0.836), ("per-head", 0.5, 0.740)])
 def test_standard_svd(minilm: Path, stsb: Path, tmp_path: Path, qkv: str, ratio: float, independent: float) -> None:
     report = run_compress(
         CompressConfig(model=str(minilm), ratio=ratio, qkv=qkv, device="cpu", output=str(tmp_path / "out"))
@@ -58,17 +68,16 @@ def test_standard_svd(minilm: Path, stsb: Path, tmp_path: Path, qkv: str, ratio:
         ("per-head", {"method": "drone"}, 0.834),
         ("joint", {"method": "asvd"}, 0.813),
         ("joint", {"method": "fwsvd"}, 0.828),
-        # 0.02 above uniform standard, and not below uniform drone.
-        ("joint", {"method": "adasvd", "adasvd_base": "standard"}, 0.820),
+        # Not below uniform drone.
         ("joint", {"method": "adasvd"}, 0.846),
     ],
 )
 def test_calibrated_methods_at_keep_one_half(
-    minilm: Path, stsb: Path, tmp_path: Path, qkv: str, options: dict[str, str], asked: float
+    minilm: Path, stsb: Path, statistics: Path, tmp_path: Path, qkv: str, options: dict[str, str], asked: float
 ) -> None:
     config = CompressConfig(
-        model=str(minilm), ratio=0.5, qkv=qkv, task="similarity", calib_data=str(TRAIN), device="cpu",
-        output=str(tmp_path / "out"), **options,
+        model=str(minilm), ratio=0.5, qkv=qkv, task="similarity", stats=str(statistics), calib_data=str(TRAIN),
+        device="cpu", output=str(tmp_path / "out"), **options,
     )  # fmt: skip
     p = run_compress(config).info.parameters
     assert 0.495 <= p["target_compressed"] / p["target_dense"] <= 0.5

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import DECODERS, WORDS, MakeModel, build_decoder, build_model, build_tokenizer
+from conftest import EVERY_DECODER, WORDS, MakeModel, build_decoder, build_model, build_tokenizer
 from flashsvd import CompressConfig, FlashSVDError, load_compressed, read_info, run_compress
 from flashsvd.errors import ConfigError, DataError, ModelError
 from flashsvd.methods import adasvd
@@ -20,6 +20,7 @@ from flashsvd.methods.adasvd import BASES
 from flashsvd.methods.method import Method, Statistics
 from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.storage.metadata import CompressionInfo
+from pairs import pairwise
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def compress(source: Path, output: Path, **options: Any) -> CompressionInfo:
 
 
 @pytest.mark.usefixtures("learns_little")
-@pytest.mark.parametrize("qkv", ["joint", "per-head"])
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize(
+    ("name", "method", "qkv"), pairwise(["bert", "modernbert"], sorted(METHODS), ["joint", "per-head"])
+)
 def test_every_method_compresses_a_classifier(
     make_model: MakeModel, sentences: Path, tmp_path: Path, name: str, method: str, qkv: str
 ) -> None:
@@ -83,7 +84,7 @@ def test_every_method_compresses_a_classifier(
 
 @pytest.mark.usefixtures("learns_little")
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("name", sorted(DECODERS))
+@pytest.mark.parametrize("name", EVERY_DECODER)
 def test_every_method_compresses_every_decoder(tmp_path: Path, text: Path, name: str, method: str) -> None:
     build_decoder(name).save_pretrained(tmp_path / "dense")
     build_tokenizer().save_pretrained(tmp_path / "dense")
@@ -95,6 +96,7 @@ def test_every_method_compresses_every_decoder(tmp_path: Path, text: Path, name:
     assert logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_methods_give_different_factors(make_model: MakeModel, sentences: Path, tmp_path: Path) -> None:
     source, weights = make_model(), {}
     for method in ("standard", "fwsvd", "drone", "asvd"):
@@ -118,6 +120,7 @@ def test_the_same_seed_gives_the_same_factors(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_samples_unless_the_first_are_asked_for(
     make_model: MakeModel, sentences: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +135,7 @@ def test_another_seed_draws_other_samples_unless_the_first_are_asked_for(
     assert torch.equal(factor("c", seed=0, calib_order="first"), factor("d", seed=1, calib_order="first"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fwsvd", "drone", "asvd"])
 def test_saved_statistics_give_the_same_factors_without_data(
     make_model: MakeModel, sentences: Path, tmp_path: Path, method: str

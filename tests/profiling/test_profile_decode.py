@@ -132,6 +132,7 @@ def test_named_variants_are_skipped_only_where_they_may_be(config: MakeConfig) -
         run_profile(config(variants="fused", may_skip=True))
 
 
+@pytest.mark.slow
 def test_the_table_and_the_files_have_generation_only_where_it_was_asked_for(
     config: MakeConfig, tmp_path: Path
 ) -> None:

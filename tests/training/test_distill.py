@@ -92,6 +92,7 @@ def test_a_student_comes_nearer_to_its_teacher(
     assert f"teacher {teacher}" in str(read_info(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mlm", "similarity"])
 def test_other_modes_learn_from_a_teacher_too(make_model: MakeModel, tmp_path: Path, mode: str) -> None:
     if mode == "mlm":

@@ -19,7 +19,13 @@ from flashsvd.storage.training_file import TRAINING_FILE
 from flashsvd.training.trainer import ObjectiveTrainer
 from training_data import LEARNS, MNLI, SST2, STSB, compress, finetune, write_task_data, write_text
 
-CLASSIFIED = [task for task in TASKS.values() if task.head == "classifier" and task.hub]
+# Of the pairs with two classes MRPC is enough for `make quick`.
+LIKE_MRPC = ("qqp", "qnli", "rte")
+CLASSIFIED = [
+    pytest.param(task, marks=[pytest.mark.slow] if task.name in LIKE_MRPC else [])
+    for task in TASKS.values()
+    if task.head == "classifier" and task.hub
+]
 
 
 @pytest.mark.parametrize("task", CLASSIFIED, ids=lambda task: task.name)
@@ -40,8 +46,8 @@ def test_every_glue_task_is_trained_and_measured_as_eval_measures_it(
     assert config["problem_type"] == ("single_label_classification" if task.labels else "regression")
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
-@pytest.mark.parametrize("kind", ["dense", "joint", "per-head"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("roberta", marks=pytest.mark.slow), "modernbert"])
+@pytest.mark.parametrize("kind", ["dense", "joint", pytest.param("per-head", marks=pytest.mark.slow)])
 def test_every_encoder_learns_dense_and_in_its_factors(
     make_model: MakeModel, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -118,6 +124,7 @@ def _some(directory: Path) -> Path:
     return write_task_data(directory / "calibration", SST2)
 
 
+@pytest.mark.slow
 def test_trainings_add_up(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     for source, read in (
@@ -473,6 +480,7 @@ def test_weights_are_trained_in_float32_and_saved_in_their_own_dtype(
         assert [read_info(tmp_path / name).compression.dtype for name in ("own", "other")] == ["bfloat16", "float32"]
 
 
+@pytest.mark.slow
 def test_a_trained_directory_is_replaced_when_asked(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     for source in (make_model(), compress(make_model(), tmp_path / "small")):
