@@ -45,7 +45,7 @@ class CheckpointInfo:
         c, p = self.compression, self.compression.parameters
         rows = [
             ("checkpoint", str(self.directory)),
-            ("base model", c.base_model),
+            ("base model", c.base_model or "unknown"),
             ("architecture", f"{c.architecture} ({c.model_type})"),
             ("task", c.task or "none given"),
             ("method", ", ".join([c.method, *_options(c.method_options), f"Q/K/V {c.qkv}"])),
@@ -54,7 +54,7 @@ class CheckpointInfo:
             ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
             ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
             ("weights", f"{_reduction(c.dense_bytes, self.weight_bytes, 'bytes')}, {c.dtype}"),
-            ("made", f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"),
+            ("made", _made(c)),
         ]
         if c.calibration:
             rows.append(("calibrated on", _calibration(c.calibration)))
@@ -95,7 +95,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
         CheckpointError: the directory holds no compressed checkpoint.
     """
     directory = Path(directory).expanduser()
-    compression = CompressionInfo.read(directory)
+    compression = find_info(directory)
     files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
     return CheckpointInfo(directory, compression, files)
 
@@ -110,7 +110,15 @@ def _asked(c: CompressionInfo) -> str:
         return f"keep {c.ratio:g} of the factored layers' parameters"
     if c.ranks_json is not None:
         return f"the ranks of {c.ranks_json}"
+    if not c.ranks:
+        return "unknown"
     return ", ".join(f"{role} {rank}" for role, rank in c.ranks.items())
+
+
+def _made(c: CompressionInfo) -> str:
+    if not c.versions:
+        return "unknown: another program saved it, and its config does not say"
+    return f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"
 
 
 def _options(options: Mapping[str, Any]) -> list[str]:

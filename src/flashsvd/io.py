@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,11 @@ import torch
 from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
-from flashsvd.integrations.quantizer import FlashSVDConfig, build_layers, describe_layers
+from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
+from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.joined import dense_bias, dense_matrix
-from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.models.found import is_compressed, load_config
+from flashsvd.models.factored import build_layers, dense_skeleton
+from flashsvd.models.found import find_info, is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
 from flashsvd.models.precision import first_not_finite
@@ -113,7 +111,7 @@ def load_compressed(
     """
     _refuse_name(optimize)
     directory = Path(directory).expanduser()
-    CompressionInfo.read(directory)
+    find_info(directory)
     target = resolve_device(device) if device is not None else None
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
     config = _compressed_config(directory)
@@ -171,12 +169,7 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
     directory, output = Path(directory).expanduser(), Path(output).expanduser()
     check_target(output, overwrite, EXPORT_MARKER)
     model = load_compressed(directory)
-    skeleton = _dense_skeleton(_compressed_config(directory))
-    for path in describe_layers(model):
-        model.set_submodule(path, _dense_layer(model.get_submodule(path), skeleton.get_submodule(path)))
-    model.config = skeleton.config
-    if hasattr(model, "hf_quantizer"):
-        del model.hf_quantizer
+    model.dequantize()
     companions = find_companions(str(directory))
     with atomic_directory(output, overwrite, EXPORT_MARKER) as temporary:
         _save_pretrained(model, temporary, "5GB")
@@ -198,29 +191,9 @@ def _skeleton(config: Any) -> Any:
     """The model of a compressed checkpoint's config, with its factored modules, without storage."""
     described = config.quantization_config
     described = described if isinstance(described, FlashSVDConfig) else FlashSVDConfig(**described)
-    model = _dense_skeleton(config)
-    build_layers(model, described.specs())
+    model = dense_skeleton(config)
+    build_layers(model, described.specs(), described.format_version)
     return model
-
-
-def _dense_skeleton(config: Any) -> Any:
-    """The dense model of a compressed checkpoint's config, without storage."""
-    config = copy.deepcopy(config)
-    del config.quantization_config
-    with library_errors(config.name_or_path), torch.device("meta"):
-        return own_class(config)(config)
-
-
-def _dense_layer(factored: torch.nn.Module, skeleton: Any) -> Any:
-    """A dense layer of the skeleton's class that holds the product of the factors and the bias."""
-    dtype = next(factored.parameters()).dtype
-    weight, bias = dense_matrix(factored, torch.promote_types(dtype, torch.float32)), dense_bias(factored)
-    layer = skeleton.to_empty(device=weight.device).to(dtype)
-    with torch.no_grad():
-        weight_matrix(layer).copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
 
 
 def _save_state_dict(model: Any, file: Path) -> None:

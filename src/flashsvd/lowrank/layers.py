@@ -112,6 +112,7 @@ def layer_from_factors(dense: nn.Module, u: Tensor, v: Tensor) -> FactoredLayer:
         layer = build_layer(LayerSpec(u.shape[-1], len(u) if u.ndim > 2 else None), dense)
     layer.u.weight = _parameter(u.mT.reshape(-1, u.shape[-2]), like=weight)
     layer.v.weight = _parameter(v.mT, like=weight)
+    layer.weight = weight.new_empty(0)
     if bias is not None:
         layer.v.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer.train(dense.training)

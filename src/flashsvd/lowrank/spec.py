@@ -16,12 +16,14 @@ multiplies its input by:
                               `path.name.weight`. Without more, the parts are equal shares of the columns in this order.
 
 Format 2 adds to a module of parts the `shares` and `groups` of columns that are divided otherwise (`columns.Columns`).
-A checkpoint is written in the first format that has all it needs.
+Format 3 adds an empty `path.weight` [0] beside the tensors of each factored module and part, by which a program that
+does not know the format fails to load the dense layer it takes the module for. It also has, under `about`, what is
+known of the compression beyond the modules. Every checkpoint is written in the last format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,7 +31,8 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.columns import Columns
 
 QUANT_METHOD = "flashsvd"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = FORMAT_VERSIONS[-1]
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,6 @@ class LayerSpec:
 
     rank: int
     heads: int | None = None
-
-    @property
-    def version(self) -> int:
-        """The first format that has it."""
-        return 1
 
     def to_json(self) -> dict[str, Any]:
         return {"rank": self.rank} if self.heads is None else {"rank": self.rank, "heads": self.heads}
@@ -79,11 +77,6 @@ class JoinedSpec:
     def __post_init__(self) -> None:
         if self.columns == Columns.equal(len(self.parts)):
             object.__setattr__(self, "columns", None)
-
-    @property
-    def version(self) -> int:
-        """The first format that has it."""
-        return 1 if self.columns is None else 2
 
     def to_json(self) -> dict[str, Any]:
         # A list, since transformers sorts the keys of its config and the order of the parts is that of the columns.
@@ -124,11 +117,6 @@ def spec_from_json(name: str, data: Any) -> ModuleSpec:
     if isinstance(data, Mapping) and "parts" in data:
         return JoinedSpec.from_json(name, data)
     return LayerSpec.from_json(name, data)
-
-
-def version_of(specs: Iterable[ModuleSpec]) -> int:
-    """The first format that has all of these."""
-    return max((spec.version for spec in specs), default=1)
 
 
 def read_modules(modules: Any, version: Any, others: Collection[str] = ()) -> dict[str, ModuleSpec]:

@@ -136,7 +136,7 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
         return subject
     if config.dense is not None:
         dense = Subject.find(config.dense, task)
-    elif subject.info is None:
+    elif subject.info is None or not subject.info.base_model:
         raise ConfigError(f"{config.checkpoint} does not say what it was compressed from; name it with --dense")
     else:
         try:
