@@ -182,15 +182,18 @@ def _is_first_process() -> bool:
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `flashsvd compress` wrote")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument(
+        "--verify", action="store_true", help="hold its weight and tokenizer files against the digests of their saving"
+    )
 
 
 def _run_info(options: argparse.Namespace) -> None:
     from flashsvd.info import read_info, show_checkpoint_info
 
     if options.json:
-        print(json.dumps(read_info(options.directory).to_json(), indent=2, allow_nan=False))
+        print(json.dumps(read_info(options.directory, options.verify).to_json(), indent=2, allow_nan=False))
     else:
-        show_checkpoint_info(options.directory)
+        show_checkpoint_info(options.directory, options.verify)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

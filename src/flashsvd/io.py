@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ from flashsvd.models.loading import load_model
 from flashsvd.models.precision import first_not_finite
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import atomic_directory, check_target
-from flashsvd.storage.companions import Companions, find_companions
+from flashsvd.storage.companions import MODULES_FILE, Companions, find_companions
+from flashsvd.storage.digests import digests_of
+from flashsvd.storage.digests import verify as verify_digests
 from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
 from flashsvd.storage.verify import tensor_shapes, weight_files
@@ -59,12 +63,19 @@ def save_compressed(
     refuse_packed(model)
     if isinstance(companions, str):
         companions = find_companions(companions)
-    model.config.quantization_config = FlashSVDConfig.of(model)
-    with atomic_directory(Path(directory), overwrite) as temporary:
+    companions = companions or Companions({})
+    directory = Path(directory)
+    model.config.quantization_config = FlashSVDConfig.of(model, info.about())
+    with atomic_directory(directory, overwrite) as temporary:
         _save_pretrained(model, temporary, max_shard_size)
-        if companions is not None:
-            companions.copy_to(temporary)
+        companions.copy_to(temporary)
+        weights = weight_files(temporary)
+        names = [*companions.files, *(file.name for file in weights)]
+        info = dataclasses.replace(info, digests=digests_of(temporary, names))
         info.write(temporary)
+        size = sum(file.stat().st_size for file in weights)
+        card = model_card(info, directory.name, size, sentence_encoder=MODULES_FILE in companions.files)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         if ranks is not None:
             write_ranks(temporary, info.qkv, ranks)
         if state_dict:
@@ -96,6 +107,7 @@ def load_compressed(
     optimize: bool = False,
     backend: Backend = "auto",
     graph: bool = False,
+    verify: bool = False,
 ) -> Any:
     """Load a compressed checkpoint as the transformers class that saved it, in eval mode.
 
@@ -103,15 +115,19 @@ def load_compressed(
         device: `cuda`, `cuda:1` or `cpu`; None leaves the model on the CPU.
         dtype: None keeps the checkpoint's own.
         optimize: run on fused blocks; `backend` and `graph` say how, as in `flashsvd.optimize`.
+        verify: hold its weight and tokenizer files against the digests that they were saved with.
 
     Raises:
-        CheckpointError: it is not a compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
+        CheckpointError: it is not a compressed checkpoint, a tensor is missing, extra, misshapen or unreadable, or a
+            file is not the one that was saved.
         BackendError: its architecture has no fused blocks, or the backend cannot run on the device.
         ConfigError: the options do not fit one another.
     """
     _refuse_name(optimize)
     directory = Path(directory).expanduser()
-    find_info(directory)
+    info = find_info(directory)
+    if verify:
+        verify_digests(directory, info.digests)
     target = resolve_device(device) if device is not None else None
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
     config = _compressed_config(directory)

@@ -52,6 +52,7 @@ class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
 class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
     """Builds the factored modules before the weights are loaded, and checks that each one was filled."""
 
+    quantization_config: FlashSVDConfig
     _shapes: Mapping[str, TensorShape] = {}
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:

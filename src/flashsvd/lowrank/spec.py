@@ -31,8 +31,7 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.columns import Columns
 
 QUANT_METHOD = "flashsvd"
-FORMAT_VERSIONS = (1, 2, 3)
-FORMAT_VERSION = FORMAT_VERSIONS[-1]
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,9 @@ def read_modules(modules: Any, version: Any, others: Collection[str] = ()) -> di
     Raises:
         CheckpointError: the format is not known, it holds what this flashsvd does not know, or a description is wrong.
     """
-    if type(version) is not int or version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"config.json is of format {version!r}, this flashsvd reads {known} only; upgrade flashsvd"
+            f"config.json is of format {version!r}, this flashsvd reads 1 to {FORMAT_VERSION}; upgrade flashsvd"
         )
     if others:
         raise CheckpointError(

@@ -83,6 +83,11 @@ class CompressionInfo:
         (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
+    def read(cls, directory: Path) -> CompressionInfo:
+        """Read what `write` wrote; raises as `read_file` does."""
+        return cls.read_file(directory / INFO_FILE)
+
+    @classmethod
     def read_file(cls, path: Path) -> CompressionInfo:
         """Raises CheckpointError where the file is not JSON, of another format, incomplete, or nonsense."""
         try:
