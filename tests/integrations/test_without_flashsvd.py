@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoModel
 
 from conftest import DECODERS, ENCODERS, build, factor
+from flashsvd import load_compressed
+from flashsvd.errors import CheckpointError, FlashSVDError
 from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.lowrank.factored import FactoredModule
 
@@ -80,3 +83,49 @@ def test_a_sharded_checkpoint_has_all_of_them(checkpoints: list[Path]) -> None:
         with safe_open(checkpoints[-1] / file, framework="pt") as tensors:
             assert name in tensors.keys()  # noqa: SIM118 - the handle is no mapping
     assert sum(name.endswith("_proj.weight") for name in index) == 14
+
+
+LOST: dict[str, Any] = {
+    "gone": None,
+    "empty": {},
+    "text": "flashsvd",
+    "a list": [],
+    "no method": {"modules": {}},
+    "another method": {"quant_method": "gptq", "bits": 4},
+    "another method with a package": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "an unknown method": {"quant_method": "flash-svd", "modules": {}},
+    "no modules": {"quant_method": "flashsvd", "format_version": 3},
+    "an empty map": {"quant_method": "flashsvd", "format_version": 3, "modules": {}},
+    "modules that are none": {"quant_method": "flashsvd", "format_version": 3, "modules": ["x"]},
+    "another layer": {"quant_method": "flashsvd", "format_version": 3, "modules": {"encoder.layer.9.x": {"rank": 4}}},
+}
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_description_that_was_lost_gives_no_random_layers_either(tmp_path: Path, name: str, lost: Any) -> None:
+    model = build(name)
+    factor(model, ratio=0.6)
+    directory = saved(model, tmp_path / "small")
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]
+    file.write_text(json.dumps(config if lost is None else config | {"quantization_config": lost}))
+    for load in (AutoModel.from_pretrained, type(model).from_pretrained):
+        with pytest.raises(Exception, match=r".") as refused:
+            load(directory)
+        assert not isinstance(refused.value, (KeyboardInterrupt, MemoryError, RecursionError))
+    with pytest.raises(FlashSVDError):
+        load_compressed(directory)
+
+
+def test_a_layer_left_out_of_the_description_is_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    factor(model, ratio=0.6)
+    directory = saved(model, tmp_path / "small")
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["modules"].popitem()
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"tensor .*\.weight is \[0\]"):
+        AutoModel.from_pretrained(directory)
