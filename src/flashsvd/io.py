@@ -45,7 +45,7 @@ def save_compressed(
     state_dict: bool = False,
     ranks: Mapping[str, int | None] | None = None,
     max_shard_size: str = "5GB",
-) -> None:
+) -> CompressionInfo:
     """Write a checkpoint that plain `from_pretrained` loads, all of it or nothing.
 
     Args:
@@ -54,6 +54,9 @@ def save_compressed(
         companions: the tokenizer and sentence-transformers files, or the local directory or hub name to copy them from.
         state_dict: also write `flashsvd_state_dict.pt` for tools that want one.
         ranks: also write them, by matrix, as `ranks.json` for further runs.
+
+    Returns:
+        The info as it was written, with the digests of the files.
 
     Raises:
         CheckpointError: the directory exists, holds something else, or cannot be written.
@@ -80,6 +83,7 @@ def save_compressed(
             write_ranks(temporary, info.qkv, ranks)
         if state_dict:
             _save_state_dict(model, temporary / STATE_DICT_FILE)
+    return info
 
 
 def save_dense(

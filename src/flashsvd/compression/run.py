@@ -135,7 +135,7 @@ class CompressionJob:
         }
         info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
         log.info("saving to %s", self.output)
-        save_compressed(
+        info = save_compressed(
             model,
             self.output,
             info,
