@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from flashsvd._version import __version__
 from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
-from flashsvd.errors import FlashSVDError, one_line
+from flashsvd.errors import ConfigError, FlashSVDError, one_line
 
 ERROR = 2
 INTERRUPTED = 130
@@ -193,6 +193,27 @@ def _run_info(options: argparse.Namespace) -> None:
         show_checkpoint_info(options.directory)
 
 
+def _add_clean(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="where outputs lie; directories in it are looked through too")
+
+
+def _run_clean(options: argparse.Namespace) -> None:
+    from flashsvd.storage.scratch import leftovers_below
+
+    directory = options.directory.expanduser()
+    if not directory.is_dir():
+        raise ConfigError(f"{options.directory} is not a directory; give the one that outputs were written to")
+    removed = 0
+    for found in leftovers_below(directory):
+        size = found.size()
+        if found.remove():
+            removed += size
+            print(f"removed {found.path}, {size / 1e6:.1f} MB")
+        else:
+            print(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
+    print(f"{removed / 1e6:.1f} MB are free again")
+
+
 def add_profile(parser: argparse.ArgumentParser) -> None:
     from flashsvd.profiling.config import ProfileConfig
 
@@ -225,6 +246,7 @@ def _measure_and_print(
 
 
 COMMANDS: dict[str, Command] = {
+    "clean": Command("remove what killed runs left behind in a directory", _add_clean, _run_clean),
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
     "finetune": Command(
