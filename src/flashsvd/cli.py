@@ -80,10 +80,8 @@ def _parse_and_run(command: Command, arguments: Sequence[str], prog: str) -> Non
     parser = _Parser(prog=prog, description=command.help)
     command.add_arguments(parser)
     options = parser.parse_args(list(arguments))
-    # transformers' own load reports are for its developers; what matters of them becomes a warning or error of ours.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _log_to_terminal()
-    command.run(options)
+    with _TERMINAL.shown(), _quiet_transformers():
+        command.run(options)
 
 
 def _abandon_stdout() -> None:
@@ -327,11 +325,46 @@ class _TerminalHandler(logging.Handler):
             tqdm.write(record.getMessage(), file=sys.stdout)
 
 
-def _log_to_terminal() -> None:
-    log = logging.getLogger("flashsvd")
-    log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
-    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
-        log.addHandler(_TerminalHandler())
+class _Terminal:
+    """The log on the terminal, as long as any thread runs a command; then handlers and level are as before."""
+
+    def __init__(self) -> None:
+        self._lock, self._commands = threading.Lock(), 0
+        self._handler, self._level = _TerminalHandler(), logging.NOTSET
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        log = logging.getLogger("flashsvd")
+        with self._lock:
+            if self._commands == 0:
+                self._level = log.level
+                log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+                log.addHandler(self._handler)
+            self._commands += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._commands -= 1
+                if self._commands == 0:
+                    log.removeHandler(self._handler)
+                    log.setLevel(self._level)
+
+
+_TERMINAL = _Terminal()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its own load reports are for its developers; what matters of them becomes a warning or error of ours."""
+    name = "TRANSFORMERS_VERBOSITY"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "error")
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

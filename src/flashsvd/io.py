@@ -13,14 +13,14 @@ import torch
 from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
+from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
 from flashsvd.integrations.quantizer import FlashSVDConfig, build_layers, describe_layers
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models.found import is_compressed, load_config
 from flashsvd.models.heads import own_class
-from flashsvd.models.loading import load_model
+from flashsvd.models.loading import load_model, skeleton
 from flashsvd.models.precision import first_not_finite
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import atomic_directory, check_target
@@ -207,8 +207,7 @@ def _dense_skeleton(config: Any) -> Any:
     """The dense model of a compressed checkpoint's config, without storage."""
     config = copy.deepcopy(config)
     del config.quantization_config
-    with library_errors(config.name_or_path), torch.device("meta"):
-        return own_class(config)(config)
+    return skeleton(config.name_or_path, own_class(config), config)
 
 
 def _dense_layer(factored: torch.nn.Module, skeleton: Any) -> Any:

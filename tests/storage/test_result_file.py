@@ -63,9 +63,7 @@ def test_any_other_file_needs_to_be_given_up(tmp_path: Path, content: bytes, thr
     if through == "a link":
         name = tmp_path / "link.json"
         name.symlink_to(file)
-    with pytest.raises(
-        CheckpointError, match=r"no earlier evaluation; pass --overwrite to replace it, or choose"
-    ):
+    with pytest.raises(CheckpointError, match=r"no earlier evaluation; pass --overwrite to replace it, or choose"):
         result_at(name).check({})
     with pytest.raises(CheckpointError, match="holds no earlier evaluation"):
         result_at(name).write(b"new")

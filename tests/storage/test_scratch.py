@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,8 +67,16 @@ def test_clean_lists_and_removes_it_at_any_depth_and_no_sooner(
     assert main(["clean", str(tmp_path / "none")]) == 2
 
 
-NOT_OURS = [".out.writing-1234", ".out.writing-abcdefgh", "out", ".out.partial", ".writing-{boot}-abcdefgh",
-            ".out.writing-{boot}-abcdefghi", ".out.saving-{boot}-abcdefgh", ".out.writing-{boot}-abcdefgh.txt"]  # fmt: skip
+NOT_OURS = [
+    "out",
+    ".out.partial",
+    ".out.writing-1234",
+    ".out.writing-abcdefgh",
+    ".writing-{boot}-abcdefgh",
+    ".out.writing-{boot}-abcdefghi",
+    ".out.saving-{boot}-abcdefgh",
+    ".out.writing-{boot}-abcdefgh.txt",
+]
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
@@ -153,4 +160,4 @@ def test_without_locks_a_directory_works_and_is_left_alone(tmp_path: Path, monke
     with Scratch(tmp_path / "out", "writing") as path:
         take_away_leftovers(tmp_path / "out")
         assert path.is_dir()
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
