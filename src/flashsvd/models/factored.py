@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flashsvd.errors import CheckpointError, ModelError, library_errors
+from flashsvd.errors import CheckpointError, ModelError
 from flashsvd.lowrank.factored import FactoredModule
 from flashsvd.lowrank.joined import build_module, dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.lowrank.spec import FORMAT_VERSION, ModuleSpec
 from flashsvd.models.heads import own_class
+from flashsvd.models.loading import skeleton
 
 
 def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
@@ -64,8 +65,7 @@ def dense_skeleton(config: Any, model_class: Any = None) -> Any:
     """
     config = copy.deepcopy(config)
     del config.quantization_config
-    with library_errors(config.name_or_path), torch.device("meta"):
-        return (model_class or own_class(config))(config)
+    return skeleton(config.name_or_path, model_class or own_class(config), config)
 
 
 def multiply_out(model: Any) -> None:
@@ -74,18 +74,18 @@ def multiply_out(model: Any) -> None:
     Raises:
         ModelError: a layer is not in memory.
     """
-    skeleton = dense_skeleton(model.config, type(model))
+    dense = dense_skeleton(model.config, type(model))
     for path in describe_layers(model):
-        model.set_submodule(path, _dense_layer(model.get_submodule(path), skeleton.get_submodule(path)))
+        model.set_submodule(path, _dense_layer(model.get_submodule(path), dense.get_submodule(path)))
 
 
-def _dense_layer(factored: nn.Module, skeleton: Any) -> Any:
-    """A dense layer of the skeleton's class that holds the product of the factors and the bias."""
+def _dense_layer(factored: nn.Module, empty: Any) -> Any:
+    """The dense layer, empty so far, that holds the product of the factors and the bias."""
     if any(parameter.is_meta for parameter in factored.parameters()):
         raise ModelError("layers that lie on disk cannot be made dense; load the model without device_map for that")
     dtype = next(factored.parameters()).dtype
     weight, bias = dense_matrix(factored, torch.promote_types(dtype, torch.float32)), dense_bias(factored)
-    layer = skeleton.to_empty(device=weight.device).to(dtype).train(factored.training)
+    layer = empty.to_empty(device=weight.device).to(dtype).train(factored.training)
     with torch.no_grad():
         weight_matrix(layer).copy_(weight)
         if bias is not None:

@@ -19,6 +19,14 @@ _NAMES = (
     INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
     "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG, CARD_FILE,
 )  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path in a model's directory has a name that its weights, its config or its tokenizer may have."""
+    if not (path.parent / "config.json").is_file():
+        return False
+    return path.name in _NAMES or path.suffix in _WEIGHTS or is_companion(Path(path.name), ())
 
 
 def foreign_file(directory: Path) -> str | None:
