@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from flashsvd.ui import markup
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.news import Bar, Failed, Line, Shown
@@ -96,20 +95,3 @@ def files(shown: Shown, name: str, downloads: Downloads) -> tuple[Any, Any]:
 def _finished(shown: Shown, seen: _Seen, downloads: Downloads, text: str) -> View:
     page = markup.result(shown)
     return (markup.done(text), seen.log(), page, *files(shown, "result.json", downloads))
-
-
-class Downloads:
-    """A directory that goes with the page."""
-
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="flashsvd-ui-")
-        self.path = Path(self._directory.name)
-
-    def keep(self, name: str, content: bytes) -> str:
-        """Write a copy under its own name, where nobody else's can have the same path."""
-        file = Path(tempfile.mkdtemp(dir=self.path)) / name
-        file.write_bytes(content)
-        return str(file)
-
-    def close(self) -> None:
-        self._directory.cleanup()

@@ -1,0 +1,48 @@
+"""The files that visitors may download."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+# Bytes of all files together; the oldest go first. What a checkpoint says of itself may be megabytes.
+_MOST = 256 * 1024 * 1024
+
+
+class Downloads:
+    """A directory that goes with the page.
+
+    Args:
+        most: bytes of all files together.
+    """
+
+    def __init__(self, most: int = _MOST) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="flashsvd-ui-")
+        self.path = Path(self._directory.name)
+        self._most, self._lock = most, threading.Lock()
+        # By name, the one that was kept last at the end.
+        self._sizes: dict[Path, int] = {}
+
+    def keep(self, name: str, content: bytes) -> str:
+        """Write a copy under its own name, once however often it is kept, where nobody guesses its path."""
+        file = self.path / hashlib.sha256(content).hexdigest() / name
+        with self._lock:
+            self._sizes.pop(file, None)
+            if not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                # Whole at once, as another visitor may be reading it.
+                new = file.with_suffix(".new")
+                new.write_bytes(content)
+                new.replace(file)
+            self._sizes[file] = len(content)
+            while sum(self._sizes.values()) > self._most and len(self._sizes) > 1:
+                oldest = next(iter(self._sizes))
+                del self._sizes[oldest]
+                shutil.rmtree(oldest.parent, ignore_errors=True)
+        return str(file)
+
+    def close(self) -> None:
+        self._directory.cleanup()
