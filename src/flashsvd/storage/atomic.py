@@ -56,6 +56,16 @@ def check_file_target(target: Path) -> None:
         _check_place(target)
 
 
+def real_target(target: Path) -> Path:
+    """Where a target's name leads, through links.
+
+    Raises:
+        CheckpointError: nowhere, as a loop of links does.
+    """
+    with _one_line(target):
+        return _resolve(target)
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_FILE) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block ends without an error.
