@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from flashsvd import cli
 from flashsvd.errors import ConfigError
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.hosts import Hosts, is_loopback
 from flashsvd.ui.password import VARIABLE, read_password
 from flashsvd.ui.root import Root
+from flashsvd.ui.sockets import listen
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -74,8 +76,7 @@ def _check_address(host: str, port: int, has_auth: bool) -> None:
 
 
 def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str] | None) -> None:
-    from flashsvd.ui.downloads import Downloads
-
+    sockets = listen(host, port)
     downloads = Downloads()
     atexit.register(downloads.close)
     # Read when gradio is imported: it would ask its makers whether it is the newest, and tell them that it is used.
@@ -88,7 +89,6 @@ def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str]
     from flashsvd.ui.page import Site, build_page
     from flashsvd.ui.visitors import Visitors
 
-    sockets = server.listen(host, port)
     machine, visitors = Machine(), Visitors()
     atexit.register(machine.close)
     page = build_page(Site(root, machine, downloads, visitors))

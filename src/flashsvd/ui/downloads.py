@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -41,7 +41,10 @@ class Downloads:
             while sum(self._sizes.values()) > self._most and len(self._sizes) > 1:
                 oldest = next(iter(self._sizes))
                 del self._sizes[oldest]
-                shutil.rmtree(oldest.parent, ignore_errors=True)
+                oldest.unlink()
+                with contextlib.suppress(OSError):
+                    # The same content under another name may be in it.
+                    oldest.parent.rmdir()
         return str(file)
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
-"""The page behind an address: Gradio's application, what stands before it, and the sockets that it is reached by."""
+"""The page behind an address: Gradio's application, and what stands before it."""
 
 from __future__ import annotations
 
-import errno
 import socket
 import threading
 import time
@@ -13,7 +12,6 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from flashsvd.errors import ConfigError
 from flashsvd.ui.gate import Gate
 from flashsvd.ui.hosts import Hosts
 from flashsvd.ui.limits import Limits
@@ -39,36 +37,6 @@ def application(page: Any, visitors: Visitors, hosts: Hosts, auth: tuple[str, st
     return Gate(app, hosts)
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets at every address that a host has here.
-
-    Raises:
-        ConfigError: there is none, or another program has the port.
-    """
-    taken: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            try:
-                taken.append(_bound(family, kind, protocol, address))
-            except OSError as error:
-                # `localhost` has an address of IPv6 by name where the system has none.
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-        if not taken:
-            raise OSError("this machine has no such address")
-    except (OSError, UnicodeError) as error:
-        for one in taken:
-            one.close()
-        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise ConfigError(
-                f"cannot serve on port {port} of {host}, which another program may have; choose another --port"
-            ) from error
-        raise ConfigError(f"cannot serve on --host {host}: {getattr(error, 'strerror', None) or error}") from error
-    return taken
-
-
 def start(app: ASGIApp, sockets: list[socket.socket]) -> None:
     """Serve an application in a thread that ends with the program; returns when visitors can come."""
     server = uvicorn.Server(
@@ -81,16 +49,3 @@ def start(app: ASGIApp, sockets: list[socket.socket]) -> None:
         if not thread.is_alive():
             raise RuntimeError("the server ended before it began")
         time.sleep(0.01)
-
-
-def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    one = socket.socket(family, kind, protocol)
-    try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-    except OSError:
-        one.close()
-        raise
-    return one
