@@ -38,7 +38,11 @@ def application(page: Any, visitors: Visitors, hosts: Hosts, auth: tuple[str, st
 
 
 def start(app: ASGIApp, sockets: list[socket.socket]) -> None:
-    """Serve an application in a thread that ends with the program; returns when visitors can come."""
+    """Serve an application in a thread that ends with the program; returns when visitors can come.
+
+    Raises:
+        RuntimeError: the application cannot be started.
+    """
     server = uvicorn.Server(
         # What a request says that is no HTTP is not worth a line; and who sent it is whoever is at the other end.
         uvicorn.Config(app, log_level="error", ws="none", proxy_headers=False, server_header=False)
