@@ -19,10 +19,7 @@ from typing import Any, NoReturn
 
 from flashsvd.errors import FlashSVDError, first_line, one_line
 from flashsvd.ui.jobs import Job, prepare_imports, run_job
-from flashsvd.ui.news import Bar, Failed, Line
-
-# Characters of one message.
-_LONGEST = 4000
+from flashsvd.ui.news import Bar, Failed, Line, shortened
 
 
 def main(pipe: Connection) -> None:
@@ -66,18 +63,13 @@ def _run(job: Job, outlet: Outlet) -> None:
 
         outlet.send(present(run_job(job)))
     except FlashSVDError as error:
-        outlet.send(Failed(_shortened(one_line(error))))
+        outlet.send(Failed(shortened(one_line(error))))
     except OSError as error:
         # As in a shell: the file system's own words.
-        outlet.send(Failed(_shortened(one_line(error))))
+        outlet.send(Failed(shortened(one_line(error))))
     except Exception as error:
-        outlet.send(Line(_shortened(traceback.format_exc().rstrip())))
-        outlet.send(Failed(_shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
-
-
-def _shortened(text: str) -> str:
-    """Text without its middle, where it quotes so much of somebody's file that the page should not hold it."""
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        outlet.send(Line(shortened(traceback.format_exc().rstrip())))
+        outlet.send(Failed(shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
 
 
 class _LogHandler(logging.Handler):
@@ -87,7 +79,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        self._outlet.send(Line(_shortened(warning + record.getMessage())))
+        self._outlet.send(Line(shortened(warning + record.getMessage())))
 
 
 def _report_log(outlet: Outlet) -> None:
