@@ -10,6 +10,7 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
+from flashsvd.shown import printable, shown
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.places import LayerPlace, place_of
 
@@ -64,10 +65,10 @@ class CheckpointInfo:
         return rows
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows = [(name, shown(value)) for name, value in self._rows()]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
+        lines += ["", "files", *(f"  {size:>13,}  {shown(name)}" for name, size in self.files.items())]
         task = self.compression.task or "TASK"
         data = " --data PATH" if task in OWN_TASKS else ""
         lines += [
@@ -75,7 +76,7 @@ class CheckpointInfo:
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {task}{data}",
+            f"  flashsvd eval --checkpoint {self.directory} --task {shown(task)}{data}",
         ]
         return "\n".join(lines)
 
@@ -102,7 +103,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
 
 def show_checkpoint_info(directory: str | Path) -> None:
     """Print what `read_info` finds."""
-    print(read_info(directory))
+    print(printable(str(read_info(directory))))
 
 
 def _asked(c: CompressionInfo) -> str:

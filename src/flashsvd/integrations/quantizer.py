@@ -20,6 +20,8 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.factored import FactoredModule
 from flashsvd.lowrank.joined import build_module
 from flashsvd.lowrank.spec import QUANT_METHOD, ModuleSpec, read_modules, version_of
+from flashsvd.models.counts import check_counts
+from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
 
@@ -81,6 +83,11 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     _shapes: Mapping[str, TensorShape] = {}
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        # The first that transformers asks with the config in hand, before it builds all of its layers.
+        check_counts(config.to_dict(), str(config.name_or_path or ""))
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         build_layers(model, self.quantization_config.specs())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -99,6 +106,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 raise CheckpointError(
                     f"the checkpoint's {name} is {list(parameter.shape)}, not {list(self._shapes[name])}"
                 )
+        check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
         # Nothing here forbids casting or training, as it would for integer weights.
         model.is_quantized = False
         return model

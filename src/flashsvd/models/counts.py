@@ -1,4 +1,4 @@
-"""The counts of a config held against the weights that it describes, before anything is built that has so many parts."""
+"""The counts of a config held against the weights that it describes, before anything is built of so many parts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 from flashsvd.errors import FlashSVDError, ModelError
 from flashsvd.storage.verify import TensorShape, all_shapes, weight_files
 
-_LAYERS = "num_hidden_layers"
-# Each is a dimension of some tensor.
+_LAYERS, _POSITIONS = "num_hidden_layers", "max_position_embeddings"
+_HEADS, _HEAD_DIM, _ATTENTION = "num_attention_heads", "head_dim", "num_attention_heads times head_dim"
+# Each is a dimension of some tensor, or smaller than one.
 _WIDTHS = (
-    "hidden_size", "intermediate_size", "vocab_size", "type_vocab_size", "num_labels",
-    "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_size", "intermediate_size", "vocab_size", "type_vocab_size", "num_labels", _HEADS, "num_key_value_heads",
+    _HEAD_DIM, _ATTENTION,
 )  # fmt: skip
-_EMBEDDINGS = ("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight", "wte.weight")
-_POSITIONS = ("position_embeddings.weight", "wpe.weight")
+_WORD_TABLES = ("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight", "wte.weight")
+_POSITION_TABLES = ("position_embeddings.weight", "wpe.weight")
 
 # Where no headers tell: more than any model has, and little enough to build.
-_MOST_LAYERS, _MOST = 1_000, 2**24
+_MOST_LAYERS, _WIDEST = 1_000, 2**24
 
 
 def check_counts(config: Mapping[str, Any], source: str) -> None:
@@ -34,30 +35,33 @@ def check_counts(config: Mapping[str, Any], source: str) -> None:
     Raises:
         ModelError: naming the first count that cannot be.
     """
-    counts = _counts(config)
     shapes = _shapes(Path(source))
-    tensors = len(shapes) or _MOST_LAYERS
-    widest = max((size for shape in shapes.values() for size in shape), default=_MOST)
+    counts = _counts(config)
     # A layer has more than one tensor.
-    _refuse_above(counts, (_LAYERS,), tensors, source, bool(shapes))
-    _refuse_above(counts, _WIDTHS, widest, source, bool(shapes))
-    if any(name.endswith(_POSITIONS) for name in shapes):
-        _refuse_above(counts, ("max_position_embeddings",), widest, source, True)
-    if {"num_attention_heads", "head_dim"} <= set(counts) and counts["num_attention_heads"] * counts[
-        "head_dim"
-    ] > _MOST:
-        raise ModelError(f"config.json of {source} asks for attention wider than any; fetch the model again")
-    _check_embedding(counts, shapes, source)
+    limits = {_LAYERS: len(shapes) or _MOST_LAYERS}
+    limits |= dict.fromkeys(_WIDTHS, max((size for shape in shapes.values() for size in shape), default=_WIDEST))
+    limits |= {_POSITIONS: shape[0] for name, shape in shapes.items() if name.endswith(_POSITION_TABLES) and shape}
+    for name, shape in shapes.items():
+        if name.endswith(_WORD_TABLES) and len(shape) == 2:
+            limits["vocab_size"], limits["hidden_size"] = shape
+    for name, most in limits.items():
+        if counts.get(name, 0) > most:
+            why = "its weights have room for" if shapes else "the most that is built is"
+            raise ModelError(
+                f"config.json of {source} has {name} {counts[name]:,}, but {why} {most:,}; fetch the model again"
+            )
 
 
 def _counts(config: Mapping[str, Any]) -> dict[str, int]:
     """The whole numbers of a config, under the names that all families share."""
     from transformers import CONFIG_MAPPING
 
-    own = config.get("model_type")
-    aliases = getattr(CONFIG_MAPPING[own], "attribute_map", {}) if own in CONFIG_MAPPING else {}
-    shared = {name: common for common, name in aliases.items()}
-    return {shared.get(name, name): value for name, value in config.items() if type(value) is int}
+    family = config.get("model_type")
+    aliases = getattr(CONFIG_MAPPING[family], "attribute_map", {}) if family in CONFIG_MAPPING else {}
+    shared = {own: name for name, own in aliases.items()}
+    counts = {shared.get(name, name): value for name, value in config.items() if type(value) is int}
+    counts[_ATTENTION] = counts.get(_HEADS, 0) * counts.get(_HEAD_DIM, 0)
+    return counts
 
 
 def _shapes(directory: Path) -> dict[str, TensorShape]:
@@ -65,21 +69,3 @@ def _shapes(directory: Path) -> dict[str, TensorShape]:
     with contextlib.suppress(FlashSVDError):
         return all_shapes(weight_files(directory)) if directory.is_dir() else {}
     return {}
-
-
-def _refuse_above(counts: Mapping[str, int], names: tuple[str, ...], most: int, source: str, known: bool) -> None:
-    for name in names:
-        if counts.get(name, 0) > most:
-            why = f"more than its weights have room for ({most:,})" if known else f"of which at most {most:,} are built"
-            raise ModelError(f"config.json of {source} has {name} {counts[name]:,}, {why}; fetch the model again")
-
-
-def _check_embedding(counts: Mapping[str, int], shapes: Mapping[str, TensorShape], source: str) -> None:
-    for name, shape in shapes.items():
-        if name.endswith(_EMBEDDINGS) and len(shape) == 2:
-            for count, size in zip(("vocab_size", "hidden_size"), shape, strict=True):
-                if counts.get(count, size) > size:
-                    raise ModelError(
-                        f"config.json of {source} has {count} {counts[count]:,}, but the tensor {name} is {list(shape)}; "
-                        "fetch the model again"
-                    )

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flashsvd.errors import FlashSVDError, first_line, one_line
+from flashsvd.shown import printable
 from flashsvd.ui.jobs import Job, prepare_imports, run_job
 from flashsvd.ui.news import Bar, Failed, Line
 
@@ -30,7 +31,7 @@ def main(pipe: Connection) -> None:
     _own_process_group()
     signal.signal(signal.SIGTERM, _interrupt)
     # What the library says comes through the pipe.
-    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - as long as the process
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ.pop("TQDM_DISABLE", None)
     with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
@@ -65,18 +66,17 @@ def _run(job: Job, outlet: Outlet) -> None:
         from flashsvd.ui.present import present
 
         outlet.send(present(run_job(job)))
-    except FlashSVDError as error:
-        outlet.send(Failed(_shortened(one_line(error))))
-    except OSError as error:
-        # As in a shell: the file system's own words.
-        outlet.send(Failed(_shortened(one_line(error))))
+    except (FlashSVDError, OSError) as error:
+        # Of the file system its own words, as in a shell.
+        outlet.send(Failed(one_line(error)))
     except Exception as error:
         outlet.send(Line(_shortened(traceback.format_exc().rstrip())))
-        outlet.send(Failed(_shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
+        outlet.send(Failed(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)"))
 
 
 def _shortened(text: str) -> str:
     """Text without its middle, where it quotes so much of somebody's file that the page should not hold it."""
+    text = printable(text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
