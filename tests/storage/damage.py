@@ -23,6 +23,10 @@ NONSENSE = {
     "half a character": r'"\ud800"', "list": "[]", "list of a number": "[1]", "object": "{}",
     "nested": "[" * 100_000 + "]" * 100_000, "nested a little": '{"a":' * 90 + "1" + "}" * 90,
 }  # fmt: skip
+COUNTS = (
+    "num_hidden_layers", "num_labels", "vocab_size", "hidden_size", "intermediate_size", "type_vocab_size",
+    "max_position_embeddings", "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
 # Of these no file says by itself whether they are what they were, and any number of the kind makes another model.
 FREE = ("layer_norm_eps", "hidden_act", "num_attention_heads")
 
@@ -39,7 +43,7 @@ def draw(seed: int, checkpoint: Path) -> Damage:
     """One damage of a checkpoint, the same for a seed."""
     rng = random.Random(seed)
     files = sorted(str(f.relative_to(checkpoint)) for f in checkpoint.rglob("*") if f.is_file())
-    kind = rng.choice((json_value, json_value, json_value, json_lost, text, file_kind, file_kind, weights))
+    kind = rng.choice((json_value, json_value, json_value, json_lost, text, file_kind, file_kind, weights, count))
     return kind(rng, checkpoint, files)
 
 
@@ -49,6 +53,17 @@ def json_value(rng: random.Random, checkpoint: Path, files: list[str]) -> Damage
     content = json.loads((checkpoint / name).read_text())
     path, (what, nonsense) = rng.choice(_paths(content)), rng.choice(list(NONSENSE.items()))
     return Damage(f"{name} {list(path)}: {what}", lambda directory: _set(directory / name, path, nonsense))
+
+
+def count(rng: random.Random, checkpoint: Path, files: list[str]) -> Damage:
+    """More layers, labels or channels than there are, whether config.json had such an entry or not."""
+    name, number = rng.choice(COUNTS), rng.choice((3, 100_000, 10**9, 10**15))
+
+    def change(directory: Path) -> None:
+        content = json.loads((directory / "config.json").read_text()) | {name: number}
+        (directory / "config.json").write_text(json.dumps(content))
+
+    return Damage(f"config.json {name}: {number:,}", change)
 
 
 def json_lost(rng: random.Random, checkpoint: Path, files: list[str]) -> Damage:

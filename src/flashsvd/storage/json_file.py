@@ -94,7 +94,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _check_depth(content: Any) -> None:
     level = [content]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return

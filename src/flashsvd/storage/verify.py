@@ -13,12 +13,16 @@ INDEX = "model.safetensors.index.json"
 
 TensorShape = tuple[int, ...]
 
+# In bytes, on all usual file systems.
+_LONGEST_NAME = 255
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def is_plain_name(name: object) -> bool:
     """Whether this names something directly inside a directory: no path, and no way out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not isinstance(name, str) or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+        return False
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def weight_files(directory: Path) -> list[Path]:
