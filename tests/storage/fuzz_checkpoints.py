@@ -3,8 +3,8 @@
     python tests/storage/fuzz_checkpoints.py --cases 1000
 
 Right is the same outputs as before, or a refusal of one line. Wrong are other outputs, a traceback, several lines, a
-control character on the terminal, more than a minute, and more than 3 GiB of memory. Counted apart is a config.json that
-fills the memory or the stack of plain `from_pretrained`, which reads it before it asks flashsvd.
+control character on the terminal, more than a minute, and more than 3 GiB of memory. Counted apart is a config.json
+that fills the memory or the stack of plain `from_pretrained`, which reads it before it asks flashsvd.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 # Read when tqdm is imported, by torch; and by transformers.
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
-from conftest import build_model, build_tokenizer
 from damage import Damage, draw
 from transformers import AutoModel
 
+from conftest import build_model, build_tokenizer
 from flashsvd import CompressConfig, FlashSVDError, export_dense, load_compressed, run_compress
 from flashsvd.cli import main as flashsvd
 
@@ -50,19 +50,19 @@ def make_checkpoint(scratch: Path) -> Path:
     build_tokenizer().save_pretrained(dense)
     (dense / "1_Pooling").mkdir()
     (dense / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-               {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
+    kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds.items()]
     (dense / "modules.json").write_text(json.dumps(modules))
     (scratch / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *PAIRS]) + "\n")
     run_compress(CompressConfig(model=str(dense), ratio=0.5, output=str(out)))
     return out
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """What nobody should see."""
 
 
-class BeforeUs(Exception):
+class BeforeUsError(Exception):
     """What transformers does with a file before it asks what flashsvd has to say of it."""
 
 
@@ -85,7 +85,7 @@ def by_from_pretrained(checkpoint: Path) -> Any:
     except Exception as error:
         # What transformers reads before it asks us, it refuses in its own words, or does not.
         if isinstance(error, (MemoryError, RecursionError)):
-            raise BeforeUs from error
+            raise BeforeUsError from error
         raise FlashSVDError(f"{type(error).__name__}: {error}") from error
 
 
@@ -121,14 +121,14 @@ def _command(*arguments: str) -> str:
     printed, said = (_read(stream) for stream in (out, err))
     for text in (printed, said):
         if odd := [c for c in text if c != "\n" and not c.isprintable()]:
-            raise Wrong(f"{odd[0]!r} on the terminal")
+            raise WrongError(f"{odd[0]!r} on the terminal")
         # JSON says all that there is.
         if longest := [line for line in text.splitlines() if len(line) > 2000 and "--json" not in arguments]:
-            raise Wrong(f"a line of {len(longest[0])} characters")
+            raise WrongError(f"a line of {len(longest[0])} characters")
     if code == 0:
         return printed
     if code != 2 or len(said.splitlines()) != 1 or printed.strip():
-        raise Wrong(f"code {code}, {said[-300:]!r}, {printed[-100:]!r}")
+        raise WrongError(f"code {code}, {said[-300:]!r}, {printed[-100:]!r}")
     raise FlashSVDError(said)
 
 
@@ -144,7 +144,7 @@ def verdict(way: Callable[[Path], Any], checkpoint: Path, before: Any) -> str:
     except FlashSVDError as error:
         text = str(error)
         return f"refused: {text}" if text.strip() and "\n" not in text.strip() else f"several lines: {text[:200]!r}"
-    except BeforeUs:
+    except BeforeUsError:
         return "before us"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -166,7 +166,7 @@ def in_process(work: Callable[[], str]) -> str:
             os.write(writer, work().encode("utf-8", "backslashreplace")[:4000])
         os._exit(0)
     os.close(writer)
-    with open(reader, encoding="utf-8") as stream:
+    with os.fdopen(reader, encoding="utf-8") as stream:
         said = stream.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return said if code == 0 and said else "a hang" if code == -signal.SIGALRM else f"ended with {code}: {said}"

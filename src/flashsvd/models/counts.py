@@ -40,10 +40,11 @@ def check_counts(config: Mapping[str, Any], source: str) -> None:
     # A layer has more than one tensor.
     limits = {_LAYERS: len(shapes) or _MOST_LAYERS}
     limits |= dict.fromkeys(_WIDTHS, max((size for shape in shapes.values() for size in shape), default=_WIDEST))
-    limits |= {_POSITIONS: shape[0] for name, shape in shapes.items() if name.endswith(_POSITION_TABLES) and shape}
     for name, shape in shapes.items():
         if name.endswith(_WORD_TABLES) and len(shape) == 2:
             limits["vocab_size"], limits["hidden_size"] = shape
+        elif name.endswith(_POSITION_TABLES) and len(shape) == 2:
+            limits[_POSITIONS] = shape[0]
     for name, most in limits.items():
         if counts.get(name, 0) > most:
             why = "its weights have room for" if shapes else "the most that is built is"
