@@ -1,9 +1,8 @@
-"""A tokenizer of which a file is lost or damaged is refused by name; transformers would make another one of the rest."""
+"""A tokenizer of which a file is lost or damaged is refused by name; transformers would make another of the rest."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +89,6 @@ def test_what_cannot_be_copied_is_not_left_out_in_silence(make_model: MakeModel,
 def test_a_file_of_the_hubs_cache_is_a_link(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     for name in FILES:
-        os.rename(source / name, tmp_path / name)
+        (source / name).rename(tmp_path / name)
         (source / name).symlink_to(tmp_path / name)
     assert "good" in load_tokenizer(str(source)).get_vocab()

@@ -15,7 +15,7 @@ from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
 from flashsvd.storage.tokenizer_files import check_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
-from flashsvd.storage.verify import INDEX, weight_files
+from flashsvd.storage.verify import INDEX, WEIGHTS, all_shapes, weight_files
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def load_model(
         ModelError: the weights cannot be had or read, lie outside of the model, or lack a part of the base model.
     """
     check_weights(source, config)
-    if Path(source).is_dir() and (Path(source) / INDEX).is_file():
-        weight_files(Path(source))
+    if any((Path(source) / name).is_file() for name in (WEIGHTS, INDEX)):
+        all_shapes(weight_files(Path(source)))
     for name, value in options.items():
         setattr(config, name, value)
     with library_errors(source):

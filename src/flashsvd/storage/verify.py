@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 
 TensorShape = tuple[int, ...]
 
+_LARGE = 64 * 2**20
 # In bytes, on all usual file systems.
 _LONGEST_NAME = 255
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -108,6 +109,7 @@ def _headers(files: Sequence[str | Path]) -> Iterator[tuple[str | Path, str, str
 
     for file in files:
         try:
+            _check_holes(Path(file))
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping and cannot be iterated
                     header = tensors.get_slice(name)
@@ -116,6 +118,19 @@ def _headers(files: Sequence[str | Path]) -> Iterator[tuple[str | Path, str, str
             raise CheckpointError(
                 f"{file} cannot be read ({first_line(error)}); it is truncated or damaged, copy it again"
             ) from error
+
+
+def _check_holes(file: Path) -> None:
+    """Refuse a large file most of which is not there, as an unfinished copy leaves it: the rest would read as zeros.
+
+    Raises:
+        CheckpointError: saying how much is there.
+    """
+    status = file.stat()
+    # Not all file systems say how much is there, and those that compress make weights a little smaller.
+    there = getattr(status, "st_blocks", 0) * 512
+    if status.st_size > _LARGE and 0 < there < status.st_size // 4:
+        raise CheckpointError(f"{file} has {status.st_size:,} bytes, but only {there:,} are there; copy it again")
 
 
 def check_tensors(
