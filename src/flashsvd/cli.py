@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from flashsvd._version import __version__
 from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
 from flashsvd.errors import ConfigError, FlashSVDError, one_line
+from flashsvd.shown import printable
 
 ERROR = 2
 INTERRUPTED = 130
@@ -37,6 +39,11 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`flashsvd <command> ...`; returns the exit code."""
+    with _any_letter():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _Parser(prog="flashsvd", description="Compress Hugging Face transformers with SVD methods and run them.")
     parser.add_argument("--version", action="version", version=f"flashsvd {__version__}")
@@ -54,6 +61,11 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
 
 def run(command: Command, arguments: Sequence[str], prog: str) -> int:
     """`run_command` for a command that need not have a name."""
+    with _any_letter():
+        return _run(command, arguments, prog)
+
+
+def _run(command: Command, arguments: Sequence[str], prog: str) -> int:
     try:
         with _sigterm_interrupts():
             try:
@@ -120,8 +132,8 @@ def _run_compress(options: argparse.Namespace) -> None:
     from flashsvd.compress import CompressConfig, run_compress
 
     report = run_compress(config_from(CompressConfig, vars(options)))
-    print("\n".join(report.summary()))
-    print(f"next: flashsvd info {report.output}")
+    _show("\n".join(report.summary()))
+    _show(f"next: flashsvd info {report.output}")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -154,15 +166,15 @@ def _run_finetune(options: argparse.Namespace) -> None:
         _leave_process_group()
     if not _is_first_process():
         return
-    print(result)
+    _show(result)
     if result.record.task is None:
-        print(f"loss curve: {result.output / CURVE_CSV}")
+        _show(f"loss curve: {result.output / CURVE_CSV}")
         return
     command = ["flashsvd", "eval", "--checkpoint", str(result.output), "--task", result.record.task]
     if data := config.eval_data or config.data:
         # What was trained on alone scores nothing.
         command += ["--data", data if result.eval_samples else "VALIDATION_DATA"]
-    print(f"next: {shlex.join(command)}")
+    _show(f"next: {shlex.join(command)}")
 
 
 def _leave_process_group() -> None:
@@ -241,9 +253,9 @@ def _measure_and_print(
     if options.json:
         print(json.dumps(result.to_json(), indent=2, allow_nan=False))
         return
-    print(result)
+    _show(result)
     if options.output:
-        print(f"written to {options.output}")
+        _show(f"written to {options.output}")
 
 
 COMMANDS: dict[str, Command] = {
@@ -322,10 +334,33 @@ class _TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
+        message = printable(record.getMessage())
         if record.levelno >= logging.WARNING:
-            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
         else:
-            tqdm.write(record.getMessage(), file=sys.stdout)
+            tqdm.write(message, file=sys.stdout)
+
+
+def _show(result: object) -> None:
+    """Print text that may quote files of any content."""
+    print(printable(str(result)))
+
+
+@contextlib.contextmanager
+def _any_letter() -> Iterator[None]:
+    """While a command runs, a letter that the terminal cannot show is escaped, so that no message ends the command."""
+    # Whoever calls from Python may have put anything there that can be written to.
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            # What is left in it may have nowhere to go, and it may be closed.
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
 
 
 class _Terminal:

@@ -6,9 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashsvd.shown import shown
+
+# Characters of a library's message inside one of ours.
+_QUOTED = 400
+
 
 class FlashSVDError(Exception):
-    """Base of every error that `flashsvd` raises on purpose; the command line prints it as one line and exits 2."""
+    """Base of every error that `flashsvd` raises on purpose; the command line prints it as one line and exits 2.
+
+    Its text is one line of bounded length without control characters, whatever of a file it quotes.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown(message))
 
 
 class ConfigError(FlashSVDError, ValueError):
@@ -34,12 +45,12 @@ class BackendError(FlashSVDError):
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text, for quoting a library's message inside one of ours."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    return shown(next((line for line in lines if line), type(error).__name__), _QUOTED)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text as a shell and the page show it: all of it, on one line."""
-    return " ".join(str(error).split())
+    """An error's text as a shell and the page show it: on one line."""
+    return shown(str(error))
 
 
 @contextmanager
@@ -59,7 +70,10 @@ def library_errors(source: str) -> Iterator[None]:
         yield
     except FlashSVDError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A library in Rust that gives up says so by no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if Path(source).is_dir():
             raise ModelError(f"the model in {source} cannot be read: {described(error)}") from error
         raise ModelError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
+from flashsvd.shown import printable, shown
 from flashsvd.storage.description import describe
 from flashsvd.storage.digests import verify
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
@@ -46,10 +47,10 @@ class CheckpointInfo:
         return [("checkpoint", str(self.directory)), *describe(self.compression, self.weight_bytes)]
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows = [(name, shown(value)) for name, value in self._rows()]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
+        lines += ["", "files", *(f"  {size:>13,}  {shown(name)}" for name, size in self.files.items())]
         task = self.compression.task or "TASK"
         data = " --data PATH" if task in OWN_TASKS else ""
         lines += [
@@ -57,7 +58,7 @@ class CheckpointInfo:
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {task}{data}",
+            f"  flashsvd eval --checkpoint {self.directory} --task {shown(task)}{data}",
         ]
         return "\n".join(lines)
 
@@ -91,7 +92,7 @@ def read_info(directory: str | Path, verify_files: bool = False) -> CheckpointIn
 def show_checkpoint_info(directory: str | Path, verify_files: bool = False) -> None:
     """Print what `read_info` finds."""
     info = read_info(directory, verify_files)
-    print(info)
+    print(printable(str(info)))
     if verify_files:
         print(f"\nverified: {len(info.compression.digests)} files are as they were saved")
 

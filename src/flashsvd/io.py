@@ -20,12 +20,12 @@ from flashsvd.models.factored import build_layers, dense_skeleton
 from flashsvd.models.found import find_info, is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
-from flashsvd.models.precision import first_not_finite
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import atomic_directory, check_target
 from flashsvd.storage.companions import MODULES_FILE, Companions, find_companions
 from flashsvd.storage.digests import digests_of
 from flashsvd.storage.digests import verify as verify_digests
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
@@ -166,12 +166,6 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
         raise CheckpointError(str(error)) from error
     if loaded.untrained:
         raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
-    if name := first_not_finite(loaded.model):
-        dtype = loaded.model.get_parameter(name).dtype
-        raise CheckpointError(
-            f"{source} holds NaN or infinite values in {name}, or values too large for {dtype}; "
-            "choose another dtype, or compress the model again"
-        )
     return loaded.model
 
 
@@ -239,4 +233,4 @@ def _save_pretrained(model: Any, directory: Path, max_shard_size: str) -> None:
 def _read_back(directory: Path) -> None:
     """A last look before the rename: what was written must be readable."""
     tensor_shapes(weight_files(directory))
-    json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    read_json(directory / "config.json")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import enlarge
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -245,6 +246,37 @@ def test_factors_that_are_not_finite_are_refused(checkpoint: Path, value: float)
     rewrite(checkpoint, **{FACTOR: torch.full(shape, value)})
     with pytest.raises(CheckpointError, match=f"NaN or infinite values in {FACTOR}"):
         load_compressed(checkpoint)
+
+
+@pytest.mark.parametrize("load", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("name", [FACTOR, NORM, "bert.embeddings.word_embeddings.weight", f"{LAYER}.v.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_plain_from_pretrained_refuses_weights_that_are_not_finite(
+    checkpoint: Path, load: Any, name: str, value: float
+) -> None:
+    tensor = load_file(checkpoint / "model.safetensors")[name].clone()
+    tensor.view(-1)[-1] = value
+    rewrite(checkpoint, **{name: tensor})
+    with pytest.raises(CheckpointError, match=f"NaN or infinite values in .*{name.removeprefix('bert.')}"):
+        load.from_pretrained(checkpoint)
+
+
+def test_plain_from_pretrained_refuses_a_dtype_too_small_for_the_weights(checkpoint: Path) -> None:
+    rewrite(checkpoint, **{NORM: torch.full((32,), 1e6)})
+    AutoModel.from_pretrained(checkpoint)
+    with pytest.raises(CheckpointError, match=r"too large for torch\.float16"):
+        AutoModel.from_pretrained(checkpoint, dtype=torch.float16)
+
+
+def test_weights_most_of_which_are_not_there_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    # As an unfinished copy leaves a large file.
+    for source in (checkpoint, tmp_path / "dense"):
+        enlarge(source / "model.safetensors", "classifier.weight")
+        with pytest.raises(CheckpointError, match=r"bytes, but only .* are there; copy it again"):
+            run_eval(EvalConfig(checkpoint=str(source), task="sst2", data=sst2(tmp_path), seq_len=16))
+    for load in (load_compressed, AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match="are there; copy it again"):
+            load(checkpoint)
 
 
 def test_a_dtype_too_small_for_the_weights_is_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_run_is_resumed_on_the_same_data(interrupted: dict[str, Any]) -> None:
 
 def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
-    with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial does not exist"):
+    with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial holds no training"):
         finetune(make_model(), tmp_path / "out", task="sst2", data=data, resume=True)
 
 

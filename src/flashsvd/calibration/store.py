@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from flashsvd.calibration.collect import key
-from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.methods.method import Need, Statistics
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.scratch import Scratch, existing_parent
 
 INDEX_FILE = "statistics.json"
@@ -115,12 +116,12 @@ def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
     if not index_file.is_file():
         raise CheckpointError(f"{directory} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
     try:
-        index: Any = json.loads(index_file.read_text(encoding="utf-8"))
+        index: Any = read_json(index_file)
         version, theirs, about, files = (index[name] for name in ("format_version", "fingerprint", "about", "files"))
         files = {str(name): str(file) for name, file in files.items()}
         about = dict(about.items())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index_file} cannot be read ({error!r}); calibrate again") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index_file} cannot be read ({described(error)}); calibrate again") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{index_file} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
     if theirs != fingerprint:

@@ -18,7 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.factored import FactoredModule
 from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
+from flashsvd.models.counts import check_counts
 from flashsvd.models.factored import build_layers, describe_layers, multiply_out
+from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
 
@@ -55,6 +57,11 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     quantization_config: FlashSVDConfig
     _shapes: Mapping[str, TensorShape] = {}
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        # The first that transformers asks with the config in hand, before it builds all of its layers.
+        check_counts(config.to_dict(), str(config.name_or_path or ""))
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         build_layers(model, self.quantization_config.specs(), self.quantization_config.format_version)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -81,6 +88,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         # As it would be written now, by whatever program, of this model, which may be another one than was saved.
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
+        check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
         # Nothing here forbids casting or training, as it would for integer weights.
         model.is_quantized = False
         return model

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import CheckpointError, ModelError, library_errors
+from flashsvd.errors import CheckpointError, ModelError, described, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
+from flashsvd.models.counts import check_counts
 from flashsvd.models.heads import own_class
 from flashsvd.models.registry import architecture_of
+from flashsvd.storage.json_file import read_object
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 
@@ -107,14 +109,29 @@ def load_config(source: str) -> Any:
     """The config of a supported model.
 
     Raises:
-        ModelError: it cannot be had, or the architecture is not supported.
+        ModelError: it cannot be had, is damaged, or the architecture is not supported.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    # Before transformers reads it too, which holds it against nothing.
+    _check_json(source, "config.json")
+    _check_json(source, "generation_config.json")
     with library_errors(source):
         as_dict, _ = PreTrainedConfig.get_config_dict(source)
         architecture_of(_ModelType(as_dict.get("model_type")))
+        check_counts(as_dict, source)
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _check_json(directory: str, name: str) -> None:
+    """Raises ModelError where a file of a model's directory is there and is no JSON object that can be held."""
+    if not Path(directory).is_dir():
+        return
+    if file := companion_file(directory, name):
+        try:
+            read_object(file)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
 
 
 @dataclass(frozen=True)

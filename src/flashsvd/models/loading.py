@@ -14,9 +14,9 @@ from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
-from flashsvd.storage.companions import has_tokenizer_files
+from flashsvd.storage.tokenizer_files import check_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
-from flashsvd.storage.verify import INDEX, weight_files
+from flashsvd.storage.verify import INDEX, WEIGHTS, all_shapes, weight_files
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def load_model(
         ModelError: the weights cannot be had or read, lie outside of the model, or lack a part of the base model.
     """
     check_weights(source, config)
-    if Path(source).is_dir() and (Path(source) / INDEX).is_file():
-        weight_files(Path(source))
+    if any((Path(source) / name).is_file() for name in (WEIGHTS, INDEX)):
+        all_shapes(weight_files(Path(source)))
     for name, value in options.items():
         setattr(config, name, value)
     with library_errors(source), making_modules(), ordinary_tensors():
@@ -147,16 +147,19 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        ModelError: the model has no tokenizer, or it would be read from elsewhere.
+        ModelError: the model has no tokenizer, has lost a part of it, or it would be read from elsewhere.
     """
     from transformers import AutoTokenizer
 
-    # Without any of its files transformers may build an empty tokenizer that maps every word to [UNK].
-    if Path(source).is_dir() and not has_tokenizer_files(Path(source)):
-        raise ModelError(f"{source} holds no tokenizer; save the base model's tokenizer into it")
+    if Path(source).is_dir():
+        check_tokenizer_files(source)
     check_tokenizer_config(source)
     with library_errors(source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not words:
+        raise ModelError(f"the tokenizer of {source} has no words; save the base model's tokenizer into it")
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, source: str, *, masks: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.errors import ModelError
+from flashsvd.errors import ModelError, described
 from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import companion_file
 
 log = logging.getLogger("flashsvd")
@@ -40,9 +40,9 @@ def pooling_mode(config_file: Path) -> str:
         ModelError: the file cannot be read, or asks for another mode or several at once.
     """
     try:
-        config: Any = json.loads(config_file.read_text(encoding="utf-8"))
+        config: Any = read_json(config_file)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config_file} cannot be read ({error!r}); fetch the model again") from error
+        raise ModelError(f"{config_file} cannot be read ({described(error)}); fetch the model again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no pooling config; fetch the model again")
     if "pooling_mode" in config:

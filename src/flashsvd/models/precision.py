@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.errors import ConfigError, ModelError
+from flashsvd.errors import CheckpointError, ConfigError, ModelError
 
 
 @contextlib.contextmanager
@@ -39,7 +39,8 @@ def working_on(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator
 def is_finite(values: Tensor) -> bool:
     """Whether none of the values is NaN or infinite."""
     # NaN passes through aminmax, which unlike isfinite needs no memory of the tensor's own size.
-    return not values.numel() or bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())
+    # What stays on disk is on the meta device, and has no values yet.
+    return not values.numel() or values.is_meta or bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())
 
 
 def first_not_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] | None = None) -> str | None:
@@ -64,6 +65,23 @@ def check_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] |
     """
     if name := first_not_finite(model, read_weight):
         raise ModelError(f"{name} holds NaN or infinite values; the model is damaged, fetch it again")
+
+
+def check_loaded_finite(model: nn.Module, source: str) -> None:
+    """Refuse a compressed model whose weights came out NaN or infinite, of the file or of the dtype they were put into.
+
+    Args:
+        source: the checkpoint's directory or hub name.
+
+    Raises:
+        CheckpointError: naming the first such parameter.
+    """
+    if name := first_not_finite(model):
+        dtype = model.get_parameter(name).dtype
+        raise CheckpointError(
+            f"{source} holds NaN or infinite values in {name}, or values too large for {dtype}; "
+            "choose another dtype, or compress the model again"
+        )
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import types
 import typing
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from flashsvd.common.tables import html_table, text_table
 from flashsvd.errors import CheckpointError, described
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
@@ -142,7 +142,7 @@ class ProfileResult:
             CheckpointError: there is no such file, or it is not such a result.
         """
         try:
-            data: Any = json.loads(file.read_text(encoding="utf-8"))
+            data: Any = read_json(file)
             definitions = {key[1:-11]: data.pop(key) for key in list(data) if key.endswith("_definition")}
             rows = tuple(_row(row) for row in data.pop("rows"))
             data["module_places"] = read_places(data.get("module_places", {}))

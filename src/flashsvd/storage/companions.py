@@ -6,14 +6,14 @@ taken, never a pickle.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashsvd.errors import ModelError
+from flashsvd.errors import ModelError, described
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.verify import WEIGHTS, is_plain_name
 
@@ -80,11 +80,6 @@ def find_companions(source: str, sentence_encoder: bool = False) -> Companions:
     return Companions(files)
 
 
-def has_tokenizer_files(directory: Path) -> bool:
-    """Whether any file of a tokenizer lies in a directory."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
 def is_companion(relative: Path, modules: Collection[str]) -> bool:
     """Whether a path inside a checkpoint is one that a companion has.
 
@@ -105,10 +100,10 @@ def sentence_modules(modules_file: Path) -> list[tuple[str, str]]:
     if not modules_file.is_file():
         return []
     try:
-        entries = json.loads(modules_file.read_text(encoding="utf-8"))
+        entries = read_json(modules_file)
         modules = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{modules_file} cannot be read ({error!r}); fetch the model again") from error
+        raise ModelError(f"{modules_file} cannot be read ({described(error)}); fetch the model again") from error
     for kind, folder in modules:
         if folder and not is_plain_name(folder):
             raise ModelError(f"{modules_file} names {folder!r}, which lies outside the model; do not trust it")

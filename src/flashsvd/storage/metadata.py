@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import CheckpointError
+from flashsvd.errors import CheckpointError, described
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
 
 INFO_FILE = "compression_info.json"
@@ -21,6 +22,8 @@ ABOUT = (
     "method", "method_options", "ranks", "ratio", "ranks_json", "base_model", "task", "calibration", "untrained",
     "versions", "git_commit", "timestamp", "trainings",
 )  # fmt: skip
+# Characters of a name, a path or the like.
+_LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,10 @@ class CompressionInfo:
     def read_file(cls, path: Path) -> CompressionInfo:
         """Raises CheckpointError where the file is not JSON, of another format, incomplete, or nonsense."""
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            data: Any = read_json(path)
             version = data["format_version"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error!r}); compress the model again") from error
+            raise CheckpointError(f"{path} cannot be read ({described(error)}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
         data = {"trainings": [], "module_errors": {}, "module_places": {}, "digests": {}} | data
@@ -122,11 +125,11 @@ Check = Callable[[Any], bool]
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**63
 
 
 def _ratio(value: Any) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from flashsvd.errors import ModelError, library_errors
+from flashsvd.errors import ModelError, described, library_errors
+from flashsvd.storage.json_file import check_file
+
+# Files beside the weights that are read by libraries: the largest vocabularies have some 40 MB.
+LARGEST_FILE = 512 * 2**20
 
 
 class HubUnreachableError(ModelError):
@@ -20,11 +25,17 @@ def companion_file(source: str, name: str, *, ask_hub: bool = True) -> Path | No
 
     Raises:
         HubUnreachableError: the cache does not know, and the hub could not be asked.
-        ModelError: the hub refuses.
+        ModelError: the hub refuses, or what has that name is no file that can be read.
     """
     if Path(source).is_dir():
         file = Path(source) / name
-        return file if file.is_file() else None
+        if not os.path.lexists(file):
+            return None
+        try:
+            check_file(file, None if name.endswith(".safetensors") else LARGEST_FILE)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read ({described(error)}); copy it again") from error
+        return file
     with library_errors(source):
         return _from_hub(source, name, ask_hub)
 

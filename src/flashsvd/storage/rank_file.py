@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import ConfigError
+from flashsvd.errors import ConfigError, described
+from flashsvd.storage.json_file import read_json
 
 RANKS_FILE = "ranks.json"
 
@@ -29,10 +30,12 @@ def read_ranks(file: Path, qkv: str) -> dict[str, int | None]:
     if not file.is_file():
         raise ConfigError(f"there is no file {file}; give a {RANKS_FILE} with --ranks-json")
     try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        data: Any = read_json(file)
         layout, ranks = data["qkv"], dict(data["ranks"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file} is no {RANKS_FILE} ({error!r}); give one that flashsvd compress wrote") from error
+        raise ConfigError(
+            f"{file} is no {RANKS_FILE} ({described(error)}); give one that flashsvd compress wrote"
+        ) from error
     if layout != qkv:
         raise ConfigError(f"{file} holds ranks for --qkv {layout}; pass that, or another file")
     return ranks

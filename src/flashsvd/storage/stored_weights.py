@@ -7,7 +7,6 @@ its factors and one weight in memory, not its factors and the whole model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.errors import CheckpointError, first_line
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.verify import INDEX, WEIGHTS, is_plain_name
 
@@ -78,7 +78,7 @@ def _tensor_files(source: str) -> dict[str, Path]:
             with safe_open(str(single), framework="pt") as tensors:
                 return dict.fromkeys(tensors.keys(), single)
         if index := companion_file(source, INDEX):
-            by_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            by_tensor: dict[str, str] = read_json(index)["weight_map"]
             found = {name: companion_file(source, name) for name in set(by_tensor.values()) if is_plain_name(name)}
             return {tensor: path for tensor, name in by_tensor.items() if (path := found.get(name))}
     except HubUnreachableError:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import CheckpointError
+from flashsvd.errors import CheckpointError, described
+from flashsvd.storage.json_file import read_object
 
 TRAINING_FILE = "flashsvd_training.json"
 CURVE_CSV, CURVE_PNG = "loss.csv", "loss.png"
@@ -60,9 +61,11 @@ def read_trainings(file: Path) -> list[Mapping[str, Any]]:
         CheckpointError: the file cannot be read.
     """
     try:
-        trainings = json.loads(file.read_text(encoding="utf-8"))["trainings"]
+        trainings = read_object(file)["trainings"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); remove it to train without its history") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({described(error)}); remove it to train without its history"
+        ) from error
     if not isinstance(trainings, list) or not all(isinstance(entry, dict) for entry in trainings):
         raise CheckpointError(f"{file} holds no list of trainings; remove it to train without its history")
     return trainings

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import ModelError
+from flashsvd.errors import ModelError, described
 from flashsvd.storage.companions import TOKENIZER_CONFIG
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.verify import is_plain_name
 
@@ -57,10 +56,18 @@ def _check_name(source: str, file: str, name: object) -> None:
 def _json_of(source: str, name: str, key: str | None = None) -> Any:
     """What a JSON file beside the model holds, under a key of it; None where there is no such file or key.
 
-    Transformers itself says what cannot be had or is not JSON.
+    Raises:
+        ModelError: the file cannot be read.
     """
-    with contextlib.suppress(HubUnreachableError, OSError, ValueError):
-        if file := companion_file(source, name):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return content if key is None else content.get(key) if isinstance(content, dict) else None
-    return None
+    try:
+        file = companion_file(source, name)
+    except HubUnreachableError:
+        # Transformers itself says what cannot be had.
+        return None
+    if file is None:
+        return None
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
+    return content if key is None else content.get(key) if isinstance(content, dict) else None

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from flashsvd.errors import CheckpointError, first_line
+from flashsvd.errors import CheckpointError, described, first_line
+from flashsvd.storage.json_file import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 TensorShape = tuple[int, ...]
 
+_LARGE = 64 * 2**20
+# In bytes, on all usual file systems.
+_LONGEST_NAME = 255
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def is_plain_name(name: object) -> bool:
     """Whether this names something directly inside a directory: no path, and no way out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not isinstance(name, str) or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
+        return False
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -33,9 +38,9 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; compress the model again")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no shard index ({error!r}); copy it again") from error
+        raise CheckpointError(f"{index} is no shard index ({described(error)}); copy it again") from error
     if not names:
         raise CheckpointError(f"{index} names no shards; copy it again")
     for name in names:
@@ -81,22 +86,51 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
     Raises:
         CheckpointError: a file is truncated or no safetensors file, or holds something else than real numbers.
     """
+    shapes: dict[str, TensorShape] = {}
+    for file, name, dtype, shape in _headers(files):
+        if dtype not in _FLOATS:
+            raise CheckpointError(f"{file} holds {name} as {dtype}, no floating-point number")
+        shapes[name] = shape
+    return shapes
+
+
+def all_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
+    """Names and shapes of all tensors of any dtype, from the files' headers alone.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file.
+    """
+    return {name: shape for _, name, _, shape in _headers(files)}
+
+
+def _headers(files: Sequence[str | Path]) -> Iterator[tuple[str | Path, str, str, TensorShape]]:
+    """Each tensor's file, name, dtype and shape."""
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, TensorShape] = {}
     for file in files:
         try:
+            _check_holes(Path(file))
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping and cannot be iterated
                     header = tensors.get_slice(name)
-                    if header.get_dtype() not in _FLOATS:
-                        raise CheckpointError(f"{file} holds {name} as {header.get_dtype()}, no floating-point number")
-                    shapes[name] = tuple(header.get_shape())
+                    yield file, name, header.get_dtype(), tuple(header.get_shape())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} cannot be read ({first_line(error)}); it is truncated or damaged, copy it again"
             ) from error
-    return shapes
+
+
+def _check_holes(file: Path) -> None:
+    """Refuse a large file most of which is not there, as an unfinished copy leaves it: the rest would read as zeros.
+
+    Raises:
+        CheckpointError: saying how much is there.
+    """
+    status = file.stat()
+    # Not all file systems say how much is there, and those that compress make weights a little smaller.
+    there = getattr(status, "st_blocks", 0) * 512
+    if status.st_size > _LARGE and 0 < there < status.st_size // 4:
+        raise CheckpointError(f"{file} has {status.st_size:,} bytes, but only {there:,} are there; copy it again")
 
 
 def check_tensors(

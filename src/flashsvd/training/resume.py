@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashsvd.common.options import flag
-from flashsvd.errors import CheckpointError, ConfigError, first_line
+from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import real_target, write_text
+from flashsvd.storage.json_file import read_json
 from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
 from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
@@ -261,9 +262,11 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        options = json.loads(file.read_text(encoding="utf-8"))
+        options = read_json(file)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); remove that directory to start anew") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({described(error)}); remove that directory to start anew"
+        ) from error
     if not isinstance(options, dict):
         raise CheckpointError(f"{file} holds no options; remove that directory to start anew")
     return options

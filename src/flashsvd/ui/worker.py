@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flashsvd.errors import FlashSVDError, first_line, one_line
+from flashsvd.shown import printable
 from flashsvd.ui.jobs import Job, prepare_imports, run_job
 from flashsvd.ui.news import Bar, Failed, Line, shortened
 
@@ -27,7 +28,7 @@ def main(pipe: Connection) -> None:
     _own_process_group()
     signal.signal(signal.SIGTERM, _interrupt)
     # What the library says comes through the pipe.
-    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - as long as the process
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ.pop("TQDM_DISABLE", None)
     with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
@@ -62,13 +63,11 @@ def _run(job: Job, outlet: Outlet) -> None:
         from flashsvd.ui.present import present
 
         outlet.send(present(run_job(job)))
-    except FlashSVDError as error:
-        outlet.send(Failed(shortened(one_line(error))))
-    except OSError as error:
-        # As in a shell: the file system's own words.
+    except (FlashSVDError, OSError) as error:
+        # Of the file system its own words, as in a shell.
         outlet.send(Failed(shortened(one_line(error))))
     except Exception as error:
-        outlet.send(Line(shortened(traceback.format_exc().rstrip())))
+        outlet.send(Line(shortened(printable(traceback.format_exc().rstrip()))))
         outlet.send(Failed(shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
 
 

@@ -1,0 +1,63 @@
+"""Which files make a whole tokenizer: what is lost of one, transformers fills in by itself without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashsvd.errors import ModelError, described
+from flashsvd.storage.companions import TOKENIZER_CONFIG, TOKENIZER_FILES
+from flashsvd.storage.json_file import read_object
+from flashsvd.storage.model_files import companion_file
+
+TOKENIZER = "tokenizer.json"
+# What tokenizers without a tokenizer.json have instead, all of one line.
+_VOCABULARIES = (
+    ("vocab.txt",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("sentencepiece.bpe.model",), ("spiece.model",),
+)  # fmt: skip
+_SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+
+
+def check_tokenizer_files(directory: str) -> None:
+    """Refuse a tokenizer of which a file is lost or cannot be read.
+
+    Without a vocabulary transformers builds a tokenizer that maps every word to the unknown token, and without
+    tokenizer_config.json one of the class that the model's family has by default.
+
+    Args:
+        directory: the model's own.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    found = {name for name in TOKENIZER_FILES if companion_file(directory, name)}
+    if not found:
+        raise ModelError(f"{directory} holds no tokenizer; save the base model's tokenizer into it")
+    settings = {name: _read(Path(directory) / name) for name in _SETTINGS if name in found}
+    if TOKENIZER in found and TOKENIZER_CONFIG not in found:
+        raise ModelError(f"{directory} has lost {TOKENIZER_CONFIG}; save the base model's tokenizer into it")
+    whole = TOKENIZER in found or any(found.issuperset(names) for names in _VOCABULARIES)
+    if not whole and not _needs_no_vocabulary(settings.get(TOKENIZER_CONFIG, {})):
+        raise ModelError(
+            f"{directory} has no {TOKENIZER}, nor a vocabulary in its place; save the base model's tokenizer into it"
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} cannot be read ({described(error)}); save the base model's tokenizer again"
+        ) from error
+
+
+def _needs_no_vocabulary(config: dict[str, Any]) -> bool:
+    """Whether the class that a tokenizer_config.json names reads bytes, or its vocabulary from a file it names."""
+    import transformers
+
+    if isinstance(config.get("vocab"), str):
+        return True
+    name = config.get("tokenizer_class")
+    tokenizer_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    return getattr(tokenizer_class, "vocab_files_names", None) == {}
