@@ -174,7 +174,7 @@ def test_a_command_runs_in_any_thread(tmp_path: Path, on_sigterm: Callable[..., 
 
 
 def test_info_on_another_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for directory, says in ((tmp_path, "has no compression_info.json"), (tmp_path / "none", "is not a directory")):
+    for directory, says in ((tmp_path, "holds no config.json"), (tmp_path / "none", "is not a directory")):
         assert main(["info", str(directory)]) == 2
         error = capsys.readouterr().err.strip()
         assert says in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import re
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from flashsvd.storage.atomic import write_text
 
 # The dataclasses below have fields called torch.
 Device = torch.device
@@ -97,16 +100,24 @@ def slug(name: str) -> str:
 
 
 def read_rows(file: Path) -> list[Row]:
-    with file.open(newline="") as handle:
-        return [_parse(record) for record in csv.DictReader(handle)]
+    """The rows of a CSV that a benchmark wrote.
+
+    Raises:
+        SystemExit: it is anything else, which must not be written over.
+    """
+    with file.open(newline="", errors="replace") as handle:
+        reader = csv.DictReader(handle)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise SystemExit(f"{file} holds no rows of a benchmark; move it, or choose another --out")
+        return [_parse(record) for record in reader]
 
 
 def write_rows(rows: list[Row], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=COLUMNS)
+    writer.writeheader()
+    writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
+    write_text(file, text.getvalue())
 
 
 def merge(earlier: list[Row], rows: list[Row]) -> list[Row]:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from flashsvd._version import __version__
 from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
-from flashsvd.errors import FlashSVDError, one_line
+from flashsvd.errors import ConfigError, FlashSVDError, one_line
 from flashsvd.shown import printable
 
 ERROR = 2
@@ -92,10 +92,8 @@ def _parse_and_run(command: Command, arguments: Sequence[str], prog: str) -> Non
     parser = _Parser(prog=prog, description=command.help)
     command.add_arguments(parser)
     options = parser.parse_args(list(arguments))
-    # transformers' own load reports are for its developers; what matters of them becomes a warning or error of ours.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _log_to_terminal()
-    command.run(options)
+    with _TERMINAL.shown(), _quiet_transformers():
+        command.run(options)
 
 
 def _abandon_stdout() -> None:
@@ -194,16 +192,42 @@ def _is_first_process() -> bool:
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `flashsvd compress` wrote")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument(
+        "--verify", action="store_true", help="hold its weight and tokenizer files against the digests of their saving"
+    )
 
 
 def _run_info(options: argparse.Namespace) -> None:
     from flashsvd.info import read_info
 
-    info = read_info(options.directory)
+    info = read_info(options.directory, options.verify)
     if options.json:
         print(json.dumps(info.to_json(), indent=2, allow_nan=False))
-    else:
-        _show(info)
+        return
+    _show(info)
+    if options.verify:
+        _show(f"\nverified: {len(info.compression.digests)} files are as they were saved")
+
+
+def _add_clean(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="where outputs lie; directories in it are looked through too")
+
+
+def _run_clean(options: argparse.Namespace) -> None:
+    from flashsvd.storage.scratch import leftovers_below
+
+    directory = options.directory.expanduser()
+    if not directory.is_dir():
+        raise ConfigError(f"{options.directory} is not a directory; give the one that outputs were written to")
+    removed = 0
+    for found in leftovers_below(directory):
+        size = found.size()
+        if found.remove():
+            removed += size
+            _show(f"removed {found.path}, {size / 1e6:.1f} MB")
+        else:
+            _show(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
+    print(f"{removed / 1e6:.1f} MB are free again")
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +262,7 @@ def _measure_and_print(
 
 
 COMMANDS: dict[str, Command] = {
+    "clean": Command("remove what killed runs left behind in a directory", _add_clean, _run_clean),
     "compress": Command("factor a model's linear layers and save a smaller checkpoint", _add_compress, _run_compress),
     "eval": Command("score and time a checkpoint, compressed or dense, on a task", _add_eval, _run_eval),
     "finetune": Command(
@@ -341,11 +366,46 @@ def _any_letter() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def _log_to_terminal() -> None:
-    log = logging.getLogger("flashsvd")
-    log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
-    if not any(isinstance(handler, _TerminalHandler) for handler in log.handlers):
-        log.addHandler(_TerminalHandler())
+class _Terminal:
+    """The log on the terminal, as long as any thread runs a command; then handlers and level are as before."""
+
+    def __init__(self) -> None:
+        self._lock, self._commands = threading.Lock(), 0
+        self._handler, self._level = _TerminalHandler(), logging.NOTSET
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        log = logging.getLogger("flashsvd")
+        with self._lock:
+            if self._commands == 0:
+                self._level = log.level
+                log.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+                log.addHandler(self._handler)
+            self._commands += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._commands -= 1
+                if self._commands == 0:
+                    log.removeHandler(self._handler)
+                    log.setLevel(self._level)
+
+
+_TERMINAL = _Terminal()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its own load reports are for its developers; what matters of them becomes a warning or error of ours."""
+    name = "TRANSFORMERS_VERBOSITY"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "error")
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ def run_compress(config: CompressConfig) -> CompressReport:
     Raises:
         FlashSVDError: the config, the model, the data or the output cannot be used; no checkpoint has been written.
     """
+    from flashsvd.common.process import ordinary_tensors
     from flashsvd.compression.run import CompressionJob
 
-    return CompressionJob.prepare(config).run()
+    with ordinary_tensors():
+        return CompressionJob.prepare(config).run()

@@ -20,6 +20,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     Raises:
         FlashSVDError: the config, the checkpoint or the data cannot be used.
     """
+    from flashsvd.common.process import ordinary_tensors
     from flashsvd.evaluation.run import evaluate
 
-    return evaluate(config)
+    with ordinary_tensors():
+        return evaluate(config)

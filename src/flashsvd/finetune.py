@@ -16,12 +16,14 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
     """Train a model, dense or compressed, and save it in the form it had.
 
     Everything that can be refused is refused before the weights are loaded. Where torchrun or accelerate starts several
-    processes, each calls this, the first one writes, and all get the result.
+    processes, each calls this, the first one writes, and all get the result. One thread of a process trains at a time.
 
     Raises:
         FlashSVDError: the config, the model, the data or the output cannot be used, or the training failed; nothing
             has been written but checkpoints to resume from.
     """
+    from flashsvd.common.process import ordinary_tensors, own_random_numbers
     from flashsvd.training.run import TrainingJob
 
-    return TrainingJob.prepare(config).run()
+    with ordinary_tensors(), own_random_numbers():
+        return TrainingJob.prepare(config).run()

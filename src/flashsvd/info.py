@@ -11,8 +11,9 @@ from typing import Any
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.shown import printable, shown
-from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.places import LayerPlace, place_of
+from flashsvd.storage.description import describe
+from flashsvd.storage.digests import verify
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 
 __all__ = ["CheckpointInfo", "read_info", "show_checkpoint_info"]
 
@@ -43,26 +44,7 @@ class CheckpointInfo:
         }
 
     def _rows(self) -> list[tuple[str, str]]:
-        c, p = self.compression, self.compression.parameters
-        rows = [
-            ("checkpoint", str(self.directory)),
-            ("base model", c.base_model),
-            ("architecture", f"{c.architecture} ({c.model_type})"),
-            ("task", c.task or "none given"),
-            ("method", ", ".join([c.method, *_options(c.method_options), f"Q/K/V {c.qkv}"])),
-            ("asked", _asked(c)),
-            ("ranks", _rank_summary(c.module_ranks, c.module_places)),
-            ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
-            ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
-            ("weights", f"{_reduction(c.dense_bytes, self.weight_bytes, 'bytes')}, {c.dtype}"),
-            ("made", f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"),
-        ]
-        if c.calibration:
-            rows.append(("calibrated on", _calibration(c.calibration)))
-        rows += [("trained", _training(training)) for training in c.trainings]
-        if c.untrained:
-            rows.append(("random weights", ", ".join(c.untrained)))
-        return rows
+        return [("checkpoint", str(self.directory)), *describe(self.compression, self.weight_bytes)]
 
     def __str__(self) -> str:
         rows = [(name, shown(value)) for name, value in self._rows()]
@@ -89,73 +71,36 @@ class CheckpointInfo:
         return html_table(f"{self.compression.base_model}, compressed", (), rows)
 
 
-def read_info(directory: str | Path) -> CheckpointInfo:
+def read_info(directory: str | Path, verify_files: bool = False) -> CheckpointInfo:
     """Read a checkpoint's metadata; its weights are not touched.
 
+    Args:
+        verify_files: read its weight and tokenizer files after all, and hold them against the digests that they were
+            saved with.
+
     Raises:
-        CheckpointError: the directory holds no compressed checkpoint.
+        CheckpointError: the directory holds no compressed checkpoint, or a file is not the one that was saved.
     """
     directory = Path(directory).expanduser()
-    compression = CompressionInfo.read(directory)
+    compression = _compression(directory)
+    if verify_files:
+        verify(directory, compression.digests)
     files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
     return CheckpointInfo(directory, compression, files)
 
 
-def show_checkpoint_info(directory: str | Path) -> None:
+def show_checkpoint_info(directory: str | Path, verify_files: bool = False) -> None:
     """Print what `read_info` finds."""
-    print(printable(str(read_info(directory))))
+    info = read_info(directory, verify_files)
+    print(printable(str(info)))
+    if verify_files:
+        print(f"\nverified: {len(info.compression.digests)} files are as they were saved")
 
 
-def _asked(c: CompressionInfo) -> str:
-    if c.ratio is not None:
-        return f"keep {c.ratio:g} of the factored layers' parameters"
-    if c.ranks_json is not None:
-        return f"the ranks of {c.ranks_json}"
-    return ", ".join(f"{role} {rank}" for role, rank in c.ranks.items())
+def _compression(directory: Path) -> CompressionInfo:
+    if (directory / INFO_FILE).is_file():
+        return CompressionInfo.read_file(directory / INFO_FILE)
+    # It has to build the model, for which torch is imported.
+    from flashsvd.models.found import find_info
 
-
-def _options(options: Mapping[str, Any]) -> list[str]:
-    return [f"{name.replace('_', ' ')} {value}" for name, value in options.items() if value is not False]
-
-
-def _calibration(about: Mapping[str, Any]) -> str:
-    return (
-        f"{about.get('samples')} samples, {about.get('tokens')} tokens of {about.get('data')}, seed {about.get('seed')}"
-    )
-
-
-def _training(about: Mapping[str, Any]) -> str:
-    """`sst2, 3 epochs, learning rate 5e-05, seed 0: accuracy 0.8761`."""
-    frozen = about.get("frozen") if isinstance(about.get("frozen"), list) else []
-    parts = [
-        str(about.get("task") or about.get("mode")),
-        f"{about.get('epochs')} epochs of {about.get('data')}",
-        f"learning rate {about.get('learning_rate')}",
-        *([f"teacher {about['teacher']}"] if about.get("teacher") else []),
-        *([f"frozen {', '.join(map(str, frozen))}"] if frozen else []),
-        f"seed {about.get('seed')}",
-    ]
-    score = about.get("score")
-    result = f": {about.get('metric')} {score:.4f}" if isinstance(score, (int, float)) else ""
-    return ", ".join(parts) + result
-
-
-def _rank_summary(module_ranks: Mapping[str, int | None], places: Mapping[str, LayerPlace]) -> str:
-    """Ranks by what the matrices are called within a layer: `attention.self.query 96, output.dense 152`."""
-    by_name: dict[str, list[int | None]] = {}
-    for path, rank in module_ranks.items():
-        by_name.setdefault(place_of(path, places).kind, []).append(rank)
-    return ", ".join(f"{name} {_range(ranks)}" for name, ranks in by_name.items())
-
-
-def _range(ranks: list[int | None]) -> str:
-    numbers = sorted({rank for rank in ranks if rank is not None})
-    if not numbers:
-        return "dense"
-    text = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-    dense = sum(rank is None for rank in ranks)
-    return f"{text} ({dense} dense)" if dense else text
-
-
-def _reduction(before: int, after: int, unit: str) -> str:
-    return f"{before:,} -> {after:,} {unit} ({after / before:.1%})"
+    return find_info(directory)

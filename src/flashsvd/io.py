@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +13,21 @@ import torch
 from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
-from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line, library_errors
-from flashsvd.integrations.quantizer import FlashSVDConfig, build_layers, describe_layers
+from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
+from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.joined import dense_bias, dense_matrix
-from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.models.found import is_compressed, load_config
+from flashsvd.models.factored import build_layers, dense_skeleton
+from flashsvd.models.found import find_info, is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import atomic_directory, check_target
-from flashsvd.storage.companions import Companions, find_companions
+from flashsvd.storage.companions import MODULES_FILE, Companions, find_companions
+from flashsvd.storage.digests import digests_of
+from flashsvd.storage.digests import verify as verify_digests
 from flashsvd.storage.json_file import read_json
 from flashsvd.storage.metadata import CompressionInfo
+from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
 from flashsvd.storage.verify import tensor_shapes, weight_files
@@ -43,7 +45,7 @@ def save_compressed(
     state_dict: bool = False,
     ranks: Mapping[str, int | None] | None = None,
     max_shard_size: str = "5GB",
-) -> None:
+) -> CompressionInfo:
     """Write a checkpoint that plain `from_pretrained` loads, all of it or nothing.
 
     Args:
@@ -53,6 +55,9 @@ def save_compressed(
         state_dict: also write `flashsvd_state_dict.pt` for tools that want one.
         ranks: also write them, by matrix, as `ranks.json` for further runs.
 
+    Returns:
+        The info as it was written, with the digests of the files.
+
     Raises:
         CheckpointError: the directory exists, holds something else, or cannot be written.
         ModelError: a companion cannot be had.
@@ -61,16 +66,24 @@ def save_compressed(
     refuse_packed(model)
     if isinstance(companions, str):
         companions = find_companions(companions)
-    model.config.quantization_config = FlashSVDConfig.of(model)
-    with atomic_directory(Path(directory), overwrite) as temporary:
+    companions = companions or Companions({})
+    directory = Path(directory)
+    model.config.quantization_config = FlashSVDConfig.of(model, info.about())
+    with atomic_directory(directory, overwrite) as temporary:
         _save_pretrained(model, temporary, max_shard_size)
-        if companions is not None:
-            companions.copy_to(temporary)
+        companions.copy_to(temporary)
+        weights = weight_files(temporary)
+        names = [*companions.files, *(file.name for file in weights)]
+        info = dataclasses.replace(info, digests=digests_of(temporary, names))
         info.write(temporary)
+        size = sum(file.stat().st_size for file in weights)
+        card = model_card(info, directory.name, size, sentence_encoder=MODULES_FILE in companions.files)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         if ranks is not None:
             write_ranks(temporary, info.qkv, ranks)
         if state_dict:
             _save_state_dict(model, temporary / STATE_DICT_FILE)
+    return info
 
 
 def save_dense(
@@ -98,6 +111,7 @@ def load_compressed(
     optimize: bool = False,
     backend: Backend = "auto",
     graph: bool = False,
+    verify: bool = False,
 ) -> Any:
     """Load a compressed checkpoint as the transformers class that saved it, in eval mode.
 
@@ -105,15 +119,19 @@ def load_compressed(
         device: `cuda`, `cuda:1` or `cpu`; None leaves the model on the CPU.
         dtype: None keeps the checkpoint's own.
         optimize: run on fused blocks; `backend` and `graph` say how, as in `flashsvd.optimize`.
+        verify: hold its weight and tokenizer files against the digests that they were saved with.
 
     Raises:
-        CheckpointError: it is not a compressed checkpoint, or a tensor is missing, extra, misshapen or unreadable.
+        CheckpointError: it is not a compressed checkpoint, a tensor is missing, extra, misshapen or unreadable, or a
+            file is not the one that was saved.
         BackendError: its architecture has no fused blocks, or the backend cannot run on the device.
         ConfigError: the options do not fit one another.
     """
     _refuse_name(optimize)
     directory = Path(directory).expanduser()
-    CompressionInfo.read(directory)
+    info = find_info(directory)
+    if verify:
+        verify_digests(directory, info.digests)
     target = resolve_device(device) if device is not None else None
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
     config = _compressed_config(directory)
@@ -165,12 +183,7 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
     directory, output = Path(directory).expanduser(), Path(output).expanduser()
     check_target(output, overwrite, EXPORT_MARKER)
     model = load_compressed(directory)
-    skeleton = _dense_skeleton(_compressed_config(directory))
-    for path in describe_layers(model):
-        model.set_submodule(path, _dense_layer(model.get_submodule(path), skeleton.get_submodule(path)))
-    model.config = skeleton.config
-    if hasattr(model, "hf_quantizer"):
-        del model.hf_quantizer
+    model.dequantize()
     companions = find_companions(str(directory))
     with atomic_directory(output, overwrite, EXPORT_MARKER) as temporary:
         _save_pretrained(model, temporary, "5GB")
@@ -192,29 +205,9 @@ def _skeleton(config: Any) -> Any:
     """The model of a compressed checkpoint's config, with its factored modules, without storage."""
     described = config.quantization_config
     described = described if isinstance(described, FlashSVDConfig) else FlashSVDConfig(**described)
-    model = _dense_skeleton(config)
-    build_layers(model, described.specs())
+    model = dense_skeleton(config)
+    build_layers(model, described.specs(), described.format_version)
     return model
-
-
-def _dense_skeleton(config: Any) -> Any:
-    """The dense model of a compressed checkpoint's config, without storage."""
-    config = copy.deepcopy(config)
-    del config.quantization_config
-    with library_errors(config.name_or_path), torch.device("meta"):
-        return own_class(config)(config)
-
-
-def _dense_layer(factored: torch.nn.Module, skeleton: Any) -> Any:
-    """A dense layer of the skeleton's class that holds the product of the factors and the bias."""
-    dtype = next(factored.parameters()).dtype
-    weight, bias = dense_matrix(factored, torch.promote_types(dtype, torch.float32)), dense_bias(factored)
-    layer = skeleton.to_empty(device=weight.device).to(dtype)
-    with torch.no_grad():
-        weight_matrix(layer).copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
 
 
 def _save_state_dict(model: Any, file: Path) -> None:

@@ -21,6 +21,8 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     Raises:
         FlashSVDError: the config, the checkpoints or the data cannot be used, or no variant could be measured.
     """
+    from flashsvd.common.process import ordinary_tensors
     from flashsvd.profiling.run import profile
 
-    return profile(config)
+    with ordinary_tensors():
+        return profile(config)

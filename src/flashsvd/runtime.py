@@ -16,6 +16,7 @@ from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.common.device import BACKENDS
+from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.registry import base_prefix
@@ -58,7 +59,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
     _check_device(next(base.parameters()), backend, graph)
     choices = Choices(backend, queued=graph)
     try:
-        architecture.fuse(base, choices, Graphs() if graph else None)
+        with ordinary_tensors():
+            architecture.fuse(base, choices, Graphs() if graph else None)
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)

@@ -16,9 +16,10 @@ from flashsvd.common.options import flag
 from flashsvd.compress import CompressConfig, run_compress
 from flashsvd.errors import ConfigError
 from flashsvd.profiling.config import ProfileConfig
+from flashsvd.storage.scratch import Scratch, take_away_leftovers
 
-# Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.
-NOT_ASKED = ("task", "device", "dtype", "output", "state_dict", "save_stats")
+# Of CompressConfig: the first three are the profile's own too, and a compression for a profile needs no others.
+NOT_ASKED = ("task", "device", "overwrite", "dtype", "output", "state_dict", "save_stats")
 SIZES = ("rank", "rank_attn", "rank_ffn", "rank_wo", "ratio", "ranks_json")
 
 
@@ -71,8 +72,10 @@ def compress_and_profile_script(
                 raise ConfigError(f"{flag(name)} is for compressing a model; leave out it or --checkpoint")
             run_profile_command(options)
             return
-        with tempfile.TemporaryDirectory(prefix="flashsvd-") as scratch:
-            _compress(options, compress, given, Path(scratch))
+        place = Path(tempfile.gettempdir(), "flashsvd")
+        take_away_leftovers(place)
+        with Scratch(place, "writing") as scratch:
+            _compress(options, compress, given, scratch)
             run_profile_command(options)
 
     return _run(about, add_arguments, run_script, arguments)
@@ -86,7 +89,7 @@ def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict
     """
     if any(name in given for name in SIZES):
         defaults = {name: value for name, value in defaults.items() if name not in SIZES}
-    chosen = {"task": options.task, "device": options.device, "output": options.keep}
+    chosen = {"task": options.task, "device": options.device, "overwrite": options.overwrite, "output": options.keep}
     merged = defaults | given | {name: value for name, value in chosen.items() if value is not None}
     if "model" not in merged:
         raise ConfigError("what to profile is not known; name a compressed --checkpoint, or a --model to compress")
@@ -105,14 +108,17 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
     """Refuse what would be refused after the compression.
 
     Raises:
-        FlashSVDError: the method or the task is not known, its data cannot be had, or the model does not fit it.
+        FlashSVDError: the method or the task is not known, its data cannot be had, the model does not fit it, or the
+            result cannot be written.
     """
     from flashsvd.data.tasks import get_task
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import load_data
     from flashsvd.methods.registry import get_method
+    from flashsvd.profiling.run import check_output
 
     get_method(compression.method)
+    check_output(profile)
     name = profile.task or compression.task
     if name is None:
         raise ConfigError("what to score on is not known; name a task with --task")

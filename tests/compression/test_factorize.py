@@ -71,7 +71,7 @@ def test_a_factored_layer_multiplies_by_its_matrix(heads: int | None, shape: tup
     x = random(*shape, dtype=torch.float32)
     torch.testing.assert_close(layer(x), x @ layer.matrix() + layer.v.bias)
     assert type(layer.u) is nn.Linear
-    assert set(layer.state_dict()) == {"u.weight", "v.weight", "v.bias"}
+    assert set(layer.state_dict()) == {"weight", "u.weight", "v.weight", "v.bias"}
 
 
 @pytest.mark.parametrize("heads", [None, 3])

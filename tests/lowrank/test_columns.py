@@ -15,7 +15,7 @@ from flashsvd.lowrank.columns import Columns
 from flashsvd.lowrank.joined import JoinedProjections, build_module, dense_bias, dense_matrix, join_columns, separate
 from flashsvd.lowrank.joined import share_of_columns as share
 from flashsvd.lowrank.ranks import RankChoice
-from flashsvd.lowrank.spec import JoinedSpec, read_modules
+from flashsvd.lowrank.spec import FORMAT_VERSION, JoinedSpec, read_modules
 from flashsvd.methods.registry import get_method
 from flashsvd.models.architecture import Part, Target
 
@@ -105,7 +105,7 @@ def test_full_rank_reproduces_the_layer_and_its_description_the_module(kind: str
     assert found is None or expected is None or torch.equal(found, expected)
 
     config = FlashSVDConfig.of(model)
-    assert config.format_version == 2
+    assert config.format_version == FORMAT_VERSION
     written = json.loads(json.dumps(config.to_dict(), sort_keys=True))
     spec = read_modules(written["modules"], written["format_version"])["qkv"]
     assert isinstance(spec, JoinedSpec)

@@ -10,8 +10,9 @@ import pytest
 
 from flashsvd.errors import CheckpointError
 from flashsvd.storage import atomic
-from flashsvd.storage.atomic import atomic_directory, check_file_target, check_target, write_text
+from flashsvd.storage.atomic import atomic_directory, check_target, write_text
 from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.result_file import ResultFile
 
 
 def make_checkpoint(directory: Path, content: str = "old") -> Path:
@@ -121,7 +122,11 @@ def test_files_get_the_modes_of_any_new_file(tmp_path: Path) -> None:
     assert modes == {"out": 0o750, "a": 0o640, "d": 0o750}
 
 
-@pytest.mark.parametrize("check", [lambda path: check_target(path, False), check_file_target])
+def check_a_result(path: Path) -> None:
+    ResultFile(path, "result", lambda _: False).check({})
+
+
+@pytest.mark.parametrize("check", [lambda path: check_target(path, False), check_a_result])
 @pytest.mark.parametrize(
     ("name", "says"), [("file/out", "file is a file"), ("x" * 300, "File name too long"), ("a/b/c", None)]
 )

@@ -143,7 +143,9 @@ def _labelled(request: CalibrationRequest, task: Task, model_config: Any, tokeni
     order = label_permutation(task, model_config) if task.labels else None
 
     def labels(values: list[float]) -> Tensor:
-        return torch.tensor(values if order is None else [order[int(value)] for value in values])
+        if order is None:
+            return torch.tensor(values, dtype=torch.float32)
+        return torch.tensor([order[int(value)] for value in values])
 
     chosen = request.draw.indices(len(examples))
     return labelled_batches(examples, tokenize, labels, chosen, request.batch_size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
 from flashsvd.storage.json_file import read_json
+from flashsvd.storage.scratch import Scratch, existing_parent
 
 INDEX_FILE = "statistics.json"
 FORMAT_VERSION = 1
@@ -100,9 +100,8 @@ def in_temporary_files(
     Args:
         beside: the files lie on the disk of this path, since the temporary directory is often memory itself.
     """
-    place = next(parent for parent in beside.absolute().parents if parent.is_dir())
-    scratch = tempfile.TemporaryDirectory(prefix=".flashsvd-statistics-", dir=place)
-    stored = on_disk(parts, about, "", Path(scratch.name) / "statistics")
+    scratch = Scratch(existing_parent(beside) / beside.name, "statistics")
+    stored = on_disk(parts, about, "", scratch.path / "statistics")
     return ModelStatistics(_Owned(stored.tensors, scratch), about)
 
 
@@ -172,7 +171,7 @@ class _StoredTensors(Mapping[str, Tensor]):
 class _Owned(Mapping[str, Tensor]):
     """A mapping that keeps the temporary directory it reads from alive."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], owner: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], owner: Scratch) -> None:
         self._tensors, self._owner = tensors, owner
 
     def __getitem__(self, name: str) -> Tensor:

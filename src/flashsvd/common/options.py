@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flashsvd.common.ranges import Range, plain_number
@@ -71,6 +72,12 @@ def named_paths(config: Any) -> Iterator[NamedPath]:
         text = getattr(config, field.name) or field.metadata["default_path"]
         if field.metadata["path"] and text:
             yield NamedPath(field.name, text, field.metadata["path"])
+
+
+def read_paths(config: Any) -> dict[str, Path]:
+    """The files and directories that a config has read, by the options that name them; a model may be a hub name."""
+    paths = (path for path in named_paths(config) if path.use != "write")
+    return {flag(path.field): Path(path.text).expanduser() for path in paths}
 
 
 def names_in(name: str, text: Any, known: Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashsvd.calibration.collect import collect_statistics, fits_one_pass
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.calibration.store import (
@@ -32,7 +30,7 @@ from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
-from flashsvd.errors import ConfigError, library_errors
+from flashsvd.errors import ConfigError
 from flashsvd.io import save_compressed
 from flashsvd.lowrank.ranks import (
     ROLES,
@@ -46,7 +44,7 @@ from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task
-from flashsvd.models.loading import Pretrained, load_model, seeded
+from flashsvd.models.loading import Pretrained, load_model, seeded, skeleton
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
 from flashsvd.storage.atomic import check_target
@@ -98,10 +96,9 @@ class CompressionJob:
         model_class, head_options = class_for_task(config.model, task, model_config)
         for name, value in head_options.items():
             setattr(model_config, name, value)
-        with library_errors(source), torch.device("meta"):
-            skeleton = model_class(model_config)
-        targets = find_targets(skeleton)
-        shapes = matrix_shapes(skeleton, targets, _layout(config))
+        empty = skeleton(source, model_class, model_config)
+        targets = find_targets(empty)
+        shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
         else:
@@ -135,7 +132,7 @@ class CompressionJob:
         }
         info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
         log.info("saving to %s", self.output)
-        save_compressed(
+        info = save_compressed(
             model,
             self.output,
             info,

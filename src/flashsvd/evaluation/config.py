@@ -63,3 +63,4 @@ class EvalConfig(Config):
         choices=BACKENDS,
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
+    overwrite: bool = option(False, help="replace any file at output, and not only an earlier evaluation")

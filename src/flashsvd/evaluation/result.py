@@ -9,6 +9,9 @@ from typing import Any
 
 from flashsvd.common.tables import html_table, score_text
 
+# By these, which it has had from the first release on, a file is known as the JSON of an evaluation.
+KEYS = ("task", "metric_name", "metric_value", "checkpoint_dir", "_latency_definition")
+
 
 @dataclass(frozen=True, repr=False)
 class EvalResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import TYPE_CHECKING, cast
 from flashsvd import runtime
 from flashsvd._version import __version__
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.options import read_paths
 from flashsvd.common.provenance import git_commit, timestamp
 from flashsvd.data.tasks import get_task
-from flashsvd.errors import CheckpointError
 from flashsvd.evaluation.config import EvalConfig
 from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_eval_job, warm_up
 from flashsvd.evaluation.measure import PeakMemory
-from flashsvd.evaluation.result import EvalResult
+from flashsvd.evaluation.result import KEYS, EvalResult
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-from flashsvd.storage.atomic import check_file_target, write_text
+from flashsvd.storage.result_file import ResultFile, holds_json
 
 if TYPE_CHECKING:
     from flashsvd.kernels.launch import Backend
@@ -37,8 +36,9 @@ def evaluate(config: EvalConfig) -> EvalResult:
     task = get_task(config.task)
     backend = cast("Backend | None", config.backend)
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
-    if config.output:
-        check_file_target(Path(config.output).expanduser())
+    file = _result_file(config)
+    if file is not None:
+        file.check(read_paths(config))
     subject = Subject.find(config.checkpoint, task)
     task, data = load_data(task, config.data, config.max_eval_samples, subject)
     if backend is not None:
@@ -101,11 +101,13 @@ def evaluate(config: EvalConfig) -> EvalResult:
         ),
         memory_definition=memory.definition,
     )
-    if config.output:
-        text = json.dumps(result.to_json(), indent=2, allow_nan=False)
-        try:
-            write_text(Path(config.output).expanduser(), text + "\n")
-        except CheckpointError:
-            log.warning("this result could not be written: %s", text)
-            raise
+    if file is not None:
+        file.write_json(result.to_json())
     return result
+
+
+def _result_file(config: EvalConfig) -> ResultFile | None:
+    if config.output is None:
+        return None
+    path = Path(config.output).expanduser()
+    return ResultFile(path, "evaluation", lambda file: holds_json(file, KEYS), config.overwrite)

@@ -15,7 +15,6 @@ from flashsvd.models.found import Found, find_model
 from flashsvd.models.heads import head_class
 from flashsvd.models.loading import load_model, sequence_length
 from flashsvd.models.registry import base_prefix
-from flashsvd.storage.metadata import INFO_FILE
 
 log = logging.getLogger("flashsvd")
 
@@ -55,8 +54,6 @@ class Subject(Found):
             raise ModelError(f"{found.name} is a {own.__name__} without a {lacks}; {task.name} needs one")
         if task.head == "classifier":
             check_label_count(task, found.config, found.name)
-        if subject.compressed and subject.info is None:
-            log.warning("%s is compressed but has no %s, so its method is unknown", found.name, INFO_FILE)
         if subject.info and subject.info.untrained:
             random = ", ".join(subject.info.untrained)
             log.warning("the weights of %s were random when the model was compressed", random)
@@ -72,10 +69,8 @@ class Subject(Found):
 
     @property
     def method(self) -> str:
-        """The compression method, `dense`, or `unknown`."""
-        if self.info is not None:
-            return self.info.method
-        return "unknown" if self.compressed else "dense"
+        """The compression method, which may be `unknown`, or `dense`."""
+        return self.info.method if self.info else "dense"
 
     def load(self, dtype: torch.dtype | None) -> Any:
         """The model on the CPU, in eval mode; its own dtype for None."""

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.factored import FactoredModule
-from flashsvd.lowrank.joined import build_module
-from flashsvd.lowrank.spec import QUANT_METHOD, ModuleSpec, read_modules, version_of
+from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
 from flashsvd.models.counts import check_counts
+from flashsvd.models.factored import build_layers, describe_layers, multiply_out
 from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
@@ -28,59 +27,34 @@ from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_sh
 
 @register_quantization_config(QUANT_METHOD)
 class FlashSVDConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
-    """The `quantization_config` of a compressed checkpoint: the factored modules, by path."""
+    """The `quantization_config` of a compressed checkpoint: the factored modules, by path.
 
-    def __init__(self, modules: Any = None, format_version: Any = 1, **rest: Any) -> None:
+    Args:
+        about: what is known of the compression (`CompressionInfo.about`). It goes wherever the model is saved, by
+            whatever program.
+    """
+
+    def __init__(self, modules: Any = None, format_version: Any = 1, about: Any = None, **rest: Any) -> None:
         self.quant_method = rest.pop("quant_method", QUANT_METHOD)
         specs = read_modules(modules, format_version, rest)
         self.format_version = format_version
         self.modules = {path: spec.to_json() for path, spec in specs.items()}
+        self.about = dict(about) if isinstance(about, Mapping) else {}
 
     @classmethod
-    def of(cls, model: nn.Module) -> FlashSVDConfig:
+    def of(cls, model: nn.Module, about: Mapping[str, Any] | None = None) -> FlashSVDConfig:
         """Describe the factored modules that `model` has now."""
-        specs = describe_layers(model)
-        return cls({path: spec.to_json() for path, spec in specs.items()}, version_of(specs.values()))
+        return cls({path: spec.to_json() for path, spec in describe_layers(model).items()}, FORMAT_VERSION, about)
 
     def specs(self) -> dict[str, ModuleSpec]:
         return read_modules(self.modules, self.format_version)
-
-
-def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
-    """The factored modules of a model, by path; the parts of a joined one within its own description."""
-    specs: dict[str, ModuleSpec] = {}
-    for path, module in model.named_modules():
-        is_part = path.rpartition(".")[0] in specs
-        if isinstance(module, FactoredModule) and not is_part:
-            specs[path] = module.spec()
-    return specs
-
-
-def build_layers(model: Any, specs: Mapping[str, ModuleSpec]) -> None:
-    """Put uninitialised factored modules in the place of a model's dense ones.
-
-    Args:
-        specs: by the path of each in this model, or in its base model or one with a head.
-
-    Raises:
-        CheckpointError: there is no such layer in the model, or it does not fit its description.
-    """
-    for path, spec in specs.items():
-        here = _path_in(model, path)
-        parent = model.get_submodule(here.rpartition(".")[0])
-        try:
-            layer = build_module(spec, model.get_submodule(here))
-        except ValueError as error:
-            raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
-        model.set_submodule(here, layer)
-        # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
-        parent._is_hf_initialized = True
 
 
 @register_quantizer(QUANT_METHOD)
 class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
     """Builds the factored modules before the weights are loaded, and checks that each one was filled."""
 
+    quantization_config: FlashSVDConfig
     _shapes: Mapping[str, TensorShape] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -89,7 +63,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return config
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        build_layers(model, self.quantization_config.specs())
+        build_layers(model, self.quantization_config.specs(), self.quantization_config.format_version)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if checkpoint_files:
             check_same_directory(checkpoint_files, str(model.config.name_or_path or ""))
@@ -98,7 +72,8 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path in describe_layers(model):
             for name, parameter in model.get_submodule(path).named_parameters():
-                if not getattr(parameter, "_is_hf_initialized", False):
+                # What stays on disk is on the meta device here. Its name and shape were held against the files before.
+                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(f"the weights of {path}.{name} were not loaded; compress the model again")
         for name, parameter in model.named_parameters():
             # Some versions of transformers put a tensor of another shape into a quantized model without a word.
@@ -107,9 +82,22 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                     f"the checkpoint's {name} is {list(parameter.shape)}, not {list(self._shapes[name])}"
                 )
         check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
+        for module in model.modules():
+            if isinstance(module, FactoredModule):
+                module.mark(True)
+                module.weight = next(module.parameters()).new_empty(0)
+        # As it would be written now, by whatever program, of this model, which may be another one than was saved.
+        self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
+        model.config.quantization_config = self.quantization_config
         # Nothing here forbids casting or training, as it would for integer weights.
         model.is_quantized = False
         return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Multiply the factors out in place: an ordinary dense model that computes the same."""
+        multiply_out(model)
+        # transformers passes the dtype of the config where the user gave none.
+        return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -121,21 +109,3 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _path_in(model: Any, path: str) -> str:
-    """The path inside this model of a layer that a base or a head checkpoint of it named."""
-    for candidate in _spellings(model, path):
-        try:
-            module = model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)):
-            return candidate
-    raise CheckpointError(f"config.json names the layer {path!r}, no linear layer of a {type(model).__name__}")
-
-
-def _spellings(model: Any, path: str) -> tuple[str, str]:
-    """The path as it is, and with the base model's prefix taken off or put on."""
-    prefix = f"{model.base_model_prefix}."
-    return path, path.removeprefix(prefix) if path.startswith(prefix) else prefix + path

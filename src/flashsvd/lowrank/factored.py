@@ -15,7 +15,23 @@ from flashsvd.lowrank.spec import LayerSpec, ModuleSpec
 
 
 class FactoredModule(nn.Module, ABC):
-    """A module in the place of a dense linear layer: y = x W + b. x [..., in] -> y [..., out]."""
+    """A module in the place of a dense linear layer: y = x W + b. x [..., in] -> y [..., out].
+
+    Attributes:
+        weight: nothing, [0]. It lies in every checkpoint under the name of the dense layer's weight, whose shape it
+            does not have: a program that builds the dense layer, since it does not know flashsvd, fails to load it,
+            where it would otherwise leave the layer random.
+    """
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0))
+
+    def mark(self, marked: bool) -> None:
+        """Say whether `weight` belongs to the module's state, which it does not in a checkpoint from before it."""
+        (self._non_persistent_buffers_set.discard if marked else self._non_persistent_buffers_set.add)("weight")
 
     @property
     @abstractmethod

@@ -80,8 +80,13 @@ class PerHeadLowRankLinear(FactoredLayer):
         return ""
 
 
-def build_layer(spec: LayerSpec, dense: nn.Module) -> LowRankLinear | PerHeadLowRankLinear:
-    """An uninitialised factored layer of the dense layer's sizes, dtype and device.
+def build_layer(
+    spec: LayerSpec, dense: nn.Module, device: torch.device | None = None
+) -> LowRankLinear | PerHeadLowRankLinear:
+    """An uninitialised factored layer of the dense layer's sizes and dtype.
+
+    Args:
+        device: None takes the dense layer's.
 
     Raises:
         ValueError: its columns do not divide into that many heads, or the rank is above its own.
@@ -93,7 +98,7 @@ def build_layer(spec: LayerSpec, dense: nn.Module) -> LowRankLinear | PerHeadLow
     if out_features % (spec.heads or 1):
         raise ValueError(f"its {out_features} columns are not {spec.heads} heads of equal size")
     layer: LowRankLinear | PerHeadLowRankLinear
-    with torch.device(weight.device):
+    with torch.device(device or weight.device):
         if spec.heads is None:
             layer = LowRankLinear(in_features, out_features, spec.rank, bias=bias is not None)
         else:
@@ -108,10 +113,11 @@ def layer_from_factors(dense: nn.Module, u: Tensor, v: Tensor) -> FactoredLayer:
     U is [in, r] and V [r, out], or U [heads, in, r] and V [heads, r, head_dim] in the per-head layout.
     """
     weight, bias = dense_parameters(dense)
-    with torch.device("meta"):
-        layer = build_layer(LayerSpec(u.shape[-1], len(u) if u.ndim > 2 else None), dense)
+    # Without storage: torch would fill it with random numbers of the caller's.
+    layer = build_layer(LayerSpec(u.shape[-1], len(u) if u.ndim > 2 else None), dense, torch.device("meta"))
     layer.u.weight = _parameter(u.mT.reshape(-1, u.shape[-2]), like=weight)
     layer.v.weight = _parameter(v.mT, like=weight)
+    layer.weight = weight.new_empty(0)
     if bias is not None:
         layer.v.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer.train(dense.training)

@@ -16,12 +16,14 @@ multiplies its input by:
                               `path.name.weight`. Without more, the parts are equal shares of the columns in this order.
 
 Format 2 adds to a module of parts the `shares` and `groups` of columns that are divided otherwise (`columns.Columns`).
-A checkpoint is written in the first format that has all it needs.
+Format 3 adds an empty `path.weight` [0] beside the tensors of each factored module and part, by which a program that
+does not know the format fails to load the dense layer it takes the module for. It also has, under `about`, what is
+known of the compression beyond the modules. Every checkpoint is written in the last format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,7 +31,7 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.columns import Columns
 
 QUANT_METHOD = "flashsvd"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,6 @@ class LayerSpec:
 
     rank: int
     heads: int | None = None
-
-    @property
-    def version(self) -> int:
-        """The first format that has it."""
-        return 1
 
     def to_json(self) -> dict[str, Any]:
         return {"rank": self.rank} if self.heads is None else {"rank": self.rank, "heads": self.heads}
@@ -79,11 +76,6 @@ class JoinedSpec:
     def __post_init__(self) -> None:
         if self.columns == Columns.equal(len(self.parts)):
             object.__setattr__(self, "columns", None)
-
-    @property
-    def version(self) -> int:
-        """The first format that has it."""
-        return 1 if self.columns is None else 2
 
     def to_json(self) -> dict[str, Any]:
         # A list, since transformers sorts the keys of its config and the order of the parts is that of the columns.
@@ -126,11 +118,6 @@ def spec_from_json(name: str, data: Any) -> ModuleSpec:
     return LayerSpec.from_json(name, data)
 
 
-def version_of(specs: Iterable[ModuleSpec]) -> int:
-    """The first format that has all of these."""
-    return max((spec.version for spec in specs), default=1)
-
-
 def read_modules(modules: Any, version: Any, others: Collection[str] = ()) -> dict[str, ModuleSpec]:
     """The factored modules that a `quantization_config` describes, by path.
 
@@ -142,10 +129,9 @@ def read_modules(modules: Any, version: Any, others: Collection[str] = ()) -> di
     Raises:
         CheckpointError: the format is not known, it holds what this flashsvd does not know, or a description is wrong.
     """
-    if type(version) is not int or version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"config.json is of format {version!r}, this flashsvd reads {known} only; upgrade flashsvd"
+            f"config.json is of format {version!r}, this flashsvd reads 1 to {FORMAT_VERSION}; upgrade flashsvd"
         )
     if others:
         raise CheckpointError(

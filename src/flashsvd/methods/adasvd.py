@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from flashsvd.common.making import making_modules
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget
 from flashsvd.methods import drone, fwsvd, standard_svd
@@ -55,12 +56,14 @@ class RankHypernetwork(nn.Module):
 
     def __init__(self, shapes: list[MatrixShape], start: dict[str, int]) -> None:
         super().__init__()
-        self.register_buffer("embeddings", torch.randn(len(shapes), EMBEDDING))
-        self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True)
-        self.norm = nn.LayerNorm(2 * HIDDEN)
-        self.heads = nn.ModuleList(nn.Linear(2 * HIDDEN, shape.full_rank) for shape in shapes)
+        # Whatever the caller's default dtype is.
+        dtype = torch.float32
+        self.register_buffer("embeddings", torch.randn(len(shapes), EMBEDDING, dtype=dtype))
+        self.gru = nn.GRU(EMBEDDING, HIDDEN, bidirectional=True, dtype=dtype)
+        self.norm = nn.LayerNorm(2 * HIDDEN, dtype=dtype)
+        self.heads = nn.ModuleList(nn.Linear(2 * HIDDEN, shape.full_rank, dtype=dtype) for shape in shapes)
         self.starts = [
-            START_SLOPE * (start[shape.name] - torch.arange(shape.full_rank) - 0.5) / shape.full_rank
+            START_SLOPE * (start[shape.name] - torch.arange(shape.full_rank, dtype=dtype) - 0.5) / shape.full_rank
             for shape in shapes
         ]
         for head in self.heads:
@@ -75,33 +78,31 @@ class RankHypernetwork(nn.Module):
 def choose_ranks(problem: RankProblem) -> dict[str, int]:
     """Learn the rank of each matrix; `full_rank` where it should stay dense."""
     shapes, uniform = list(problem.shapes), dict(problem.uniform)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(problem.seed)
+    generator = torch.Generator().manual_seed(problem.seed)
+    with making_modules(generator):
         network = RankHypernetwork(shapes, uniform)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-        progress = tqdm(range(STEPS), desc="learning ranks", unit="step")
-        for step in progress:
-            masks = [_sample(logits) for logits in network()]
-            task = problem.loss(_named(shapes, masks), step % problem.batches)
-            kept = _kept_parameters(shapes, masks)
-            loss = task + BUDGET_WEIGHT * _over_budget(kept, problem.budget) + ALIGN_WEIGHT * _misaligned(masks)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            optimizer.step()
-            progress.set_postfix(loss=f"{task.item():.4f}", kept=f"{kept.item() / problem.budget:.3f}")
-        with torch.no_grad():
-            learned = {
-                shape.name: max(1, int((logits > 0).sum())) for shape, logits in zip(shapes, network(), strict=True)
-            }
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    progress = tqdm(range(STEPS), desc="learning ranks", unit="step")
+    for step in progress:
+        masks = [_sample(logits, generator) for logits in network()]
+        task = problem.loss(_named(shapes, masks), step % problem.batches)
+        kept = _kept_parameters(shapes, masks)
+        loss = task + BUDGET_WEIGHT * _over_budget(kept, problem.budget) + ALIGN_WEIGHT * _misaligned(masks)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+        progress.set_postfix(loss=f"{task.item():.4f}", kept=f"{kept.item() / problem.budget:.3f}")
+    with torch.no_grad():
+        learned = {shape.name: max(1, int((logits > 0).sum())) for shape, logits in zip(shapes, network(), strict=True)}
     learned = fit_to_budget(shapes, learned, problem.budget)
     losses = {"learned": _mean_loss(problem, learned), "uniform": _mean_loss(problem, uniform)}
     log.info("calibration loss %.4g with the learned ranks, %.4g with uniform ones", *losses.values())
     return learned if losses["learned"] < losses["uniform"] else uniform
 
 
-def _sample(logits: Tensor) -> Tensor:
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A rounded Gumbel-sigmoid sample, with the gradient of the unrounded one."""
-    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    uniform = torch.rand(logits.shape, dtype=logits.dtype, generator=generator).clamp(1e-6, 1 - 1e-6)
     soft = torch.sigmoid((logits + uniform.log() - (-uniform).log1p()) / TEMPERATURE)
     return soft + (soft.round() - soft).detach()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import ModelError, described, library_errors
+from flashsvd.errors import CheckpointError, ModelError, described, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.counts import check_counts
 from flashsvd.models.heads import own_class
@@ -34,12 +34,17 @@ class Found:
 
     @functools.cached_property
     def info(self) -> CompressionInfo | None:
-        """What is known of its compression; None for a dense model, and where its metadata was lost.
+        """What is known of its compression; None for a dense model.
 
         Raises:
-            CheckpointError: its `compression_info.json` cannot be used.
+            CheckpointError: its `compression_info.json` or its config cannot be used.
         """
-        return find_info(self.source) if self.compressed else None
+        if not self.compressed:
+            return None
+        # It builds the model, for which the modules of transformers are imported.
+        from flashsvd.models.derived_info import derive_info
+
+        return _written_info(self.source) or derive_info(self.config, self.source)
 
     @property
     def own_class(self) -> Any:
@@ -134,8 +139,27 @@ class _ModelType:
     model_type: str | None
 
 
-def find_info(source: str) -> CompressionInfo | None:
-    """What is known of a compressed checkpoint in a directory or on the hub; None where nothing is.
+def find_info(directory: Path) -> CompressionInfo:
+    """What is known of a compressed checkpoint in a directory.
+
+    Raises:
+        CheckpointError: it is not a compressed checkpoint, or says of itself what cannot be.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give one that `flashsvd compress` wrote")
+    if info := _written_info(str(directory)):
+        return info
+    try:
+        found = find_model(str(directory))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    if found.info is None:
+        raise CheckpointError(f"{directory} holds a dense model; give a directory that `flashsvd compress` wrote")
+    return found.info
+
+
+def _written_info(source: str) -> CompressionInfo | None:
+    """What `compression_info.json` says of a checkpoint in a directory or on the hub; None where there is none.
 
     Raises:
         CheckpointError: its `compression_info.json` cannot be used.

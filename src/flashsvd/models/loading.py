@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashsvd.common.making import making_modules
+from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
@@ -57,7 +58,7 @@ def load_model(
         all_shapes(weight_files(Path(source)))
     for name, value in options.items():
         setattr(config, name, value)
-    with library_errors(source):
+    with library_errors(source), making_modules(), ordinary_tensors():
         model, loading = model_class.from_pretrained(
             source,
             config=config,
@@ -79,13 +80,19 @@ def load_model(
     return Pretrained(model.eval(), source, untrained)
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Weights that a model comes without depend on the seed alone; torch's generator is then as it was."""
-    # The CPU's generator alone: forking those of several GPUs takes long, and torch warns of it.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def seeded(seed: int) -> AbstractContextManager[None]:
+    """Weights that a model comes without depend on the seed alone, also where other threads load models."""
+    return making_modules(torch.Generator().manual_seed(seed))
+
+
+def skeleton(source: str, model_class: Any, config: Any) -> Any:
+    """A model without storage.
+
+    Raises:
+        ModelError: its config makes none.
+    """
+    with library_errors(source), making_modules(), torch.device("meta"):
+        return model_class(config)
 
 
 def _has_another_head(config: Any, model_class: Any) -> bool:

@@ -72,6 +72,7 @@ class ProfileConfig(Config):
         False, help="report a variant of --variants that does not apply as skipped, with the reason, and measure others"
     )
     output: str | None = option(None, help="directory to write profile.json and profile.png to", path="write")
+    overwrite: bool = option(False, help="replace any files of those names in output, and not only an earlier profile")
 
     def check(self) -> None:
         names = self.variant_names()

@@ -15,6 +15,8 @@ from flashsvd.storage.places import LayerPlace, place_of
 _SMALL = ("low-rank", "fused")
 # Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
 _WIDTH = 4.4
+# What a plot of ours is told from others by.
+_SOFTWARE = "flashsvd profile"
 
 
 def profile_figures(results: Sequence[ProfileResult]) -> dict[str, Any]:
@@ -210,8 +212,15 @@ def png(result: ProfileResult) -> bytes:
     figure.suptitle(result.title(), fontsize=8)
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": _SOFTWARE})
     return buffer.getvalue()
+
+
+def is_plot(file: Path) -> bool:
+    """Whether a file is a plot that `png` made, by what it says of its software."""
+    with file.open("rb") as opened:
+        head = opened.read(4096)
+    return head.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in head
 
 
 def _generation_bars(panels: Sequence[Any], rows: list[VariantRow]) -> None:

@@ -17,6 +17,8 @@ from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
+# By these a file is known as the JSON of a profile, of whatever version.
+KEYS = ("task", "metric_name", "checkpoint", "rows", "_latency_definition")
 
 
 @dataclass(frozen=True)

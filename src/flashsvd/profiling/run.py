@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from flashsvd import runtime
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.options import read_paths
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
@@ -20,12 +20,12 @@ from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import Found, find_model
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
-from flashsvd.profiling.figures import png
+from flashsvd.profiling.figures import is_plot, png
 from flashsvd.profiling.generation import Prompts
 from flashsvd.profiling.measure import measure, rehearse
-from flashsvd.profiling.result import ProfileResult, VariantRow
+from flashsvd.profiling.result import KEYS, ProfileResult, VariantRow
 from flashsvd.profiling.variants import DENSE, Setting, check_offload, why_not
-from flashsvd.storage.atomic import check_file_target, write_bytes, write_text
+from flashsvd.storage.result_file import ResultFile, holds_json
 
 log = logging.getLogger("flashsvd")
 
@@ -43,7 +43,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if config.offload:
         check_offload(device)
-    _check_output(config.output)
+    check_output(config)
     found = find_model(config.checkpoint)
     task = _task(config, found)
     subject = Subject.of(found, task)
@@ -99,15 +99,29 @@ def profile(config: ProfileConfig) -> ProfileResult:
         module_errors=info.module_errors if info else {},
         module_places=info.module_places if info else {},
     )
-    if config.output:
-        _write(result, Path(config.output).expanduser())
+    if files := _result_files(config):
+        files[JSON_FILE].write_json(result.to_json())
+        files[PLOT_FILE].write(png(result))
     return result
 
 
-def _check_output(output: str | None) -> None:
-    if output:
-        for name in (JSON_FILE, PLOT_FILE):
-            check_file_target(Path(output).expanduser() / name)
+def check_output(config: ProfileConfig) -> None:
+    """Refuse an output that must not or cannot be written.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    for file in _result_files(config).values():
+        file.check(read_paths(config))
+
+
+def _result_files(config: ProfileConfig) -> dict[str, ResultFile]:
+    """The files to write, by their names; none where no directory is named."""
+    if config.output is None:
+        return {}
+    known = {JSON_FILE: lambda file: holds_json(file, KEYS), PLOT_FILE: is_plot}
+    directory = Path(config.output).expanduser()
+    return {name: ResultFile(directory / name, "profile", known[name], config.overwrite) for name in known}
 
 
 def _task(config: ProfileConfig, found: Found) -> Task:
@@ -136,7 +150,7 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
         return subject
     if config.dense is not None:
         dense = Subject.find(config.dense, task)
-    elif subject.info is None:
+    elif subject.info is None or not subject.info.base_model:
         raise ConfigError(f"{config.checkpoint} does not say what it was compressed from; name it with --dense")
     else:
         try:
@@ -191,14 +205,3 @@ def _with_speed_up(rows: Sequence[VariantRow]) -> tuple[VariantRow, ...]:
 
 def _samples(workload: Workload, subject: Subject) -> int:
     return sum(batch.samples for batch in workload.job(subject))
-
-
-def _write(result: ProfileResult, directory: Path) -> None:
-
-    text = json.dumps(result.to_json(), indent=2, allow_nan=False)
-    try:
-        write_text(directory / JSON_FILE, text + "\n")
-    except CheckpointError:
-        log.warning("this result could not be written: %s", text)
-        raise
-    write_bytes(directory / PLOT_FILE, png(result))

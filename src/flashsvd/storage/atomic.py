@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from flashsvd.errors import CheckpointError, FlashSVDError, first_line
 from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.storage.own_files import foreign_file
+from flashsvd.storage.scratch import Scratch, existing_parent, scratch_file, take_away_leftovers
 
 
 def check_target(target: Path, overwrite: bool, marker: str = INFO_FILE) -> None:
-    """Refuse a target directory that must not or cannot be written.
+    """Refuse a target directory that must not or cannot be written; what killed runs left beside it is taken away.
 
     Args:
         marker: a file that tells a directory of ours, which may be replaced, from anything else.
@@ -27,33 +26,23 @@ def check_target(target: Path, overwrite: bool, marker: str = INFO_FILE) -> None
         CheckpointError: it exists and `overwrite` is off, it holds something that flashsvd did not write, or its place
             cannot be written.
     """
-    with _one_line(target):
-        target = _resolve(target)
+    with one_line_errors(target):
+        target = resolve(target)
+        take_away_leftovers(target)
         if not os.path.lexists(target):
-            _check_place(target)
+            check_place(target)
             return
         if not target.is_dir():
             raise CheckpointError(f"output {target} exists and is not a directory; choose another --output")
+        if target.is_mount():
+            raise CheckpointError(f"output {target} is a mount point, which cannot be replaced; name a directory in it")
         if any(target.iterdir()):
             if not overwrite:
                 raise CheckpointError(
                     f"output {target} exists; pass --overwrite to replace it, or choose another --output"
                 )
             _check_ours(target, marker)
-        _check_place(target)
-
-
-def check_file_target(target: Path) -> None:
-    """Refuse a file that cannot be written.
-
-    Raises:
-        CheckpointError: it is a directory, or its place cannot be written.
-    """
-    with _one_line(target):
-        target = _resolve(target)
-        if target.is_dir():
-            raise CheckpointError(f"output {target} is a directory; choose another --output")
-        _check_place(target)
+        check_place(target)
 
 
 @contextlib.contextmanager
@@ -66,19 +55,18 @@ def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_F
         CheckpointError: the target must not be written (`check_target`), or the file system refuses.
     """
     check_target(target, overwrite, marker)
-    with _one_line(target):
-        target = _resolve(target)
+    with one_line_errors(target):
+        target = resolve(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.writing-", dir=target.parent))
-    try:
-        yield temporary
-        _open_to_umask(temporary)
-        _replace(temporary, target, overwrite, marker)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise CheckpointError(f"cannot write {target}: {reason}; nothing was changed there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        scratch = Scratch(target, "writing")
+    with scratch as temporary:
+        try:
+            yield temporary
+            _open_to_umask(temporary)
+            _replace(temporary, target, overwrite, marker)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            raise CheckpointError(f"cannot write {target}: {reason}; nothing was changed there") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,18 +78,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary one beside it; its parent directories are created, a link is written through.
 
     Raises:
-        CheckpointError: the file system refuses.
+        CheckpointError: the file system refuses, or something that is no file stands there.
     """
-    with _one_line(path):
-        path = _resolve(path)
+    with one_line_errors(path):
+        path = resolve(path)
+        if os.path.lexists(path) and not path.is_file():
+            raise CheckpointError(f"cannot write {path}: it is no file; choose another --output")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name[:40]}.writing-{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
+        with scratch_file(path, content) as temporary:
+            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def _replace(temporary: Path, target: Path, overwrite: bool, marker: str) -> None:
@@ -115,19 +101,10 @@ def _replace(temporary: Path, target: Path, overwrite: bool, marker: str) -> Non
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Two renames, for file systems that cannot exchange two names at once. Any exception undoes the first."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.old-", dir=target.parent))
-    old = aside / "old"
-    try:
-        target.rename(old)
+    """Two renames, for file systems that cannot exchange two names at once; an end between them puts the old back."""
+    with Scratch(target, "old") as aside:
+        target.rename(aside / target.name)
         temporary.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_ours(target: Path, marker: str) -> None:
@@ -141,18 +118,31 @@ def _check_ours(target: Path, marker: str) -> None:
         )
 
 
-def _check_place(target: Path) -> None:
-    """Whether a temporary file can be made beside `target`, once the directories above it are."""
-    parent = target.parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
+def check_place(target: Path) -> None:
+    """Whether a temporary directory can be made beside `target`, once the directories above it are.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    parent = existing_parent(target)
     if not parent.is_dir():
         raise CheckpointError(f"cannot write {target}: {parent} is a file; choose another --output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write {target}: {parent} is not writable; choose another --output")
+    # Permissions do not tell all: root has every one, and a file system may be read-only or take no files at all.
+    try:
+        Scratch(parent / target.name, "writing").close()
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise CheckpointError(
+            f"cannot write {target}: {parent} is not writable ({reason}); choose another --output"
+        ) from error
 
 
-def _resolve(target: Path) -> Path:
+def resolve(target: Path) -> Path:
+    """Where a target leads.
+
+    Raises:
+        OSError: it cannot be the name of anything.
+    """
     # A name that is too long goes unnoticed by resolve().
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()
@@ -167,7 +157,12 @@ def _open_to_umask(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(target: Path) -> Iterator[None]:
+def one_line_errors(target: Path) -> Iterator[None]:
+    """Turn what the file system says of an output into an error of one line.
+
+    Raises:
+        CheckpointError: it says anything.
+    """
     try:
         yield
     except FlashSVDError:

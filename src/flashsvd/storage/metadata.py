@@ -19,6 +19,11 @@ FORMAT_VERSION = 1
 
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
+# The fields that nobody can tell from a model and its config.
+ABOUT = (
+    "method", "method_options", "ranks", "ratio", "ranks_json", "base_model", "task", "calibration", "untrained",
+    "versions", "git_commit", "timestamp", "trainings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class CompressionInfo:
             the targets alone (biases not counted).
         dense_bytes: size of the dense model's weights in the checkpoint's dtype.
         untrained: parameters the base model had no weights for, so that they are random (a new head, as a rule).
+        digests: SHA-256 of each weight and tokenizer file, by its path inside the directory. Files written before lack
+            it, and then it is empty.
         trainings: what the factors were trained on since, the last one last, as `TrainingRecord` has it. Files written
             before there was any training lack it.
     """
@@ -67,7 +74,12 @@ class CompressionInfo:
     trainings: tuple[Mapping[str, Any], ...] = ()
     module_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def about(self) -> dict[str, Any]:
+        """What of it is not in the model and its config, for the config to carry: JSON."""
+        return {name: plain(getattr(self, name)) for name in ABOUT}
 
     def write(self, directory: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
@@ -75,13 +87,8 @@ class CompressionInfo:
 
     @classmethod
     def read(cls, directory: Path) -> CompressionInfo:
-        """Raises CheckpointError where the file is missing, no JSON, of a newer format, or incomplete."""
-        path = directory / INFO_FILE
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory; give one that `flashsvd compress` wrote")
-        if not path.is_file():
-            raise CheckpointError(f"{directory} has no {INFO_FILE}; give a directory that `flashsvd compress` wrote")
-        return cls.read_file(path)
+        """Read what `write` wrote; raises as `read_file` does."""
+        return cls.read_file(directory / INFO_FILE)
 
     @classmethod
     def read_file(cls, path: Path) -> CompressionInfo:
@@ -93,16 +100,25 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({described(error)}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
-        data = {"trainings": [], "module_errors": {}, "module_places": {}} | data
+        data = {"trainings": [], "module_errors": {}, "module_places": {}, "digests": {}} | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
-        for name, fits in _CHECKS.items():
-            if not fits(data[name]):
-                raise CheckpointError(f"{path} has {name} {data[name]!r:.60}, which cannot be; compress again")
+        check_fields(data, str(path))
         known = {name: data[name] for name in names}
         known |= {name: tuple(data[name]) for name in ("untrained", "trainings")}
         return cls(**(known | {"module_places": read_places(data["module_places"])}))
+
+
+def check_fields(data: Mapping[str, Any], where: str) -> None:
+    """Demand that what is there of the fields of a `CompressionInfo` can be.
+
+    Raises:
+        CheckpointError: naming the first field that cannot be.
+    """
+    for name, fits in _CHECKS.items():
+        if name in data and not fits(data[name]):
+            raise CheckpointError(f"{where} has {name} {data[name]!r:.60}, which cannot be; compress again")
 
 
 Check = Callable[[Any], bool]
@@ -154,6 +170,7 @@ _CHECKS: dict[str, Check] = {
     "dense_bytes": _count,
     "untrained": lambda value: isinstance(value, list) and all(map(_text, value)),
     "versions": _map_of(_or_null(_text)),
+    "digests": _map_of(_text),
     "trainings": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from flashsvd.errors import ModelError
 from flashsvd.storage.companions import MODULES_FILE, is_companion, sentence_modules
 from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.model_card import CARD_FILE
 from flashsvd.storage.rank_file import RANKS_FILE
 from flashsvd.storage.training_file import CURVE_CSV, CURVE_PNG, TRAINING_FILE
 from flashsvd.storage.verify import INDEX
@@ -16,8 +17,16 @@ EXPORT_MARKER = "flashsvd_dense_export.json"
 STATISTICS_FILE = "statistics.json"
 _NAMES = (
     INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
-    "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG,
+    "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG, CARD_FILE,
 )  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path in a model's directory has a name that its weights, its config or its tokenizer may have."""
+    if not (path.parent / "config.json").is_file():
+        return False
+    return path.name in _NAMES or path.suffix in _WEIGHTS or is_companion(Path(path.name), ())
 
 
 def foreign_file(directory: Path) -> str | None:

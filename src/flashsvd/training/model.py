@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from flashsvd.data.tasks import Task, check_classifier, foreign_classes, names_classes_of
-from flashsvd.errors import CheckpointError, DataError, ModelError
+from flashsvd.errors import DataError, ModelError
 from flashsvd.io import load_factored
 from flashsvd.models.found import Found
 from flashsvd.models.heads import class_for_task, head_class
 from flashsvd.models.loading import Pretrained, load_model, seeded
 from flashsvd.models.precision import check_finite
 from flashsvd.models.registry import base_prefix, find_targets
-from flashsvd.storage.metadata import INFO_FILE
 
 log = logging.getLogger("flashsvd")
 
@@ -70,10 +69,6 @@ class HeadedModel(Found):
         name, config, compressed = found.name, found.config, found.compressed
         if found.quantized:
             raise ModelError(f"{name} is quantized, and rounded weights cannot be trained; give the unquantized model")
-        if compressed and found.info is None:
-            raise CheckpointError(
-                f"{name} lacks {INFO_FILE}, which a trained checkpoint needs; compress the model again"
-            )
         if mode == "mlm":
             model_class = head_class(config, "masked-lm")
         else:

@@ -105,7 +105,7 @@ def balanced_weights(task: Task, labels: Sequence[float]) -> Tensor:
     """
     counts = torch.bincount(torch.tensor(labels).long(), minlength=len(task.labels))
     present = counts > 0
-    return torch.where(present, len(labels) / (present.sum() * counts.clamp_min(1)), 0.0)
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp_min(1)).float(), 0.0)
 
 
 class PairSimilarity:
@@ -175,7 +175,7 @@ class MaskedLM:
         """The sum of each example's losses and how many they are, [B, 2]."""
         losses = F.cross_entropy(scores, _targets(question), reduction="none")
         chosen = question.labels != IGNORED
-        by_place = torch.zeros(chosen.shape, device=losses.device).masked_scatter(chosen, losses)
+        by_place = torch.zeros(chosen.shape, device=losses.device, dtype=losses.dtype).masked_scatter(chosen, losses)
         return torch.stack([by_place.sum(1), chosen.sum(1)], dim=1)
 
     def evaluate(self, predictions: Tensor, labels: Tensor) -> Mapping[str, float]:

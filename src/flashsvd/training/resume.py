@@ -15,13 +15,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import write_text
 from flashsvd.storage.json_file import read_json
+from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
 from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
 
@@ -50,18 +51,28 @@ class Workplace:
 
         Raises:
             ConfigError: there is an interrupted run and `--resume` is not given, or nothing to resume, or an option
-                or the number of processes differs from that of the interrupted run.
+                or the number of processes differs from that of the interrupted run, or another process works there.
+            CheckpointError: what the interrupted run was asked for cannot be read.
         """
         directory = output.resolve().with_name(f"{output.name}.partial")
-        if not config.resume:
-            if directory.exists():
-                raise ConfigError(
-                    f"{directory} holds an interrupted run; pass --resume to continue it, or remove that directory"
-                )
+        take_away_leftovers(directory)
+        what = _what_is_in(directory)
+        if what == "nothing":
+            if config.resume:
+                raise ConfigError(f"there is nothing to resume: {directory} holds no training; leave out --resume")
             return cls(directory, False)
-        if not directory.is_dir():
-            raise ConfigError(f"there is nothing to resume: {directory} does not exist; leave out --resume")
-        _check_same(_read(directory / CONFIG_FILE), config)
+        if what == "something else":
+            raise ConfigError(
+                f"{directory} is no working directory of ours, but the training needs its name; choose another --output"
+            )
+        if is_locked(directory):
+            raise ConfigError(f"another process trains in {directory}; wait for it, or choose another --output")
+        earlier = _read(directory / CONFIG_FILE)
+        if not config.resume:
+            raise ConfigError(
+                f"{directory} holds an interrupted run; pass --resume to continue it, or remove that directory"
+            )
+        _check_same(earlier, config)
         return cls(directory, True)
 
     def check_data(self, digest: str) -> None:
@@ -78,20 +89,42 @@ class Workplace:
                 f"the training data are not those of the run to resume; restore them, or remove {self.directory}"
             )
 
-    def open(self, config: FinetuneConfig, digest: str) -> None:
-        """Make the directory, with the config in it; of checkpoints that are there, remove what is half-written.
+    @contextlib.contextmanager
+    def opened(self, config: FinetuneConfig, digest: str) -> Iterator[None]:
+        """The directory, with the config in it, for this process alone; of its checkpoints no half-written one is left.
+
+        The config is written with the directory itself, and never again.
 
         Args:
             digest: of the examples to train on.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+            ConfigError: another process came before.
         """
         with self.writing():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            others = {_PROCESSES: _processes(), _DATA: digest}
-            text = json.dumps(dataclasses.asdict(config) | others, indent=2)
-            (self.directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            for checkpoint in self._checkpoints():
-                if not _is_whole(checkpoint):
-                    shutil.rmtree(checkpoint)
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            if not self.resumes:
+                if self.directory.is_dir():
+                    _remove(self.directory)
+                with Scratch(self.directory, "writing") as scratch:
+                    made = scratch / self.directory.name
+                    made.mkdir()
+                    others = {_PROCESSES: _processes(), _DATA: digest}
+                    text = json.dumps(dataclasses.asdict(config) | others, indent=2)
+                    (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+                    made.rename(self.directory)
+        lock = Lock.of_new(self.directory)
+        if lock is None:
+            raise ConfigError(f"another process trains in {self.directory}; wait for it, or choose another --output")
+        try:
+            with self.writing():
+                for checkpoint in self._checkpoints():
+                    if not _is_whole(checkpoint):
+                        shutil.rmtree(checkpoint)
+            yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -117,10 +150,36 @@ class Workplace:
         return max(filter(_is_whole, self._checkpoints()), key=_step, default=None)
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove it, all at once: what is left of half of it would be taken for an interrupted run."""
+        _remove(self.directory)
 
     def _checkpoints(self) -> list[Path]:
-        return [path for path in self.directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return _checkpoints_in(self.directory)
+
+
+def _remove(directory: Path) -> None:
+    with contextlib.suppress(OSError), Scratch(directory, "writing") as scratch:
+        directory.rename(scratch / directory.name)
+
+
+def _checkpoints_in(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _what_is_in(directory: Path) -> Literal["nothing", "a training", "something else"]:
+    """What a working directory holds; without a config that can be read and without a checkpoint, it is nothing."""
+    if not os.path.lexists(directory):
+        return "nothing"
+    checkpoints = _checkpoints_in(directory)
+    with contextlib.suppress(CheckpointError):
+        _read(directory / CONFIG_FILE)
+        return "a training"
+    if any(map(_is_whole, checkpoints)):
+        return "a training"
+    ours = {directory / CONFIG_FILE, *checkpoints}
+    if not directory.is_dir() or any(path not in ours and not leftover(path) for path in directory.iterdir()):
+        return "something else"
+    return "nothing"
 
 
 def check_checkpoint(model: Any, checkpoint: Path) -> None:

@@ -77,7 +77,7 @@ class Collate:
         if isinstance(labels[0], list):
             batch["labels"] = self._pad([label for label in labels if isinstance(label, list)], IGNORED)
         elif labels[0] is not None:
-            batch["labels"] = torch.tensor(labels)
+            batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else None)
         return batch
 
     def _padded(self, name: str, encodings: Sequence[Encoding]) -> Tensor:

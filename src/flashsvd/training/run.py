@@ -108,11 +108,15 @@ class TrainingJob:
             FlashSVDError: the loss or the weights are not finite, there is too little memory, or the model cannot be
                 written. The checkpoints stay, to be resumed from.
         """
-        objective = self.material.objective
         arguments = self._arguments()
         loaded = self._load()
+        with self._at_work(arguments):
+            return self._run(loaded, arguments)
+
+    def _run(self, loaded: LoadedModel, arguments: Any) -> FinetuneResult:
+        objective = self.material.objective
         random = RandomParameters.of(loaded.model, self._untrained(loaded))
-        with self._at_work(arguments), _unchanged_cache(loaded.model.config):
+        with _unchanged_cache(loaded.model.config):
             trainer = self._trainer(loaded.model, arguments)
             start = time.perf_counter()
             self._train(trainer)
@@ -177,15 +181,16 @@ class TrainingJob:
     @contextlib.contextmanager
     def _at_work(self, arguments: Any) -> Iterator[None]:
         """The workplace open; where a training ends in an error before its first checkpoint, it is gone again."""
-        if arguments.should_save:
-            self.workplace.open(self.config, self.material.train.digest)
-        arguments.distributed_state.wait_for_everyone()
-        try:
-            yield
-        except BaseException:
-            if arguments.should_save and self.workplace.last_checkpoint() is None:
-                self.workplace.remove()
-            raise
+        with contextlib.ExitStack() as stack:
+            if arguments.should_save:
+                stack.enter_context(self.workplace.opened(self.config, self.material.train.digest))
+            arguments.distributed_state.wait_for_everyone()
+            try:
+                yield
+            except BaseException:
+                if arguments.should_save and self.workplace.last_checkpoint() is None:
+                    self.workplace.remove()
+                raise
 
     def _trainer(self, model: Any, arguments: Any) -> Any:
         from transformers.trainer import DEFAULT_PROGRESS_CALLBACK

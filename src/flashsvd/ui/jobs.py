@@ -91,5 +91,5 @@ def _check_dense(config: Any, root: Root) -> None:
 
     if config.dense is not None or not set(config.variant_names()) & set(DENSE):
         return
-    if (info := find_model(config.checkpoint).info) is not None:
+    if (info := find_model(config.checkpoint).info) is not None and info.base_model:
         root.check_path(f"{config.checkpoint} was compressed from", info.base_model, "model")

@@ -136,7 +136,7 @@ def _comparison_form(tab: Tab) -> Form:
         max_lines=8,
         elem_id=f"{tab.command}-checkpoints",
     )
-    widgets = widgets_for(tab.config_class, tab.command, tab.essential, left_out=("checkpoint", "output"))
+    widgets = widgets_for(tab.config_class, tab.command, tab.essential, left_out=("checkpoint", "output", "overwrite"))
     names = list(widgets)
 
     def config(name: str, values: tuple[Any, ...]) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from flashsvd.storage.scratch import Scratch, take_away_leftovers
 from flashsvd.ui import markup
 from flashsvd.ui.jobs import Job
 from flashsvd.ui.machine import Machine
@@ -102,8 +103,11 @@ class Downloads:
     """A directory that goes with the page."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="flashsvd-ui-")
-        self.path = Path(self._directory.name)
+        place = Path(tempfile.gettempdir(), "flashsvd-ui")
+        take_away_leftovers(place)
+        # Gradio serves nothing that is hidden.
+        self._directory = Scratch(place, "serving", hidden=False)
+        self.path = self._directory.path
 
     def keep(self, name: str, content: bytes) -> str:
         """Write a copy under its own name, where nobody else's can have the same path."""
@@ -112,4 +116,4 @@ class Downloads:
         return str(file)
 
     def close(self) -> None:
-        self._directory.cleanup()
+        self._directory.close()

@@ -54,6 +54,9 @@ class PackedModel(PackedModule):
     def save_pretrained(self, *_: Any, **__: Any) -> Any:
         self._refuse("saved")
 
+    def dequantize(self, *_: Any, **__: Any) -> Any:
+        self._refuse("made dense")
+
 
 class HalfPacked(PackedModel):
     """Mixed into what holds fused layers where others were never made: it neither runs nor can be made whole."""
