@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flashsvd.errors import CheckpointError
 from flashsvd.storage import atomic
-from flashsvd.storage.atomic import atomic_directory, check_target, write_text
+from flashsvd.storage.atomic import atomic_directory, check_target, real_target, write_text
 from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.storage.result_file import ResultFile
 
@@ -146,3 +147,23 @@ def test_a_directory_that_is_not_writable_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="is not writable"):
         check_target(tmp_path / "out", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["loop", "there", "loop/below"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        real_target,
+        lambda path: ResultFile(path, "result", lambda file: False).check({}),
+        lambda path: check_target(path, overwrite=True),
+        lambda path: write_new(path),
+        lambda path: write_text(path, "new"),
+    ],
+)
+def test_a_loop_of_links_is_refused_in_one_line(tmp_path: Path, name: str, use: Callable[[Path], object]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "there").symlink_to("back")
+    (tmp_path / "back").symlink_to("there")
+    with pytest.raises(CheckpointError, match="choose another --output"):
+        use(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"loop", "there", "back"}

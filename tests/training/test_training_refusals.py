@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeModel, build_tokenizer
 from flashsvd import FinetuneConfig
 from flashsvd.cli import main
-from flashsvd.errors import ConfigError, DataError, FlashSVDError
+from flashsvd.errors import CheckpointError, ConfigError, DataError, FlashSVDError
 from training_data import SST2, compress, finetune, write_task_data, write_text
 
 
@@ -130,6 +130,15 @@ def test_an_output_that_is_not_ours_is_never_replaced(make_model: MakeModel, tmp
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(FlashSVDError, match=r"holds notes\.txt, which flashsvd did not write"):
         finetune(make_model(), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["loop", "loop/below"])
+def test_a_loop_of_links_is_no_output(make_model: MakeModel, tmp_path: Path, name: str, resume: bool) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    data = write_task_data(tmp_path / "data", SST2)
+    with pytest.raises(CheckpointError, match=f"cannot write .*{name}: .*; choose another --output"):
+        finetune(make_model(), tmp_path / name, task="sst2", data=data, resume=resume)
 
 
 def test_a_model_without_a_tokenizer_is_refused(make_model: MakeModel, tmp_path: Path) -> None:

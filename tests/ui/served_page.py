@@ -47,9 +47,16 @@ def trap() -> Iterator[list[bytes]]:
 
 
 @pytest.fixture(scope="session")
-def address(root: Path, trap: list[bytes]) -> Iterator[str]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary directory of the page."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="session")
+def address(root: Path, trap: list[bytes], temporary: Path) -> Iterator[str]:
     proxy = f"http://127.0.0.1:{trap.pop().decode()}"
-    # As users have it: nothing tells the libraries to stay offline.
-    environment = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-    with serve(root, environment=environment | {name.lower(): value for name, value in environment.items()}) as address:
+    # As users have it: nothing tells the libraries to stay offline, or that this machine needs no proxy.
+    environment = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "NO_PROXY": "", "HF_HUB_OFFLINE": "0"}
+    environment |= {name.lower(): value for name, value in environment.items()}
+    with serve(root, environment={**environment, "TMPDIR": str(temporary)}) as address:
         yield address

@@ -30,11 +30,16 @@ def test_help_needs_neither_torch_nor_gradio() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in; give visitors a password with --auth"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in; give visitors a password with --auth-file"),
         (["--host", "::"], "--host :: lets other machines in"),
         (["--host", "192.168.0.1"], "--host 192.168.0.1 lets other machines in"),
         (["--host", "localhost.example"], "--host localhost.example lets other machines in"),
         (["--host", "", "--auth", "ada:b"], "--host must be an address"),
+        (["--host", "192.0.2.1", "--auth", "ada:b"], "cannot serve on --host 192.0.2.1: this machine has no such"),
+        (["--allow-host", "*"], "--allow-host must be a name such as svd.example.org, or NAME:PORT, got '*'"),
+        (["--auth-file", "none/there"], "--auth-file none/there cannot be read: No such file or directory"),
+        (["--auth-file", "x", "--auth", "ada:b"], "--auth and --auth-file both give a password; leave out one"),
+        (["--auth", " ada:b"], "--auth must be USER:PASSWORD without spaces around USER"),
         (["--auth", "ada"], "--auth must be USER:PASSWORD, neither of them empty"),
         (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
         (["--auth", "ada:"], "--auth must be USER:PASSWORD"),

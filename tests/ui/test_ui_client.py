@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_server import serve
 
 from flashsvd import load_compressed, read_info
 
@@ -114,14 +113,3 @@ def test_no_file_is_taken(address: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request)
     assert refusal.value.code == 413
-
-
-def test_visitors_need_the_password_where_one_is_set(root: Path) -> None:
-    with serve(root, "--auth", "ada:a:b") as address:
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            urllib.request.urlopen(f"{address}/config")
-        assert refusal.value.code == 401
-        answer: Any = Client(address, auth=("ada", "a:b"), verbose=False).view_api(
-            return_format="dict", print_info=False
-        )
-        assert "/compress" in answer["named_endpoints"]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from gradio.exceptions import Error
 
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.news import Failed, Line, News
 from flashsvd.ui.root import Root
-from flashsvd.ui.run import Downloads, watch
+from flashsvd.ui.run import watch
 from flashsvd.ui.worker import _LogHandler
 
 LINES, WIDTH = 5_000, 4000

@@ -37,7 +37,8 @@ def fill_root(root: Path) -> None:
 
 @contextlib.contextmanager
 def serve(root: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The address of a page with that root, as long as the block lasts."""
+    """The address of a page with that root, as long as the block lasts. Whatever its visitors do, its log has no
+    traceback of it."""
     port = free_port()
     command = [sys.executable, "-m", "flashsvd.ui.app", "--root", str(root), "--port", str(port), *options]
     environment = {**os.environ, **(environment or {})}
@@ -47,7 +48,8 @@ def serve(root: Path, *options: str, environment: Mapping[str, str] | None = Non
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.communicate(timeout=60)
+            log, _ = server.communicate(timeout=60)
+    assert "Traceback" not in log, log
 
 
 @contextlib.contextmanager

@@ -45,6 +45,16 @@ def check_target(target: Path, overwrite: bool, marker: str = INFO_FILE) -> None
         check_place(target)
 
 
+def real_target(target: Path) -> Path:
+    """Where a target's name leads, through links.
+
+    Raises:
+        CheckpointError: nowhere, as a loop of links does.
+    """
+    with one_line_errors(target):
+        return resolve(target)
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_FILE) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block ends without an error.

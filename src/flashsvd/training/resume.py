@@ -20,7 +20,7 @@ from typing import Any, Literal
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.models.state import check_state
-from flashsvd.storage.atomic import write_text
+from flashsvd.storage.atomic import real_target, write_text
 from flashsvd.storage.json_file import read_json
 from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
 from flashsvd.storage.verify import tensor_shapes, weight_files
@@ -52,9 +52,9 @@ class Workplace:
         Raises:
             ConfigError: there is an interrupted run and `--resume` is not given, or nothing to resume, or an option
                 or the number of processes differs from that of the interrupted run, or another process works there.
-            CheckpointError: what the interrupted run was asked for cannot be read.
+            CheckpointError: what the interrupted run was asked for cannot be read, or the output is a loop of links.
         """
-        directory = output.resolve().with_name(f"{output.name}.partial")
+        directory = real_target(output).with_name(f"{output.name}.partial")
         take_away_leftovers(directory)
         what = _what_is_in(directory)
         if what == "nothing":

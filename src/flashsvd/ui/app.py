@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import ipaddress
 import os
 import sys
 import threading
@@ -13,7 +12,11 @@ from collections.abc import Sequence
 
 from flashsvd import cli
 from flashsvd.errors import ConfigError
+from flashsvd.ui.downloads import Downloads
+from flashsvd.ui.hosts import Hosts, is_loopback
+from flashsvd.ui.password import VARIABLE, read_password
 from flashsvd.ui.root import Root
+from flashsvd.ui.sockets import listen
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -27,9 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=cli.whole_number, default=PORT, help=f"port to serve on (default: {PORT})")
     parser.add_argument(
-        "--host", default=HOST, help=f"address to serve on (default: {HOST}, this machine alone); others need --auth"
+        "--host",
+        default=HOST,
+        help=f"address to serve on (default: {HOST}, this machine alone); others need a password",
     )
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that visitors reach the page by, besides localhost, --host and its addresses; may be repeated",
+    )
+    parser.add_argument(
+        "--auth-file",
+        metavar="FILE",
+        help=f"ask visitors for a name and password: this file's first line, USER:PASSWORD; or set {VARIABLE} to it",
+    )
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="the same, where all users of this machine can see it: in its processes"
+    )
     parser.add_argument(
         "--root", default=".", help="directory that visitors may read and write in (default: the current one)"
     )
@@ -37,20 +56,12 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     root = Root.of(options.root)
-    auth = _credentials(options.auth)
+    auth = read_password(options.auth, options.auth_file, root)
     _check_address(options.host, options.port, auth is not None)
+    hosts = Hosts.of(options.host, options.allow_host)
     # Relative names are those below the root, for the page and for the processes of its jobs.
     os.chdir(root.directory)
-    _serve(root, options.host, options.port, auth)
-
-
-def _credentials(text: str | None) -> tuple[str, str] | None:
-    if text is None:
-        return None
-    user, colon, password = text.partition(":")
-    if not (user and colon and password):
-        raise ConfigError("--auth must be USER:PASSWORD, neither of them empty")
-    return user, password
+    _serve(root, options.host, options.port, hosts, auth)
 
 
 def _check_address(host: str, port: int, has_auth: bool) -> None:
@@ -58,51 +69,35 @@ def _check_address(host: str, port: int, has_auth: bool) -> None:
         raise ConfigError(f"--port must be from 1 to 65535, got {port}")
     if not host.strip():
         raise ConfigError("--host must be an address; give 0.0.0.0 for all that this machine has")
-    if not _is_loopback(host) and not has_auth:
-        raise ConfigError(f"--host {host} lets other machines in; give visitors a password with --auth USER:PASSWORD")
+    if not is_loopback(host) and not has_auth:
+        raise ConfigError(
+            f"--host {host} lets other machines in; give visitors a password with --auth-file FILE or {VARIABLE}"
+        )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _serve(root: Root, host: str, port: int, auth: tuple[str, str] | None) -> None:
-    from flashsvd.ui.run import Downloads
-
+def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str] | None) -> None:
+    sockets = listen(host, port)
     downloads = Downloads()
     atexit.register(downloads.close)
     # Read when gradio is imported: it would ask its makers whether it is the newest, and tell them that it is used.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    # Its own copies of what it hands out go with the page too.
+    # So that it hands out the downloads as they are.
     os.environ["GRADIO_TEMP_DIR"] = str(downloads.path)
+    from flashsvd.ui import server
     from flashsvd.ui.machine import Machine
     from flashsvd.ui.page import Site, build_page
-    from flashsvd.ui.theme import CSS, theme
+    from flashsvd.ui.visitors import Visitors
 
-    machine = Machine()
+    machine, visitors = Machine(), Visitors()
     atexit.register(machine.close)
-    page = build_page(Site(root, machine, downloads))
+    page = build_page(Site(root, machine, downloads, visitors))
     machine.prepare()
-    try:
-        # No visitor has a file to send: the smallest size that can be set refuses all.
-        page.launch(
-            server_name=host, server_port=port, auth=auth, share=False, inbrowser=False, quiet=True, footer_links=[],
-            run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True,
-            max_file_size=1,
-            theme=theme(), css=CSS, prevent_thread_lock=True,
-        )  # fmt: skip
-    except OSError as error:
-        raise ConfigError(
-            f"cannot serve on port {port} of {host}, which another program may have; choose another --port"
-        ) from error
+    server.start(server.application(page, visitors, hosts, auth), sockets)
     print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
-    # Not the page: it would wait for visitors whose connections stay open.
+    # Not the server: it would wait for visitors whose connections stay open.
     machine.close()
 
 

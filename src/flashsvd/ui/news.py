@@ -62,3 +62,12 @@ class Shown:
 
 
 News = Line | Bar | Failed | Shown
+
+# Characters of one message.
+_LONGEST = 4000
+
+
+def shortened(text: str) -> str:
+    """Text without its middle, where it quotes so much that the page should not hold it; all of it can be sent."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return short.encode("utf-8", "replace").decode("utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -18,15 +18,20 @@ from flashsvd.evaluate import EvalConfig
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.training.config import FinetuneConfig
 from flashsvd.ui import markup
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job, SavedProfile
 from flashsvd.ui.machine import Machine
+from flashsvd.ui.news import shortened
 from flashsvd.ui.root import Root
-from flashsvd.ui.run import WAITING, Downloads, View, no_files, watch
+from flashsvd.ui.run import WAITING, View, no_files, watch
 from flashsvd.ui.show import show_info
+from flashsvd.ui.visitors import Visitors
 from flashsvd.ui.widgets import values_of, widgets_for
 
 # What a shell prints as one line.
 REFUSALS = (FlashSVDError, OSError)
+# Jobs that wait for their turn.
+QUEUE_SIZE = 20
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Site:
     root: Root
     machine: Machine
     downloads: Downloads
+    visitors: Visitors
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def build_page(site: Site) -> gr.Blocks:
                 _info_tab(site)
             with gr.Tab(COMPARE.title):
                 _job_tab(site, COMPARE)
-    return page
+    return page.queue(max_size=QUEUE_SIZE, api_open=False)
 
 
 def _form(tab: Tab) -> Form:
@@ -144,8 +150,8 @@ def _comparison_form(tab: Tab) -> Form:
             return SavedProfile(name)
         return config_from(tab.config_class, values_of(tab.config_class, names, values) | {"checkpoint": name})
 
-    def configs(checkpoints: str | None, *values: Any) -> tuple[Config, ...]:
-        named = [line.strip() for line in (checkpoints or "").splitlines() if line.strip()]
+    def configs(checkpoints: Any, *values: Any) -> tuple[Config, ...]:
+        named = [line.strip() for line in _text(checkpoints).splitlines() if line.strip()]
         # Without any, the config says what is missing.
         return tuple(config(name, values) for name in named or [""])
 
@@ -175,23 +181,24 @@ def _job_tab(site: Site, tab: Tab) -> None:
         try:
             job_of(values)
         except REFUSALS as error:
-            yield (markup.failed(one_line(error)), "", "", *no_files(), *_ready())
-            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(_line(error)), "", "", *no_files(), *_ready())
+            raise _error(_line(error)) from error
         yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
+        *values, request = values  # type: ignore[assignment]
         try:
-            job = job_of(values)
+            job = job_of(tuple(values))
         except REFUSALS as error:
-            yield (markup.failed(one_line(error)), "", "", *no_files())
-            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(_line(error)), "", "", *no_files())
+            raise _error(_line(error)) from error
+        if not site.visitors.wait_for(request.session_hash):
+            raise _error("nobody listens for what comes of the job, so it was not begun")
         yield from watch(site.machine, site.downloads, job)
 
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where Gradio looks for parameters' names
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in form.widgets]
-    )
+    _name_parameters(run, form.widgets)
     checked = start.click(
-        check, inputs, [*view, *buttons], show_progress="hidden", concurrency_limit=None,
+        check, inputs, [*view, *buttons], show_progress="hidden", concurrency_limit=None, preprocess=False,
         api_visibility="private",
     )  # fmt: skip
     ran = checked.success(
@@ -201,13 +208,15 @@ def _job_tab(site: Site, tab: Tab) -> None:
         show_progress="hidden",
         concurrency_id="machine",
         concurrency_limit=1,
+        # What a widget would refuse with a traceback, such as a choice that is none, the config does in a line.
+        preprocess=False,
         api_name=tab.command,
     )
     # Of the run itself, so that nothing it still says comes later; the page tells a failure apart from other ends.
     for over in (ran.then, ran.failure):
         over(
             _last_word, view[0], [view[0], *buttons],
-            show_progress="hidden", queue=False, api_visibility="private",
+            show_progress="hidden", queue=False, preprocess=False, api_visibility="private",
         )  # fmt: skip
     cancel.click(None, cancels=[ran])
 
@@ -226,15 +235,18 @@ def _info_tab(site: Site) -> None:
         with gr.Column(scale=7, min_width=320):
             state, result, data, info = _info_view("info")
 
-    def read(checkpoint: str | None) -> Iterator[tuple[Any, ...]]:
+    def read(checkpoint: Any) -> Iterator[tuple[Any, ...]]:
         try:
-            yield show_info(site.root, site.downloads, checkpoint)
+            yield show_info(site.root, site.downloads, _text(checkpoint))
         except REFUSALS as error:
-            yield (markup.failed(one_line(error)), "", *no_files())
-            raise gr.Error(one_line(error), visible=False, print_exception=False) from error
+            yield (markup.failed(_line(error)), "", *no_files())
+            raise _error(_line(error)) from error
 
     outputs = [state, result, data, info]
-    gr.on([show.click, checkpoint.submit], read, checkpoint, outputs, show_progress="hidden", api_name="info")
+    gr.on(
+        [show.click, checkpoint.submit], read, checkpoint, outputs,
+        show_progress="hidden", preprocess=False, api_name="info",
+    )  # fmt: skip
 
 
 def _view(tab: str) -> list[Any]:
@@ -282,6 +294,28 @@ def _ready() -> tuple[Any, Any]:
     return gr.Button(interactive=True), gr.Button(interactive=False)
 
 
-def _last_word(state: str) -> tuple[Any, ...]:
+def _last_word(state: Any) -> tuple[Any, ...]:
     """The state to leave when a run is over, however it ended: one that was cancelled could not say so itself."""
-    return (gr.skip() if markup.is_end(state) else markup.cancelled(), *_ready())
+    return (gr.skip() if markup.is_end(_text(state)) else markup.cancelled(), *_ready())
+
+
+def _name_parameters(run: Callable[..., Any], names: Iterable[str]) -> None:
+    """Give a function of any values named parameters, and the request after them, where Gradio looks for both."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in (*names, "request")]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {"request": gr.Request}
+
+
+def _text(value: Any) -> str:
+    """What a text field holds: its value is whatever a client sent."""
+    return "" if value is None else str(value)
+
+
+def _line(error: Exception) -> str:
+    return shortened(one_line(error))
+
+
+def _error(line: str) -> gr.Error:
+    """For whoever calls the page as an API; what the page shows says so already."""
+    return gr.Error(line, visible=False, print_exception=False)

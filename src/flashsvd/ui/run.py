@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from flashsvd.storage.scratch import Scratch, take_away_leftovers
 from flashsvd.ui import markup
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.jobs import Job
 from flashsvd.ui.machine import Machine
 from flashsvd.ui.news import Bar, Failed, Line, Shown
@@ -97,23 +95,3 @@ def files(shown: Shown, name: str, downloads: Downloads) -> tuple[Any, Any]:
 def _finished(shown: Shown, seen: _Seen, downloads: Downloads, text: str) -> View:
     page = markup.result(shown)
     return (markup.done(text), seen.log(), page, *files(shown, "result.json", downloads))
-
-
-class Downloads:
-    """A directory that goes with the page."""
-
-    def __init__(self) -> None:
-        place = Path(tempfile.gettempdir(), "flashsvd-ui")
-        take_away_leftovers(place)
-        # Gradio serves nothing that is hidden.
-        self._directory = Scratch(place, "serving", hidden=False)
-        self.path = self._directory.path
-
-    def keep(self, name: str, content: bytes) -> str:
-        """Write a copy under its own name, where nobody else's can have the same path."""
-        file = Path(tempfile.mkdtemp(dir=self.path)) / name
-        file.write_bytes(content)
-        return str(file)
-
-    def close(self) -> None:
-        self._directory.close()

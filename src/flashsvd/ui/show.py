@@ -8,10 +8,11 @@ from flashsvd.errors import ConfigError
 from flashsvd.info import read_info
 from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.ui import markup
+from flashsvd.ui.downloads import Downloads
 from flashsvd.ui.news import Shown
 from flashsvd.ui.present import svgs
 from flashsvd.ui.root import Root
-from flashsvd.ui.run import Downloads, files
+from flashsvd.ui.run import files
 
 
 def show_info(root: Root, downloads: Downloads, checkpoint: str | None) -> tuple[Any, ...]:

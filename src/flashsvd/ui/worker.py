@@ -20,10 +20,7 @@ from typing import Any, NoReturn
 from flashsvd.errors import FlashSVDError, first_line, one_line
 from flashsvd.shown import printable
 from flashsvd.ui.jobs import Job, prepare_imports, run_job
-from flashsvd.ui.news import Bar, Failed, Line
-
-# Characters of one message.
-_LONGEST = 4000
+from flashsvd.ui.news import Bar, Failed, Line, shortened
 
 
 def main(pipe: Connection) -> None:
@@ -70,14 +67,8 @@ def _run(job: Job, outlet: Outlet) -> None:
         # Of the file system its own words, as in a shell.
         outlet.send(Failed(one_line(error)))
     except Exception as error:
-        outlet.send(Line(_shortened(traceback.format_exc().rstrip())))
+        outlet.send(Line(shortened(printable(traceback.format_exc().rstrip()))))
         outlet.send(Failed(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)"))
-
-
-def _shortened(text: str) -> str:
-    """Text without its middle, where it quotes so much of somebody's file that the page should not hold it."""
-    text = printable(text)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class _LogHandler(logging.Handler):
@@ -87,7 +78,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        self._outlet.send(Line(_shortened(warning + record.getMessage())))
+        self._outlet.send(Line(shortened(printable(warning + record.getMessage()))))
 
 
 def _report_log(outlet: Outlet) -> None:
