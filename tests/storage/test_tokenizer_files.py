@@ -92,7 +92,7 @@ def test_a_checkpoint_knows_what_it_was_saved_with(
     (out / name).write_text((out / name).read_text() + "\n")
     load_tokenizer(str(out))
     assert [record.message for record in caplog.records] == [
-        f"{out / name} is not the file that was saved, so that texts may be read in another way"
+        f"{out / name} is not the file that was saved, so that texts may be read otherwise"
     ]
     (out / name).unlink()
     with pytest.raises(ModelError, match=f"has lost {name}; save the base model's tokenizer into it"):

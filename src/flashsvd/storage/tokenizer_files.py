@@ -51,18 +51,27 @@ def check_tokenizer_files(directory: str) -> None:
 
 
 def _check_saved(directory: Path, found: Collection[str]) -> None:
-    """Hold what there is of a tokenizer against what a compressed checkpoint says that it was saved with.
+    """Refuse a tokenizer that lacks a file with which a compressed checkpoint says that it was saved."""
+    if lost := [name for name in _saved(directory) if name not in found]:
+        raise ModelError(f"{directory} has lost {lost[0]}; save the base model's tokenizer into it")
 
-    One that is lost is refused; one that is another, as its owner may have wanted, is told.
+
+def tell_of_others(directory: str) -> None:
+    """Warn of files of a tokenizer that are not the ones a compressed checkpoint was saved with.
+
+    They may be what its owner wanted. For a tokenizer that could be loaded from them.
     """
+    for name, digest in _saved(Path(directory)).items():
+        if digests_of(Path(directory), [name])[name] != digest:
+            log.warning("%s/%s is not the file that was saved, so that texts may be read otherwise", directory, name)
+
+
+def _saved(directory: Path) -> dict[str, str]:
+    """The digests of the tokenizer's files as they were saved, as far as a checkpoint tells."""
     if not (directory / INFO_FILE).is_file():
-        return
-    saved = CompressionInfo.read_file(directory / INFO_FILE).digests
-    for name in (name for name in TOKENIZER_FILES if name in saved):
-        if name not in found:
-            raise ModelError(f"{directory} has lost {name}; save the base model's tokenizer into it")
-        if digests_of(directory, [name])[name] != saved[name]:
-            log.warning("%s is not the file that was saved, so that texts may be read in another way", directory / name)
+        return {}
+    digests = CompressionInfo.read_file(directory / INFO_FILE).digests
+    return {name: digests[name] for name in TOKENIZER_FILES if name in digests}
 
 
 def _read(file: Path) -> dict[str, Any]:
