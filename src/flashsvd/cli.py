@@ -221,9 +221,9 @@ def _run_clean(options: argparse.Namespace) -> None:
         size = found.size()
         if found.remove():
             removed += size
-            print(f"removed {found.path}, {size / 1e6:.1f} MB")
+            _show(f"removed {found.path}, {size / 1e6:.1f} MB")
         else:
-            print(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
+            _show(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
     print(f"{removed / 1e6:.1f} MB are free again")
 
 

@@ -9,6 +9,7 @@ import pytest
 from damage import KINDS, replace
 
 from conftest import VOCABULARY, MakeModel
+from flashsvd import CompressConfig, run_compress
 from flashsvd.errors import ModelError
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.storage.companions import find_companions
@@ -76,6 +77,26 @@ def test_a_tokenizer_without_words_is_refused(make_model: MakeModel, text: str) 
     (source / "vocab.txt").write_text(text)
     with pytest.raises(ModelError, match="has no words"):
         load_tokenizer(str(source))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
+def test_a_checkpoint_knows_what_it_was_saved_with(
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    (source / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(out)))
+    caplog.clear()
+    load_tokenizer(str(out))
+    assert not caplog.records
+    (out / name).write_text((out / name).read_text() + "\n")
+    load_tokenizer(str(out))
+    assert [record.message for record in caplog.records] == [
+        f"{out / name} is not the file that was saved, so that texts may be read otherwise"
+    ]
+    (out / name).unlink()
+    with pytest.raises(ModelError, match=f"has lost {name}; save the base model's tokenizer into it"):
+        load_tokenizer(str(out))
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gone", "empty"}))

@@ -14,7 +14,7 @@ from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
-from flashsvd.storage.tokenizer_files import check_tokenizer_files
+from flashsvd.storage.tokenizer_files import check_tokenizer_files, tell_of_others
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
 from flashsvd.storage.verify import INDEX, WEIGHTS, all_shapes, weight_files
 
@@ -159,6 +159,8 @@ def load_tokenizer(source: str) -> Any:
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     if not words:
         raise ModelError(f"the tokenizer of {source} has no words; save the base model's tokenizer into it")
+    if Path(source).is_dir():
+        tell_of_others(source)
     return tokenizer
 
 

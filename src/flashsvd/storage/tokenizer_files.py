@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import ModelError, described
 from flashsvd.storage.companions import TOKENIZER_CONFIG, TOKENIZER_FILES
+from flashsvd.storage.digests import digests_of
 from flashsvd.storage.json_file import read_object
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import companion_file
+
+log = logging.getLogger("flashsvd")
 
 TOKENIZER = "tokenizer.json"
 # What tokenizers without a tokenizer.json have instead, all of one line.
@@ -31,6 +37,7 @@ def check_tokenizer_files(directory: str) -> None:
         ModelError: naming the file.
     """
     found = {name for name in TOKENIZER_FILES if companion_file(directory, name)}
+    _check_saved(Path(directory), found)
     if not found:
         raise ModelError(f"{directory} holds no tokenizer; save the base model's tokenizer into it")
     settings = {name: _read(Path(directory) / name) for name in _SETTINGS if name in found}
@@ -41,6 +48,30 @@ def check_tokenizer_files(directory: str) -> None:
         raise ModelError(
             f"{directory} has no {TOKENIZER}, nor a vocabulary in its place; save the base model's tokenizer into it"
         )
+
+
+def _check_saved(directory: Path, found: Collection[str]) -> None:
+    """Refuse a tokenizer that lacks a file with which a compressed checkpoint says that it was saved."""
+    if lost := [name for name in _saved(directory) if name not in found]:
+        raise ModelError(f"{directory} has lost {lost[0]}; save the base model's tokenizer into it")
+
+
+def tell_of_others(directory: str) -> None:
+    """Warn of files of a tokenizer that are not the ones a compressed checkpoint was saved with.
+
+    They may be what its owner wanted. For a tokenizer that could be loaded from them.
+    """
+    for name, digest in _saved(Path(directory)).items():
+        if digests_of(Path(directory), [name])[name] != digest:
+            log.warning("%s/%s is not the file that was saved, so that texts may be read otherwise", directory, name)
+
+
+def _saved(directory: Path) -> dict[str, str]:
+    """The digests of the tokenizer's files as they were saved, as far as a checkpoint tells."""
+    if not (directory / INFO_FILE).is_file():
+        return {}
+    digests = CompressionInfo.read_file(directory / INFO_FILE).digests
+    return {name: digests[name] for name in TOKENIZER_FILES if name in digests}
 
 
 def _read(file: Path) -> dict[str, Any]:

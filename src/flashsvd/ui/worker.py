@@ -78,7 +78,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        self._outlet.send(Line(shortened(warning + record.getMessage())))
+        self._outlet.send(Line(shortened(printable(warning + record.getMessage()))))
 
 
 def _report_log(outlet: Outlet) -> None:
