@@ -256,6 +256,21 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_loaded(c
         run_profile(config(output=str(data)))
 
 
+@pytest.mark.parametrize("name", ["profile.json", "profile.png"])
+def test_a_profile_takes_the_place_of_an_earlier_one_and_of_nothing_else(
+    config: MakeConfig, tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "results"
+    for _ in range(2):
+        run_profile(config(variants="low-rank", output=output))
+    (output / name).write_bytes(b"\x89PNG mine")
+    with pytest.raises(CheckpointError, match=rf"{name} holds no earlier profile; pass --overwrite to replace it"):
+        run_profile(config(variants="low-rank", output=output))
+    assert (output / name).read_bytes() == b"\x89PNG mine"
+    run_profile(config(variants="low-rank", output=output, overwrite=True))
+    run_profile(config(variants="low-rank", output=output))
+
+
 def test_the_command_prints_the_table_or_json(config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     made = config()
     arguments = ["profile", "--checkpoint", made.checkpoint, "--data", str(made.data), "--variants", "low-rank"]
