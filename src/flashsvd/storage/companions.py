@@ -138,7 +138,7 @@ def _module_files(source: str, kind: str, folder: str) -> dict[str, Path]:
 def _local_module_files(source: Path, folder: str) -> dict[str, Path]:
     files = {}
     for file in sorted((source / folder).glob("*")):
-        if file.suffix in MODULE_SUFFIXES and file.is_file():
+        if file.suffix in MODULE_SUFFIXES and companion_file(str(source), f"{folder}/{file.name}"):
             _check_own_file(file, source)
             files[f"{folder}/{file.name}"] = file
         elif file.suffix in _PICKLES:
