@@ -52,7 +52,7 @@ class Found:
     @property
     def quantized(self) -> bool:
         """Whether its weights are rounded by some other library."""
-        return _quant_method(self.config) is not None and not self.compressed
+        return quantization_method(self.config) is not None and not self.compressed
 
     def refuse_compressed(self) -> None:
         """Refuse a model whose weights are not plain numbers.
@@ -63,7 +63,7 @@ class Found:
         if self.compressed:
             raise ModelError(f"{self.name} is compressed already; compress the dense model it came from")
         if self.quantized:
-            method = _quant_method(self.config)
+            method = quantization_method(self.config)
             raise ModelError(f"{self.name} is quantized ({method}); compress the unquantized model it came from")
 
 
@@ -132,10 +132,10 @@ def find_info(source: str) -> CompressionInfo | None:
 
 def is_compressed(config: Any) -> bool:
     """Whether a transformers config is that of one of our checkpoints."""
-    return _quant_method(config) == QUANT_METHOD
+    return quantization_method(config) == QUANT_METHOD
 
 
-def _quant_method(config: Any) -> str | None:
+def quantization_method(config: Any) -> str | None:
     """The library that a config's weights were rounded or factored by; None where they are plain numbers."""
     described = getattr(config, "quantization_config", None)
     if described is None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import logging
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,19 @@ from typing import Any
 import torch
 
 from flashsvd.errors import ConfigError, ModelError, library_errors
+from flashsvd.lowrank.spec import QUANT_METHOD
+from flashsvd.models.found import quantization_method
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
 from flashsvd.storage.companions import has_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
 from flashsvd.storage.verify import INDEX, weight_files
+from flashsvd.storage.weight_headers import find_weights, stored_dtype
+
+log = logging.getLogger("flashsvd")
+
+# Buffers that old checkpoints hold, which a model makes by itself.
+_CONSTANTS = re.compile(r"(^|\.)(position_ids|masked_bias|inv_freq)$")
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,19 @@ def load_model(
     """Load weights into `model_class`; those of another kind of head do not count, even under the same names.
 
     Args:
-        dtype: None keeps the checkpoint's own.
+        dtype: None keeps the one that the weights are stored in, whatever the config says.
         new_head: give a sequence classifier a fresh head even where it has one.
         options: set on the config, such as `num_labels`.
 
     Raises:
-        ModelError: the weights cannot be had or read, lie outside of the model, or lack a part of the base model.
+        ModelError: the weights cannot be had or read, lie outside of the model, lack a part of the base model, or hold
+            one that the model has no place for.
     """
     check_weights(source, config)
     if Path(source).is_dir() and (Path(source) / INDEX).is_file():
         weight_files(Path(source))
+    stored = own_dtype(source, config)
+    dtype = stored if dtype is None else dtype
     for name, value in options.items():
         setattr(config, name, value)
     with library_errors(source):
@@ -76,7 +90,64 @@ def load_model(
         # A head or a pooler may be new; the encoder below it may not.
         if name.startswith(prefix) and not name.removeprefix(prefix).startswith("pooler."):
             raise ModelError(f"{source} lacks the weights of {name}, a part of the base model; fetch it again")
+    _account_for(loading, model, source)
     return Pretrained(model.eval(), source, untrained)
+
+
+def own_dtype(source: str, config: Any) -> torch.dtype | None:
+    """The dtype that a model's weights are stored in, whatever its config says; None where they are not plain numbers.
+
+    Raises:
+        ModelError: naming a file that is truncated, damaged or a git-lfs pointer.
+    """
+    stored = stored_dtype(find_weights(source, getattr(config, "transformers_weights", None)))
+    return stored if quantization_method(config) in (None, QUANT_METHOD) else None
+
+
+def _account_for(loading: Any, model: Any, source: str) -> None:
+    """Say what of a file did not come into the model.
+
+    Raises:
+        ModelError: it is a part of the base model, such as a layer, or transformers reports an error.
+    """
+    for message in loading.get("error_msgs") or ():
+        raise ModelError(f"{source} cannot be loaded as {type(model).__name__}: {' '.join(str(message).split())}")
+    lost = sorted(name for name in loading["unexpected_keys"] if not _CONSTANTS.search(name))
+    if quantization_method(model.config) == QUANT_METHOD:
+        # Those of the base model were held against the config when the factored layers were built.
+        lost = [name for name in lost if not _in_base(model, name)]
+    for name in lost:
+        if _in_base(model, name):
+            more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
+            raise ModelError(
+                f"{source} holds {name}{more}, which a {type(model).__name__} of its config.json has no place for; "
+                "correct the config (num_hidden_layers, as a rule), or fetch the model again"
+            )
+    if lost:
+        _warn_of_lost(source, type(model).__name__, tuple(lost))
+
+
+@functools.cache
+def _warn_of_lost(source: str, model_class: str, names: tuple[str, ...]) -> None:
+    """Once for each model and class, however often it is loaded."""
+    log.warning("%s holds %s, which a %s has no place for: left out", source, shortened(names), model_class)
+
+
+def _in_base(model: Any, name: str) -> bool:
+    """Whether a file's tensor is one of the base model's own, under whatever head the file spells it; a pooler may go
+    with a head."""
+    prefix = f"{model.base_model_prefix}."
+    bare = name.removeprefix(prefix)
+    part = bare.partition(".")[0]
+    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    known = name.startswith(prefix) or part in dict(base.named_children())
+    return known and part != "pooler"
+
+
+def shortened(names: Collection[str]) -> str:
+    """The first four of some names, and how many others there are."""
+    shown = ", ".join(list(names)[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 @contextlib.contextmanager

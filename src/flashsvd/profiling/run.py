@@ -8,8 +8,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from flashsvd import runtime
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
@@ -18,6 +16,7 @@ from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVD
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import Found, find_model
+from flashsvd.models.loading import own_dtype
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import png
@@ -54,7 +53,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
         runtime.check(subject.config, "auto", device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
     workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
-    setting = Setting(device, dtype or _own_dtype(subject), config.micro_batches, config.graph, config.offload)
+    setting = Setting(
+        device, dtype or own_dtype(subject.source, subject.config), config.micro_batches, config.graph, config.offload
+    )
     reasons = {name: why_not(name, subject, workload, setting) for name in names}
     _refuse_what_was_asked_for(config, reasons)
     subjects = {name: dense if name in DENSE and dense is not None else subject for name in names}
@@ -156,12 +157,6 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
                 "name the dense model with --dense"
             )
     return dense
-
-
-def _own_dtype(subject: Subject) -> torch.dtype | None:
-    """The checkpoint's, which its dense base then runs in too."""
-    dtype = getattr(subject.config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:

@@ -35,7 +35,7 @@ class CompressionInfo:
             else; None where nothing was.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
             the targets alone (biases not counted).
-        dense_bytes: size of the dense model's weights in the checkpoint's dtype.
+        dense_bytes: size of the dense model's weight files.
         untrained: parameters the base model had no weights for, so that they are random (a new head, as a rule).
         trainings: what the factors were trained on since, the last one last, as `TrainingRecord` has it. Files written
             before there was any training lack it.

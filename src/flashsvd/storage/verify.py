@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import CheckpointError, first_line
 
 WEIGHTS = "model.safetensors"
@@ -85,6 +86,8 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
 
     shapes: dict[str, TensorShape] = {}
     for file in files:
+        if is_lfs_pointer(Path(file)):
+            raise CheckpointError(f"{file} {POINTER}")
         try:
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping and cannot be iterated

@@ -113,7 +113,6 @@ def trained_info(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         parameters={**info.parameters, "dense": dense, "compressed": compressed},
-        dense_bytes=dense * model.dtype.itemsize,
         untrained=untrained,
         trainings=tuple(trainings),
     )
