@@ -12,7 +12,7 @@ import pytest
 from flashsvd.data.rows import find_file, load_examples, read_rows
 from flashsvd.data.tasks import TASKS, check_label_count, get_task, label_permutation
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.models.pooling import pooling_mode
+from flashsvd.models.pooling import Pooling, read_pooling
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
 
@@ -151,11 +151,15 @@ def test_a_head_of_another_size_is_refused() -> None:
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
         ({"pooling_mode_cls_token": True, "word_embedding_dimension": 8}, "cls"),
         ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": False}, "mean"),
         ({"pooling_mode": "mean"}, "mean"),
     ],
 )
 def test_pooling_is_read_as_sentence_transformers_writes_it(tmp_path: Path, config: object, mode: str) -> None:
-    assert pooling_mode(write(tmp_path / "config.json", json.dumps(config))) == mode
+    assert read_pooling(write(tmp_path / "config.json", json.dumps(config))) == Pooling((mode,))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
 
@@ -127,6 +128,8 @@ def read_rows(file: Path) -> list[Mapping[str, Any]]:
     Raises:
         DataError: the suffix is unknown, or the file is not of that format.
     """
+    if is_lfs_pointer(file):
+        raise DataError(f"{file} {POINTER}")
     try:
         match file.suffix.lower():
             case ".tsv":

@@ -22,7 +22,7 @@ from flashsvd.data.sampling import IGNORED
 from flashsvd.data.tokenize import Batch, token_ids
 from flashsvd.errors import DataError
 from flashsvd.evaluation.loop import BatchShape, finite_outputs
-from flashsvd.models.loading import check_vocabulary
+from flashsvd.models.loading import check_tokens
 
 # The loss is taken over so many logits at a time: 16 MiB in float32, whatever the vocabulary and the batch.
 _LOGITS_AT_A_TIME = 1 << 22
@@ -88,11 +88,11 @@ class Perplexity:
             return {"perplexity": math.inf}
 
 
-def read_tokens(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tensor:
+def read_tokens(tokenizer: Any, text: str, config: Any, source: str) -> Tensor:
     """[n], a text as one sequence, with the special tokens that the tokenizer itself puts around a text.
 
     Args:
-        vocabulary: how many tokens the model knows.
+        config: the model's.
         source: what the tokenizer belongs to, for the error.
 
     Raises:
@@ -102,7 +102,7 @@ def read_tokens(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tens
     ids = token_ids(tokenizer, text)
     if len(ids) < 2:
         raise DataError(f"the text is too short: perplexity needs at least 2 tokens, it has {len(ids)}")
-    check_vocabulary(max(ids), vocabulary, source)
+    check_tokens({"input_ids": max(ids)}, config, source)
     return torch.tensor(ids)
 
 

@@ -19,6 +19,7 @@ from flashsvd.evaluation.perplexity import Perplexity, read_tokens
 from flashsvd.evaluation.subject import Subject
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import load_tokenizer
+from flashsvd.models.sentence import encoder_length, read_sentence_encoder
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Workload:
         tokenizer = load_tokenizer(subject.source)
         tokens: Examples | Tensor
         if isinstance(data, str):
-            tokens = read_tokens(tokenizer, data, subject.config.vocab_size, subject.source)
+            tokens = read_tokens(tokenizer, data, subject.config, subject.source)
         else:
             tokens = data
         return cls(task, tokens, tokenizer, shape, limit)
@@ -62,13 +63,15 @@ class Workload:
         """
         if isinstance(self.data, Tensor):
             return Perplexity(self.data, self.shape, self.limit)
-        predictor: Predictor = (
-            Classifier(self.task, subject.config)
-            if self.task.head == "classifier"
-            else SentenceSimilarity(subject.source)
+        predictor: Predictor
+        if self.task.head == "classifier":
+            predictor = Classifier(self.task, subject.config)
+        else:
+            encoder = read_sentence_encoder(subject.source, subject.config)
+            predictor = SentenceSimilarity(encoder.adapted(self.tokenizer))
+        return LabelledTexts(
+            self.task, self.data, predictor, self.tokenizer, self.shape, subject.config, subject.source
         )
-        vocabulary = subject.config.vocab_size
-        return LabelledTexts(self.task, self.data, predictor, self.tokenizer, self.shape, vocabulary, subject.source)
 
     def check_fused(self, subject: Subject) -> None:
         """Refuse a tokenizer that puts padding, where an optimised model has zeros, into the column a head reads.
@@ -109,7 +112,8 @@ def batch_shape(
     if task.head != "lm":
         if stride is not None:
             raise ConfigError(f"--stride is for running text, {task.name} has single examples; leave it out")
-        return BatchShape(batch_size or BATCH_SIZE, subject.seq_len(seq_len, SEQ_LEN), padding)
+        own = encoder_length(subject.source, subject.config) if task.head == "encoder" else SEQ_LEN
+        return BatchShape(batch_size or BATCH_SIZE, subject.seq_len(seq_len, own), padding)
     seq_len = subject.seq_len(seq_len, LM_SEQ_LEN)
     stride = stride or seq_len
     if seq_len < 2:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import ModelError, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.heads import own_class
 from flashsvd.models.registry import architecture_of
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.trust import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ def locate(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if is_lfs_pointer(path / "config.json"):
+            raise ModelError(f"{path / 'config.json'} {POINTER}")
+        if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
+            raise ModelError(f"{name} holds an adapter ({ADAPTER_CONFIG}); merge it into its model, and give that")
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; give a directory that save_pretrained wrote")
         return str(path)

@@ -6,19 +6,20 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashsvd.common.lfs import POINTER
 from flashsvd.errors import ConfigError, ModelError, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.found import quantization_method
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
-from flashsvd.storage.companions import has_tokenizer_files
+from flashsvd.storage.companions import find_pointer, has_tokenizer_files
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
 from flashsvd.storage.verify import INDEX, weight_files
 from flashsvd.storage.weight_headers import find_weights, stored_dtype
@@ -194,17 +195,24 @@ def sequence_length(config: Any, source: str, asked: int | None, default: int) -
     return min(default, longest) if asked is None else asked
 
 
-def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
-    """Refuse token ids that a model has no embedding for.
+def check_tokens(largest: Mapping[str, int], config: Any, source: str) -> None:
+    """Refuse token ids, or types of tokens, that a model has no embedding for.
+
+    Args:
+        largest: of each of the model's inputs, by argument name.
 
     Raises:
         ModelError: the tokenizer is not the model's.
     """
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer of {source} gives token {largest}, but the model knows {vocabulary}; "
-            "save the model's own tokenizer"
-        )
+    for name, what, count in (
+        ("input_ids", "token", config.vocab_size),
+        ("token_type_ids", "token type", getattr(config, "type_vocab_size", None)),
+    ):
+        if count is not None and largest.get(name, 0) >= count:
+            raise ModelError(
+                f"the tokenizer of {source} gives {what} {largest[name]}, but the model knows {count}; "
+                "save the model's own tokenizer"
+            )
 
 
 def load_tokenizer(source: str) -> Any:
@@ -219,6 +227,8 @@ def load_tokenizer(source: str) -> Any:
     if Path(source).is_dir() and not has_tokenizer_files(Path(source)):
         raise ModelError(f"{source} holds no tokenizer; save the base model's tokenizer into it")
     check_tokenizer_config(source)
+    if Path(source).is_dir() and (pointer := find_pointer(Path(source))):
+        raise ModelError(f"{pointer} {POINTER}")
     with library_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 

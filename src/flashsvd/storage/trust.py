@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import ModelError
-from flashsvd.storage.companions import TOKENIZER_CONFIG
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.tokenizer_files import TOKENIZER_CONFIG
 from flashsvd.storage.verify import is_plain_name
 
 ADAPTER_CONFIG = "adapter_config.json"
