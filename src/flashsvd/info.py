@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.places import LayerPlace, place_of
+
+# Stands for data that only the user knows: what was trained on scores nothing.
+PLACEHOLDER = "VALIDATION_DATA"
 
 __all__ = ["CheckpointInfo", "read_info", "show_checkpoint_info"]
 
@@ -68,16 +72,24 @@ class CheckpointInfo:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines += ["", "files", *(f"  {size:>13,}  {name}" for name, size in self.files.items())]
-        task = self.compression.task or "TASK"
-        data = " --data PATH" if task in OWN_TASKS else ""
         lines += [
             "",
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {task}{data}",
+            f"  {shlex.join(self._eval_command())}",
         ]
         return "\n".join(lines)
+
+    def _eval_command(self) -> list[str]:
+        """A command that scores the checkpoint, on the data that it was made with where that has a validation file."""
+        task = self.compression.task or "TASK"
+        abouts = [*reversed(self.compression.trainings), self.compression.calibration or {}]
+        used = next((str(about["data"]) for about in abouts if about.get("data")), None)
+        command = ["flashsvd", "eval", "--checkpoint", str(self.directory), "--task", task]
+        if used is None or used.startswith("hub:"):
+            return [*command, "--data", PLACEHOLDER] if task in OWN_TASKS else command
+        return [*command, "--data", used if Path(used).expanduser().is_dir() else PLACEHOLDER]
 
     def __repr__(self) -> str:
         c = self.compression

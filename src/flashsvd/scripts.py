@@ -17,8 +17,8 @@ from flashsvd.compress import CompressConfig, run_compress
 from flashsvd.errors import ConfigError
 from flashsvd.profiling.config import ProfileConfig
 
-# Of CompressConfig: task and device are the profile's own too, and a compression for a profile needs no others.
-NOT_ASKED = ("task", "device", "dtype", "output", "state_dict", "save_stats")
+# Of CompressConfig: task, seed and device are the profile's own too, and a compression for a profile needs no others.
+NOT_ASKED = ("task", "seed", "device", "dtype", "output", "state_dict", "save_stats")
 SIZES = ("rank", "rank_attn", "rank_ffn", "rank_wo", "ratio", "ranks_json")
 
 
@@ -86,7 +86,7 @@ def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict
     """
     if any(name in given for name in SIZES):
         defaults = {name: value for name, value in defaults.items() if name not in SIZES}
-    chosen = {"task": options.task, "device": options.device, "output": options.keep}
+    chosen = {"task": options.task, "seed": options.seed, "device": options.device, "output": options.keep}
     merged = defaults | given | {name: value for name, value in chosen.items() if value is not None}
     if "model" not in merged:
         raise ConfigError("what to profile is not known; name a compressed --checkpoint, or a --model to compress")
@@ -118,7 +118,7 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
         raise ConfigError("what to score on is not known; name a task with --task")
     task = get_task(name)
     subject = Subject.find(compression.model, task)
-    load_data(task, profile.data, profile.max_eval_samples, subject)
+    load_data(task, profile.data, None, subject)
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

@@ -33,6 +33,11 @@ def html_table(caption: str, header: Cells, rows: Sequence[Cells], notes: Cells 
     return f"<table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table>{paragraphs}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 example`, `2 examples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def score_text(value: float | None) -> str:
     """A metric's value with four decimals."""
     return "undefined" if value is None else format(value, ".4f")

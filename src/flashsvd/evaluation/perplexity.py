@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashsvd.data.sampling import IGNORED
+from flashsvd.data.sampling import IGNORED, Draw
 from flashsvd.data.tokenize import Batch, token_ids
 from flashsvd.errors import DataError
 from flashsvd.evaluation.loop import BatchShape, finite_outputs
@@ -47,17 +47,19 @@ class Perplexity:
     Args:
         tokens: [n], the whole text.
         shape: its seq_len and stride make the windows.
-        limit: use only this many windows, the first ones.
+        draw: which windows, in the text's order; None takes all.
     """
 
     # A cache of keys and values would be made and thrown away.
     forward_options: Mapping[str, Any] = {"use_cache": False}
     timed_forward = "a full batch of windows, logits at every position included,"
 
-    def __init__(self, tokens: Tensor, shape: BatchShape, limit: int | None = None) -> None:
+    def __init__(self, tokens: Tensor, shape: BatchShape, draw: Draw | None = None) -> None:
         self._tokens = tokens
         self._seq_len = shape.seq_len
-        windows = text_windows(len(tokens), shape.seq_len, shape.stride or shape.seq_len)[:limit]
+        windows = text_windows(len(tokens), shape.seq_len, shape.stride or shape.seq_len)
+        if draw is not None:
+            windows = [windows[index] for index in sorted(draw.indices(len(windows)))]
         self._batch_size = shape.batch_size
         self._batches = _batches(windows, shape.batch_size)
         self._loss = 0.0

@@ -115,7 +115,23 @@ def load_config(source: str) -> Any:
     with library_errors(source):
         as_dict, _ = PreTrainedConfig.get_config_dict(source)
         architecture_of(_ModelType(as_dict.get("model_type")))
+        _check_class_names(source, as_dict.get("id2label"))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _check_class_names(source: str, named: Any) -> None:
+    """Refuse names of classes that are not by the number of each.
+
+    Raises:
+        ModelError: saying how they are to be.
+    """
+    if named is None:
+        return
+    if not isinstance(named, Mapping) or not all(str(number).isdecimal() for number in named):
+        raise ModelError(
+            f"config.json of {source} has id2label {named!r:.80}, which does not give each class a name by its number; "
+            'write it as {"0": "NAME", "1": "NAME"}'
+        )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def read_pooling(config_file: Path) -> Pooling:
         older = {f"pooling_mode_{name}": mode for mode, name in POOLING_MODES.items()}
         on = {key for key, value in config.items() if key.startswith("pooling_mode_") and value is True}
         modes = (*(mode for key, mode in older.items() if key in on), *sorted(on - set(older)))
-        modes = modes if modes or not set(config) & set(older) else ("mean",)
+        modes = modes or ("mean",)
     if not modes or not set(modes) <= set(POOLING_MODES):
         raise ModelError(f"{config_file} asks for {', '.join(modes)} pooling; known are {', '.join(POOLING_MODES)}")
     return Pooling(modes, config.get("include_prompt", True) is not False)

@@ -53,7 +53,7 @@ class SentenceEncoder:
         similarity: of `SIMILARITIES`.
     """
 
-    pooling: Pooling = Pooling()
+    pooling: Pooling = dataclasses.field(default_factory=Pooling)
     prompt: str = ""
     skipped: int = 0
     max_seq_length: int | None = None
@@ -77,7 +77,8 @@ class SentenceEncoder:
             case "dot":
                 return (first * second).sum(dim=-1)
             case "euclidean":
-                return -torch.linalg.vector_norm(first - second, dim=-1)
+                distance: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
+                return -distance
             case "manhattan":
                 return -(first - second).abs().sum(dim=-1)
         return torch.cosine_similarity(first, second)

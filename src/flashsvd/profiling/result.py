@@ -115,6 +115,7 @@ class ProfileResult:
     rows: tuple[VariantRow, ...]
     definitions: Mapping[str, str]
     new_tokens: int | None = None
+    seed: int | None = None
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
     module_places: Mapping[str, LayerPlace] = field(default_factory=dict)
@@ -186,10 +187,11 @@ class ProfileResult:
         """What was measured on what, in one line."""
         against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
+        drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
         options = ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
         return (
-            f"{self.checkpoint} ({self.method}){against}: {self.task} on {self.num_eval_samples} samples "
-            f"of {self.data}, batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
+            f"{self.checkpoint} ({self.method}){against}: {self.task} on {counted(self.num_eval_samples, 'sample')} "
+            f"of {self.data}{drawn}, batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
             f"timed passes {self.runs}, {dtypes or 'dtype unknown'} on {self.device}{options}"
         )
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from flashsvd import runtime
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
-from flashsvd.data.tasks import Task, get_task
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import Task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
-from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-from flashsvd.models.found import Found, find_model
+from flashsvd.models.found import find_model
 from flashsvd.models.loading import own_dtype
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
@@ -44,15 +45,16 @@ def profile(config: ProfileConfig) -> ProfileResult:
         check_offload(device)
     _check_output(config.output)
     found = find_model(config.checkpoint)
-    task = _task(config, found)
+    task = task_of(config.task, found)
     subject = Subject.of(found, task)
     names = config.variant_names()
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
-    task, data = load_data(task, config.data, config.max_eval_samples, subject)
+    draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
+    task, data = load_data(task, config.data, draw, subject)
     if config.graph:
         runtime.check(subject.config, "auto", device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
-    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    workload = Workload.prepare(task, data, subject, shape, draw)
     setting = Setting(
         device, dtype or own_dtype(subject.source, subject.config), config.micro_batches, config.graph, config.offload
     )
@@ -82,13 +84,14 @@ def profile(config: ProfileConfig) -> ProfileResult:
         ratio=info.ratio if info else None,
         device=describe_device(device),
         batch_size=shape.batch_size,
-        seq_len=shape.seq_len,
+        seq_len=workload.longest,
         padding=shape.padding,
         micro_batches=config.micro_batches,
         graph=config.graph,
         offload=config.offload,
         runs=config.runs,
         num_eval_samples=_samples(workload, subject),
+        seed=draw.seed if draw else None,
         data=config.data or f"hub:{task.hub_config}",
         timestamp=timestamp(),
         git_commit=git_commit(),
@@ -109,20 +112,6 @@ def _check_output(output: str | None) -> None:
     if output:
         for name in (JSON_FILE, PLOT_FILE):
             check_file_target(Path(output).expanduser() / name)
-
-
-def _task(config: ProfileConfig, found: Found) -> Task:
-    """The task asked for, or the one in the checkpoint's own metadata.
-
-    Raises:
-        ConfigError: neither names one.
-    """
-    if config.task is not None:
-        return get_task(config.task)
-    info = found.info
-    if info is None or info.task is None:
-        raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
-    return get_task(info.task)
 
 
 def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:

@@ -33,7 +33,7 @@ from flashsvd.training.rows import Row, Rows
 
 log = logging.getLogger("flashsvd")
 
-# Masks to evaluate on are the same whatever a training's seed is, so that trainings can be compared.
+# What is evaluated on, masks too, is the same whatever a training's seed is, so that trainings can be compared.
 EVALUATION_SEED = 0
 
 
@@ -166,7 +166,7 @@ def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Exa
     if source is None:
         return None
     if source.split == "validation":
-        return load_examples(task, "validation", source.data, config.max_eval_samples, source.option)
+        return load_examples(task, "validation", source.data, _evaluated(config), source.option)
     try:
         examples = load_examples(task, "train", source.data, option=source.option)
     except UnknownClassError as error:
@@ -215,8 +215,15 @@ def _text_rows(source: _Source | None, config: FinetuneConfig, tokenizer: Any, s
     if not encodings:
         raise DataError(f"the text for {source.split} holds nothing to predict; give another {source.option}")
     if source.split == "validation":
-        return Rows(masked_rows(encodings[: config.max_eval_samples], tokenizer, EVALUATION_SEED))
+        if (draw := _evaluated(config)) is not None:
+            encodings = [encodings[index] for index in sorted(draw.indices(len(encodings)))]
+        return Rows(masked_rows(encodings, tokenizer, EVALUATION_SEED))
     return Rows([Row((encodings[i],)) for i in _drawn(len(encodings), config)])
+
+
+def _evaluated(config: FinetuneConfig) -> Draw | None:
+    """Which examples to evaluate on: the same as `flashsvd eval` of as many draws, whatever the training's seed is."""
+    return None if config.max_eval_samples is None else Draw(config.max_eval_samples, EVALUATION_SEED)
 
 
 def _drawn(count: int, config: FinetuneConfig) -> list[int]:
