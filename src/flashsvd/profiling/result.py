@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from flashsvd.common.tables import html_table, text_table
+from flashsvd.common.tables import counted, html_table, text_table
 from flashsvd.errors import CheckpointError, described
 from flashsvd.storage.places import LayerPlace, read_places
 
@@ -189,10 +189,11 @@ class ProfileResult:
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
         options = ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
+        samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (
-            f"{self.checkpoint} ({self.method}){against}: {self.task} on {counted(self.num_eval_samples, 'sample')} "
-            f"of {self.data}{drawn}, batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
-            f"timed passes {self.runs}, {dtypes or 'dtype unknown'} on {self.device}{options}"
+            f"{self.checkpoint} ({self.method}){against}: {self.task} on {samples}, batches of {self.batch_size} by at "
+            f"most {self.seq_len} tokens, padding {self.padding}, timed passes {self.runs}, {dtypes or 'dtype unknown'} "
+            f"on {self.device}{options}"
         )
 
     def __str__(self) -> str:
