@@ -82,7 +82,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "short texts": {"transformer": {"max_seq_length": 5}},
     "lower case": {"transformer": {"do_lower_case": True}},
     "fewer channels": {"settings": {"truncate_dim": 7}},
-    "normalized, fewer channels": {"settings": {"truncate_dim": 7, "similarity_fn_name": "dot"}, "modules": ("Normalize",)},
+    "normalized, fewer channels": {
+        "settings": {"truncate_dim": 7, "similarity_fn_name": "dot"},
+        "modules": ("Normalize",),
+    },
     "dropout": {"modules": ("Dropout", "Normalize")},
     **{name: {"settings": {"similarity_fn_name": name}} for name in ("cosine", "dot", "euclidean", "manhattan")},
     **{f"{mode} pooling": {"pooling": {"pooling_mode": mode}} for mode in POOLING_MODES},

@@ -73,8 +73,8 @@ class CompressReport:
         ratio, kept = self.info.ratio, p["target_compressed"] / p["target_dense"]
         if ratio is not None and kept < ratio - NOTABLE:
             lines.append(
-                f"asked was {ratio:.1%}: ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step a "
-                "matrix would go over that, or hold no fewer parameters than its dense form"
+                f"asked was {ratio:.1%}: ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step "
+                "matrices would hold more than that, or no fewer parameters than dense ones"
             )
         if dense:
             lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")

@@ -192,8 +192,8 @@ class ProfileResult:
         samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (
             f"{self.checkpoint} ({self.method}){against}: {self.task} on {samples}, batches of {self.batch_size} by at "
-            f"most {self.seq_len} tokens, padding {self.padding}, timed passes {self.runs}, {dtypes or 'dtype unknown'} "
-            f"on {self.device}{options}"
+            f"most {self.seq_len} tokens, padding {self.padding}, timed passes {self.runs}, "
+            f"{dtypes or 'dtype unknown'} on {self.device}{options}"
         )
 
     def __str__(self) -> str:
