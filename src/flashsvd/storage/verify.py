@@ -33,6 +33,8 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; compress the model again")
+    if is_lfs_pointer(index):
+        raise CheckpointError(f"{index} {POINTER}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
