@@ -35,7 +35,7 @@ def html_table(caption: str, header: Cells, rows: Sequence[Cells], notes: Cells 
 
 def counted(number: int, noun: str) -> str:
     """`1 example`, `2 examples`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def score_text(value: float | None) -> str:
