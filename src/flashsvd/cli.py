@@ -133,7 +133,7 @@ def _run_compress(options: argparse.Namespace) -> None:
 
     report = run_compress(config_from(CompressConfig, vars(options)))
     _show("\n".join(report.summary()))
-    _show(f"next: flashsvd info {report.output}")
+    _show(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +174,9 @@ def _run_finetune(options: argparse.Namespace) -> None:
     if data := config.eval_data or config.data:
         # What was trained on alone scores nothing.
         command += ["--data", data if result.eval_samples else "VALIDATION_DATA"]
+    for name in ("seq_len", "max_eval_samples"):
+        if (value := getattr(config, name)) is not None:
+            command += [flag(name), str(value)]
     _show(f"next: {shlex.join(command)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from flashsvd.shown import printable, shown
 from flashsvd.storage.description import describe
 from flashsvd.storage.digests import verify
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+
+# Stands for data that only the user knows: what was trained on scores nothing.
+PLACEHOLDER = "VALIDATION_DATA"
 
 __all__ = ["CheckpointInfo", "read_info", "show_checkpoint_info"]
 
@@ -51,16 +55,24 @@ class CheckpointInfo:
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines += ["", "files", *(f"  {size:>13,}  {shown(name)}" for name, size in self.files.items())]
-        task = self.compression.task or "TASK"
-        data = " --data PATH" if task in OWN_TASKS else ""
         lines += [
             "",
             "use",
             "  import flashsvd",
             f"  model = flashsvd.load_compressed({str(self.directory)!r})",
-            f"  flashsvd eval --checkpoint {self.directory} --task {shown(task)}{data}",
+            f"  {shown(shlex.join(self._eval_command()))}",
         ]
         return "\n".join(lines)
+
+    def _eval_command(self) -> list[str]:
+        """A command that scores the checkpoint, on the data that it was made with where that has a validation file."""
+        task = self.compression.task or "TASK"
+        abouts = [*reversed(self.compression.trainings), self.compression.calibration or {}]
+        used = next((str(about["data"]) for about in abouts if about.get("data")), None)
+        command = ["flashsvd", "eval", "--checkpoint", str(self.directory), "--task", task]
+        if used is None or used.startswith("hub:"):
+            return [*command, "--data", PLACEHOLDER] if task in OWN_TASKS else command
+        return [*command, "--data", used if Path(used).expanduser().is_dir() else PLACEHOLDER]
 
     def __repr__(self) -> str:
         c = self.compression

@@ -18,8 +18,8 @@ from flashsvd.errors import ConfigError
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.storage.scratch import Scratch, take_away_leftovers
 
-# Of CompressConfig: the first three are the profile's own too, and a compression for a profile needs no others.
-NOT_ASKED = ("task", "device", "overwrite", "dtype", "output", "state_dict", "save_stats")
+# Of CompressConfig: those of the profile's own, and what a compression for a profile does not need.
+NOT_ASKED = ("task", "seed", "device", "overwrite", "dtype", "output", "state_dict", "save_stats")
 SIZES = ("rank", "rank_attn", "rank_ffn", "rank_wo", "ratio", "ranks_json")
 
 
@@ -89,7 +89,10 @@ def _compress(options: argparse.Namespace, defaults: dict[str, Any], given: dict
     """
     if any(name in given for name in SIZES):
         defaults = {name: value for name, value in defaults.items() if name not in SIZES}
-    chosen = {"task": options.task, "device": options.device, "overwrite": options.overwrite, "output": options.keep}
+    chosen = {
+        "task": options.task, "seed": options.seed, "device": options.device, "overwrite": options.overwrite,
+        "output": options.keep,
+    }  # fmt: skip
     merged = defaults | given | {name: value for name, value in chosen.items() if value is not None}
     if "model" not in merged:
         raise ConfigError("what to profile is not known; name a compressed --checkpoint, or a --model to compress")
@@ -124,7 +127,7 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
         raise ConfigError("what to score on is not known; name a task with --task")
     task = get_task(name)
     subject = Subject.find(compression.model, task)
-    load_data(task, profile.data, profile.max_eval_samples, subject)
+    load_data(task, profile.data, None, subject)
 
 
 def _set_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:

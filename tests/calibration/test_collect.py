@@ -18,6 +18,7 @@ from flashsvd.errors import DataError, ModelError
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.models.architecture import Target
 from flashsvd.models.registry import find_targets
+from flashsvd.models.sentence import SentenceEncoder
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,7 @@ def test_similarity_is_the_squared_error_of_the_cosine_against_gold_over_five() 
     model = build_model(head="base")
     (first,), (second,) = (batch.inputs for batch in padded_batches(2))
     gold = torch.tensor([0.0, 1.0, 2.5, 5.0])
-    loss = similarity_loss("mean")(model, Batch((first, second), gold))
+    loss = similarity_loss(SentenceEncoder())(model, Batch((first, second), gold))
     embeddings = []
     for part in (first, second):
         states, mask = model(**part).last_hidden_state, part["attention_mask"].bool()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ENCODERS, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
@@ -153,13 +153,33 @@ def test_state_dict_is_written_when_asked(make_model: MakeModel, tmp_path: Path)
     assert all(torch.equal(state[name], loaded[name]) for name in state)
 
 
-def test_dense_bytes_are_those_of_the_weights_in_the_saved_dtype(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickled"])
+def test_the_stored_dtype_is_kept_and_sizes_are_those_of_files(
+    make_model: MakeModel, tmp_path: Path, stored: torch.dtype, safe: bool
+) -> None:
     source = make_model()
-    parameters = sum(p.numel() for p in build_model().parameters())
-    for dtype, size in ((None, 4), ("bfloat16", 2)):
-        output = tmp_path / str(dtype)
-        report = run_compress(CompressConfig(model=str(source), ratio=0.5, dtype=dtype, output=str(output)))
-        assert report.info.dense_bytes == parameters * size
+    state = {name: tensor.to(stored) for name, tensor in load_file(source / "model.safetensors").items()}
+    # Norms are often kept in float32 where all else is not.
+    state["bert.embeddings.LayerNorm.weight"] = state["bert.embeddings.LayerNorm.weight"].float()
+    (source / "model.safetensors").unlink()
+    file = source / ("model.safetensors" if safe else "pytorch_model.bin")
+    if safe:
+        save_file(state, file, {"format": "pt"})
+    else:
+        torch.save(state, file)
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float32"
+    report = run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(tmp_path / "out")))
+    assert report.info.dense_bytes == file.stat().st_size
+    assert report.bytes_on_disk == (tmp_path / "out" / "model.safetensors").stat().st_size < report.info.dense_bytes
+    assert report.info.dtype == str(stored).removeprefix("torch.")
+    assert {p.dtype for p in load_compressed(tmp_path / "out").parameters()} == {stored}
+
+
+def test_a_dtype_asked_for_does_not_change_the_size_before(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    config = CompressConfig(model=str(source), ratio=0.5, dtype="bfloat16", output=str(tmp_path / "out"))
+    assert run_compress(config).info.dense_bytes == (source / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

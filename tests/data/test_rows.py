@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from flashsvd.data.rows import find_file, load_examples, read_rows
-from flashsvd.data.tasks import TASKS, check_label_count, get_task, label_permutation
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import TASKS, Task, check_label_count, get_task, label_permutation
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.models.pooling import pooling_mode
+from flashsvd.models.pooling import Pooling, read_pooling
 
 SST2, MNLI, STSB = TASKS["sst2"], TASKS["mnli"], TASKS["stsb"]
+CLASSES = replace(TASKS["classification"], columns=("sentence",), labels=("0", "1"))
 
 
 def write(path: Path, text: str) -> Path:
@@ -65,9 +67,23 @@ def test_training_data_never_stands_in_for_validation(tmp_path: Path) -> None:
         load_examples(SST2, "validation", str(tmp_path))
 
 
-def test_the_limit_takes_the_first_examples(tmp_path: Path) -> None:
-    file = write(tmp_path / "x.tsv", "sentence\tlabel\na\t1\nb\t0\nc\t1\n")
-    assert load_examples(SST2, "validation", str(file), limit=2).texts == [("a",), ("b",)]
+def test_so_many_examples_are_drawn_and_keep_their_order(tmp_path: Path) -> None:
+    lines = [f"{number}\t{number % 2}" for number in range(40)]
+    file = write(tmp_path / "x.tsv", "\n".join(["sentence\tlabel", *lines]) + "\n")
+    drawn = [load_examples(SST2, "validation", str(file), Draw(8, seed)) for seed in (0, 0, 1)]
+    numbers = [[int(text) for (text,) in examples.texts] for examples in drawn]
+    assert numbers[0] == numbers[1] == sorted(numbers[0]) != list(range(8))
+    assert numbers[2] != numbers[0]
+    assert drawn[0].labels == [number % 2 for number in numbers[0]]
+    assert len(load_examples(SST2, "validation", str(file), Draw(99, 0))) == 40
+
+
+@pytest.mark.parametrize("task", [SST2, CLASSES], ids=["a task's classes", "classes of one's own"])
+def test_a_drawn_example_is_named_by_its_place_in_the_file(tmp_path: Path, task: Task) -> None:
+    file = write(tmp_path / "x.tsv", "\n".join(["sentence\tlabel", *["a\t1"] * 29, "a\tx", *["a\t1"] * 10]) + "\n")
+    seed = next(seed for seed in range(99) if 29 in Draw(8, seed).indices(40))
+    with pytest.raises(DataError, match=r"example 30\b"):
+        load_examples(task, "validation", str(file), Draw(8, seed))
 
 
 def test_class_names_and_numbers_are_labels(tmp_path: Path) -> None:
@@ -151,11 +167,15 @@ def test_a_head_of_another_size_is_refused() -> None:
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
         ({"pooling_mode_cls_token": True, "word_embedding_dimension": 8}, "cls"),
         ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": False}, "mean"),
         ({"pooling_mode": "mean"}, "mean"),
     ],
 )
 def test_pooling_is_read_as_sentence_transformers_writes_it(tmp_path: Path, config: object, mode: str) -> None:
-    assert pooling_mode(write(tmp_path / "config.json", json.dumps(config))) == mode
+    assert read_pooling(write(tmp_path / "config.json", json.dumps(config))) == Pooling((mode,))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama
 from conftest import WORDS, MakeModel
 from flashsvd import CompressConfig, EvalConfig, EvalResult, FlashSVDError, load_compressed, run_compress, run_eval
 from flashsvd.cli import main
-from flashsvd.data.sampling import IGNORED
+from flashsvd.data.sampling import IGNORED, Draw
 from flashsvd.errors import ConfigError, DataError, ModelError
 from flashsvd.evaluation.perplexity import read_tokens, summed_loss, text_windows
 
@@ -123,13 +123,32 @@ def test_sizes_default_to_what_the_model_reads(make_lm: MakeLM, text_file: Path)
     assert (result.seq_len, result.stride, result.batch_size, result.num_eval_samples) == (LONGEST, LONGEST, 8, 2)
 
 
-def test_the_limit_counts_windows(make_lm: MakeLM, text_file: Path, tmp_path: Path) -> None:
+def test_windows_are_drawn_by_the_seed(make_lm: MakeLM, text_file: Path, tmp_path: Path) -> None:
     source = make_lm("gpt2")
-    limited = evaluate(source, text_file, seq_len=16, max_eval_samples=3)
-    start = tmp_path / "start.txt"
-    start.write_text(" ".join(TEXT.split()[:48]))
-    assert limited.num_eval_samples == 3
-    assert limited.metric_value == pytest.approx(evaluate(source, start, seq_len=16).metric_value, rel=1e-6)
+    options = {"seq_len": 4, "max_eval_samples": 3}
+    seeds = {seed: evaluate(source, text_file, seed=seed, **options) for seed in range(4)}
+    assert all(result.num_eval_samples == 3 for result in seeds.values())
+    assert len({result.metric_value for result in seeds.values()}) > 1
+    assert evaluate(source, text_file, **options).metric_value == seeds[0].metric_value
+    # The last word of the text would be a window that has nothing to predict.
+    words = TEXT.split()[:-1]
+    windows = [words[start : start + 4] for start in range(0, len(words), 4)]
+    chosen = [windows[index] for index in Draw(3, 0).indices(len(windows))]
+    total = 0.0
+    for number, window in enumerate(chosen):
+        (tmp_path / f"{number}.txt").write_text(" ".join(window))
+        total += math.log(evaluate(source, tmp_path / f"{number}.txt", seq_len=4).metric_value)
+    assert seeds[0].metric_value == pytest.approx(math.exp(total / 3), rel=1e-5)
+    assert "3 windows of 4 tokens, 4 apart, drawn by seed 0" in str(seeds[0])
+
+
+@pytest.mark.parametrize(("words", "said"), [(2, "on 1 window of 2 tokens\n"), (5, "on 1 window of 5 tokens\n")])
+def test_a_window_is_as_long_as_the_text(make_lm: MakeLM, tmp_path: Path, words: int, said: str) -> None:
+    (tmp_path / "few.txt").write_text(" ".join(TEXT.split()[:words]))
+    result = evaluate(make_lm("gpt2"), tmp_path / "few.txt")
+    assert said in str(result)
+    assert "a batch of 1 window (median)" in str(result)
+    assert result.seq_len == words
 
 
 def test_json_and_text_say_what_was_measured(
@@ -245,14 +264,14 @@ def test_a_text_with_nothing_to_predict_is_refused(make_lm: MakeLM, tmp_path: Pa
 
 def test_another_models_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError, match="gives token 14, but the model knows 10"):
-        read_tokens(build_word_tokenizer(), "a man .", vocabulary=10, source="x")
+        read_tokens(build_word_tokenizer(), "a man .", SimpleNamespace(vocab_size=10), source="x")
 
 
 def test_the_text_is_one_sequence_with_the_tokenizers_own_special_tokens() -> None:
     def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [1, *(int(word) for word in text.split())]}
 
-    assert read_tokens(tokenizer, "5 6 7", vocabulary=10, source="x").tolist() == [1, 5, 6, 7]
+    assert read_tokens(tokenizer, "5 6 7", SimpleNamespace(vocab_size=10), source="x").tolist() == [1, 5, 6, 7]
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

@@ -1,115 +1,99 @@
-"""A tokenizer of which a file is lost or damaged is refused by name; transformers would make another of the rest."""
+"""All files that a tokenizer or a processor may have come along, by what transformers writes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from damage import KINDS, replace
 
-from conftest import VOCABULARY, MakeModel
-from flashsvd import CompressConfig, run_compress
-from flashsvd.errors import ModelError
+from conftest import MakeModel, build_tokenizer
+from flashsvd import CompressConfig, export_dense, run_compress
+from flashsvd.errors import CheckpointError, ModelError
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.storage.companions import find_companions
 
-FILES = ("tokenizer.json", "tokenizer_config.json")
+TEMPLATES = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ messages[0].content }}", "rag": "R"}
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_file_must_be_there_and_be_a_file(make_model: MakeModel, name: str, kind: str) -> None:
-    source = make_model()
-    replace(source / name, kind)
-    with pytest.raises(ModelError, match=rf"{name}|cannot be read") as refused:
-        load_tokenizer(str(source))
-    assert "\n" not in str(refused.value)
+def compress(source: Path, output: Path, **options: Any) -> Path:
+    run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(output), **options))
+    return output
 
 
-@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("text", ["", "[]", "5", "{", '{"a": NaN}', "[" * 10_000, '{"a": "\\ud800"}'])
-def test_settings_must_be_json_objects(make_model: MakeModel, name: str, text: str) -> None:
-    source = make_model()
-    (source / name).write_text(text)
-    with pytest.raises(ModelError, match=rf"{name} cannot be read"):
-        load_tokenizer(str(source))
+@pytest.mark.parametrize("templates", [TEMPLATES, {"default": "D"}, "only one"], ids=["several", "default", "one"])
+def test_chat_templates_come_along(make_model: MakeModel, tmp_path: Path, templates: Any) -> None:
+    source = make_model("llama", "causal-lm")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    small = compress(source, tmp_path / "small")
+    export_dense(small, tmp_path / "dense-again")
+    kept = load_tokenizer(str(source)).chat_template
+    assert [load_tokenizer(str(place)).chat_template for place in (small, tmp_path / "dense-again")] == [kept, kept]
+    # And what was written is known as ours: it may be replaced.
+    compress(source, small, overwrite=True)
+    export_dense(small, tmp_path / "dense-again", overwrite=True)
 
 
-@pytest.mark.parametrize("vocabulary", ["vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
-def test_a_directory_in_the_place_of_a_vocabulary_is_refused(make_model: MakeModel, vocabulary: str) -> None:
-    source = make_model()
-    (source / vocabulary).mkdir()
-    with pytest.raises(ModelError, match=rf"{vocabulary} cannot be read \(it is a directory, not a file\)"):
-        load_tokenizer(str(source))
-
-
-def test_half_a_vocabulary_is_none(make_model: MakeModel) -> None:
-    source = make_model()
-    (source / "tokenizer.json").unlink()
-    (source / "vocab.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"has no tokenizer\.json, nor a vocabulary in its place"):
-        load_tokenizer(str(source))
-
-
-def test_an_old_vocabulary_of_lines_is_enough(make_model: MakeModel) -> None:
-    source = make_model()
-    words = load_tokenizer(str(source))("a good movie")["input_ids"]
-    (source / "tokenizer.json").unlink()
-    (source / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    assert load_tokenizer(str(source))("a good movie")["input_ids"] == words
-    # As the first models were saved.
-    (source / "tokenizer_config.json").unlink()
-    assert load_tokenizer(str(source))("a good movie")["input_ids"] == words
-
-
-def test_a_tokenizer_of_bytes_needs_no_vocabulary(make_model: MakeModel) -> None:
-    source = make_model()
-    (source / "tokenizer.json").unlink()
-    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
-    assert len(load_tokenizer(str(source))("movie")["input_ids"]) > len("movie")
-
-
-@pytest.mark.parametrize("text", ["", "\n".join(VOCABULARY[:5]) + "\n"])
-def test_a_tokenizer_without_words_is_refused(make_model: MakeModel, text: str) -> None:
-    source = make_model()
-    (source / "tokenizer.json").unlink()
-    (source / "vocab.txt").write_text(text)
-    with pytest.raises(ModelError, match="has no words"):
-        load_tokenizer(str(source))
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
-def test_a_checkpoint_knows_what_it_was_saved_with(
-    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class"),
+    [
+        ("preprocessor_config.json", None),
+        ("processor_config.json", None),
+        ("video_preprocessor_config.json", None),
+        ("chat_template.json", None),
+        ("added_tokens.json", None),
+        ("vocab.txt", None),
+        ("merges.txt", None),
+        ("sentencepiece.bpe.model", None),
+        ("tokenizer.model", None),
+        ("spiece.model", None),
+        ("spm.model", "DebertaV2Tokenizer"),
+        ("spm.model", "DebertaV2TokenizerFast"),
+        ("tokenizer.4.0.0.json", "BertTokenizer"),
+    ],
+)
+def test_every_file_that_the_library_knows_comes_along(
+    make_model: MakeModel, tmp_path: Path, name: str, tokenizer_class: str | None
 ) -> None:
-    source, out = make_model(), tmp_path / "out"
-    (source / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    run_compress(CompressConfig(model=str(source), ratio=0.5, output=str(out)))
-    caplog.clear()
-    load_tokenizer(str(out))
-    assert not caplog.records
-    (out / name).write_text((out / name).read_text() + "\n")
-    load_tokenizer(str(out))
-    assert [record.message for record in caplog.records] == [
-        f"{out / name} is not the file that was saved, so that texts may be read otherwise"
-    ]
-    (out / name).unlink()
-    with pytest.raises(ModelError, match=f"has lost {name}; save the base model's tokenizer into it"):
-        load_tokenizer(str(out))
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gone", "empty"}))
-def test_what_cannot_be_copied_is_not_left_out_in_silence(make_model: MakeModel, kind: str) -> None:
     source = make_model()
-    replace(source / "tokenizer.json", kind)
-    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
-        find_companions(str(source))
+    (source / name).write_text("{}")
+    if tokenizer_class is not None:
+        config = {
+            "tokenizer_class": tokenizer_class,
+            "fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"],
+        }
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    assert name in find_companions(str(source)).files
 
 
-def test_a_file_of_the_hubs_cache_is_a_link(make_model: MakeModel, tmp_path: Path) -> None:
+def test_what_the_library_writes_comes_along_and_nothing_else(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
-    for name in FILES:
-        (source / name).rename(tmp_path / name)
-        (source / name).symlink_to(tmp_path / name)
-    assert "good" in load_tokenizer(str(source)).get_vocab()
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATES
+    written = {Path(name).relative_to(source).as_posix() for name in tokenizer.save_pretrained(source)}
+    for name in ("README.md", "notes.json", "run.py", "weights.pkl", "additional_chat_templates/notes.txt"):
+        (source / name).write_text("x")
+    assert set(find_companions(str(source)).files) == {name for name in written if (source / name).is_file()}
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates/notes.txt", "elsewhere/x.jinja", "notes.jinja"])
+def test_files_of_others_are_never_overwritten(make_model: MakeModel, tmp_path: Path, name: str) -> None:
+    source = make_model()
+    small = compress(source, tmp_path / "small")
+    (small / name).parent.mkdir(exist_ok=True)
+    (small / name).write_text("mine")
+    with pytest.raises(CheckpointError):
+        compress(source, small, overwrite=True)
+    assert (small / name).read_text() == "mine"
+
+
+def test_a_template_that_is_a_link_out_of_the_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    (tmp_path / "secret").write_text("s")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="outside the model"):
+        compress(source, tmp_path / "out")

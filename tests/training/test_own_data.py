@@ -273,9 +273,9 @@ def test_what_comes_next_is_said_with_data_of_ones_own(
     arguments += ["--data", topics / "train.csv", "--epochs", "0.1", "--seq-len", "24"]
     assert main(list(map(str, arguments))) == 0
     # What was trained on alone would score nothing.
-    assert capsys.readouterr().out.endswith("out --task classification --data VALIDATION_DATA\n")
+    assert capsys.readouterr().out.endswith("out --task classification --data VALIDATION_DATA --seq-len 24\n")
     small = compress(tmp_path / "out", tmp_path / "small", task="classification")
-    assert str(read_info(small)).endswith("small --task classification --data PATH")
+    assert str(read_info(small)).endswith("small --task classification --data VALIDATION_DATA")
 
 
 def test_of_two_validation_files_none_is_left_out_silently(make_model: MakeModel, topics: Path, tmp_path: Path) -> None:

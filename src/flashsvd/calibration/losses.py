@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashsvd.data.tokenize import Batch
-from flashsvd.models.pooling import pool
+from flashsvd.models.sentence import SentenceEncoder
 
 Loss = Callable[[Any, Batch], Tensor]
 
@@ -24,13 +24,13 @@ def head_loss(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def similarity_loss(pooling: str) -> Loss:
+def similarity_loss(encoder: SentenceEncoder) -> Loss:
     """Squared error of the cosine of the two embeddings of a pair against its gold score / 5."""
 
     def loss(model: Any, batch: Batch) -> Tensor:
         assert batch.labels is not None, "sentence pairs come with gold scores"
         first, second = (
-            pool(model(**part).last_hidden_state.float(), part["attention_mask"], pooling) for part in batch.inputs
+            encoder.embed(model(**part).last_hidden_state, part["attention_mask"]) for part in batch.inputs
         )
         return cosine_loss(torch.cosine_similarity(first, second), batch.labels)
 

@@ -20,8 +20,8 @@ from flashsvd.data.text import load_text
 from flashsvd.data.tokenize import Batch, Tokenize, token_ids
 from flashsvd.errors import DataError
 from flashsvd.models.heads import head_classes, head_of
-from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer
-from flashsvd.models.pooling import sentence_pooling
+from flashsvd.models.loading import check_tokenizer, check_tokens, load_tokenizer
+from flashsvd.models.sentence import SentenceEncoder, encoder_length, read_sentence_encoder
 
 log = logging.getLogger("flashsvd")
 
@@ -72,7 +72,11 @@ def prepare_calibration(
     if task is not None and not task.is_fitted:
         task = fit_task(task, "train", request.data, head_classes(model_config))
     kind = _kind(task, model_class, model_config)
-    seq_len = request.seq_len or min(WINDOW_TOKENS if kind == "causal-lm" else TEXT_TOKENS, longest)
+    if kind == "similarity":
+        default = encoder_length(source, model_config)
+    else:
+        default = WINDOW_TOKENS if kind == "causal-lm" else TEXT_TOKENS
+    seq_len = request.seq_len or min(default, longest)
     if seq_len > longest:
         raise DataError(f"--calib-seq-len {seq_len} is above {longest}, the longest {source} can read")
     tokenizer = load_tokenizer(source)
@@ -85,7 +89,12 @@ def prepare_calibration(
         )
     if kind == "classifier":
         check_classifier(model_config, source)
-    tokenize = Tokenize(tokenizer, seq_len) if task is None else Tokenize.of(task, tokenizer, seq_len)
+    encoder = None
+    if kind == "similarity":
+        encoder = read_sentence_encoder(source, model_config).adapted(tokenizer)
+    tokenize = Tokenize(tokenizer, seq_len)
+    if task is not None:
+        tokenize = Tokenize.of(task, tokenizer, seq_len, prompt=encoder.prompt if encoder else "")
     if kind in ("classifier", "similarity"):
         assert task is not None, "these kinds come from a task"
         batches = _labelled(request, task, model_config, tokenize)
@@ -93,8 +102,8 @@ def prepare_calibration(
         batches = _running_text(request, kind, tokenize)
     if not sum(batch.tokens for batch in batches):
         raise DataError("the calibration samples hold no tokens; give other --calib-data")
-    largest = max(int(part["input_ids"].max()) for batch in batches for part in batch.inputs)
-    check_vocabulary(largest, model_config.vocab_size, source)
+    for batch in batches:
+        check_tokens(batch.largest, model_config, source)
     about = {
         "kind": kind,
         "task": task.name if task else None,
@@ -107,7 +116,7 @@ def prepare_calibration(
         "seed": request.draw.seed,
     }
     log.info("calibrating on %d samples (%d tokens) of %s", about["samples"], about["tokens"], about["data"])
-    return Calibration(batches, _loss(kind, source), about)
+    return Calibration(batches, _loss(kind, encoder), about)
 
 
 def _kind(task: Task | None, model_class: Any, model_config: Any) -> str:
@@ -128,14 +137,10 @@ def _is_pair(task: Task | None) -> bool:
     return task is not None and task.head == "classifier" and len(task.columns) > 1
 
 
-def _loss(kind: str, source: str) -> Loss | None:
-    match kind:
-        case "text":
-            return None
-        case "similarity":
-            return similarity_loss(sentence_pooling(source))
-        case _:
-            return head_loss
+def _loss(kind: str, encoder: SentenceEncoder | None) -> Loss | None:
+    if encoder is not None:
+        return similarity_loss(encoder)
+    return None if kind == "text" else head_loss
 
 
 def _labelled(request: CalibrationRequest, task: Task, model_config: Any, tokenize: Tokenize) -> list[Batch]:

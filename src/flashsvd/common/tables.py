@@ -39,6 +39,11 @@ def _escaped(text: str) -> str:
     return html.escape(shown(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 example`, `2 examples`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def score_text(value: float | None) -> str:
     """A metric's value with four decimals."""
     return "undefined" if value is None else format(value, ".4f")

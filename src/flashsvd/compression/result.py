@@ -10,9 +10,13 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.compression.factorize import FactoredMatrix
+from flashsvd.lowrank.ranks import ALIGNED
 from flashsvd.storage.metadata import CompressionInfo, plain
 
 log = logging.getLogger("flashsvd")
+
+# A share of the parameters that was asked for and not kept, from which on it is said why.
+NOTABLE = 0.005
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +70,12 @@ class CompressReport:
             f"({p['compressed'] / p['dense']:.1%} kept), weights "
             f"{self.info.dense_bytes / 1e6:.1f} -> {self.bytes_on_disk / 1e6:.1f} MB",
         ]
+        ratio, kept = self.info.ratio, p["target_compressed"] / p["target_dense"]
+        if ratio is not None and kept < ratio - NOTABLE:
+            lines.append(
+                f"asked was {ratio:.1%}: ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step "
+                "matrices would hold more than that, or no fewer parameters than dense ones"
+            )
         if dense:
             lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
         if noted := [m for m in self.matrices if m.note]:

@@ -44,7 +44,7 @@ from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task
-from flashsvd.models.loading import Pretrained, load_model, seeded, skeleton
+from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
 from flashsvd.storage.atomic import check_target
@@ -53,6 +53,7 @@ from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.rank_file import read_ranks
 from flashsvd.storage.stored_weights import StoredWeights
 from flashsvd.storage.verify import weight_files
+from flashsvd.storage.weight_headers import find_weights
 
 log = logging.getLogger("flashsvd")
 
@@ -116,7 +117,8 @@ class CompressionJob:
         model = loaded.model
         dense_parameters = sum(p.numel() for p in model.parameters())
         dtype = self.factoring.dtype
-        dense_bytes = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+        files = find_weights(self.source, getattr(self.model_config, "transformers_weights", None))
+        dense_bytes = sum(file.stat().st_size for file in files)
         start = time.perf_counter()
         statistics = self._statistics(model)
         factoring = self._with_final_ranks(model, self._with_statistics(statistics))
@@ -156,7 +158,7 @@ class CompressionJob:
             log.warning(
                 "%s has no trained weights for %s: they are random, train them before use",
                 self.config.model,
-                _shortened(loaded.untrained),
+                shortened(loaded.untrained),
             )
         return loaded
 
@@ -300,8 +302,3 @@ def _layout(config: CompressConfig) -> QKVLayout:
 
 def _path(name: str) -> Path:
     return Path(name).expanduser()
-
-
-def _shortened(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

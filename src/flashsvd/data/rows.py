@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
+from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
 
@@ -40,12 +42,13 @@ class Examples:
 
 
 def load_examples(
-    task: Task, split: Split, data: str | None = None, limit: int | None = None, option: str | None = None
+    task: Task, split: Split, data: str | None = None, draw: Draw | None = None, option: str | None = None
 ) -> Examples:
-    """The first `limit` examples of a split.
+    """The examples of a split, in its order.
 
     Args:
         data: a file, or a directory with train and validation files; None takes GLUE from the hub.
+        draw: which of them; None takes all.
         option: the command's option for the data, where it is another than `DATA_OPTION` has.
 
     Raises:
@@ -56,9 +59,11 @@ def load_examples(
     else:
         file = find_file(Path(data).expanduser(), split, task, option=option)
         where, rows = str(file), read_rows(file)
-    rows = [with_our_names(row, task) for row in rows[:limit]]
+    chosen = range(len(rows)) if draw is None else sorted(draw.indices(len(rows)))
+    rows = [with_our_names(rows[index], task) for index in chosen]
     if not rows:
         raise DataError(f"{where} holds no examples; give other data")
+    numbers = [index + 1 for index in chosen]
     missing = [name for name in (*task.columns, "label") if name not in rows[0]]
     if missing:
         noun = "column" if len(missing) == 1 else "columns"
@@ -70,7 +75,7 @@ def load_examples(
         )
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in zip(numbers, rows, strict=True):
         if None in row:
             raise DataError(f"{where}: example {number} has more fields than the header; is there a stray separator?")
         row_texts: tuple[Any, ...] = tuple(row.get(column) for column in task.columns)
@@ -80,9 +85,8 @@ def load_examples(
         if not task.own_classes:
             labels.append(_label(task, row.get("label"), f"{where}: example {number}"))
     if task.own_classes:
-        labels = own_labels(
-            [label_text(row.get("label"), where, n) for n, row in enumerate(rows, 1)], task.labels, where
-        )
+        own = [label_text(row.get("label"), where, number) for number, row in zip(numbers, rows, strict=True)]
+        labels = own_labels(own, task.labels, where, numbers)
     return Examples(texts, labels)
 
 
@@ -127,6 +131,8 @@ def read_rows(file: Path) -> list[Mapping[str, Any]]:
     Raises:
         DataError: the suffix is unknown, or the file is not of that format.
     """
+    if is_lfs_pointer(file):
+        raise DataError(f"{file} {POINTER}")
     try:
         match file.suffix.lower():
             case ".tsv":
@@ -221,14 +227,20 @@ def label_text(value: Any, where: str, number: int) -> str:
     return text
 
 
-def own_labels(texts: Sequence[str], classes: Sequence[str], where: str) -> list[float]:
+def own_labels(
+    texts: Sequence[str], classes: Sequence[str], where: str, numbers: Sequence[int] | None = None
+) -> list[float]:
     """The place of each label among the user's own classes; where they have names, numbers may be the places.
+
+    Args:
+        numbers: of the examples, as errors name them; None counts them from 1.
 
     Raises:
         UnknownClassError: a label is not one of the classes.
     """
     places = {name: place for place, name in reversed(list(enumerate(classes)))}
-    number, unknown = next(((n, text) for n, text in enumerate(texts, 1) if text not in places), (0, ""))
+    numbered = zip(numbers or range(1, len(texts) + 1), texts, strict=True)
+    number, unknown = next(((n, text) for n, text in numbered if text not in places), (0, ""))
     if not number:
         return [places[text] for text in texts]
     if not any(is_whole(name) for name in classes) and all(

@@ -171,8 +171,9 @@ def foreign_classes(task: Task, config: Any) -> list[str]:
 
 
 def class_names(config: Any) -> list[str]:
-    """What a config calls its classes, in their order."""
-    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
+    """What a config calls its classes, in their order; as transformers does where it gives one no name."""
+    named = sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))
+    return [f"LABEL_{number}" if name in (None, "") else str(name) for number, name in named]
 
 
 def _classes(task: Task, config: Any) -> list[str]:

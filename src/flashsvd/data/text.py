@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.data.rows import SUFFIXES, Split, find_file, read_hub, read_rows
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
@@ -52,6 +53,8 @@ def lines_of(text: str) -> list[str]:
 
 
 def _read_plain(file: Path) -> str:
+    if is_lfs_pointer(file):
+        raise DataError(f"{file} {POINTER}")
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -49,6 +49,11 @@ class Batch:
             for part, mask in zip(self.inputs, masks, strict=True)
         )
 
+    @property
+    def largest(self) -> dict[str, int]:
+        """The largest value of each of the model's inputs."""
+        return {name: max(int(part[name].max()) for part in self.inputs) for name in self.inputs[0]}
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
         inputs = tuple({name: values.to(device) for name, values in part.items()} for part in self.inputs)
@@ -64,17 +69,19 @@ class Tokenize:
         seq_len: tokens that an input is cut to.
         apart: whether the two texts of a pair are inputs of their own, for a forward each, or one input together.
         padding: a batch is padded to its `longest` input, or all inputs to seq_len (`max`).
+        prompt: put before each text.
     """
 
     tokenizer: Any
     seq_len: int
     apart: bool = False
     padding: str = "longest"
+    prompt: str = ""
 
     @classmethod
-    def of(cls, task: Task, tokenizer: Any, seq_len: int, padding: str = "longest") -> Tokenize:
+    def of(cls, task: Task, tokenizer: Any, seq_len: int, padding: str = "longest", prompt: str = "") -> Tokenize:
         """How a task's examples are tokenised: an encoder reads a pair's texts apart, a classifier both at once."""
-        return cls(tokenizer, seq_len, apart=task.head == "encoder", padding=padding)
+        return cls(tokenizer, seq_len, apart=task.head == "encoder", padding=padding, prompt=prompt)
 
     def batch(self, texts: Texts) -> tuple[Inputs, ...]:
         """The padded inputs of each forward for a list of examples."""
@@ -105,7 +112,7 @@ class Tokenize:
 
     def _inputs(self, texts: Texts) -> list[list[list[str]]]:
         """The columns of texts that each input is made of."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        columns = [[self.prompt + text for text in column] for column in zip(*texts, strict=True)]
         return [[column] for column in columns] if self.apart else [columns]
 
     def _call(self, columns: Sequence[list[str]], **options: Any) -> Mapping[str, Any]:

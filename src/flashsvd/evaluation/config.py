@@ -16,7 +16,7 @@ SEQ_LEN, LM_SEQ_LEN = 128, 1024
 BATCH_SIZE_HELP = f"examples or windows in a batch; the default is {BATCH_SIZE}, {LM_BATCH_SIZE} for language models"
 SEQ_LEN_HELP = (
     "tokens an example is cut to, or tokens of a language model's window; the default is "
-    f"{SEQ_LEN}, {LM_SEQ_LEN} for language models, or less where the model reads no more"
+    f"{SEQ_LEN}, {LM_SEQ_LEN} for language models, a sentence encoder's own, or less where the model reads no more"
 )
 
 
@@ -31,9 +31,11 @@ class EvalConfig(Config):
     checkpoint: str = option(
         help="compressed checkpoint, or a dense model's directory or hub name to compare with", path="model"
     )
-    task: str = option(
+    task: str | None = option(
+        None,
         help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; classification or regression of --data of your own; "
-        "similarity for sentence encoders; perplexity (of --data) or wikitext2 for causal language models",
+        "similarity for sentence encoders; perplexity (of --data) or wikitext2 for causal language models; "
+        "the default is the task that the checkpoint was compressed or trained for",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(
@@ -52,8 +54,9 @@ class EvalConfig(Config):
     )
     padding: str = option("longest", help="pad to the longest of the batch, or to seq-len", choices=("longest", "max"))
     max_eval_samples: int | None = option(
-        None, help="evaluate only this many examples or windows, the first ones", at_least=1
+        None, help="evaluate only this many examples or windows, drawn by the seed", at_least=1
     )
+    seed: int = option(0, help="draws the examples or windows of --max-eval-samples", at_least=0, at_most=2**63 - 1)
     device: str | None = option(None, help="cuda or cpu; the default is cuda where there is one", suggestions=DEVICES)
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(

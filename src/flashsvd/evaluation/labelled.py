@@ -14,15 +14,15 @@ from flashsvd.data.tasks import Task, label_permutation
 from flashsvd.data.tokenize import Batch, Tokenize
 from flashsvd.evaluation.loop import BatchShape, finite_outputs
 from flashsvd.evaluation.metrics import compute_metrics
-from flashsvd.models.loading import check_tokenizer, check_vocabulary
-from flashsvd.models.pooling import pool, sentence_pooling
+from flashsvd.models.loading import check_tokenizer, check_tokens
+from flashsvd.models.sentence import SentenceEncoder
 
 
 class LabelledTexts:
     """The job of a classifier or a sentence encoder: one sample is a text or a pair of texts.
 
     Args:
-        vocabulary: how many tokens the model knows.
+        config: the model's.
 
     Raises:
         ModelError: the tokenizer cannot pad; on iterating, it gives tokens that the model does not know.
@@ -37,7 +37,7 @@ class LabelledTexts:
         predictor: Predictor,
         tokenizer: Any,
         shape: BatchShape,
-        vocabulary: int,
+        config: Any,
         checkpoint: str,
     ) -> None:
         check_tokenizer(tokenizer, checkpoint)
@@ -45,9 +45,9 @@ class LabelledTexts:
         self._task = task
         self._examples = examples
         self._predictor = predictor
-        self._tokenize = Tokenize.of(task, tokenizer, shape.seq_len, shape.padding)
+        self._tokenize = Tokenize.of(task, tokenizer, shape.seq_len, shape.padding, predictor.prompt)
         self._shape = shape
-        self._vocabulary = vocabulary
+        self._config = config
         self._checkpoint = checkpoint
         self._predictions: list[float] = []
         self._labels: list[float] = []
@@ -59,10 +59,10 @@ class LabelledTexts:
         for start in range(0, len(self._examples), self._shape.batch_size):
             chosen = slice(start, start + self._shape.batch_size)
             inputs = self._tokenize.batch(self._examples.texts[chosen])
-            largest = max(int(part["input_ids"].max()) for part in inputs)
-            check_vocabulary(largest, self._vocabulary, self._checkpoint)
             labels = torch.tensor(self._examples.labels[chosen], dtype=torch.float64)
-            yield Batch(inputs, labels, full=len(labels) == self._shape.batch_size)
+            batch = Batch(inputs, labels, full=len(labels) == self._shape.batch_size)
+            check_tokens(batch.largest, self._config, self._checkpoint)
+            yield batch
 
     def consume(self, batch: Batch, outputs: Sequence[Any]) -> None:
         self._predictions += self._predictor.predict(outputs, [part["attention_mask"] for part in batch.inputs])
@@ -74,7 +74,13 @@ class LabelledTexts:
 
 
 class Predictor(Protocol):
-    """How the outputs of one kind of model are understood."""
+    """How the outputs of one kind of model are understood.
+
+    Attributes:
+        prompt: what the model is to read before each text.
+    """
+
+    prompt: str
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         """One prediction an example, from the output and the attention mask of each forward."""
@@ -82,6 +88,8 @@ class Predictor(Protocol):
 
 class Classifier:
     """Class ids in the data's order, or real numbers for a regression task; a pair is one input."""
+
+    prompt = ""
 
     def __init__(self, task: Task, model_config: Any) -> None:
         self._permutation = label_permutation(task, model_config) if task.labels else None
@@ -101,16 +109,21 @@ class Classifier:
 
 
 class SentenceSimilarity:
-    """Cosine of the pooled embeddings of the two texts of a pair; each text is an input of its own."""
+    """How alike the embeddings of the two texts of a pair are; each text is an input of its own."""
 
-    def __init__(self, source: str) -> None:
-        self._mode = sentence_pooling(source)
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        self.prompt = encoder.prompt
+        self._encoder = encoder
 
     def predict(self, outputs: Sequence[Any], masks: Sequence[Tensor]) -> list[float]:
         states = [output.last_hidden_state for output in outputs]
-        return [float(value) for value in finite_outputs(self.cosines(states, masks)).cpu()]
+        compared = self._encoder.compare(*self._embeddings(states, masks))
+        return [float(value) for value in finite_outputs(compared).cpu()]
 
     def cosines(self, states: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """The cosine of each pair [B], from the token states [B, S, D] and attention masks [B, S] of the two texts."""
-        first, second = (pool(part.float(), mask, self._mode) for part, mask in zip(states, masks, strict=True))
-        return torch.cosine_similarity(first, second)
+        return torch.cosine_similarity(*self._embeddings(states, masks))
+
+    def _embeddings(self, states: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (self._encoder.embed(part, mask) for part, mask in zip(states, masks, strict=True))
+        return first, second

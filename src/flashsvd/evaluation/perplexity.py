@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashsvd.data.sampling import IGNORED
+from flashsvd.data.sampling import IGNORED, Draw
 from flashsvd.data.tokenize import Batch, token_ids
 from flashsvd.errors import DataError
 from flashsvd.evaluation.loop import BatchShape, finite_outputs
-from flashsvd.models.loading import check_vocabulary
+from flashsvd.models.loading import check_tokens
 
 # The loss is taken over so many logits at a time: 16 MiB in float32, whatever the vocabulary and the batch.
 _LOGITS_AT_A_TIME = 1 << 22
@@ -47,17 +47,19 @@ class Perplexity:
     Args:
         tokens: [n], the whole text.
         shape: its seq_len and stride make the windows.
-        limit: use only this many windows, the first ones.
+        draw: which windows, in the text's order; None takes all.
     """
 
     # A cache of keys and values would be made and thrown away.
     forward_options: Mapping[str, Any] = {"use_cache": False}
     timed_forward = "a full batch of windows, logits at every position included,"
 
-    def __init__(self, tokens: Tensor, shape: BatchShape, limit: int | None = None) -> None:
+    def __init__(self, tokens: Tensor, shape: BatchShape, draw: Draw | None = None) -> None:
         self._tokens = tokens
         self._seq_len = shape.seq_len
-        windows = text_windows(len(tokens), shape.seq_len, shape.stride or shape.seq_len)[:limit]
+        windows = text_windows(len(tokens), shape.seq_len, shape.stride or shape.seq_len)
+        if draw is not None:
+            windows = [windows[index] for index in sorted(draw.indices(len(windows)))]
         self._batch_size = shape.batch_size
         self._batches = _batches(windows, shape.batch_size)
         self._loss = 0.0
@@ -88,11 +90,11 @@ class Perplexity:
             return {"perplexity": math.inf}
 
 
-def read_tokens(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tensor:
+def read_tokens(tokenizer: Any, text: str, config: Any, source: str) -> Tensor:
     """[n], a text as one sequence, with the special tokens that the tokenizer itself puts around a text.
 
     Args:
-        vocabulary: how many tokens the model knows.
+        config: the model's.
         source: what the tokenizer belongs to, for the error.
 
     Raises:
@@ -102,7 +104,7 @@ def read_tokens(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tens
     ids = token_ids(tokenizer, text)
     if len(ids) < 2:
         raise DataError(f"the text is too short: perplexity needs at least 2 tokens, it has {len(ids)}")
-    check_vocabulary(max(ids), vocabulary, source)
+    check_tokens({"input_ids": max(ids)}, config, source)
     return torch.tensor(ids)
 
 

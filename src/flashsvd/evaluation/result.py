@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashsvd.common.tables import html_table, score_text
+from flashsvd.common.tables import counted, html_table, score_text
 
 # By these, which it has had from the first release on, a file is known as the JSON of an evaluation.
 KEYS = ("task", "metric_name", "metric_value", "checkpoint_dir", "_latency_definition")
@@ -24,6 +24,8 @@ class EvalResult:
         peak_memory_mib: what the model and its forwards took; `memory_definition` says of which memory.
         stride: tokens between the starts of two windows of running text; None for tasks of single texts.
         num_eval_samples: examples, or windows of running text.
+        seed: what drew them; None where they are all that there are.
+        seq_len: tokens of the longest sample, or what it may have at most.
         backend: of the fused blocks that the model ran on; `plain` where it ran on its own modules.
     """
 
@@ -56,6 +58,7 @@ class EvalResult:
     flashsvd_version: str
     latency_definition: str
     memory_definition: str
+    seed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, with the two definitions under `_latency_definition` and `_memory_definition`."""
@@ -99,12 +102,15 @@ class EvalResult:
 
     def _samples(self) -> str:
         if self.stride is None:
-            return f"{self.num_eval_samples} examples"
-        return f"{self.num_eval_samples} windows of {self.seq_len} tokens, {self.stride} apart"
+            text = counted(self.num_eval_samples, "example")
+        else:
+            text = f"{counted(self.num_eval_samples, 'window')} of {self.seq_len} tokens"
+            text += f", {self.stride} apart" if self.num_eval_samples > 1 else ""
+        return text if self.seed is None else f"{text}, drawn by seed {self.seed}"
 
     def _batch(self) -> str:
         if self.stride is not None:
-            return f"{self.batch_size} windows (median)"
+            return f"{counted(min(self.batch_size, self.num_eval_samples), 'window')} (median)"
         size = min(self.batch_size, self.num_eval_samples)
         return f"{size} (median, padded to {self.padding}, at most {self.seq_len} tokens)"
 

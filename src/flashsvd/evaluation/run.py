@@ -12,13 +12,15 @@ from flashsvd._version import __version__
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
 from flashsvd.common.provenance import git_commit, timestamp
+from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import get_task
 from flashsvd.evaluation.config import EvalConfig
 from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_eval_job, warm_up
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.result import KEYS, EvalResult
-from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+from flashsvd.models.found import find_model
 from flashsvd.storage.result_file import ResultFile, holds_json
 
 if TYPE_CHECKING:
@@ -33,18 +35,22 @@ def evaluate(config: EvalConfig) -> EvalResult:
     Raises:
         FlashSVDError: the config, the checkpoint or the data cannot be used.
     """
-    task = get_task(config.task)
+    if config.task is not None:
+        get_task(config.task)
     backend = cast("Backend | None", config.backend)
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     file = _result_file(config)
     if file is not None:
         file.check(read_paths(config))
-    subject = Subject.find(config.checkpoint, task)
-    task, data = load_data(task, config.data, config.max_eval_samples, subject)
+    found = find_model(config.checkpoint)
+    task = task_of(config.task, found)
+    subject = Subject.of(found, task)
+    draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
+    task, data = load_data(task, config.data, draw, subject)
     if backend is not None:
         runtime.check(subject.config, backend, device)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding, config.stride)
-    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
+    workload = Workload.prepare(task, data, subject, shape, draw)
     if backend is not None:
         workload.check_fused(subject)
     job = workload.job(subject)
@@ -81,10 +87,11 @@ def evaluate(config: EvalConfig) -> EvalResult:
         samples_per_second=timings.per_second(timings.samples),
         tokens_per_second=timings.per_second(timings.tokens),
         batch_size=shape.batch_size,
-        seq_len=shape.seq_len,
+        seq_len=workload.longest,
         stride=shape.stride,
         padding=shape.padding,
         num_eval_samples=timings.samples,
+        seed=draw.seed if draw else None,
         parameters=parameters,
         backend=backend or "plain",
         device=describe_device(device),

@@ -8,15 +8,42 @@ from typing import Any
 
 import torch
 
-from flashsvd.data.tasks import Task, check_label_count
-from flashsvd.errors import ModelError
+from flashsvd.data.tasks import TASKS, Task, check_label_count, get_task
+from flashsvd.errors import ConfigError, ModelError
 from flashsvd.io import load_factored
 from flashsvd.models.found import Found, find_model
 from flashsvd.models.heads import head_class
 from flashsvd.models.loading import load_model, sequence_length
 from flashsvd.models.registry import base_prefix
+from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.training_file import TRAINING_FILE, read_trainings
 
 log = logging.getLogger("flashsvd")
+
+
+def task_of(asked: str | None, found: Found) -> Task:
+    """The task asked for, or the last one that the checkpoint was compressed or trained for.
+
+    Raises:
+        ConfigError: neither names one.
+        CheckpointError: the checkpoint's metadata cannot be used.
+    """
+    if asked is not None:
+        return get_task(asked)
+    if (known := _own_task(found)) not in TASKS:
+        raise ConfigError(f"{found.name} does not say which task it is for; name one with --task")
+    return get_task(known)
+
+
+def _own_task(found: Found) -> str:
+    if found.compressed:
+        return (found.info.task if found.info else None) or ""
+    try:
+        file = companion_file(found.source, TRAINING_FILE)
+    except HubUnreachableError:
+        return ""
+    trainings = read_trainings(file) if file else []
+    return str(trainings[-1].get("task")) if trainings else ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import Examples, load_examples
+from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task
 from flashsvd.data.text import load_text
 from flashsvd.errors import BackendError, ConfigError
@@ -19,6 +20,7 @@ from flashsvd.evaluation.perplexity import Perplexity, read_tokens
 from flashsvd.evaluation.subject import Subject
 from flashsvd.models.heads import head_classes
 from flashsvd.models.loading import load_tokenizer
+from flashsvd.models.sentence import encoder_length, read_sentence_encoder
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,23 @@ class Workload:
 
     Attributes:
         data: examples, or the tokens [n] of running text.
-        limit: use only this many windows of running text.
+        draw: which windows of running text; None takes all.
     """
 
     task: Task
     data: Examples | Tensor
     tokenizer: Any
     shape: BatchShape
-    limit: int | None
+    draw: Draw | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample has at most: of a text shorter than a window, all of it."""
+        return min(self.shape.seq_len, len(self.data)) if isinstance(self.data, Tensor) else self.shape.seq_len
 
     @classmethod
     def prepare(
-        cls, task: Task, data: Examples | str, subject: Subject, shape: BatchShape, limit: int | None
+        cls, task: Task, data: Examples | str, subject: Subject, shape: BatchShape, draw: Draw | None
     ) -> Workload:
         """Tokenize by the subject's own tokenizer: running text now, examples batch by batch.
 
@@ -48,11 +55,8 @@ class Workload:
         """
         tokenizer = load_tokenizer(subject.source)
         tokens: Examples | Tensor
-        if isinstance(data, str):
-            tokens = read_tokens(tokenizer, data, subject.config.vocab_size, subject.source)
-        else:
-            tokens = data
-        return cls(task, tokens, tokenizer, shape, limit)
+        tokens = read_tokens(tokenizer, data, subject.config, subject.source) if isinstance(data, str) else data
+        return cls(task, tokens, tokenizer, shape, draw)
 
     def job(self, subject: Subject) -> EvalJob:
         """A fresh job for a model, whose own classes and pooling say what its outputs mean.
@@ -61,14 +65,16 @@ class Workload:
             ModelError: the tokenizer cannot pad, or the model's pooling is not supported.
         """
         if isinstance(self.data, Tensor):
-            return Perplexity(self.data, self.shape, self.limit)
-        predictor: Predictor = (
-            Classifier(self.task, subject.config)
-            if self.task.head == "classifier"
-            else SentenceSimilarity(subject.source)
+            return Perplexity(self.data, self.shape, self.draw)
+        predictor: Predictor
+        if self.task.head == "classifier":
+            predictor = Classifier(self.task, subject.config)
+        else:
+            encoder = read_sentence_encoder(subject.source, subject.config)
+            predictor = SentenceSimilarity(encoder.adapted(self.tokenizer))
+        return LabelledTexts(
+            self.task, self.data, predictor, self.tokenizer, self.shape, subject.config, subject.source
         )
-        vocabulary = subject.config.vocab_size
-        return LabelledTexts(self.task, self.data, predictor, self.tokenizer, self.shape, vocabulary, subject.source)
 
     def check_fused(self, subject: Subject) -> None:
         """Refuse a tokenizer that puts padding, where an optimised model has zeros, into the column a head reads.
@@ -85,8 +91,8 @@ class Workload:
             )
 
 
-def load_data(task: Task, data: str | None, limit: int | None, subject: Subject) -> tuple[Task, Examples | str]:
-    """The task's validation data: examples, the first `limit` of them, or one running text; and the task fitted to it.
+def load_data(task: Task, data: str | None, draw: Draw | None, subject: Subject) -> tuple[Task, Examples | str]:
+    """The task's validation data: examples, those drawn, or one running text; and the task fitted to it.
 
     Raises:
         DataError: it cannot be had, or does not fit the task.
@@ -95,7 +101,7 @@ def load_data(task: Task, data: str | None, limit: int | None, subject: Subject)
         return task, load_text(task, "validation", data)
     if not task.is_fitted:
         task = fit_task(task, "validation", data, head_classes(subject.config))
-    return task, load_examples(task, "validation", data, limit)
+    return task, load_examples(task, "validation", data, draw)
 
 
 def batch_shape(
@@ -109,7 +115,8 @@ def batch_shape(
     if task.head != "lm":
         if stride is not None:
             raise ConfigError(f"--stride is for running text, {task.name} has single examples; leave it out")
-        return BatchShape(batch_size or BATCH_SIZE, subject.seq_len(seq_len, SEQ_LEN), padding)
+        own = encoder_length(subject.source, subject.config) if task.head == "encoder" else SEQ_LEN
+        return BatchShape(batch_size or BATCH_SIZE, subject.seq_len(seq_len, own), padding)
     seq_len = subject.seq_len(seq_len, LM_SEQ_LEN)
     stride = stride or seq_len
     if seq_len < 2:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import CheckpointError, ModelError, described, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.counts import check_counts
@@ -16,6 +17,7 @@ from flashsvd.models.registry import architecture_of
 from flashsvd.storage.json_file import read_object
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.trust import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Found:
     @property
     def quantized(self) -> bool:
         """Whether its weights are rounded by some other library."""
-        return _quant_method(self.config) is not None and not self.compressed
+        return quantization_method(self.config) is not None and not self.compressed
 
     def refuse_compressed(self) -> None:
         """Refuse a model whose weights are not plain numbers.
@@ -70,7 +72,7 @@ class Found:
         if self.compressed:
             raise ModelError(f"{self.name} is compressed already; compress the dense model it came from")
         if self.quantized:
-            method = _quant_method(self.config)
+            method = quantization_method(self.config)
             raise ModelError(f"{self.name} is quantized ({method}); compress the unquantized model it came from")
 
 
@@ -95,6 +97,10 @@ def locate(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if is_lfs_pointer(path / "config.json"):
+            raise ModelError(f"{path / 'config.json'} {POINTER}")
+        if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
+            raise ModelError(f"{name} holds an adapter ({ADAPTER_CONFIG}); merge it into its model, and give that")
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; give a directory that save_pretrained wrote")
         return str(path)
@@ -120,6 +126,7 @@ def load_config(source: str) -> Any:
         as_dict, _ = PreTrainedConfig.get_config_dict(source)
         architecture_of(_ModelType(as_dict.get("model_type")))
         check_counts(as_dict, source)
+        _check_class_names(source, as_dict.get("id2label"))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
@@ -132,6 +139,21 @@ def _check_json(directory: str, name: str) -> None:
             read_object(file)
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
+
+
+def _check_class_names(source: str, named: Any) -> None:
+    """Refuse names of classes that are not by the number of each.
+
+    Raises:
+        ModelError: saying how they are to be.
+    """
+    if named is None:
+        return
+    if not isinstance(named, Mapping) or not all(str(number).isdecimal() for number in named):
+        raise ModelError(
+            f"config.json of {source} has id2label {named!r:.80}, which does not give each class a name by its number; "
+            'write it as {"0": "NAME", "1": "NAME"}'
+        )
 
 
 @dataclass(frozen=True)
@@ -173,10 +195,10 @@ def _written_info(source: str) -> CompressionInfo | None:
 
 def is_compressed(config: Any) -> bool:
     """Whether a transformers config is that of one of our checkpoints."""
-    return _quant_method(config) == QUANT_METHOD
+    return quantization_method(config) == QUANT_METHOD
 
 
-def _quant_method(config: Any) -> str | None:
+def quantization_method(config: Any) -> str | None:
     """The library that a config's weights were rounded or factored by; None where they are plain numbers."""
     described = getattr(config, "quantization_config", None)
     if described is None:

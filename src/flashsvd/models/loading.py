@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +13,24 @@ from typing import Any
 
 import torch
 
+from flashsvd.common.lfs import POINTER
 from flashsvd.common.making import making_modules
 from flashsvd.common.process import ordinary_tensors
-from flashsvd.errors import ConfigError, ModelError, library_errors
+from flashsvd.errors import CheckpointError, ConfigError, ModelError, library_errors
+from flashsvd.lowrank.spec import QUANT_METHOD
+from flashsvd.models.found import quantization_method
 from flashsvd.models.heads import head_of, own_class
 from flashsvd.models.registry import architecture_of, base_prefix
-from flashsvd.storage.tokenizer_files import check_tokenizer_files, tell_of_others
+from flashsvd.storage.companions import find_pointer
+from flashsvd.storage.tokenizer_check import check_tokenizer_files, tell_of_others
 from flashsvd.storage.trust import check_tokenizer_config, check_weights
 from flashsvd.storage.verify import INDEX, WEIGHTS, all_shapes, weight_files
+from flashsvd.storage.weight_headers import find_weights, stored_dtype
+
+log = logging.getLogger("flashsvd")
+
+# Buffers that old checkpoints hold, which a model makes by itself.
+_CONSTANTS = re.compile(r"(^|\.)(position_ids|masked_bias|inv_freq)$")
 
 
 @dataclass(frozen=True)
@@ -46,16 +60,22 @@ def load_model(
     """Load weights into `model_class`; those of another kind of head do not count, even under the same names.
 
     Args:
-        dtype: None keeps the checkpoint's own.
+        dtype: None keeps the one that the weights are stored in, whatever the config says.
         new_head: give a sequence classifier a fresh head even where it has one.
         options: set on the config, such as `num_labels`.
 
     Raises:
-        ModelError: the weights cannot be had or read, lie outside of the model, or lack a part of the base model.
+        ModelError: the weights cannot be had or read, lie outside of the model, lack a part of the base model, or hold
+            one that the model has no place for.
     """
     check_weights(source, config)
     if any((Path(source) / name).is_file() for name in (WEIGHTS, INDEX)):
-        all_shapes(weight_files(Path(source)))
+        try:
+            all_shapes(weight_files(Path(source)))
+        except CheckpointError as error:
+            raise ModelError(str(error)) from error
+    stored = own_dtype(source, config)
+    dtype = stored if dtype is None else dtype
     for name, value in options.items():
         setattr(config, name, value)
     with library_errors(source), making_modules(), ordinary_tensors():
@@ -77,6 +97,7 @@ def load_model(
         # A head or a pooler may be new; the encoder below it may not.
         if name.startswith(prefix) and not name.removeprefix(prefix).startswith("pooler."):
             raise ModelError(f"{source} lacks the weights of {name}, a part of the base model; fetch it again")
+    _account_for(loading, model, source)
     return Pretrained(model.eval(), source, untrained)
 
 
@@ -93,6 +114,62 @@ def skeleton(source: str, model_class: Any, config: Any) -> Any:
     """
     with library_errors(source), making_modules(), torch.device("meta"):
         return model_class(config)
+
+
+def own_dtype(source: str, config: Any) -> torch.dtype | None:
+    """The dtype that a model's weights are stored in, whatever its config says; None where they are not plain numbers.
+
+    Raises:
+        ModelError: naming a file that is truncated, damaged or a git-lfs pointer.
+    """
+    stored = stored_dtype(find_weights(source, getattr(config, "transformers_weights", None)))
+    return stored if quantization_method(config) in (None, QUANT_METHOD) else None
+
+
+def _account_for(loading: Any, model: Any, source: str) -> None:
+    """Say what of a file did not come into the model.
+
+    Raises:
+        ModelError: it is a part of the base model, such as a layer, or transformers reports an error.
+    """
+    for message in loading.get("error_msgs") or ():
+        raise ModelError(f"{source} cannot be loaded as {type(model).__name__}: {' '.join(str(message).split())}")
+    lost = sorted(name for name in loading["unexpected_keys"] if not _CONSTANTS.search(name))
+    if quantization_method(model.config) == QUANT_METHOD:
+        # Those of the base model were held against the config when the factored layers were built.
+        lost = [name for name in lost if not _in_base(model, name)]
+    for name in lost:
+        if _in_base(model, name):
+            more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
+            raise ModelError(
+                f"{source} holds {name}{more}, which a {type(model).__name__} of its config.json has no place for; "
+                "correct the config (num_hidden_layers, as a rule), or fetch the model again"
+            )
+    if lost:
+        _warn_of_lost(source, type(model).__name__, tuple(lost))
+
+
+@functools.cache
+def _warn_of_lost(source: str, model_class: str, names: tuple[str, ...]) -> None:
+    """Once for each model and class, however often it is loaded."""
+    log.warning("%s holds %s, which a %s has no place for: left out", source, shortened(names), model_class)
+
+
+def _in_base(model: Any, name: str) -> bool:
+    """Whether a file's tensor is one of the base model's own, under whatever head the file spells it; a pooler may go
+    with a head."""
+    prefix = f"{model.base_model_prefix}."
+    bare = name.removeprefix(prefix)
+    part = bare.partition(".")[0]
+    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    known = name.startswith(prefix) or part in dict(base.named_children())
+    return known and part != "pooler"
+
+
+def shortened(names: Collection[str]) -> str:
+    """The first four of some names, and how many others there are."""
+    shown = ", ".join(list(names)[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _has_another_head(config: Any, model_class: Any) -> bool:
@@ -130,17 +207,24 @@ def sequence_length(config: Any, source: str, asked: int | None, default: int) -
     return min(default, longest) if asked is None else asked
 
 
-def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
-    """Refuse token ids that a model has no embedding for.
+def check_tokens(largest: Mapping[str, int], config: Any, source: str) -> None:
+    """Refuse token ids, or types of tokens, that a model has no embedding for.
+
+    Args:
+        largest: of each of the model's inputs, by argument name.
 
     Raises:
         ModelError: the tokenizer is not the model's.
     """
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer of {source} gives token {largest}, but the model knows {vocabulary}; "
-            "save the model's own tokenizer"
-        )
+    for name, what, count in (
+        ("input_ids", "token", config.vocab_size),
+        ("token_type_ids", "token type", getattr(config, "type_vocab_size", None)),
+    ):
+        if count is not None and largest.get(name, 0) >= count:
+            raise ModelError(
+                f"the tokenizer of {source} gives {what} {largest[name]}, but the model knows {count}; "
+                "save the model's own tokenizer"
+            )
 
 
 def load_tokenizer(source: str) -> Any:
@@ -154,6 +238,8 @@ def load_tokenizer(source: str) -> Any:
     if Path(source).is_dir():
         check_tokenizer_files(source)
     check_tokenizer_config(source)
+    if Path(source).is_dir() and (pointer := find_pointer(Path(source))):
+        raise ModelError(f"{pointer} {POINTER}")
     with library_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,65 @@ import torch
 from torch import Tensor
 
 from flashsvd.errors import ModelError, described
-from flashsvd.storage.companions import MODULE_CONFIG, MODULES_FILE, sentence_modules
 from flashsvd.storage.json_file import read_json
-from flashsvd.storage.model_files import companion_file
 
-log = logging.getLogger("flashsvd")
+# As sentence-transformers names them, in the order in which it puts several side by side; the older names of a
+# config's switches, without their `pooling_mode_`, behind them.
+POOLING_MODES = {
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "mean": "mean_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
 
-POOLING_MODES = ("mean", "cls", "max")
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token states become an embedding.
+
+    Attributes:
+        modes: of `POOLING_MODES`; several are put side by side.
+        include_prompt: whether the tokens of a prompt count.
+    """
+
+    modes: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
 
 
-def pool(states: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
+def pool(states: Tensor, attention_mask: Tensor, mode: str, skipped: int = 0) -> Tensor:
     """Pool token states [B, S, D] over the real tokens of each row, [B, D].
 
-    `mean` averages them, `cls` takes the first, `max` takes the largest value of each channel.
+    `mean` averages them, `mean_sqrt_len_tokens` divides their sum by the root of their number, `weightedmean` weighs
+    each by its place; `cls` takes the first, `lasttoken` the last, `max` the largest value of each channel.
+
+    Args:
+        skipped: so many real tokens at the start of each row do not count.
     """
-    mask = attention_mask.bool().unsqueeze(-1)
-    if mode == "cls":
-        first = attention_mask.argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), first]
-    if mode == "max":
-        return states.masked_fill(~mask, float("-inf")).amax(dim=1)
-    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+    place = attention_mask.cumsum(dim=1)
+    counted = attention_mask.bool() & (place > skipped)
+    mask = counted.unsqueeze(-1)
+    rows = torch.arange(len(states), device=states.device)
+    match mode:
+        case "cls":
+            return states[rows, counted.int().argmax(dim=1)]
+        case "lasttoken":
+            return states[rows, (counted * place).argmax(dim=1)]
+        case "max":
+            return states.masked_fill(~mask, float("-inf")).amax(dim=1)
+        case "weightedmean":
+            weights = (counted * place).unsqueeze(-1)
+            return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+    number = mask.sum(dim=1).clamp_min(1)
+    return (states * mask).sum(dim=1) / (number.sqrt() if mode == "mean_sqrt_len_tokens" else number)
 
 
-def pooling_mode(config_file: Path) -> str:
-    """The mode that a sentence-transformers pooling config asks for.
+def read_pooling(config_file: Path) -> Pooling:
+    """The pooling that a sentence-transformers config asks for.
 
     Raises:
-        ModelError: the file cannot be read, or asks for another mode or several at once.
+        ModelError: the file cannot be read, or asks for a mode that is not known.
     """
     try:
         config: Any = read_json(config_file)
@@ -46,37 +77,13 @@ def pooling_mode(config_file: Path) -> str:
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no pooling config; fetch the model again")
     if "pooling_mode" in config:
-        modes = [str(config["pooling_mode"])]
+        asked = config["pooling_mode"]
+        modes = tuple(map(str, asked)) if isinstance(asked, list) else (str(asked),)
     else:
-        prefix = "pooling_mode_"
-        on = [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True]
-        modes = [key.removesuffix("_tokens").removesuffix("_token") for key in on]
-    if len(modes) != 1 or modes[0] not in POOLING_MODES:
-        raise ModelError(
-            f"{config_file} asks for {', '.join(modes)} pooling; supported is one of {', '.join(POOLING_MODES)}"
-        )
-    return modes[0]
-
-
-def sentence_pooling(source: str) -> str:
-    """How a sentence encoder pools its token states, by the files beside it.
-
-    Raises:
-        ModelError: it has a module that is not supported, or its files cannot be read.
-    """
-    modules_file = companion_file(source, MODULES_FILE)
-    if modules_file is None:
-        log.warning("%s says nothing about pooling; taking the mean of its token states", source)
-        return "mean"
-    mode = None
-    for kind, folder in sentence_modules(modules_file):
-        if kind == "Pooling":
-            config_file = companion_file(source, f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG)
-            if config_file is None:
-                raise ModelError(f"{source} lacks {folder}/{MODULE_CONFIG}, the pooling that {MODULES_FILE} names")
-            mode = pooling_mode(config_file)
-        elif kind not in ("Transformer", "Normalize"):
-            raise ModelError(f"{source} has a {kind} module, which --task similarity does not support")
-    if mode is None:
-        log.warning("%s of %s names no pooling; taking the mean of its token states", MODULES_FILE, source)
-    return mode or "mean"
+        older = {f"pooling_mode_{name}": mode for mode, name in POOLING_MODES.items()}
+        on = {key for key, value in config.items() if key.startswith("pooling_mode_") and value is True}
+        modes = (*(mode for key, mode in older.items() if key in on), *sorted(on - set(older)))
+        modes = modes or ("mean",)
+    if not modes or not set(modes) <= set(POOLING_MODES):
+        raise ModelError(f"{config_file} asks for {', '.join(modes)} pooling; known are {', '.join(POOLING_MODES)}")
+    return Pooling(modes, config.get("include_prompt", True) is not False)

@@ -34,7 +34,8 @@ class ProfileConfig(Config):
     )
     task: str | None = option(
         None,
-        help="what to score on, as for flashsvd eval; the default is the task that the checkpoint was compressed for",
+        help="what to score on, as for flashsvd eval; the default is the task that the checkpoint was compressed or "
+        "trained for",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(
@@ -54,8 +55,9 @@ class ProfileConfig(Config):
     )
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
     max_eval_samples: int | None = option(
-        None, help="read only this many examples or windows, the first ones", at_least=1
+        None, help="read only this many examples or windows, drawn by the seed", at_least=1
     )
+    seed: int = option(0, help="draws the examples or windows of --max-eval-samples", at_least=0, at_most=2**63 - 1)
     runs: int = option(1, help="timed passes over the data", at_least=1)
     new_tokens: int | None = option(
         None,

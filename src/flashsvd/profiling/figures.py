@@ -81,7 +81,7 @@ def _setting(result: ProfileResult) -> tuple[Any, ...]:
     """What figures of the dense model depend on: it, and what it ran on."""
     sizes = (result.batch_size, result.seq_len, result.padding, result.micro_batches, result.offload)
     dtypes = frozenset(row.dtype for row in result.rows if row.dtype)
-    return (result.dense, result.task, result.data, result.num_eval_samples, result.device, dtypes, *sizes)
+    return (result.dense, result.task, result.data, result.num_eval_samples, result.seed, result.device, dtypes, *sizes)
 
 
 def _latency(_: ProfileResult, row: VariantRow) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from flashsvd.common.tables import html_table, text_table
+from flashsvd.common.tables import counted, html_table, text_table
 from flashsvd.errors import CheckpointError, described
 from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
@@ -117,6 +117,7 @@ class ProfileResult:
     rows: tuple[VariantRow, ...]
     definitions: Mapping[str, str]
     new_tokens: int | None = None
+    seed: int | None = None
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
     module_places: Mapping[str, LayerPlace] = field(default_factory=dict)
@@ -188,11 +189,13 @@ class ProfileResult:
         """What was measured on what, in one line."""
         against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
+        drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
         options = ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
+        samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (
-            f"{self.checkpoint} ({self.method}){against}: {self.task} on {self.num_eval_samples} samples "
-            f"of {self.data}, batches of {self.batch_size} by at most {self.seq_len} tokens, padding {self.padding}, "
-            f"timed passes {self.runs}, {dtypes or 'dtype unknown'} on {self.device}{options}"
+            f"{self.checkpoint} ({self.method}){against}: {self.task} on {samples}, batches of {self.batch_size} by at "
+            f"most {self.seq_len} tokens, padding {self.padding}, timed passes {self.runs}, "
+            f"{dtypes or 'dtype unknown'} on {self.device}{options}"
         )
 
     def __str__(self) -> str:

@@ -7,17 +7,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from flashsvd import runtime
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
-from flashsvd.data.tasks import Task, get_task
+from flashsvd.data.sampling import Draw
+from flashsvd.data.tasks import Task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
-from flashsvd.evaluation.subject import Subject
+from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
-from flashsvd.models.found import Found, find_model
+from flashsvd.models.found import find_model
+from flashsvd.models.loading import own_dtype
 from flashsvd.profiling.config import ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import is_plot, png
@@ -45,16 +45,19 @@ def profile(config: ProfileConfig) -> ProfileResult:
         check_offload(device)
     check_output(config)
     found = find_model(config.checkpoint)
-    task = _task(config, found)
+    task = task_of(config.task, found)
     subject = Subject.of(found, task)
     names = config.variant_names()
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
-    task, data = load_data(task, config.data, config.max_eval_samples, subject)
+    draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
+    task, data = load_data(task, config.data, draw, subject)
     if config.graph:
         runtime.check(subject.config, "auto", device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
-    workload = Workload.prepare(task, data, subject, shape, config.max_eval_samples)
-    setting = Setting(device, dtype or _own_dtype(subject), config.micro_batches, config.graph, config.offload)
+    workload = Workload.prepare(task, data, subject, shape, draw)
+    setting = Setting(
+        device, dtype or own_dtype(subject.source, subject.config), config.micro_batches, config.graph, config.offload
+    )
     reasons = {name: why_not(name, subject, workload, setting) for name in names}
     _refuse_what_was_asked_for(config, reasons)
     subjects = {name: dense if name in DENSE and dense is not None else subject for name in names}
@@ -81,13 +84,14 @@ def profile(config: ProfileConfig) -> ProfileResult:
         ratio=info.ratio if info else None,
         device=describe_device(device),
         batch_size=shape.batch_size,
-        seq_len=shape.seq_len,
+        seq_len=workload.longest,
         padding=shape.padding,
         micro_batches=config.micro_batches,
         graph=config.graph,
         offload=config.offload,
         runs=config.runs,
         num_eval_samples=_samples(workload, subject),
+        seed=draw.seed if draw else None,
         data=config.data or f"hub:{task.hub_config}",
         timestamp=timestamp(),
         git_commit=git_commit(),
@@ -124,20 +128,6 @@ def _result_files(config: ProfileConfig) -> dict[str, ResultFile]:
     return {name: ResultFile(directory / name, "profile", known[name], config.overwrite) for name in known}
 
 
-def _task(config: ProfileConfig, found: Found) -> Task:
-    """The task asked for, or the one in the checkpoint's own metadata.
-
-    Raises:
-        ConfigError: neither names one.
-    """
-    if config.task is not None:
-        return get_task(config.task)
-    info = found.info
-    if info is None or info.task is None:
-        raise ConfigError(f"{config.checkpoint} does not say which task it is for; name one with --task")
-    return get_task(info.task)
-
-
 def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
     """The dense model to compare with.
 
@@ -170,12 +160,6 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
                 "name the dense model with --dense"
             )
     return dense
-
-
-def _own_dtype(subject: Subject) -> torch.dtype | None:
-    """The checkpoint's, which its dense base then runs in too."""
-    dtype = getattr(subject.config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:

@@ -12,30 +12,33 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import ModelError, described
 from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.tokenizer_files import (
+    TEMPLATE_SUFFIX,
+    TOKENIZER_CONFIG,
+    template_folder,
+    template_names,
+    tokenizer_file_names,
+)
 from flashsvd.storage.verify import WEIGHTS, is_plain_name
 
 log = logging.getLogger("flashsvd")
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
 MODULES_FILE = "modules.json"
+SENTENCE_CONFIG = "config_sentence_transformers.json"
+# The transformer module's own: the first that there is, by names that older versions gave it.
+TRANSFORMER_CONFIGS = (
+    "sentence_bert_config.json",
+    *(
+        f"sentence_{kind}_config.json"
+        for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
+)
 # What sentence-transformers reads beside the model; `modules.json` names further directories.
-SENTENCE_FILES = (MODULES_FILE, "sentence_bert_config.json", "config_sentence_transformers.json")
+SENTENCE_FILES = (MODULES_FILE, SENTENCE_CONFIG, *TRANSFORMER_CONFIGS)
 MODULE_CONFIG = "config.json"
 MODULE_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 _PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth")
@@ -64,11 +67,7 @@ def find_companions(source: str, sentence_encoder: bool = False) -> Companions:
         ModelError: a file cannot be had that the model would be another one without, or cannot be trusted.
     """
     finder = _Finder(source)
-    files = finder.find_all(TOKENIZER_FILES)
-    if not files:
-        why = "the hub cannot be asked for them" if finder.unknown else "there are none"
-        log.warning("no tokenizer files of %s are saved: %s; save a tokenizer into the checkpoint", source, why)
-    files |= finder.find_all(SENTENCE_FILES)
+    files = _tokenizer_files(finder, source) | finder.find_all(SENTENCE_FILES)
     if MODULES_FILE in finder.unknown:
         if sentence_encoder:
             raise finder.unknown[MODULES_FILE]
@@ -80,15 +79,74 @@ def find_companions(source: str, sentence_encoder: bool = False) -> Companions:
     return Companions(files)
 
 
-def is_companion(relative: Path, modules: Collection[str]) -> bool:
-    """Whether a path inside a checkpoint is one that a companion has.
+def find_tokenizer(source: str) -> Companions:
+    """The companions of a model that its tokenizer, or its processor, is made of.
 
-    Args:
-        modules: the directories that the checkpoint's own `modules.json` names.
+    Raises:
+        ModelError: a file of them cannot be trusted.
     """
-    if len(relative.parts) == 1:
-        return relative.name in (*TOKENIZER_FILES, *SENTENCE_FILES)
-    return len(relative.parts) == 2 and relative.parts[0] in modules and relative.suffix in MODULE_SUFFIXES
+    return Companions(_tokenizer_files(_Finder(source), source))
+
+
+def has_tokenizer_files(directory: Path) -> bool:
+    """Whether any file of a tokenizer lies in a directory."""
+    return any((directory / name).is_file() for name in tokenizer_names(directory))
+
+
+def find_pointer(directory: Path) -> Path | None:
+    """A file of the tokenizer in a directory that is a git-lfs pointer; None where none is."""
+    files = (directory / name for name in tokenizer_names(directory))
+    return next((file for file in files if is_lfs_pointer(file)), None)
+
+
+@dataclass(frozen=True)
+class CompanionPlaces:
+    """Where companions lie in a directory, so that they can be told from what somebody else put there.
+
+    Attributes:
+        names: of files in the directory itself.
+        folders: the directories below it, with the endings of the files that they hold.
+    """
+
+    names: Collection[str]
+    folders: Mapping[str, Collection[str]]
+
+    @classmethod
+    def of(cls, directory: Path) -> CompanionPlaces:
+        """Those of a checkpoint.
+
+        Raises:
+            ModelError: its `modules.json` cannot be used.
+        """
+        modules = [folder for _, folder in sentence_modules(directory / MODULES_FILE) if folder]
+        folders = dict.fromkeys(modules, MODULE_SUFFIXES) | {template_folder(): (TEMPLATE_SUFFIX,)}
+        return cls(own_names(directory), folders)
+
+    def has(self, relative: Path) -> bool:
+        """Whether a file's path inside the directory is one that a companion has."""
+        if len(relative.parts) == 1:
+            return relative.name in self.names
+        return len(relative.parts) == 2 and relative.suffix in self.folders.get(relative.parts[0], ())
+
+
+def _tokenizer_files(finder: _Finder, source: str) -> dict[str, Path]:
+    configs = finder.find_all(("config.json", TOKENIZER_CONFIG))
+    files = finder.find_all(tokenizer_file_names(configs))
+    if not files:
+        why = "the hub cannot be asked for them" if finder.unknown else "there are none"
+        log.warning("no tokenizer files of %s are saved: %s; save a tokenizer into the checkpoint", source, why)
+    return files | finder.find_all(template_names(source))
+
+
+def own_names(directory: Path) -> tuple[str, ...]:
+    """What the companions in a model's directory itself may be called."""
+    return (*tokenizer_names(directory), *SENTENCE_FILES)
+
+
+def tokenizer_names(directory: Path) -> tuple[str, ...]:
+    """What the files of the tokenizer in a directory may be called."""
+    configs = {name: directory / name for name in ("config.json", TOKENIZER_CONFIG)}
+    return tokenizer_file_names({name: file for name, file in configs.items() if file.is_file()})
 
 
 def sentence_modules(modules_file: Path) -> list[tuple[str, str]]:
@@ -140,6 +198,8 @@ def _local_module_files(source: Path, folder: str) -> dict[str, Path]:
     for file in sorted((source / folder).glob("*")):
         if file.suffix in MODULE_SUFFIXES and companion_file(str(source), f"{folder}/{file.name}"):
             _check_own_file(file, source)
+            if is_lfs_pointer(file):
+                raise ModelError(f"{file} {POINTER}")
             files[f"{folder}/{file.name}"] = file
         elif file.suffix in _PICKLES:
             log.warning("%s is a pickle and is not copied", file)
@@ -178,5 +238,7 @@ class _Finder:
             if file:
                 if Path(self._source).is_dir():
                     _check_own_file(file, Path(self._source))
+                if is_lfs_pointer(file):
+                    raise ModelError(f"{file} {POINTER}")
                 found[name] = file
         return found

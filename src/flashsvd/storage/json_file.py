@@ -8,6 +8,9 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
+from flashsvd.errors import ModelError
+
 LARGEST = 64 * 2**20
 DEEPEST = 64
 # Of a whole number, so that it stays within what a float can be.
@@ -42,8 +45,11 @@ def read_json(file: Path) -> Any:
         ValueError: it is no regular file or too large, it is no JSON in UTF-8, it nests too deep, or it holds a number
             that is not finite or half a character.
         OSError: the file system refuses.
+        ModelError: it is a pointer of git-lfs.
     """
     check_file(file, LARGEST)
+    if is_lfs_pointer(file):
+        raise ModelError(f"{file} {POINTER}")
     return parse_json(file.read_text(encoding="utf-8"))
 
 

@@ -44,7 +44,7 @@ class CompressionInfo:
             else; None where nothing was.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
             the targets alone (biases not counted).
-        dense_bytes: size of the dense model's weights in the checkpoint's dtype.
+        dense_bytes: size of the dense model's weight files.
         untrained: parameters the base model had no weights for, so that they are random (a new head, as a rule).
         digests: SHA-256 of each weight and tokenizer file, by its path inside the directory. Files written before lack
             it, and then it is empty.

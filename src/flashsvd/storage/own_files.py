@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashsvd.errors import ModelError
-from flashsvd.storage.companions import MODULES_FILE, is_companion, sentence_modules
+from flashsvd.storage.companions import MODULES_FILE, CompanionPlaces, own_names
 from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.storage.model_card import CARD_FILE
 from flashsvd.storage.rank_file import RANKS_FILE
@@ -26,21 +26,21 @@ def is_model_file(path: Path) -> bool:
     """Whether a path in a model's directory has a name that its weights, its config or its tokenizer may have."""
     if not (path.parent / "config.json").is_file():
         return False
-    return path.name in _NAMES or path.suffix in _WEIGHTS or is_companion(Path(path.name), ())
+    return path.name in _NAMES or path.suffix in _WEIGHTS or path.name in own_names(path.parent)
 
 
 def foreign_file(directory: Path) -> str | None:
     """A file, link or folder in one of our directories that is not of a kind flashsvd writes; None where all are."""
     try:
-        modules = [folder for _, folder in sentence_modules(directory / MODULES_FILE) if folder]
+        companions = CompanionPlaces.of(directory)
     except ModelError:
         return MODULES_FILE
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
         if path.is_dir() and not path.is_symlink():
-            known = str(relative) in modules
+            known = str(relative) in companions.folders
         else:
-            known = is_companion(relative, modules) or (
+            known = companions.has(relative) or (
                 len(relative.parts) == 1 and (relative.name in _NAMES or relative.suffix == ".safetensors")
             )
         if not known:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.errors import CheckpointError, first_line
-from flashsvd.storage.json_file import read_json
-from flashsvd.storage.model_files import HubUnreachableError, companion_file
-from flashsvd.storage.verify import INDEX, WEIGHTS, is_plain_name
+from flashsvd.storage.weight_headers import find_weights
 
 # Compared at both ends only, since every place that is read of a mapped file stays in memory, and its surroundings.
 _SAMPLES, _SAMPLE_LENGTH = 2, 256
@@ -70,18 +68,12 @@ def _same(stored: Tensor, loaded: Tensor) -> bool:
 
 
 def _tensor_files(source: str) -> dict[str, Path]:
-    """Which file holds each tensor."""
+    """Which safetensors file holds each tensor."""
     from safetensors import safe_open
 
-    try:
-        if single := companion_file(source, WEIGHTS):
-            with safe_open(str(single), framework="pt") as tensors:
-                return dict.fromkeys(tensors.keys(), single)
-        if index := companion_file(source, INDEX):
-            by_tensor: dict[str, str] = read_json(index)["weight_map"]
-            found = {name: companion_file(source, name) for name in set(by_tensor.values()) if is_plain_name(name)}
-            return {tensor: path for tensor, name in by_tensor.items() if (path := found.get(name))}
-    except HubUnreachableError:
-        # The model was loaded from some other file.
-        return {}
-    return {}
+    found = {}
+    for file in find_weights(source):
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as tensors:
+                found.update(dict.fromkeys(tensors.keys(), file))
+    return found

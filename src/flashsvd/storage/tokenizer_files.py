@@ -1,94 +1,95 @@
-"""Which files make a whole tokenizer: what is lost of one, transformers fills in by itself without a word."""
+"""Which files a tokenizer or a processor may have, by what transformers writes and reads."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashsvd.errors import ModelError, described
-from flashsvd.storage.companions import TOKENIZER_CONFIG, TOKENIZER_FILES
-from flashsvd.storage.digests import digests_of
-from flashsvd.storage.json_file import read_object
-from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
-from flashsvd.storage.model_files import companion_file
+from flashsvd.storage.json_file import read_json
+from flashsvd.storage.verify import is_plain_name
 
-log = logging.getLogger("flashsvd")
-
-TOKENIZER = "tokenizer.json"
-# What tokenizers without a tokenizer.json have instead, all of one line.
-_VOCABULARIES = (
-    ("vocab.txt",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("sentencepiece.bpe.model",), ("spiece.model",),
-)  # fmt: skip
-_SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE_SUFFIX = ".jinja"
+# Between them these have the names under which vocabularies lie as a rule, whatever class a config names.
+_USUAL_CLASSES = ("BertTokenizer", "GPT2Tokenizer", "XLMRobertaTokenizer", "T5Tokenizer", "TokenizersBackend")
 
 
-def check_tokenizer_files(directory: str) -> None:
-    """Refuse a tokenizer of which a file is lost or cannot be read.
-
-    Without a vocabulary transformers builds a tokenizer that maps every word to the unknown token, and without
-    tokenizer_config.json one of the class that the model's family has by default.
+def tokenizer_file_names(configs: Mapping[str, Path]) -> tuple[str, ...]:
+    """The names of the files, but for named chat templates; most models have few of them.
 
     Args:
-        directory: the model's own.
-
-    Raises:
-        ModelError: naming the file.
+        configs: the model's `config.json` and `tokenizer_config.json`, as far as it has them, by name. They say which
+            class the tokenizer is of, and so what its vocabulary may be called.
     """
-    found = {name for name in TOKENIZER_FILES if companion_file(directory, name)}
-    _check_saved(Path(directory), found)
-    if not found:
-        raise ModelError(f"{directory} holds no tokenizer; save the base model's tokenizer into it")
-    settings = {name: _read(Path(directory) / name) for name in _SETTINGS if name in found}
-    if TOKENIZER in found and TOKENIZER_CONFIG not in found:
-        raise ModelError(f"{directory} has lost {TOKENIZER_CONFIG}; save the base model's tokenizer into it")
-    whole = TOKENIZER in found or any(found.issuperset(names) for names in _VOCABULARIES)
-    if not whole and not _needs_no_vocabulary(settings.get(TOKENIZER_CONFIG, {})):
-        raise ModelError(
-            f"{directory} has no {TOKENIZER}, nor a vocabulary in its place; save the base model's tokenizer into it"
-        )
+    from transformers import tokenization_utils_base as base
+    from transformers import utils
+
+    names = [
+        base.FULL_TOKENIZER_FILE,
+        base.TOKENIZER_CONFIG_FILE,
+        base.SPECIAL_TOKENS_MAP_FILE,
+        base.ADDED_TOKENS_FILE,
+        utils.CHAT_TEMPLATE_FILE,
+        utils.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        utils.PROCESSOR_NAME,
+        utils.FEATURE_EXTRACTOR_NAME,
+        utils.IMAGE_PROCESSOR_NAME,
+        utils.VIDEO_PROCESSOR_NAME,
+        utils.AUDIO_TOKENIZER_NAME,
+    ]
+    config = _read(configs.get(TOKENIZER_CONFIG))
+    asked = config.get("tokenizer_class")
+    for name in (asked, *_classes_of(_read(configs.get("config.json")).get("model_type"))):
+        names += _vocabulary_names(name)
+    versions = config.get("fast_tokenizer_files")
+    names += [name for name in versions if is_plain_name(name)] if isinstance(versions, list) else []
+    return tuple(dict.fromkeys(names))
 
 
-def _check_saved(directory: Path, found: Collection[str]) -> None:
-    """Refuse a tokenizer that lacks a file with which a compressed checkpoint says that it was saved."""
-    if lost := [name for name in _saved(directory) if name not in found]:
-        raise ModelError(f"{directory} has lost {lost[0]}; save the base model's tokenizer into it")
+def template_folder() -> str:
+    """The directory of the chat templates that have names."""
+    from transformers.utils import CHAT_TEMPLATE_DIR
+
+    return str(CHAT_TEMPLATE_DIR)
 
 
-def tell_of_others(directory: str) -> None:
-    """Warn of files of a tokenizer that are not the ones a compressed checkpoint was saved with.
+def template_names(source: str) -> tuple[str, ...]:
+    """The named chat templates of a local directory, or of a model on the hub as far as that can be asked."""
+    folder = template_folder()
+    if Path(source).is_dir():
+        return tuple(f"{folder}/{file.name}" for file in sorted((Path(source) / folder).glob(f"*{TEMPLATE_SUFFIX}")))
+    from transformers.utils.hub import list_repo_templates
 
-    They may be what its owner wanted. For a tokenizer that could be loaded from them.
-    """
-    for name, digest in _saved(Path(directory)).items():
-        if digests_of(Path(directory), [name])[name] != digest:
-            log.warning("%s/%s is not the file that was saved, so that texts may be read otherwise", directory, name)
-
-
-def _saved(directory: Path) -> dict[str, str]:
-    """The digests of the tokenizer's files as they were saved, as far as a checkpoint tells."""
-    if not (directory / INFO_FILE).is_file():
-        return {}
-    digests = CompressionInfo.read_file(directory / INFO_FILE).digests
-    return {name: digests[name] for name in TOKENIZER_FILES if name in digests}
+    found = list_repo_templates(source, local_files_only=False)
+    # From the cache the names come without their suffix.
+    bare = sorted(name.removesuffix(TEMPLATE_SUFFIX) for name in found if is_plain_name(name))
+    return tuple(f"{folder}/{name}{TEMPLATE_SUFFIX}" for name in bare)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _classes_of(model_type: Any) -> tuple[Any, ...]:
+    """The names of the tokenizer classes that transformers takes for a type of model."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    found = TOKENIZER_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+    return (*(found if isinstance(found, (tuple, list)) else (found,)), *_USUAL_CLASSES)
+
+
+def _vocabulary_names(class_name: Any) -> list[str]:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if not isinstance(class_name, str):
+        return []
+    names: list[str] = []
+    for name in (class_name, class_name.removesuffix("Fast")):
+        names += (getattr(tokenizer_class_from_name(name), "vocab_files_names", None) or {}).values()
+    return [name for name in names if is_plain_name(name)]
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    """What a config holds; nothing where it cannot be read, which whoever loads it says."""
     try:
-        return read_object(file)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{file} cannot be read ({described(error)}); save the base model's tokenizer again"
-        ) from error
-
-
-def _needs_no_vocabulary(config: dict[str, Any]) -> bool:
-    """Whether the class that a tokenizer_config.json names reads bytes, or its vocabulary from a file it names."""
-    import transformers
-
-    if isinstance(config.get("vocab"), str):
-        return True
-    name = config.get("tokenizer_class")
-    tokenizer_class = getattr(transformers, name, None) if isinstance(name, str) else None
-    return getattr(tokenizer_class, "vocab_files_names", None) == {}
+        content = read_json(file) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.errors import ModelError, described
-from flashsvd.storage.companions import TOKENIZER_CONFIG
 from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.tokenizer_files import TOKENIZER_CONFIG
 from flashsvd.storage.verify import is_plain_name
 
 ADAPTER_CONFIG = "adapter_config.json"

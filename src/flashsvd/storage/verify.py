@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import CheckpointError, described, first_line
 from flashsvd.storage.json_file import read_json
 
@@ -37,6 +38,8 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; compress the model again")
+    if is_lfs_pointer(index):
+        raise CheckpointError(f"{index} {POINTER}")
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -108,6 +111,8 @@ def _headers(files: Sequence[str | Path]) -> Iterator[tuple[str | Path, str, str
     from safetensors import SafetensorError, safe_open
 
     for file in files:
+        if is_lfs_pointer(Path(file)):
+            raise CheckpointError(f"{file} {POINTER}")
         try:
             _check_holes(Path(file))
             with safe_open(str(file), framework="pt") as tensors:

@@ -88,7 +88,9 @@ class FinetuneConfig(Config):
         None, help="cls: weigh classes by how rare they are in the training data", choices=("balanced",)
     )
     max_train_samples: int | None = option(None, help="train on this many examples only, drawn by the seed", at_least=1)
-    max_eval_samples: int | None = option(None, help="evaluate on this many examples only, the first ones", at_least=1)
+    max_eval_samples: int | None = option(
+        None, help="evaluate on this many examples only, those that flashsvd eval draws", at_least=1
+    )
     seq_len: int | None = option(
         None,
         help=f"tokens an example is cut to; the default is {SEQ_LEN}, or less where the model reads no more",

@@ -17,7 +17,8 @@ from flashsvd.data.tokenize import Tokenize
 from flashsvd.errors import ConfigError, DataError
 from flashsvd.models.found import Found
 from flashsvd.models.heads import head_classes
-from flashsvd.models.loading import check_vocabulary
+from flashsvd.models.loading import check_tokens
+from flashsvd.models.sentence import read_sentence_encoder
 from flashsvd.training.config import CLASSIFIER_TASKS, FinetuneConfig
 from flashsvd.training.model import HeadedModel
 from flashsvd.training.objectives import (
@@ -32,7 +33,7 @@ from flashsvd.training.rows import Row, Rows
 
 log = logging.getLogger("flashsvd")
 
-# Masks to evaluate on are the same whatever a training's seed is, so that trainings can be compared.
+# What is evaluated on, masks too, is the same whatever a training's seed is, so that trainings can be compared.
 EVALUATION_SEED = 0
 
 
@@ -107,12 +108,14 @@ def prepare_material(
     else:
         examples = [_examples(source, config, task) for source in splits]
         scale = _scale(task, examples[0])
-        train, evaluation = (_example_rows(part, task, tokenizer, seq_len, scale) for part in examples)
+        prompt = _prompt(task, model, tokenizer)
+        tokenize = Tokenize.of(task, tokenizer, seq_len, prompt=prompt)
+        train, evaluation = (_example_rows(part, tokenize, scale) for part in examples)
         weights = _class_weights(config, task, examples[0])
     assert train is not None, "there is always something to train on"
     for rows in (train, evaluation):
         if rows is not None:
-            check_vocabulary(rows.largest_token, model.config.vocab_size, model.name)
+            check_tokens(rows.largest, model.config, model.name)
     objective = make_objective(task, model, tokenizer, weights)
     about = config.data or f"hub:{(task or TASKS['wikitext2']).hub_config}"
     return Material(train, evaluation, objective, about, scale)
@@ -123,7 +126,7 @@ def make_objective(task: Task | None, model: HeadedModel, tokenizer: Any, class_
     if task is None:
         return MaskedLM(tokenizer, model.config.vocab_size)
     if task.head == "encoder":
-        return PairSimilarity(task, model.source)
+        return PairSimilarity(task, read_sentence_encoder(model.source, model.config).adapted(tokenizer))
     return Classification(task, model.config, class_weights)
 
 
@@ -163,7 +166,7 @@ def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Exa
     if source is None:
         return None
     if source.split == "validation":
-        return load_examples(task, "validation", source.data, config.max_eval_samples, source.option)
+        return load_examples(task, "validation", source.data, _evaluated(config), source.option)
     try:
         examples = load_examples(task, "train", source.data, option=source.option)
     except UnknownClassError as error:
@@ -179,10 +182,20 @@ def _scale(task: Task, train: Examples | None) -> float:
     return statistics.pstdev(train.labels) or 1.0
 
 
-def _example_rows(examples: Examples | None, task: Task, tokenizer: Any, seq_len: int, scale: float) -> Rows | None:
+def _prompt(task: Task, model: HeadedModel, tokenizer: Any) -> str:
+    """What is put before each text; the tokenizer is then as the model's sentence encoder wants it."""
+    if task.head != "encoder":
+        return ""
+    encoder = read_sentence_encoder(model.source, model.config).adapted(tokenizer)
+    if encoder.similarity != "cosine":
+        log.warning("%s compares embeddings by %s; trained and scored is their cosine", model.name, encoder.similarity)
+    return encoder.prompt
+
+
+def _example_rows(examples: Examples | None, tokenize: Tokenize, scale: float) -> Rows | None:
     if examples is None:
         return None
-    encoded = Tokenize.of(task, tokenizer, seq_len).encode(examples.texts)
+    encoded = tokenize.encode(examples.texts)
     return Rows([Row(parts, label / scale) for parts, label in zip(encoded, examples.labels, strict=True)])
 
 
@@ -202,8 +215,15 @@ def _text_rows(source: _Source | None, config: FinetuneConfig, tokenizer: Any, s
     if not encodings:
         raise DataError(f"the text for {source.split} holds nothing to predict; give another {source.option}")
     if source.split == "validation":
-        return Rows(masked_rows(encodings[: config.max_eval_samples], tokenizer, EVALUATION_SEED))
+        if (draw := _evaluated(config)) is not None:
+            encodings = [encodings[index] for index in sorted(draw.indices(len(encodings)))]
+        return Rows(masked_rows(encodings, tokenizer, EVALUATION_SEED))
     return Rows([Row((encodings[i],)) for i in _drawn(len(encodings), config)])
+
+
+def _evaluated(config: FinetuneConfig) -> Draw | None:
+    """Which examples to evaluate on: the same as `flashsvd eval` of as many draws, whatever the training's seed is."""
+    return None if config.max_eval_samples is None else Draw(config.max_eval_samples, EVALUATION_SEED)
 
 
 def _drawn(count: int, config: FinetuneConfig) -> list[int]:

@@ -15,6 +15,7 @@ from flashsvd.errors import ConfigError, FlashSVDError, ModelError
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.models.registry import architecture_of
+from flashsvd.models.sentence import read_sentence_encoder
 from flashsvd.training.config import DISTILL_WEIGHT, TEMPERATURE, FinetuneConfig
 from flashsvd.training.data import make_objective
 from flashsvd.training.model import HeadedModel, Mode, resize_output
@@ -164,6 +165,10 @@ def _check(teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: An
         raise ModelError(f"{who} has the classes {', '.join(teacher.foreign_classes)}, which are not the task's")
     if load_tokenizer(teacher.source).get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"{who} has other tokens than {student.name}; take a model of the same family")
+    if mode == "similarity":
+        theirs, ours = (read_sentence_encoder(model.source, model.config) for model in (teacher, student))
+        if (theirs.prompt, theirs.lowercase) != (ours.prompt, ours.lowercase):
+            raise ModelError(f"{who} has another prompt or case than {student.name}; take one with the same")
     if mode == "mlm" and teacher.config.vocab_size != student.config.vocab_size:
         raise ModelError(
             f"{who} predicts {teacher.config.vocab_size} tokens, {student.name} {student.config.vocab_size}; take a "
@@ -172,6 +177,6 @@ def _check(teacher: HeadedModel, student: HeadedModel, mode: Mode, tokenizer: An
     if not distillation.hidden_weight:
         return
     for name in ("num_hidden_layers", "hidden_size"):
-        theirs, ours = (getattr(model.config, name) for model in (teacher, student))
-        if theirs != ours:
-            raise ModelError(f"{who} has {name} {theirs}, {student.name} {ours}; leave out --hidden-weight")
+        one, other = (getattr(model.config, name) for model in (teacher, student))
+        if one != other:
+            raise ModelError(f"{who} has {name} {one}, {student.name} {other}; leave out --hidden-weight")

@@ -17,6 +17,7 @@ from flashsvd.data.tasks import Task
 from flashsvd.data.tokenize import Encoding, Inputs
 from flashsvd.evaluation.labelled import Classifier, SentenceSimilarity
 from flashsvd.evaluation.metrics import compute_metrics
+from flashsvd.models.sentence import SentenceEncoder
 from flashsvd.training.rows import Row
 
 
@@ -116,9 +117,9 @@ class PairSimilarity:
 
     greater_is_better = True
 
-    def __init__(self, task: Task, source: str) -> None:
+    def __init__(self, task: Task, encoder: SentenceEncoder) -> None:
         self.metrics: Sequence[str] = task.metrics
-        self._similarity = SentenceSimilarity(source)
+        self._similarity = SentenceSimilarity(encoder)
 
     def ask(self, batch: Inputs, training: bool) -> Question:
         return Question({name: v.flatten(0, 1) for name, v in batch.items() if name != "labels"}, batch["labels"])

@@ -57,8 +57,10 @@ class Rows(Dataset[Row]):
         return statistics.fmean(row.label for row in self._rows if isinstance(row.label, float))
 
     @property
-    def largest_token(self) -> int:
-        return max(max(part["input_ids"]) for row in self._rows for part in row.parts)
+    def largest(self) -> dict[str, int]:
+        """The largest value of each of the model's inputs."""
+        parts = [part for row in self._rows for part in row.parts]
+        return {name: max(max(part[name]) for part in parts) for name in parts[0]}
 
 
 @dataclass(frozen=True)

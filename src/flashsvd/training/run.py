@@ -19,9 +19,10 @@ from flashsvd.data.rows import listed
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, ModelError, first_line
 from flashsvd.models.found import find_model
-from flashsvd.models.loading import check_tokenizer, check_vocabulary, load_tokenizer, sequence_length
+from flashsvd.models.loading import check_tokenizer, check_tokens, load_tokenizer, sequence_length
 from flashsvd.models.precision import cast as cast_to
 from flashsvd.models.precision import check_finite
+from flashsvd.models.sentence import encoder_length
 from flashsvd.storage.atomic import check_target
 from flashsvd.storage.companions import Companions
 from flashsvd.storage.training_file import TrainingRecord
@@ -91,7 +92,7 @@ class TrainingJob:
         teacher = TeacherPlan.find(config, mode, task, model, tokenizer, seq_len)
         material = prepare_material(config, task, model, tokenizer, seq_len)
         if teacher is not None:
-            check_vocabulary(material.train.largest_token, teacher.source.config.vocab_size, teacher.source.name)
+            check_tokens(material.train.largest, teacher.source.config, teacher.source.name)
         workplace.check_data(material.train.digest)
         if task is not None and task.own_classes:
             log.info("the classes are %s", listed(task.labels))
@@ -292,7 +293,9 @@ class TrainingJob:
 
 
 def _seq_len(config: FinetuneConfig, task: Task | None, model: HeadedModel, tokenizer: Any) -> int:
-    seq_len = sequence_length(model.config, config.model, config.seq_len, SEQ_LEN)
+    is_encoder = task is not None and task.head == "encoder"
+    default = encoder_length(model.source, model.config) if is_encoder else SEQ_LEN
+    seq_len = sequence_length(model.config, config.model, config.seq_len, default)
     is_pair = task is not None and task.head == "classifier" and len(task.columns) > 1
     shortest = 1 + tokenizer.num_special_tokens_to_add(pair=is_pair)
     if seq_len < shortest:

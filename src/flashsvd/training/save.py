@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashsvd.io import save_compressed, save_dense
 from flashsvd.models.registry import base_prefix
-from flashsvd.storage.companions import TOKENIZER_FILES, Companions, find_companions
+from flashsvd.storage.companions import Companions, find_companions, find_tokenizer
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.training_file import TRAINING_FILE, read_trainings, write_trainings
@@ -27,10 +27,9 @@ def output_marker(model: HeadedModel) -> str:
 
 def companions_of(model: HeadedModel, mode: Mode) -> Companions:
     """What goes beside the weights: under a head, no model is a sentence encoder any more."""
-    found = find_companions(model.source, sentence_encoder=mode == "similarity")
-    if mode == "similarity":
-        return found
-    return Companions({name: file for name, file in found.files.items() if name in TOKENIZER_FILES})
+    return (
+        find_companions(model.source, sentence_encoder=True) if mode == "similarity" else find_tokenizer(model.source)
+    )
 
 
 def past_trainings(model: HeadedModel) -> Sequence[Mapping[str, Any]]:
@@ -113,7 +112,6 @@ def trained_info(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         parameters={**info.parameters, "dense": dense, "compressed": compressed},
-        dense_bytes=dense * model.dtype.itemsize,
         untrained=untrained,
         trainings=tuple(trainings),
     )
