@@ -325,8 +325,7 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path: Path, change: dict[s
     ("name", "value"),
     [
         ("variant", 1), ("status", "great"), ("latency_ms", "<b>"), ("latency_ms", True),
-        ("metrics", {"accuracy": "x"}), ("parameters", 1.5), ("other", 1), ("latency_ms", math.inf),
-        ("metrics", {"accuracy": math.nan}), ("peak_memory_mib", 10**400), ("weight_bytes", 10**400),
+        ("metrics", {"accuracy": "x"}), ("parameters", 1.5), ("other", 1),
     ],
     ids=lambda value: f"{value!r:.20}",
 )  # fmt: skip
@@ -335,6 +334,22 @@ def test_a_row_that_cannot_be_shown_is_refused_by_name(tmp_path: Path, name: str
     written["rows"][0][name] = value
     (tmp_path / "profile.json").write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match=rf"is no profile that flashsvd wrote \(.*{name}"):
+        ProfileResult.read(tmp_path / "profile.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("latency_ms", math.inf, "it holds Infinity"), ("metrics", {"accuracy": math.nan}, "it holds NaN"),
+        ("peak_memory_mib", 10**400, "it holds a number of 401 digits"), ("weight_bytes", 10**400, "it holds a number of 401 digits"),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)  # fmt: skip
+def test_a_row_with_a_number_beyond_json_is_refused(tmp_path: Path, name: str, value: Any, says: str) -> None:
+    written = a_result(MEASURED).to_json()
+    written["rows"][0][name] = value
+    (tmp_path / "profile.json").write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match=rf"is no profile that flashsvd wrote \({says}"):
         ProfileResult.read(tmp_path / "profile.json")
 
 
