@@ -216,7 +216,7 @@ def known_options() -> set[str]:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         found |= set(parser._option_string_actions)
-    for file in (ROOT / "benchmark").rglob("*.py"):
+    for file in (*(ROOT / "benchmark").rglob("*.py"), *(ROOT / "tests").rglob("*.py")):
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', file.read_text()))
     return found
 

@@ -149,6 +149,20 @@ def test_a_checkpoint_that_is_kept_is_replaced_only_where_that_is_asked_for(
     assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2
 
 
+def test_an_output_that_would_be_refused_is_refused_before_the_compression(
+    material: Callable[[str], Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("flashsvd.scripts.run_compress", None)
+    made, output = material("BERT/profile_svd.py"), tmp_path / "results"
+    output.mkdir()
+    (output / "profile.json").write_text("mine")
+    arguments = ["--model", made.model, "--data", made.data, "--task", "sst2", "--output", output]
+    assert compress_and_profile_script("", {"method": "standard", "ratio": 0.5}, [*map(str, arguments)]) == 2
+    assert "holds no earlier profile" in capsys.readouterr().err
+    assert (output / "profile.json").read_text() == "mine"
+
+
 def test_a_script_leaves_no_checkpoint_behind_unless_it_is_told_to(
     run: Run, material: Callable[[str], Material]
 ) -> None:

@@ -198,15 +198,12 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_info(options: argparse.Namespace) -> None:
-    from flashsvd.info import read_info
+    from flashsvd.info import read_info, show_checkpoint_info
 
-    info = read_info(options.directory, options.verify)
     if options.json:
-        print(json.dumps(info.to_json(), indent=2, allow_nan=False))
-        return
-    _show(info)
-    if options.verify:
-        _show(f"\nverified: {len(info.compression.digests)} files are as they were saved")
+        print(json.dumps(read_info(options.directory, options.verify).to_json(), indent=2, allow_nan=False))
+    else:
+        show_checkpoint_info(options.directory, options.verify)
 
 
 def _add_clean(parser: argparse.ArgumentParser) -> None:

@@ -312,6 +312,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
             run_eval(EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(data), output=str(output)))
 
 
+def test_an_evaluation_takes_the_place_of_an_earlier_one_and_of_nothing_else(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data, output = make_model(), write_task_data(TASKS["sst2"], tmp_path), tmp_path / "x.json"
+    options: dict[str, Any] = {"checkpoint": source, "task": "sst2", "data": data, "seq_len": 32, "device": "cpu"}
+    for _ in range(2):
+        run_eval(EvalConfig(**options, output=output))
+    assert json.loads(output.read_text())["task"] == "sst2"
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"task": "shopping"}')
+    with monkeypatch.context() as patch:
+        patch.setattr("flashsvd.evaluation.subject.Subject.load", None)
+        for file in (mine, data, source / "config.json", source / "model.safetensors"):
+            before = file.read_bytes()
+            with pytest.raises(CheckpointError, match="choose another --output"):
+                run_eval(EvalConfig(**options, output=file))
+            assert file.read_bytes() == before
+        with pytest.raises(CheckpointError, match=r"is read here by --data .*; choose another --output"):
+            run_eval(EvalConfig(**options, output=data, overwrite=True))
+    run_eval(EvalConfig(**options, output=mine, overwrite=True))
+    assert json.loads(mine.read_text())["task"] == "sst2"
+
+
 def test_a_result_that_cannot_be_written_after_all_is_still_shown(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -163,8 +163,9 @@ def test_a_teacher_of_other_tokens_is_refused(make_model: MakeModel, tmp_path: P
     from transformers import BertTokenizer
 
     student, other = make_model(name="student"), make_model(name="teacher")
-    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "other")
-    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(other)
+    BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "other": 5}).save_pretrained(
+        other
+    )
     data = write_task_data(tmp_path / "data", SST2)
     with pytest.raises(FlashSVDError, match="has other tokens than"):
         finetune(student, tmp_path / "out", task="sst2", data=data, teacher=other)

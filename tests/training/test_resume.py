@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MakeModel
 from flashsvd.errors import CheckpointError, ConfigError
+from flashsvd.storage.scratch import Lock
 from flashsvd.training.callbacks import StopWhenLost
 from processes import running, until
 from training_data import MNLI, SST2, TASKS, compress, finetune, write_task_data, write_text
@@ -212,8 +213,91 @@ def test_a_run_is_resumed_on_the_same_data(interrupted: dict[str, Any]) -> None:
 
 def test_there_must_be_something_to_resume(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
-    with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial does not exist"):
+    with pytest.raises(ConfigError, match=r"there is nothing to resume: .*out\.partial holds no training"):
         finetune(make_model(), tmp_path / "out", task="sst2", data=data, resume=True)
+
+
+HALF = '{"model": "dense", "task'
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        {"finetune_config.json": ""},
+        {"finetune_config.json": HALF},
+        {"checkpoint-6/trainer_state.json": HALF, "checkpoint-6/model.safetensors": ""},
+    ],
+)
+def test_a_working_directory_with_nothing_in_it_is_nothing(
+    make_model: MakeModel, tmp_path: Path, left: dict[str, str]
+) -> None:
+    """Neither does it block the next run, nor is there anything to resume."""
+    options: dict[str, Any] = {"task": "sst2", "data": write_task_data(tmp_path / "data", SST2), "epochs": 1}
+    (tmp_path / "out.partial").mkdir()
+    for name, text in left.items():
+        (tmp_path / "out.partial" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out.partial" / name).write_text(text)
+    with pytest.raises(ConfigError, match="there is nothing to resume"):
+        finetune(make_model(), tmp_path / "out", resume=True, **options)
+    finetune(tmp_path / "dense", tmp_path / "out", **options)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("what", ["a directory", "a file", "a link"])
+def test_a_working_directory_of_somebody_elses_stays(
+    make_model: MakeModel, tmp_path: Path, what: str, resume: bool
+) -> None:
+    theirs = tmp_path / "out.partial"
+    if what == "a file":
+        theirs.write_text("dear")
+    else:
+        real = theirs if what == "a directory" else tmp_path / "real"
+        real.mkdir()
+        (real / "letters").write_text("dear")
+        if what == "a link":
+            theirs.symlink_to(real)
+    data = write_task_data(tmp_path / "data", SST2)
+    with pytest.raises(ConfigError, match=r"out\.partial is no working directory of ours.*choose another --output"):
+        finetune(make_model(), tmp_path / "out", task="sst2", data=data, resume=resume)
+    assert (theirs if what == "a file" else theirs / "letters").read_text() == "dear"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_checkpoints_without_options_that_can_be_read_are_kept_and_neither_way_points_at_the_other(
+    interrupted: dict[str, Any], tmp_path: Path, resume: bool
+) -> None:
+    (tmp_path / "out.partial" / "finetune_config.json").write_text(HALF)
+    with pytest.raises(
+        CheckpointError, match=r"finetune_config\.json cannot be read .* remove that directory to start"
+    ):
+        finetune(**interrupted, resume=resume)
+    assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_working_directory_that_is_in_use_is_refused(
+    interrupted: dict[str, Any], tmp_path: Path, resume: bool
+) -> None:
+    lock = Lock.of_new(tmp_path / "out.partial")
+    assert lock is not None
+    with pytest.raises(ConfigError, match=r"another process trains in .*out\.partial; wait for it, or choose another"):
+        finetune(**interrupted, resume=resume)
+    lock.release()
+
+
+def test_the_options_are_written_once(
+    interrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "out.partial" / "finetune_config.json"
+    before = file.stat()
+    assert json.loads(file.read_text())["save_steps"] != 2
+    interrupt_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**interrupted, resume=True, save_steps=2)
+    after = file.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_a_half_written_checkpoint_does_not_count(interrupted: dict[str, Any], tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 raise CheckpointError(
                     f"the checkpoint's {name} is {list(parameter.shape)}, not {list(self._shapes[name])}"
                 )
-        check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
         for module in model.modules():
             if isinstance(module, FactoredModule):
                 module.mark(True)
@@ -89,6 +88,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         # As it would be written now, by whatever program, of this model, which may be another one than was saved.
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
+        check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
         # Nothing here forbids casting or training, as it would for integer weights.
         model.is_quantized = False
         return model

@@ -17,13 +17,13 @@ from flashsvd.storage.places import LayerPlace, read_places
 INFO_FILE = "compression_info.json"
 FORMAT_VERSION = 1
 
-# Characters of a name, a path or the like.
-_LONGEST_TEXT = 10_000
 # The fields that nobody can tell from a model and its config.
 ABOUT = (
     "method", "method_options", "ranks", "ratio", "ranks_json", "base_model", "task", "calibration", "untrained",
     "versions", "git_commit", "timestamp", "trainings",
 )  # fmt: skip
+# Characters of a name, a path or the like.
+_LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True)

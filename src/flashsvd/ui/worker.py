@@ -65,10 +65,10 @@ def _run(job: Job, outlet: Outlet) -> None:
         outlet.send(present(run_job(job)))
     except (FlashSVDError, OSError) as error:
         # Of the file system its own words, as in a shell.
-        outlet.send(Failed(one_line(error)))
+        outlet.send(Failed(shortened(one_line(error))))
     except Exception as error:
         outlet.send(Line(shortened(printable(traceback.format_exc().rstrip()))))
-        outlet.send(Failed(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)"))
+        outlet.send(Failed(shortened(f"{type(error).__name__}: {first_line(error)} (unexpected; the log says where)")))
 
 
 class _LogHandler(logging.Handler):
