@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ class CheckpointInfo:
         command = ["flashsvd", "eval", "--checkpoint", str(self.directory), "--task", task]
         if used is None or used.startswith("hub:"):
             return [*command, "--data", PLACEHOLDER] if task in OWN_TASKS else command
-        return [*command, "--data", used if Path(used).expanduser().is_dir() else PLACEHOLDER]
+        return [*command, "--data", used if _is_directory(used) else PLACEHOLDER]
 
     def __repr__(self) -> str:
         c = self.compression
@@ -107,6 +108,13 @@ def show_checkpoint_info(directory: str | Path, verify_files: bool = False) -> N
     print(printable(str(info)))
     if verify_files:
         print(f"\nverified: {len(info.compression.digests)} files are as they were saved")
+
+
+def _is_directory(name: str) -> bool:
+    # Names that no system takes raise, and those of a home that nobody has.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        return Path(name).expanduser().is_dir()
+    return False
 
 
 def _compression(directory: Path) -> CompressionInfo:
