@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from flashsvd._version import __version__
 from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
+from flashsvd.common.paths import expand
 from flashsvd.errors import ConfigError, FlashSVDError, one_line
 from flashsvd.shown import printable
 
@@ -216,7 +217,7 @@ def _add_clean(parser: argparse.ArgumentParser) -> None:
 def _run_clean(options: argparse.Namespace) -> None:
     from flashsvd.storage.scratch import leftovers_below
 
-    directory = options.directory.expanduser()
+    directory = expand(options.directory)
     if not directory.is_dir():
         raise ConfigError(f"{options.directory} is not a directory; give the one that outputs were written to")
     removed = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.paths import expand
 from flashsvd.common.tables import html_table
 from flashsvd.data.tasks import OWN_TASKS
 from flashsvd.shown import printable, shown
@@ -94,7 +95,7 @@ def read_info(directory: str | Path, verify_files: bool = False) -> CheckpointIn
     Raises:
         CheckpointError: the directory holds no compressed checkpoint, or a file is not the one that was saved.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     compression = _compression(directory)
     if verify_files:
         verify(directory, compression.digests)
@@ -112,8 +113,8 @@ def show_checkpoint_info(directory: str | Path, verify_files: bool = False) -> N
 
 def _is_directory(name: str) -> bool:
     # Names that no system takes raise, and those of a home that nobody has.
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return Path(name).expanduser().is_dir()
+    with contextlib.suppress(OSError, ValueError):
+        return expand(name).is_dir()
     return False
 
 

@@ -13,6 +13,7 @@ import torch
 from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
+from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
 from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.kernels.launch import Backend
@@ -128,7 +129,7 @@ def load_compressed(
         ConfigError: the options do not fit one another.
     """
     _refuse_name(optimize)
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     info = find_info(directory)
     if verify:
         verify_digests(directory, info.digests)
@@ -180,7 +181,7 @@ def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool =
     Raises:
         CheckpointError: the checkpoint cannot be read, or the output exists, is not an export or cannot be written.
     """
-    directory, output = Path(directory).expanduser(), Path(output).expanduser()
+    directory, output = expand(directory), expand(output)
     check_target(output, overwrite, EXPORT_MARKER)
     model = load_compressed(directory)
     model.dequantize()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.common.paths import expand
 from flashsvd.common.ranges import Range, plain_number
 from flashsvd.errors import ConfigError
 
@@ -77,7 +78,7 @@ def named_paths(config: Any) -> Iterator[NamedPath]:
 def read_paths(config: Any) -> dict[str, Path]:
     """The files and directories that a config has read, by the options that name them; a model may be a hub name."""
     paths = (path for path in named_paths(config) if path.use != "write")
-    return {flag(path.field): Path(path.text).expanduser() for path in paths}
+    return {flag(path.field): expand(path.text) for path in paths}
 
 
 def names_in(name: str, text: Any, known: Sequence[str]) -> tuple[str, ...]:

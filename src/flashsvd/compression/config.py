@@ -8,6 +8,7 @@ from pathlib import Path
 from flashsvd.common.config import Config
 from flashsvd.common.device import DEVICES, DTYPES
 from flashsvd.common.options import option
+from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import RankRequest
@@ -123,8 +124,8 @@ class CompressConfig(Config):
     def output_directory(self, method: str) -> Path:
         """Where the checkpoint goes."""
         if self.output is not None:
-            return Path(self.output).expanduser()
-        directory = Path(self.model).expanduser()
+            return expand(self.output)
+        directory = expand(self.model)
         # A link goes by its own name; `.` and `..` have none.
         named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
         label = "ranks-json" if self.ranks_json else self.rank_request().label

@@ -22,6 +22,7 @@ from flashsvd.calibration.store import (
 )
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.options import flag
+from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compression.config import CompressConfig
 from flashsvd.compression.factoring import Factoring, QKVLayout
@@ -301,4 +302,4 @@ def _layout(config: CompressConfig) -> QKVLayout:
 
 
 def _path(name: str) -> Path:
-    return Path(name).expanduser()
+    return expand(name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from flashsvd.common.paths import expand
 from flashsvd.data.rows import DATA_OPTION, Split, find_file, is_whole, label_text, read_rows, with_our_names
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ def fit_task(
     option = option or DATA_OPTION[split]
     if data is None:
         raise ConfigError(f"--task {task.name} is for data of your own; give it with {option}")
-    file = find_file(Path(data).expanduser(), split, task, option=option)
+    file = find_file(expand(data), split, task, option=option)
     rows = [with_our_names(row, task) for row in read_rows(file)]
     if not rows:
         raise DataError(f"{file} holds no examples; give other data")

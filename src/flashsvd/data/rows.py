@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
+from flashsvd.common.paths import expand
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
@@ -57,7 +58,7 @@ def load_examples(
     if data is None:
         where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split, option)
     else:
-        file = find_file(Path(data).expanduser(), split, task, option=option)
+        file = find_file(expand(data), split, task, option=option)
         where, rows = str(file), read_rows(file)
     chosen = range(len(rows)) if draw is None else sorted(draw.indices(len(rows)))
     rows = [with_our_names(rows[index], task) for index in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
+from flashsvd.common.paths import expand
 from flashsvd.data.rows import SUFFIXES, Split, find_file, read_hub, read_rows
 from flashsvd.data.tasks import Task
 from flashsvd.errors import ConfigError, DataError, first_line
@@ -30,7 +31,7 @@ def load_text(task: Task, split: Split, data: str | None = None, option: str | N
             raise ConfigError(f"--task {task.name} needs --data FILE: a .txt file, or rows with a column text")
         where, rows = f"{task.hub}/{task.hub_config}", read_hub(task, split, option)
     else:
-        file = find_file(Path(data).expanduser(), split, task, TEXT_SUFFIXES, option)
+        file = find_file(expand(data), split, task, TEXT_SUFFIXES, option)
         if file.suffix.lower() == ".txt":
             return _read_plain(file)
         if file.suffix.lower() not in TEXT_SUFFIXES:

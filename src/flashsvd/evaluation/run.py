@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from flashsvd import runtime
 from flashsvd._version import __version__
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
+from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, timestamp
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import get_task
@@ -116,5 +116,5 @@ def evaluate(config: EvalConfig) -> EvalResult:
 def _result_file(config: EvalConfig) -> ResultFile | None:
     if config.output is None:
         return None
-    path = Path(config.output).expanduser()
+    path = expand(config.output)
     return ResultFile(path, "evaluation", lambda file: holds_json(file, KEYS), config.overwrite)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
+from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ModelError, described, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.counts import check_counts
@@ -95,7 +96,7 @@ def locate(name: str) -> str:
     Raises:
         ModelError: it reads like a path, and there is no such directory.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         if is_lfs_pointer(path / "config.json"):
             raise ModelError(f"{path / 'config.json'} {POINTER}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from flashsvd import runtime
 from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
+from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task
@@ -124,7 +124,7 @@ def _result_files(config: ProfileConfig) -> dict[str, ResultFile]:
     if config.output is None:
         return {}
     known = {JSON_FILE: lambda file: holds_json(file, KEYS), PLOT_FILE: is_plot}
-    directory = Path(config.output).expanduser()
+    directory = expand(config.output)
     return {name: ResultFile(directory / name, "profile", known[name], config.overwrite) for name in known}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from flashsvd.common.config import Config
 from flashsvd.common.device import DTYPES
 from flashsvd.common.options import flag, names_in, option
+from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 
@@ -144,8 +145,8 @@ class FinetuneConfig(Config):
     def output_directory(self) -> Path:
         """Where the trained model goes."""
         if self.output is not None:
-            return Path(self.output).expanduser()
-        directory = Path(self.model).expanduser()
+            return expand(self.output)
+        directory = expand(self.model)
         # A link goes by its own name; `.` and `..` have none.
         named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
         task = self.task or ("classification" if self.mode == "cls" else self.mode)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from flashsvd.common.paths import expand
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import SUFFIXES, Examples, Split, UnknownClassError, files_of, load_examples
 from flashsvd.data.sampling import Draw
@@ -147,7 +147,7 @@ def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | N
     """
     if config.eval_data:
         return _Source("validation", config.eval_data, "--eval-data")
-    path = Path(config.data).expanduser() if config.data else None
+    path = expand(config.data) if config.data else None
     # Where there is nothing at all, whoever reads it says so.
     suffixes = SUFFIXES if task else TEXT_SUFFIXES
     if path is None or not path.exists() or files_of(path, "validation", task or TASKS["wikitext2"], suffixes):

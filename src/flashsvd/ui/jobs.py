@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flashsvd.common.config import Config
 from flashsvd.common.options import option
+from flashsvd.common.paths import expand
 from flashsvd.ui.root import Root
 
 
@@ -74,11 +74,7 @@ def run_job(job: Job) -> tuple[Any, ...]:
             measured = [config for config in job.configs if not isinstance(config, SavedProfile)]
             for config in measured:
                 _check_dense(config, job.root)
-            read = {
-                config: ProfileResult.read(Path(config.file).expanduser())
-                for config in job.configs
-                if config not in measured
-            }
+            read = {config: ProfileResult.read(expand(config.file)) for config in job.configs if config not in measured}
             return tuple(read[config] if config in read else run_profile(config) for config in job.configs)
         case _:
             raise ValueError(job.name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from flashsvd.common.paths import expand
 from flashsvd.errors import ConfigError
 from flashsvd.ui.root import Root
 
@@ -32,7 +32,7 @@ def read_password(option: str | None, file: str | None, root: Root) -> tuple[str
 
 def _first_line(name: str, root: Root) -> str:
     try:
-        path = Path(name).expanduser().resolve()
+        path = expand(name).resolve()
         with path.open(encoding="utf-8") as file:
             line = file.readline(4096)
     except (OSError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flashsvd.common.config import Config
 from flashsvd.common.options import PathUse, flag, named_paths
+from flashsvd.common.paths import expand
 from flashsvd.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ class Root:
         Raises:
             ConfigError: there is no such directory.
         """
-        directory = Path(name).expanduser()
+        directory = expand(name)
         if not directory.is_dir():
             raise ConfigError(f"--root {name} is not a directory; give an existing one")
         return cls(directory.resolve())
@@ -70,7 +71,7 @@ class Root:
 
     def _resolve(self, option: str, text: str) -> Path:
         try:
-            path = _real(self.directory / Path(text).expanduser())
+            path = _real(self.directory / expand(text))
             # What is too long goes unnoticed until somebody looks.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
