@@ -50,6 +50,7 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
     build_layers(model, specs)
     layers = _layers(specs)
     dtype = model.dtype
+    about.setdefault("dense_bytes", dense * dtype.itemsize)
     return CompressionInfo(
         **about,
         module_ranks={t.name: layers[t.name].rank if t.name in layers else None for t in targets},
@@ -64,7 +65,6 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
             "target_dense": target_dense,
             "target_compressed": _count_matrices(model, modules),
         },
-        dense_bytes=dense * dtype.itemsize,
     )
 
 

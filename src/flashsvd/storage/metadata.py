@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 # The fields that nobody can tell from a model and its config.
 ABOUT = (
     "method", "method_options", "ranks", "ratio", "ranks_json", "base_model", "task", "calibration", "untrained",
-    "versions", "git_commit", "timestamp", "trainings",
+    "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
 )  # fmt: skip
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
