@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 
 # Read when tqdm and the hub client are imported: by torch the one, by transformers the other.
 os.environ["TQDM_DISABLE"] = "1"
@@ -235,6 +236,30 @@ def make_model(tmp_path: Path) -> MakeModel:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def compressed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small dense classifier in `dense` and what standard SVD made of it in `out`."""
+    from flashsvd import CompressConfig, run_compress
+
+    directory = tmp_path_factory.mktemp("compressed")
+    build_model().save_pretrained(directory / "dense")
+    build_tokenizer().save_pretrained(directory / "dense")
+    run_compress(
+        CompressConfig(
+            model=str(directory / "dense"), ratio=0.5, task="sst2", device="cpu", output=str(directory / "out")
+        )
+    )
+    return directory
+
+
+@pytest.fixture
+def checkpoint(compressed_once: Path, tmp_path: Path) -> Path:
+    """A compressed classifier of the test's own, with its dense model beside it in `dense`."""
+    for name in ("dense", "out"):
+        shutil.copytree(compressed_once / name, tmp_path / name)
+    return tmp_path / "out"
 
 
 @pytest.fixture

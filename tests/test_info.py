@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
-from conftest import MakeModel
-from flashsvd import CompressConfig, read_info, run_compress
+from flashsvd import read_info
 from flashsvd.cli import main
 from flashsvd.errors import CheckpointError
-
-
-@pytest.fixture
-def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
-    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
-    return tmp_path / "out"
 
 
 def change(checkpoint: Path, text: str, **values: object) -> None:

@@ -22,12 +22,6 @@ from flashsvd.errors import CheckpointError, ConfigError, ModelError
 from processes import running, until
 
 
-@pytest.fixture
-def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
-    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
-    return tmp_path / "out"
-
-
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "flashsvd", *map(str, arguments)]
 

@@ -36,7 +36,7 @@ def states(model: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("qkv", ["joint", "per-head"])
+@pytest.mark.parametrize("qkv", ["joint", pytest.param("per-head", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*ENCODERS, *EVERY_DECODER])
 def test_a_dense_model_of_the_same_function_is_left(checkpoint: Any, tmp_path: Path, name: str, qkv: str) -> None:
     model = load_compressed(checkpoint(name, qkv))

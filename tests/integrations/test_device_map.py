@@ -38,7 +38,14 @@ def on_disk(checkpoint: Path, places: list[str]) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
 
 
-@pytest.mark.parametrize("places", [["cpu", "disk"], ["disk", "cpu"], ["disk", "disk"]], ids="-".join)
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["cpu", "disk"],
+        *(pytest.param(places, marks=pytest.mark.slow) for places in (["disk", "cpu"], ["disk", "disk"])),
+    ],
+    ids="-".join,
+)
 def test_it_computes_what_it_computes_in_memory(checkpoint: Path, places: list[str]) -> None:
     with torch.inference_mode():
         right = AutoModelForCausalLM.from_pretrained(checkpoint)(IDS).logits

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import MakeModel, build_tokenizer
+from conftest import build_tokenizer
 from flashsvd import (
-    CompressConfig,
     EvalConfig,
     FinetuneConfig,
     export_dense,
     load_compressed,
     read_info,
-    run_compress,
     run_eval,
     run_finetune,
 )
@@ -58,12 +56,6 @@ def by_peft(model: Any, directory: Path) -> None:
 
 
 SAVERS: list[Callable[[Any, Path], None]] = [plainly, in_shards, by_trainer, by_peft]
-
-
-@pytest.fixture
-def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
-    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, task="sst2", output=str(tmp_path / "small")))
-    return tmp_path / "small"
 
 
 @pytest.fixture(params=SAVERS, ids=lambda save: save.__name__)

@@ -102,7 +102,7 @@ LOST: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_description_that_was_lost_gives_no_random_layers_either(tmp_path: Path, name: str, lost: Any) -> None:
     model = build(name)
     factor(model, ratio=0.6)

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MakeModel
-from flashsvd import CompressConfig, load_compressed, read_info, run_compress
+from flashsvd import load_compressed, read_info
 from flashsvd.cli import main
 from flashsvd.errors import CheckpointError
 from flashsvd.storage.metadata import CompressionInfo
 
 OLD = Path(__file__).parent / "checkpoints" / "bert"
-
-
-@pytest.fixture
-def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
-    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "small")))
-    return tmp_path / "small"
 
 
 def test_every_weight_and_tokenizer_file_has_one(checkpoint: Path) -> None:

@@ -31,12 +31,6 @@ LAYER = "bert.encoder.layer.0.output.dense"
 FACTOR = f"{LAYER}.u.weight"
 
 
-@pytest.fixture
-def checkpoint(make_model: MakeModel, tmp_path: Path) -> Path:
-    run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
-    return tmp_path / "out"
-
-
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(file.read_text())
     change(data)
