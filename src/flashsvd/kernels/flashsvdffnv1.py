@@ -32,6 +32,8 @@ from flashsvd.kernels.triton_import import kernel, tl
 __all__ = ["flashsvd_ffn_v1", "flashsvd_ffn_v1_reference"]
 
 FEW_TOKENS = 4096
+# Likewise for ranks above 256.
+FEW_WIDE_TOKENS = 1024
 
 
 class FFN(NamedTuple):
@@ -94,14 +96,23 @@ def default_tiles(c: FFN) -> Tiles:
         return fp32_tiles(widest)
     if generation(c.p.device) == "hopper":
         if widest > 256:
-            return Tiles(64, 32, warps=8, stages=2)
+            return _hoppers_wide_tiles(tokens, widest)
         # Few tokens take short tiles, which leave room for more loads in flight.
         if tokens <= FEW_TOKENS:
             return Tiles(16 if tokens <= 256 else 64, 128 if widest <= 128 else 64, warps=4, stages=3)
-        return Tiles(128, 64, warps=8, stages=2)
+        return Tiles(64, 128, warps=4, stages=2) if widest <= 96 else Tiles(128, 64, warps=8, stages=2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
+
+
+def _hoppers_wide_tiles(tokens: int, widest: int) -> Tiles:
+    """For ranks above 256, whose sums and factors leave room for few columns, and above 384 for short tiles only."""
+    if widest > 384:
+        return Tiles(64, 32, warps=8, stages=2)
+    if tokens <= FEW_WIDE_TOKENS:
+        return Tiles(64, 32, warps=4, stages=3)
+    return Tiles(128, 64 if widest <= 288 else 32, warps=8, stages=3 if widest == 320 else 2)
 
 
 def _sizes(c: FFN) -> Hashable:
