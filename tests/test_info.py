@@ -19,6 +19,17 @@ def change(checkpoint: Path, text: str, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values).replace('"@"', text))
 
 
+@pytest.mark.parametrize("left", [0, 7, 1000, -1])
+def test_weights_that_are_not_all_there_are_refused(checkpoint: Path, left: int) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*; it is truncated or damaged"):
+        read_info(checkpoint)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        read_info(checkpoint)
+
+
 ODD = {"escape codes": r'"\u001b[2J\u202e\n\u0007"', "bytes of a path": r'"\udcff"', "long": f'"{"x" * 9000}"'}
 PLACES: dict[str, dict[str, Any]] = {
     "base_model": {"base_model": "@"},

@@ -220,15 +220,16 @@ def _run_clean(options: argparse.Namespace) -> None:
     directory = expand(options.directory)
     if not directory.is_dir():
         raise ConfigError(f"{options.directory} is not a directory; give the one that outputs were written to")
-    removed = 0
+    removed, any_found = 0, False
     for found in leftovers_below(directory):
+        any_found = True
         size = found.size()
         if found.remove():
             removed += size
             _show(f"removed {found.path}, {size / 1e6:.1f} MB")
         else:
             _show(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
-    print(f"{removed / 1e6:.1f} MB are free again")
+    print(f"{removed / 1e6:.1f} MB are free again" if any_found else "there is nothing to remove")
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

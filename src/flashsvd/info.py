@@ -17,6 +17,7 @@ from flashsvd.shown import printable, shown
 from flashsvd.storage.description import describe
 from flashsvd.storage.digests import verify
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
+from flashsvd.storage.verify import check_whole, weight_files
 
 # Stands for data that only the user knows: what was trained on scores nothing.
 PLACEHOLDER = "VALIDATION_DATA"
@@ -38,7 +39,8 @@ class CheckpointInfo:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(size for name, size in self.files.items() if name.endswith(".safetensors"))
+        """Of the model itself; a sentence encoder's other modules have weights of their own."""
+        return sum(size for name, size in self.files.items() if name.endswith(".safetensors") and "/" not in name)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready: the metadata, with `directory` and `files` beside it."""
@@ -93,12 +95,15 @@ def read_info(directory: str | Path, verify_files: bool = False) -> CheckpointIn
             saved with.
 
     Raises:
-        CheckpointError: the directory holds no compressed checkpoint, or a file is not the one that was saved.
+        CheckpointError: the directory holds no compressed checkpoint, its weights are not all there, or a file is not
+            the one that was saved.
     """
     directory = expand(directory)
     compression = _compression(directory)
     if verify_files:
         verify(directory, compression.digests)
+    for file in weight_files(directory):
+        check_whole(file)
     files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
     return CheckpointInfo(directory, compression, files)
 

@@ -13,6 +13,7 @@ import torch
 from flashsvd import runtime
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
+from flashsvd.common.json_file import read_json
 from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
 from flashsvd.integrations.quantizer import FlashSVDConfig
@@ -26,12 +27,11 @@ from flashsvd.storage.atomic import atomic_directory, check_target
 from flashsvd.storage.companions import MODULES_FILE, Companions, find_companions
 from flashsvd.storage.digests import digests_of
 from flashsvd.storage.digests import verify as verify_digests
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
-from flashsvd.storage.verify import tensor_shapes, weight_files
+from flashsvd.storage.verify import INDEX, tensor_shapes, weight_files
 
 __all__ = ["export_dense", "load_compressed", "save_compressed"]
 
@@ -74,12 +74,17 @@ def save_compressed(
         _save_pretrained(model, temporary, max_shard_size)
         companions.copy_to(temporary)
         weights = weight_files(temporary)
-        names = [*companions.files, *(file.name for file in weights)]
-        info = dataclasses.replace(info, digests=digests_of(temporary, names))
-        info.write(temporary)
         size = sum(file.stat().st_size for file in weights)
         card = model_card(info, directory.name, size, sentence_encoder=MODULES_FILE in companions.files)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        names = [
+            CARD_FILE,
+            *companions.files,
+            *(file.name for file in weights),
+            *(file.name for file in temporary.glob(INDEX)),
+        ]
+        info = dataclasses.replace(info, digests=digests_of(temporary, names))
+        info.write(temporary)
         if ranks is not None:
             write_ranks(temporary, info.qkv, ranks)
         if state_dict:
@@ -141,6 +146,8 @@ def load_compressed(
     elif backend != "auto" or graph:
         raise ConfigError("backend and graph say how fused blocks run; pass optimize=True with them")
     model = load_factored(str(directory), config, wanted)
+    # Checkpoints from before do not carry it in their config.
+    model.config.quantization_config.about = model.config.quantization_config.about or info.about()
     model = model.to(target) if target is not None else model
     return runtime.optimize(model, backend, graph) if optimize else model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import build_tokenizer
+from conftest import MakeModel, build_tokenizer
 from flashsvd import (
     EvalConfig,
     FinetuneConfig,
@@ -55,7 +55,15 @@ def by_peft(model: Any, directory: Path) -> None:
     model.load_state_dict(merged.state_dict())
 
 
-SAVERS: list[Callable[[Any, Path], None]] = [plainly, in_shards, by_trainer, by_peft]
+def by_accelerate(model: Any, directory: Path) -> None:
+    """It takes all empty tensors for one and leaves most of them out."""
+    from accelerate import Accelerator
+
+    Accelerator(cpu=True).save_model(model, str(directory))
+    model.config.save_pretrained(directory)
+
+
+SAVERS: list[Callable[[Any, Path], None]] = [plainly, in_shards, by_trainer, by_peft, by_accelerate]
 
 
 @pytest.fixture(params=SAVERS, ids=lambda save: save.__name__)
@@ -101,6 +109,20 @@ def test_it_is_evaluated_and_trained(saved: tuple[Path, Any], tmp_path: Path) ->
     )
     run_finetune(config)
     assert read_info(tmp_path / "trained").compression.trainings[0]["task"] == "sst2"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_its_dtype_is_that_of_its_files(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    load_compressed(checkpoint).to(dtype).save_pretrained(tmp_path / "saved")
+    assert read_info(tmp_path / "saved").compression.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_it_may_lie_in_a_folder_of_another_model(checkpoint: Path, make_model: MakeModel) -> None:
+    other = make_model(name="other", hidden_size=16)
+    model = load_compressed(checkpoint)
+    model.save_pretrained(other / "compressed")
+    again = type(model).from_pretrained(other, subfolder="compressed").eval()
+    torch.testing.assert_close(answer(again), answer(model), rtol=1e-5, atol=1e-6)
 
 
 def test_where_the_config_says_nothing_of_the_compression_it_is_unknown(checkpoint: Path, tmp_path: Path) -> None:

@@ -81,5 +81,6 @@ def test_positions_without_a_table_may_be_any_number(tmp_path: Path, name: str) 
 def test_plain_from_pretrained_builds_none_of_it_either(make_model: MakeModel, tmp_path: Path, name: str) -> None:
     run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
     change(tmp_path / "out", **{name: 100_000})
-    with pytest.raises(FlashSVDError, match=f"{name} 100,000"):
+    # Of a width a tensor says it, whose layer without storage costs nothing.
+    with pytest.raises(FlashSVDError, match=rf"{name} 100,000|\[100000, \d+\] was expected"):
         AutoModel.from_pretrained(tmp_path / "out")

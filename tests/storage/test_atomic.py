@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,40 @@ def test_a_directory_that_is_not_writable_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="is not writable"):
         check_target(tmp_path / "out", overwrite=False)
+
+
+def test_weights_and_cards_of_somebody_else_are_not_replaced(checkpoint: Path) -> None:
+    check_target(checkpoint, overwrite=True)
+    adapter = checkpoint / "adapter_model.safetensors"
+    adapter.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds adapter_model.safetensors, which flashsvd did not write there"):
+        check_target(checkpoint, overwrite=True)
+    adapter.unlink()
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("Mine.")
+    with pytest.raises(CheckpointError, match=r"holds README.md, which flashsvd did not write there"):
+        check_target(checkpoint, overwrite=True)
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_the_current_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: int) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(CheckpointError, match="is the current directory or one above it"):
+        check_target(Path("/".join([".", *[".."] * up])), overwrite=True)
+
+
+def test_threads_that_write_leave_the_mask_of_new_files() -> None:
+    before = atomic._umask()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            seen = set(threads.map(lambda _: atomic._umask(), range(4000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == {before}
+    assert atomic._umask() == before
 
 
 @pytest.mark.parametrize("name", ["loop", "there", "loop/below"])

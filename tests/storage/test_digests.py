@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flashsvd import load_compressed, read_info
+from flashsvd import load_compressed, read_info, save_compressed
 from flashsvd.cli import main
 from flashsvd.errors import CheckpointError
 from flashsvd.storage.metadata import CompressionInfo
@@ -18,7 +18,7 @@ OLD = Path(__file__).parent / "checkpoints" / "bert"
 
 def test_every_weight_and_tokenizer_file_has_one(checkpoint: Path) -> None:
     names = {file.name for file in checkpoint.iterdir()}
-    described = {"config.json", "compression_info.json", "README.md"}
+    described = {"config.json", "compression_info.json"}
     assert set(read_info(checkpoint).compression.digests) == names - described
     assert "model.safetensors" in names
     assert "tokenizer.json" in names
@@ -40,6 +40,36 @@ def test_a_missing_file_is_named(checkpoint: Path, name: str) -> None:
     (checkpoint / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         read_info(checkpoint, verify_files=True)
+
+
+def test_an_edited_model_card_is_no_damage(checkpoint: Path) -> None:
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("Mine.")
+    read_info(checkpoint, verify_files=True)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors.index.json", "x.safetensors", "vocab.txt"])
+def test_a_file_that_would_be_read_beside_those_that_were_saved_is_refused(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{name} is not one of the files that were saved; remove it"):
+        load_compressed(checkpoint, verify=True)
+
+
+def test_so_are_weights_that_the_config_names(checkpoint: Path) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"names weights of its own, 'other.safetensors'"):
+        load_compressed(checkpoint, verify=True)
+
+
+def test_the_index_of_shards_has_one_too(checkpoint: Path, tmp_path: Path) -> None:
+    model, info = load_compressed(checkpoint), read_info(checkpoint).compression
+    save_compressed(model, tmp_path / "sharded", info, max_shard_size="20KB")
+    load_compressed(tmp_path / "sharded", verify=True)
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    index.write_text(index.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"index\.json is not the file that was saved"):
+        load_compressed(tmp_path / "sharded", verify=True)
 
 
 def test_the_shell_says_what_it_found(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,23 @@ def test_a_base_model_of_the_hub_is_linked_and_a_directory_does_not_show_where_i
     assert "/home" not in card
 
 
+def test_a_directory_that_is_called_as_a_model_of_the_hub_is_none(
+    info: CompressionInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = model_card(dataclasses.replace(info, base_model="models/bert"), "small", 1000, sentence_encoder=False)
+    assert "base_model" not in front_matter(card)
+
+
+@pytest.mark.parametrize("odd", ["r\udcff", "a\x1b[2Jb", "a\nb"])
+def test_names_that_are_no_text_are_escaped(info: CompressionInfo, odd: str) -> None:
+    made = dataclasses.replace(info, base_model=odd, ranks_json=odd, ratio=None)
+    card = model_card(made, odd, 1000, sentence_encoder=False)
+    assert card.encode()
+    assert all(line.isprintable() for line in card.splitlines())
+
+
 @pytest.mark.parametrize(
     ("architecture", "sentences", "pipeline"),
     [

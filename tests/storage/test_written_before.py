@@ -74,6 +74,19 @@ def test_it_is_written_again_as_it_was(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
 
 
+@pytest.mark.parametrize("name", AUTO)
+def test_its_tensors_fit_into_a_model_as_it_is_now(name: str) -> None:
+    model, tensors = load_compressed(CHECKPOINTS / name), load_file(CHECKPOINTS / name / "model.safetensors")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (set(missing) - set(model.all_tied_weights_keys or {}), unexpected) == (set(), [])
+
+
+def test_what_is_known_of_it_goes_along_where_another_program_saves_it(tmp_path: Path) -> None:
+    load_compressed(CHECKPOINTS / "bert").save_pretrained(tmp_path)
+    before, after = read_info(CHECKPOINTS / "bert").compression, read_info(tmp_path).compression
+    assert (after.method, after.base_model, after.timestamp) == (before.method, before.base_model, before.timestamp)
+
+
 def test_it_is_shown_by_the_layers_in_its_paths() -> None:
     assert "attention.self.query 2, attention.self.key 3 (1 dense), attention.self.value 2" in str(
         read_info(CHECKPOINTS / "bert")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from flashsvd.calibration.collect import key
+from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.methods.method import Need, Statistics
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.scratch import Scratch, existing_parent
 
 INDEX_FILE = "statistics.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.common.json_file import parse_json
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.common.paths import expand
 from flashsvd.data.sampling import Draw
@@ -161,7 +161,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> list[
 def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        rows = json.loads(text)
+        rows = parse_json(text)
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("every line must be a JSON object")
         return list(rows)
@@ -170,7 +170,7 @@ def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
 
 def _json_object(line: str, number: int) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON ({first_line(error)})") from error
     if not isinstance(row, dict):

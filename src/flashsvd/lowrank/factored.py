@@ -7,6 +7,7 @@ layer by its attributes, and does not by its class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class FactoredModule(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.empty(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # It holds nothing, so a state from before it, or from a program that drops empty tensors, is whole without it.
+        state_dict.setdefault(f"{prefix}weight", self.weight)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def mark(self, marked: bool) -> None:
         """Say whether `weight` belongs to the module's state, which it does not in a checkpoint from before it."""

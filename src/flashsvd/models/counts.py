@@ -29,13 +29,13 @@ def check_counts(config: Mapping[str, Any], source: str) -> None:
 
     Args:
         config: what config.json holds.
-        source: the model's directory or hub name. In a directory with safetensors files, their headers have the last
-            word.
+        source: the model's directory or hub name; empty where it is not known. In a directory with safetensors files,
+            their headers have the last word.
 
     Raises:
         ModelError: naming the first count that cannot be.
     """
-    shapes = _shapes(Path(source))
+    shapes = _shapes(Path(source)) if source else {}
     counts = _counts(config)
     # A layer has more than one tensor.
     limits = {_LAYERS: len(shapes) or _MOST_LAYERS}
@@ -49,7 +49,8 @@ def check_counts(config: Mapping[str, Any], source: str) -> None:
         if counts.get(name, 0) > most:
             why = "its weights have room for" if shapes else "the most that is built is"
             raise ModelError(
-                f"config.json of {source} has {name} {counts[name]:,}, but {why} {most:,}; fetch the model again"
+                f"config.json of {source or 'the model'} has {name} {counts[name]:,}, but {why} {most:,}; "
+                "fetch the model again"
             )
 
 

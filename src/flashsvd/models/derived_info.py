@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from flashsvd.lowrank.spec import JoinedSpec, LayerSpec, ModuleSpec, read_modules
 from flashsvd.models.factored import build_layers, dense_skeleton
+from flashsvd.models.loading import own_dtype
 from flashsvd.models.registry import find_targets
 from flashsvd.storage.metadata import ABOUT, CompressionInfo, check_fields
 
@@ -49,7 +51,7 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
     dense, target_dense = _count(model), _count_matrices(model, modules)
     build_layers(model, specs)
     layers = _layers(specs)
-    dtype = model.dtype
+    dtype = own_dtype(source, config) or torch.float32
     about.setdefault("dense_bytes", dense * dtype.itemsize)
     return CompressionInfo(
         **about,

@@ -95,7 +95,7 @@ def _dense_layer(factored: nn.Module, empty: Any) -> Any:
 
 def _path_in(model: Any, path: str) -> str:
     """The path inside this model of a layer that a base or a head checkpoint of it named."""
-    for candidate in _spellings(model, path):
+    for candidate in spellings(model, path):
         try:
             module = model.get_submodule(candidate)
         except AttributeError:
@@ -105,7 +105,7 @@ def _path_in(model: Any, path: str) -> str:
     raise CheckpointError(f"config.json names the layer {path!r}, no linear layer of a {type(model).__name__}")
 
 
-def _spellings(model: Any, path: str) -> tuple[str, str]:
+def spellings(model: Any, path: str) -> tuple[str, str]:
     """The path as it is, and with the base model's prefix taken off or put on."""
     prefix = f"{model.base_model_prefix}."
     return path, path.removeprefix(prefix) if path.startswith(prefix) else prefix + path

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_object
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ModelError, described, library_errors
@@ -15,7 +16,6 @@ from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.counts import check_counts
 from flashsvd.models.heads import own_class
 from flashsvd.models.registry import architecture_of
-from flashsvd.storage.json_file import read_object
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.trust import ADAPTER_CONFIG

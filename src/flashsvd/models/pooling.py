@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsvd.common.json_file import read_json
 from flashsvd.errors import ModelError, described
-from flashsvd.storage.json_file import read_json
 
 # As sentence-transformers names them, in the order in which it puts several side by side; the older names of a
 # config's switches, without their `pooling_mode_`, behind them.

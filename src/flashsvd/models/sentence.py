@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashsvd.common.json_file import read_json
 from flashsvd.data.tokenize import token_ids
-from flashsvd.errors import ModelError
+from flashsvd.errors import ModelError, described
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.models.pooling import Pooling, pool, read_pooling
 from flashsvd.models.registry import architecture_of
@@ -211,9 +211,9 @@ def _json_of(source: str, name: str) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error!r}); fetch the model again") from error
+        raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no settings; fetch the model again")
     return content

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from flashsvd.common.json_file import read_json
 from flashsvd.common.tables import counted, html_table, text_table
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]

@@ -7,6 +7,7 @@ import ctypes
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def check_target(target: Path, overwrite: bool, marker: str = INFO_FILE) -> None
             return
         if not target.is_dir():
             raise CheckpointError(f"output {target} exists and is not a directory; choose another --output")
+        if Path.cwd().is_relative_to(target):
+            raise CheckpointError(
+                f"output {target} is the current directory or one above it, which cannot be replaced; name one in it"
+            )
         if target.is_mount():
             raise CheckpointError(f"output {target} is a mount point, which cannot be replaced; name a directory in it")
         if any(target.iterdir()):
@@ -184,11 +189,14 @@ def one_line_errors(target: Path) -> Iterator[None]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    # It can only be read by setting it, which two threads must not do at once.
+    with _READING_UMASK:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 
+_READING_UMASK = threading.Lock()
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashsvd.common.json_file import read_json
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import ModelError, described
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.tokenizer_files import (
     TEMPLATE_SUFFIX,

@@ -6,8 +6,15 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from flashsvd.common.json_file import read_object
 from flashsvd.errors import CheckpointError
+from flashsvd.storage.companions import tokenizer_names
 from flashsvd.storage.verify import is_plain_name
+
+# What people may edit, so that it is known whether they did, and no harm if so.
+EDITED = ("README.md",)
+# What transformers looks for, by the beginnings and endings of its names.
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf")
 
 _BLOCK = 1 << 20
 
@@ -21,7 +28,8 @@ def verify(directory: Path, digests: Mapping[str, str]) -> None:
     """Hold the files of a checkpoint against the digests that it was saved with.
 
     Raises:
-        CheckpointError: a file is missing or another one, or nothing is known of any.
+        CheckpointError: a file is missing or another one, one that would be read beside them was not saved with them,
+            or nothing is known of any.
     """
     if not digests:
         raise CheckpointError(
@@ -29,6 +37,8 @@ def verify(directory: Path, digests: Mapping[str, str]) -> None:
             "kept them, or another program saved it"
         )
     for name, expected in digests.items():
+        if name in EDITED:
+            continue
         if not all(map(is_plain_name, name.split("/"))):
             raise CheckpointError(f"{directory} has a digest of {name!r:.60}, which lies outside it; do not trust it")
         try:
@@ -39,6 +49,21 @@ def verify(directory: Path, digests: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"{directory / name} is not the file that was saved; copy it again, or do not trust it"
             )
+    for name in _read_by_loaders(directory):
+        if name not in digests:
+            raise CheckpointError(
+                f"{directory / name} is not one of the files that were saved; remove it, or do not trust it"
+            )
+
+
+def _read_by_loaders(directory: Path) -> list[str]:
+    """The weight and tokenizer files that are there, saved or not."""
+    config = directory / "config.json"
+    named = read_object(config).get("transformers_weights") if config.is_file() else None
+    if named is not None:
+        raise CheckpointError(f"{config} names weights of its own, {named!r:.60}; they were not saved with it")
+    weights = [file.name for pattern in WEIGHT_PATTERNS for file in directory.glob(pattern)]
+    return sorted([*weights, *(name for name in tokenizer_names(directory) if (directory / name).exists())])
 
 
 def _digest(file: Path) -> str:

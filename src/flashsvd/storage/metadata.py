@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.places import LayerPlace, read_places
 
 INFO_FILE = "compression_info.json"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashsvd.shown import shown
 from flashsvd.storage.description import describe
 from flashsvd.storage.metadata import CompressionInfo
 
@@ -30,8 +32,8 @@ def model_card(info: CompressionInfo, name: str, weight_bytes: int, *, sentence_
         weight_bytes: the size of its weight files.
         sentence_encoder: whether sentence-transformers' files lie beside it.
     """
-    info = _without_directories(info)
-    base = info.base_model or "an unknown model"
+    info, name = _without_directories(info), shown(name)
+    base = shown(info.base_model) or "an unknown model"
     return "\n".join(
         [
             "---",
@@ -75,7 +77,8 @@ def _front_matter(info: CompressionInfo, sentence_encoder: bool) -> list[str]:
 
 
 def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and name[0] not in "./~" and "\\" not in name
+    """Whether a model that was found under this name was found on the hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _without_directories(info: CompressionInfo) -> CompressionInfo:
@@ -95,4 +98,4 @@ def _named(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return shown(text).replace("|", "\\|")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flashsvd.common.json_file import check_file
 from flashsvd.errors import ModelError, described, library_errors
-from flashsvd.storage.json_file import check_file
 
 # Files beside the weights that are read by libraries: the largest vocabularies have some 40 MB.
 LARGEST_FILE = 512 * 2**20

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from flashsvd.errors import ModelError
+from flashsvd.errors import FlashSVDError, ModelError
 from flashsvd.storage.companions import MODULES_FILE, CompanionPlaces, own_names
-from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.digests import digests_of
+from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_card import CARD_FILE
 from flashsvd.storage.rank_file import RANKS_FILE
 from flashsvd.storage.training_file import CURVE_CSV, CURVE_PNG, TRAINING_FILE
@@ -19,6 +21,8 @@ _NAMES = (
     INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
     "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG, CARD_FILE,
 )  # fmt: skip
+# The weights, whole or in shards, as transformers names them.
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
 
@@ -27,6 +31,15 @@ def is_model_file(path: Path) -> bool:
     if not (path.parent / "config.json").is_file():
         return False
     return path.name in _NAMES or path.suffix in _WEIGHTS or path.name in own_names(path.parent)
+
+
+def _is_card_as_written(directory: Path) -> bool:
+    """Whether nobody has edited the model card since it was written."""
+    try:
+        written = CompressionInfo.read(directory).digests
+    except FlashSVDError:
+        return False
+    return digests_of(directory, [CARD_FILE])[CARD_FILE] == written.get(CARD_FILE)
 
 
 def foreign_file(directory: Path) -> str | None:
@@ -41,8 +54,10 @@ def foreign_file(directory: Path) -> str | None:
             known = str(relative) in companions.folders
         else:
             known = companions.has(relative) or (
-                len(relative.parts) == 1 and (relative.name in _NAMES or relative.suffix == ".safetensors")
+                len(relative.parts) == 1 and (relative.name in _NAMES or _SHARD.fullmatch(relative.name) is not None)
             )
+        if relative == Path(CARD_FILE):
+            known = _is_card_as_written(directory)
         if not known:
             return str(relative)
     return None

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_json
 from flashsvd.errors import ConfigError, described
-from flashsvd.storage.json_file import read_json
 
 RANKS_FILE = "ranks.json"
 

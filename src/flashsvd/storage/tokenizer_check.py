@@ -7,10 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_object
 from flashsvd.errors import ModelError, described
 from flashsvd.storage.companions import tokenizer_names
 from flashsvd.storage.digests import digests_of
-from flashsvd.storage.json_file import read_object
 from flashsvd.storage.metadata import INFO_FILE, CompressionInfo
 from flashsvd.storage.model_files import companion_file
 from flashsvd.storage.tokenizer_files import TOKENIZER_CONFIG

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashsvd.storage.json_file import read_json
+from flashsvd.common.json_file import read_json
 from flashsvd.storage.verify import is_plain_name
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

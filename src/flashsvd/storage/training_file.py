@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_object
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.json_file import read_object
 
 TRAINING_FILE = "flashsvd_training.json"
 CURVE_CSV, CURVE_PNG = "loss.csv", "loss.png"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flashsvd.common.json_file import read_json
 from flashsvd.errors import ModelError, described
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.tokenizer_files import TOKENIZER_CONFIG
 from flashsvd.storage.verify import is_plain_name

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from flashsvd.common.json_file import read_json
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.errors import CheckpointError, described, first_line
-from flashsvd.storage.json_file import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 TensorShape = tuple[int, ...]
+
+# As the format itself has it.
+_LONGEST_HEADER = 100_000_000
 
 _LARGE = 64 * 2**20
 # In bytes, on all usual file systems.
@@ -106,6 +110,28 @@ def all_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
     return {name: shape for _, name, _, shape in _headers(files)}
 
 
+def check_whole(file: Path) -> None:
+    """Hold the size of a safetensors file against its header, without reading its tensors.
+
+    Raises:
+        CheckpointError: it is shorter or longer than its header says, or has none.
+    """
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            size = file.stat().st_size
+            if not 0 < length <= min(size, _LONGEST_HEADER):
+                raise ValueError("it has no header")
+            tensors = {name: about for name, about in json.loads(opened.read(length)).items() if name != "__metadata__"}
+            needed = 8 + length + max((int(about["data_offsets"][1]) for about in tensors.values()), default=0)
+            if size != needed:
+                raise ValueError(f"it has {size:,} bytes where its header says {needed:,}")
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({described(error)}); it is truncated or damaged, copy it again"
+        ) from error
+
+
 def _headers(files: Sequence[str | Path]) -> Iterator[tuple[str | Path, str, str, TensorShape]]:
     """Each tensor's file, name, dtype and shape."""
     from safetensors import SafetensorError, safe_open
@@ -153,9 +179,15 @@ def check_tensors(
     """
     for name, shape in expected.items():
         if name not in found:
-            if name in optional:
+            # An empty one holds nothing that could be missed.
+            if name in optional or 0 in shape:
                 continue
             raise CheckpointError(f"{where} lacks the tensor {name} {list(shape)}; compress the model again")
+        if found[name] != shape and 0 in shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {list(found[name])}, the dense weight of a layer that config.json has as "
+                "factored; the model was saved without its factors, compress it again"
+            )
         if found[name] != shape:
             raise CheckpointError(f"{where}: tensor {name} is {list(found[name])}, {list(shape)} was expected")
     if extra := sorted(set(found) - set(expected) - set(optional)):

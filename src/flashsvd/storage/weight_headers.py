@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import torch
 
+from flashsvd.common.json_file import read_json
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
-from flashsvd.errors import ModelError, first_line
+from flashsvd.errors import ModelError, described, first_line
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
 from flashsvd.storage.verify import INDEX, WEIGHTS, is_plain_name
 
@@ -52,12 +52,10 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         ModelError: it is no such index.
     """
-    if is_lfs_pointer(index):
-        raise ModelError(f"{index} {POINTER}")
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        entries = read_json(index)["weight_map"].items()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} is no shard index ({error!r}); fetch it again") from error
+        raise ModelError(f"{index} is no shard index ({described(error)}); fetch it again") from error
     return {str(tensor): file for tensor, file in entries if is_plain_name(file)}
 
 

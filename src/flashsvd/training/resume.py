@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flashsvd.common.json_file import read_json
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import real_target, write_text
-from flashsvd.storage.json_file import read_json
 from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
 from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
@@ -104,17 +104,7 @@ class Workplace:
         """
         with self.writing():
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            if not self.resumes:
-                if self.directory.is_dir():
-                    _remove(self.directory)
-                with Scratch(self.directory, "writing") as scratch:
-                    made = scratch / self.directory.name
-                    made.mkdir()
-                    others = {_PROCESSES: _processes(), _DATA: digest}
-                    text = json.dumps(dataclasses.asdict(config) | others, indent=2)
-                    (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-                    made.rename(self.directory)
-        lock = Lock.of_new(self.directory)
+            lock = Lock.of_new(self.directory) if self.resumes else self._made(config, digest)
         if lock is None:
             raise ConfigError(f"another process trains in {self.directory}; wait for it, or choose another --output")
         try:
@@ -125,6 +115,27 @@ class Workplace:
             yield
         finally:
             lock.release()
+
+    def _made(self, config: FinetuneConfig, digest: str) -> Lock | None:
+        """Make the directory, and lock it before others can see it; None where another process came before."""
+        if self.directory.is_dir():
+            # Much may have happened since it was looked at.
+            abandoned = Lock.of_abandoned(self.directory)
+            if abandoned is None or _what_is_in(self.directory) != "nothing":
+                if abandoned is not None:
+                    abandoned.release()
+                return None
+            _remove(self.directory)
+            abandoned.release()
+        with Scratch(self.directory, "writing") as scratch:
+            made = scratch / self.directory.name
+            made.mkdir()
+            others = {_PROCESSES: _processes(), _DATA: digest}
+            text = json.dumps(dataclasses.asdict(config) | others, indent=2)
+            (made / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            lock = Lock.of_new(made)
+            made.rename(self.directory)
+        return lock
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -255,7 +266,7 @@ def _step(checkpoint: Path) -> int:
 
 def _is_whole(checkpoint: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        read_json(checkpoint / STATE_FILE)
         return True
     return False
 

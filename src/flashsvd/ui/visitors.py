@@ -67,7 +67,7 @@ class Visitors:
         """Drop the jobs of all sessions that were away for too long, and what Gradio keeps of them."""
         sessions = {*queue.pending_event_ids_session, *queue.pending_messages_per_session}
         self._last = {session: self._last.get(session, now) for session in sessions}
-        for session, last in self._last.items():
+        for session, last in list(self._last.items()):
             if not self.listens(session) and now - last > PATIENCE:
                 # What is queued goes; what runs is stopped when it next says something.
                 await queue.clean_events(session_hash=session)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flashsvd.storage.json_file import DEEPEST, LARGEST, read_json, read_object
+from flashsvd.common.json_file import DEEPEST, LARGEST, read_json, read_object
 
 
 def nested(opening: str, closing: str, levels: int) -> str:
