@@ -231,3 +231,11 @@ def test_unknown_class_names_are_pointed_out_once(caplog: pytest.LogCaptureFixtu
     for _ in range(3):
         assert label_permutation(MNLI, config) == [0, 1, 2]
     assert len([r for r in caplog.records if "yes, perhaps, no are not mnli's" in r.message]) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"a":' + "[" * 100_000, '{"a":' * 100_000])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_rows_that_nest_without_end_are_refused_in_one_line(tmp_path: Path, suffix: str, text: str) -> None:
+    file = write(tmp_path / f"x{suffix}", text)
+    with pytest.raises(DataError, match=f"x{suffix} cannot be read: .*deeper"):
+        read_rows(file)

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import MakeModel
+from flashsvd import FinetuneConfig
 from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.storage.scratch import Lock
 from flashsvd.training.callbacks import StopWhenLost
+from flashsvd.training.resume import Workplace
 from processes import running, until
 from training_data import MNLI, SST2, TASKS, compress, finetune, write_task_data, write_text
 
@@ -386,3 +388,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(make_model: MakeModel
     assert result.returncode == 2, result.stderr
     assert f"error: cannot write {tmp_path / 'out.partial'}" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("out*"))
+
+
+def test_of_two_runs_that_found_nothing_only_the_first_trains(tmp_path: Path) -> None:
+    config = FinetuneConfig(model="x", task="sst2", output=str(tmp_path / "out"))
+    first, second = Workplace.find(tmp_path / "out", config), Workplace.find(tmp_path / "out", config)
+    with first.opened(config, "digest"):
+        (first.directory / "checkpoint-10").mkdir()
+        with pytest.raises(ConfigError, match="another process trains in"), second.opened(config, "digest"):
+            pass
+        assert (first.directory / "checkpoint-10").is_dir()
