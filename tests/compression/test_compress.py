@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from conftest import ENCODERS, MakeModel, build_model
+from conftest import EVERY_ENCODER, MakeModel, build_model
 from flashsvd import CompressConfig, load_compressed, run_compress
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
@@ -22,7 +22,7 @@ from flashsvd.models.registry import find_targets
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EVERY_ENCODER)
 @pytest.mark.parametrize("head", ["base", "classifier", "masked-lm"])
 def test_full_rank_reproduces_the_dense_model(name: str, head: str, qkv: str, tokens: torch.Tensor) -> None:
     model = build_model(name, head)
@@ -138,7 +138,7 @@ def test_a_new_head_depends_on_the_seed_alone(make_model: MakeModel, tmp_path: P
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EVERY_ENCODER)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_is_that_of_the_saved_weights(make_model: MakeModel, tmp_path: Path, name: str, dtype: str) -> None:
     run_compress(CompressConfig(model=str(make_model(name)), ratio=0.5, dtype=dtype, output=str(tmp_path / "out")))

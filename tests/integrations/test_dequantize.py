@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from conftest import DECODERS, ENCODERS, EVERY_DECODER, build, factor
+from conftest import DECODERS, ENCODERS, EVERY_DECODER, EVERY_ENCODER, build, factor
 from flashsvd import load_compressed, optimize
 from flashsvd.errors import BackendError
 from flashsvd.integrations.quantizer import FlashSVDConfig
@@ -37,7 +37,7 @@ def states(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("qkv", ["joint", pytest.param("per-head", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*ENCODERS, *EVERY_DECODER])
+@pytest.mark.parametrize("name", [*EVERY_ENCODER, *EVERY_DECODER])
 def test_a_dense_model_of_the_same_function_is_left(checkpoint: Any, tmp_path: Path, name: str, qkv: str) -> None:
     model = load_compressed(checkpoint(name, qkv))
     before = states(model)

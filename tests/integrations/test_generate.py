@@ -69,6 +69,7 @@ def write(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.
         return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "qkv", "how"), pairwise(FAMILIES, LAYOUTS, list(OPTIONS)))
 def test_the_compressed_model_writes_what_its_dense_export_writes(
     pair: MakePair, name: str, qkv: str, how: str

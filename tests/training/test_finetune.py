@@ -19,8 +19,8 @@ from flashsvd.storage.training_file import TRAINING_FILE
 from flashsvd.training.trainer import ObjectiveTrainer
 from training_data import LEARNS, MNLI, SST2, STSB, compress, finetune, write_task_data, write_text
 
-# Of the pairs with two classes MRPC is enough for `make quick`.
-LIKE_MRPC = ("qqp", "qnli", "rte")
+# Of the pairs with classes MRPC is enough for `make quick`.
+LIKE_MRPC = ("qqp", "qnli", "rte", "mnli")
 CLASSIFIED = [
     pytest.param(task, marks=[pytest.mark.slow] if task.name in LIKE_MRPC else [])
     for task in TASKS.values()
@@ -62,7 +62,7 @@ def test_every_encoder_learns_dense_and_in_its_factors(
     assert run_eval(EvalConfig(tmp_path / "out", "sst2", data=data, device="cpu")).metric_value == 1.0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_decoder_is_trained_as_a_classifier(
     make_model: MakeModel, tmp_path: Path, family: str, compressed: bool
@@ -396,7 +396,7 @@ def test_without_validation_data_the_last_weights_are_kept(
 
 
 @pytest.mark.parametrize("part", ["embeddings", "attention", "ffn"])
-@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("compressed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_frozen_stays_and_the_rest_does_not(
     make_model: MakeModel, tmp_path: Path, part: str, compressed: bool
 ) -> None:

@@ -21,8 +21,8 @@ _NAMES = (
     INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
     "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG, CARD_FILE,
 )  # fmt: skip
-# The weights, whole or in shards, as transformers names them.
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# Weights, whole or in shards, as transformers names them, and calibration statistics.
+_SHARD = re.compile(r"(model(-\d{5}-of-\d{5})?|statistics-\d{5})\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
 
