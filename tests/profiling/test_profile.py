@@ -256,6 +256,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_weights_are_loaded(c
         run_profile(config(output=str(data)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["profile.json", "profile.png"])
 def test_a_profile_takes_the_place_of_an_earlier_one_and_of_nothing_else(
     config: MakeConfig, tmp_path: Path, name: str

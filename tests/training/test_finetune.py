@@ -137,6 +137,7 @@ def test_trainings_add_up(make_model: MakeModel, tmp_path: Path) -> None:
         assert [(entry["epochs"], entry["seed"]) for entry in read(twice)] == [(1.0, 0), (0.5, 3)]
 
 
+@pytest.mark.slow
 def test_a_compressed_encoder_gets_a_head(make_model: MakeModel, tmp_path: Path) -> None:
     source = compress(make_model("bert", "base", **LEARNS), tmp_path / "small")
     data = write_task_data(tmp_path / "data", MNLI)
@@ -161,6 +162,7 @@ def test_a_head_that_was_random_when_compressed_is_not_called_so_once_trained(
     assert read_info(tmp_path / "out").compression.untrained == ()
 
 
+@pytest.mark.slow
 def test_classes_in_another_order_keep_it(make_model: MakeModel, tmp_path: Path) -> None:
     order = ["contradiction", "entailment", "neutral"]
     names = {"id2label": dict(enumerate(order)), "label2id": {name: i for i, name in enumerate(order)}}
@@ -181,6 +183,7 @@ def test_classes_of_another_task_are_renamed(make_model: MakeModel, tmp_path: Pa
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
+@pytest.mark.slow
 def test_a_classifier_gets_a_new_head_when_asked(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model(**LEARNS, num_labels=3, problem_type="single_label_classification")
     data = write_task_data(tmp_path / "data", STSB)
@@ -259,6 +262,7 @@ def test_the_curve_has_losses_and_metrics_by_step(make_model: MakeModel, tmp_pat
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_the_best_weights_are_kept(make_model: MakeModel, tmp_path: Path, compressed: bool) -> None:
     """The learning rate rises until it ruins the model: the best evaluation is not the last."""
@@ -370,6 +374,7 @@ def test_the_seed_decides_on_everything_random(make_model: MakeModel, tmp_path: 
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_left_behind_with_the_training_that_asked_for_it(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     losses = []
@@ -462,6 +467,7 @@ def test_accumulated_batches_are_as_one(make_model: MakeModel, tmp_path: Path, w
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_weights_are_trained_in_float32_and_saved_in_their_own_dtype(
     make_model: MakeModel, tmp_path: Path, compressed: bool
