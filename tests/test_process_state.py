@@ -76,6 +76,7 @@ def evaluation(made: Material, **options: Any) -> EvalConfig:
 
 DOORS: dict[str, Door] = {
     **{
+        # mypy cannot infer a lambda with a default.
         f"compress {method}": lambda made, out, method=method: made.compress(out, method)  # type: ignore[misc]
         for method in ("standard", "fwsvd", "drone", "asvd", "adasvd")
     },

@@ -35,7 +35,7 @@ class Subject:
     def take(self, value: object) -> Any:
         """Give the field a value, without rules that hold between fields, and say what the config made of it."""
 
-        class Alone(self.config_class):  # type: ignore[name-defined,misc]
+        class Alone(self.config_class):  # type: ignore[name-defined,misc]  # a base known when it runs
             def check(self) -> None:
                 pass
 

@@ -121,7 +121,9 @@ def test_a_target_reads_its_own_columns_of_a_gradient(kind: str) -> None:
     gradient = model.qkv.weight.grad
     assert gradient is not None
     parts = [target.own_columns(gradient.T) for target in targets(kind)[:3]]
-    assert torch.equal(join_columns(parts, targets(kind)[0].part.columns), gradient.T)  # type: ignore[union-attr]
+    part = targets(kind)[0].part
+    assert part is not None
+    assert torch.equal(join_columns(parts, part.columns), gradient.T)
 
 
 def test_parts_are_separated_by_name_where_they_are_equal_ones() -> None:

@@ -337,6 +337,14 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path: Path, change: dict[s
         ProfileResult.read(file)
 
 
+def with_row(file: Path, **values: Any) -> Path:
+    """A written profile whose first row has other values."""
+    written = a_result(MEASURED).to_json()
+    written["rows"][0].update(values)
+    file.write_text(json.dumps(written))
+    return file
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -346,21 +354,15 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path: Path, change: dict[s
     ids=lambda value: f"{value!r:.20}",
 )  # fmt: skip
 def test_a_row_that_cannot_be_shown_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
-    written = a_result(MEASURED).to_json()
-    written["rows"][0][name] = value
-    (tmp_path / "profile.json").write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match=rf"is no profile that flashsvd wrote \(.*{name}"):
-        ProfileResult.read(tmp_path / "profile.json")
+        ProfileResult.read(with_row(tmp_path / "profile.json", **{name: value}))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400], ids=lambda value: f"{value!r:.10}")
 @pytest.mark.parametrize("name", ["latency_ms", "peak_memory_mib", "weight_bytes"])
 def test_a_number_that_json_or_a_float_cannot_hold_is_refused(tmp_path: Path, name: str, value: float) -> None:
-    written = a_result(MEASURED).to_json()
-    written["rows"][0][name] = value
-    (tmp_path / "profile.json").write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match=r"is no profile that flashsvd wrote \(it holds .* (number|digits)"):
-        ProfileResult.read(tmp_path / "profile.json")
+        ProfileResult.read(with_row(tmp_path / "profile.json", **{name: value}))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "5"])

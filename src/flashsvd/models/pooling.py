@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.common.json_file import read_json
-from flashsvd.errors import ModelError, described
+from flashsvd.errors import ModelError
+from flashsvd.storage.model_files import model_json
 
 # As sentence-transformers names them, in the order in which it puts several side by side; the older names of a
 # config's switches, without their `pooling_mode_`, behind them.
@@ -70,10 +70,7 @@ def read_pooling(config_file: Path) -> Pooling:
     Raises:
         ModelError: the file cannot be read, or asks for a mode that is not known.
     """
-    try:
-        config: Any = read_json(config_file)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config_file} cannot be read ({described(error)}); fetch the model again") from error
+    config: Any = model_json(config_file)
     if not isinstance(config, dict):
         raise ModelError(f"{config_file} holds no pooling config; fetch the model again")
     if "pooling_mode" in config:

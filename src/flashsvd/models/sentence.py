@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsvd.common.json_file import read_json
 from flashsvd.data.tokenize import token_ids
-from flashsvd.errors import ModelError, described
+from flashsvd.errors import ModelError
 from flashsvd.models.loading import load_tokenizer
 from flashsvd.models.pooling import Pooling, pool, read_pooling
 from flashsvd.models.registry import architecture_of
@@ -26,7 +25,7 @@ from flashsvd.storage.companions import (
     TRANSFORMER_CONFIGS,
     sentence_modules,
 )
-from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.storage.model_files import HubUnreachableError, companion_file, model_json
 
 log = logging.getLogger("flashsvd")
 
@@ -210,10 +209,7 @@ def _json_of(source: str, name: str) -> dict[str, Any] | None:
         return None
     if file is None:
         return None
-    try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
+    content = model_json(file)
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no settings; fetch the model again")
     return content

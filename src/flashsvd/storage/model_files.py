@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from flashsvd.common.json_file import check_file
+from flashsvd.common.json_file import check_file, read_json
 from flashsvd.errors import ModelError, described, library_errors
 
 # Files beside the weights that are read by libraries: the largest vocabularies have some 40 MB.
@@ -14,6 +15,18 @@ LARGEST_FILE = 512 * 2**20
 
 class HubUnreachableError(ModelError):
     """Nobody could say whether the hub has a file."""
+
+
+def model_json(file: Path) -> Any:
+    """What a JSON file of a model holds.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
 
 
 def companion_file(source: str, name: str, *, ask_hub: bool = True) -> Path | None:

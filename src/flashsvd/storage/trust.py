@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashsvd.common.json_file import read_json
-from flashsvd.errors import ModelError, described
-from flashsvd.storage.model_files import HubUnreachableError, companion_file
+from flashsvd.errors import ModelError
+from flashsvd.storage.model_files import HubUnreachableError, companion_file, model_json
 from flashsvd.storage.tokenizer_files import TOKENIZER_CONFIG
 from flashsvd.storage.verify import is_plain_name
 
@@ -66,8 +65,5 @@ def _json_of(source: str, name: str, key: str | None = None) -> Any:
         return None
     if file is None:
         return None
-    try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({described(error)}); fetch the model again") from error
+    content = model_json(file)
     return content if key is None else content.get(key) if isinstance(content, dict) else None

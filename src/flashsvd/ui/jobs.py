@@ -43,8 +43,8 @@ def prepare_imports() -> None:
     import transformers  # noqa: F401 - for the time that it takes
 
     from flashsvd import runtime  # noqa: F401 - likewise
-    from flashsvd.compression import run as compressing  # noqa: F401
-    from flashsvd.evaluation import run as evaluating  # noqa: F401
+    from flashsvd.compression import run as compressing  # noqa: F401 - likewise
+    from flashsvd.evaluation import run as evaluating  # noqa: F401 - likewise
 
 
 def run_job(job: Job) -> tuple[Any, ...]:

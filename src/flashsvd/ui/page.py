@@ -186,7 +186,7 @@ def _job_tab(site: Site, tab: Tab) -> None:
         yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
-        *values, request = values  # type: ignore[assignment]
+        *values, request = values  # type: ignore[assignment]  # the tuple becomes a list
         try:
             job = job_of(tuple(values))
         except REFUSALS as error:
@@ -303,7 +303,7 @@ def _name_parameters(run: Callable[..., Any], names: Iterable[str]) -> None:
     """Give a function of any values named parameters, and the request after them, where Gradio looks for both."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in (*names, "request")]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Gradio reads it
     run.__annotations__ = {"request": gr.Request}
 
 
