@@ -10,7 +10,10 @@ POINTER = "is a git-lfs pointer and not the file itself; run git lfs pull where 
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is such a pointer; not where it cannot be read."""
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        return opened.read(len(_START)) == _START
+    """Whether a file is such a pointer; not where it cannot be read, or is a pipe, whose writer may never come."""
+    with contextlib.suppress(OSError):
+        if not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            return opened.read(len(_START)) == _START
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def locate(name: str) -> str:
             raise ModelError(f"{path / 'config.json'} {POINTER}")
         if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{name} holds an adapter ({ADAPTER_CONFIG}); merge it into its model, and give that")
-        if not (path / "config.json").is_file():
+        if not os.path.lexists(path / "config.json"):
             raise ModelError(f"{name} holds no config.json; give a directory that save_pretrained wrote")
         return str(path)
     if path.exists():
