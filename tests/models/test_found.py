@@ -11,7 +11,7 @@ from flashsvd.models.found import find_model
 
 def test_a_pipe_in_the_place_of_the_config_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(ModelError, match="config.json cannot be read .it is a FIFO, not a file."):
+    with pytest.raises(ModelError, match=r"config\.json cannot be read \(it is a FIFO, not a file\)"):
         find_model(str(tmp_path))
 
 
