@@ -34,6 +34,7 @@ from support.encoder_models import (
 from support.harness import Case, Settings, Variant, finish, parse, run
 from support.plot import bars
 from support.results import Row
+from support.sst2 import sst2_masks
 
 DATA = Path(__file__).parent / "data"
 DENSE, COMPILED = "dense", "dense compiled"
@@ -105,7 +106,7 @@ def bert_case(
 def sst2_case(batch: int, length: int, ranks: Sequence[Ranks], batches: int) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
         dense = bert(settings)
-        masks = sst2_masks(settings, batch, length, batches)
+        masks = sst2_masks(settings.device, batch, length, batches)
         x = hidden_states(settings, batch * batches, length, dense).chunk(batches)
         held_to = check(plain_bert, dense.encoder, x[-1], masks[-1])
 
@@ -203,14 +204,6 @@ def in_parts(forward: Forward, x: Tensor) -> Tensor:
     for part, rows in zip(x.chunk(MICRO_BATCHES), result.chunk(MICRO_BATCHES), strict=True):
         rows.copy_(forward(part, None))
     return result
-
-
-def sst2_masks(settings: Settings, batch: int, length: int, batches: int) -> list[Tensor]:
-    """Padding masks of whole batches of sentences, in the split's order."""
-    lengths = [int(line) for line in (DATA / "sst2_validation_lengths.txt").read_text().split()]
-    chosen = torch.tensor(lengths[: batch * batches], device=settings.device).clamp(max=length)
-    masks = torch.arange(length, device=settings.device) < chosen[:, None]
-    return list(masks.long().chunk(batches))
 
 
 def published() -> tuple[Row, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flashsvd import runtime
+from flashsvd.blocks.running.graph import GraphOption
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
 from flashsvd.common.json_file import read_json
@@ -116,7 +117,7 @@ def load_compressed(
     *,
     optimize: bool = False,
     backend: Backend = "auto",
-    graph: bool = False,
+    graph: GraphOption = "auto",
     verify: bool = False,
 ) -> Any:
     """Load a compressed checkpoint as the transformers class that saved it, in eval mode.
@@ -143,7 +144,7 @@ def load_compressed(
     config = _compressed_config(directory)
     if optimize:
         runtime.check(config, backend, target or torch.device("cpu"), graph)
-    elif backend != "auto" or graph:
+    elif backend != "auto" or graph != "auto":
         raise ConfigError("backend and graph say how fused blocks run; pass optimize=True with them")
     model = load_factored(str(directory), config, wanted)
     # Checkpoints from before do not carry it in their config.

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashsvd.blocks.registry import FUSED, fused_architecture
+from flashsvd.blocks.registry import FUSED, FusedArchitecture, fused_architecture
 from flashsvd.blocks.running.choice import Choices
-from flashsvd.blocks.running.graph import Graphs
+from flashsvd.blocks.running.graph import GraphOption, Graphs
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
+from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.common.device import BACKENDS
 from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import BackendError
@@ -24,7 +25,7 @@ from flashsvd.models.registry import base_prefix
 __all__ = ["check", "choices", "optimize"]
 
 
-def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
+def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto") -> Any:
     """Turn a model's layers into fused blocks on packed weights, in place, for inference.
 
     Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
@@ -37,7 +38,9 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         model: a transformers model in eval mode, on the device and in the dtype that it is to run in.
         backend: `auto` takes for each operation what is faster, measured on its first inputs of a size; `torch` and
             `triton` force one.
-        graph: replay batches of up to 65,536 tokens as CUDA graphs, which spares small ones the time to launch kernels.
+        graph: `auto` replays batches of up to 65,536 tokens as CUDA graphs where their shape has come before, from ids
+            to the model's output, which spares the time to launch kernels; at most 64 shapes are kept, which share
+            their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none.
 
     Returns:
         The model itself.
@@ -55,15 +58,21 @@ def optimize(model: Any, backend: Backend = "auto", graph: bool = False) -> Any:
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)
-    architecture.check(base, backend, graph)
-    _check_device(next(base.parameters()), backend, graph)
-    choices = Choices(backend, queued=graph)
+    architecture.check(base, backend, graph is True)
+    weight = next(base.parameters())
+    _check_device(weight, backend, graph)
+    graphs = None
+    if graph is True or (graph and _may_capture(model, architecture, backend)):
+        graphs = Graphs(always=graph is True)
+    choices = Choices(backend, queued=graphs is not None)
     try:
         with ordinary_tensors():
-            architecture.fuse(base, choices, Graphs() if graph else None)
+            architecture.fuse(base, choices)
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
+        if graphs is not None:
+            add_graphs(model, graphs)
     except BaseException:
         mark_half_packed(model)
         raise
@@ -83,7 +92,7 @@ def choices(model: nn.Module) -> dict[str, str]:
     raise BackendError("the model is not optimised, so nothing was picked; call optimize first")
 
 
-def check(config: Any, backend: Backend, device: torch.device, graph: bool = False) -> None:
+def check(config: Any, backend: Backend, device: torch.device, graph: GraphOption = "auto") -> None:
     """Refuse what `optimize` would refuse, as far as it is known before there is a model.
 
     Args:
@@ -99,10 +108,26 @@ def check(config: Any, backend: Backend, device: torch.device, graph: bool = Fal
     _check_device(torch.empty(0, device=device), backend, graph)
 
 
-def _check_options(backend: str, graph: bool) -> None:
+def _may_capture(model: Any, architecture: FusedArchitecture, backend: Backend) -> bool:
+    """Whether graphs of this model can be taken, as far as that is known before it runs."""
+    base = model.get_submodule(base_prefix(model).removesuffix("."))
+    weight = next(base.parameters())
+    if backend == "torch" or not weight.is_cuda or why_not_triton(weight):
+        return False
+    try:
+        architecture.check(base, backend, graph=True)
+    except BackendError:
+        return False
+    # What a class of the user's own does may differ from batch to batch.
+    return type(model).__module__.startswith("transformers.models.")
+
+
+def _check_options(backend: str, graph: object) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
-    if graph and backend == "torch":
+    if not isinstance(graph, bool) and graph != "auto":
+        raise BackendError(f"graph is True, False or 'auto', not {graph!r}")
+    if graph is True and backend == "torch":
         raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
 
 
@@ -125,8 +150,8 @@ def _check_architecture(config: Any) -> None:
         raise BackendError(f"there are no fused blocks for {model_type!r}, only for {known}; run the model as it is")
 
 
-def _check_device(weight: torch.Tensor, backend: Backend, graph: bool) -> None:
+def _check_device(weight: torch.Tensor, backend: Backend, graph: GraphOption) -> None:
     if backend == "triton" and (reason := why_not_triton(weight)):
         raise BackendError(f"backend triton cannot run here: {reason}; use backend auto or torch")
-    if graph and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
+    if graph is True and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
         raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out graph")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
+from flashsvd.blocks.parts.read import Joint
 
 IN, TOKENS = 20, 5
 
@@ -39,6 +40,28 @@ def test_each_projection_is_computed_whatever_its_neighbours_are(
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # Ranks of 3, stored in 8.
     assert packed.width == 28 + 8 * kinds.count("lifted")
+
+
+@pytest.mark.parametrize("biases", list(itertools.product([False, True], repeat=3)))
+def test_lifts_of_one_size_are_one_batch(biases: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    parts = [make("lifted", 16, bias) for bias in biases]
+    x = random(TOKENS, IN)
+    packed = PackedProjections(parts, torch.float64)
+    assert packed.batched
+    for part, y in zip(parts, packed.project(x).split_with_sizes(packed.widths, 1), strict=True):
+        assert part.u is not None
+        expected = x @ part.u @ part.matrix
+        expected = expected if part.bias is None else expected + part.bias
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_as_wide_as_their_matrix_are_multiplied_out() -> None:
+    u, v = random(IN, 16), random(16, 24)
+    wide, thin = (Projection.of(Joint(u[:, :r], v[:r], random(24)), None) for r in (16, 3))
+    assert wide.u is None
+    torch.testing.assert_close(wide.matrix, u @ v)
+    assert thin.u is not None
 
 
 def test_a_buffer_that_is_replaced_is_replaced() -> None:

@@ -22,7 +22,6 @@ from flashsvd.blocks.parts.qkv import attended_width
 from flashsvd.blocks.parts.read import check_linear, joint_rank, read_activation, read_matrices, read_whole
 from flashsvd.blocks.post_ln import PostLNBlock, PostLNWeights
 from flashsvd.blocks.running.choice import Choices
-from flashsvd.blocks.running.graph import Graphs
 from flashsvd.blocks.running.layer import FusedLayer
 from flashsvd.blocks.running.packed import PackedModule, mix_in
 from flashsvd.blocks.running.refusals import (
@@ -35,7 +34,7 @@ from flashsvd.blocks.running.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.running.stack import FusedStack, run_stack
+from flashsvd.blocks.running.stack import run_stack
 from flashsvd.kernels.launch import Backend
 
 # What the names of a family's classes begin with, by its `config.model_type`.
@@ -69,7 +68,7 @@ class FusedBase(PackedModule):
             self.encoder.config = value
 
 
-class FusedEncoder(FusedStack):
+class FusedEncoder(PackedModule):
     """Mixed into an encoder class: real tokens only between the first layer and the last."""
 
     config: Any
@@ -89,7 +88,7 @@ class FusedEncoder(FusedStack):
         options |= {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
         refuse_call(hidden_states, self.config, options | {"use_cache": use_cache})
         recorded = options.get("output_hidden_states", self.config.output_hidden_states)
-        last = run_stack(self.layer, hidden_states, attention_mask, padded=bool(recorded), graphs=self.graphs)
+        last = run_stack(self.layer, hidden_states, attention_mask, padded=bool(recorded))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
 
 
@@ -157,7 +156,7 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
         refuse_limits(backend, graph, _attention_limit(layer), _ffn_limit(layer, base.config))
 
 
-def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
+def fuse(base: Any, choices: Choices) -> None:
     """Turn the encoder of a base model into a fused one, layer by layer, each of which gives up its weights at once."""
     family = Family.of(base.config)
     encoder = base.encoder
@@ -167,7 +166,6 @@ def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
         layer.__class__ = fused_class(FusedLayer, family.layer)
         layer.block = block
         del layer.attention, layer.intermediate, layer.output
-    encoder.graphs = graphs
     encoder.__class__ = fused_class(FusedEncoder, family.encoder)
     mix_in(base, FusedBase)
 

@@ -32,9 +32,8 @@ from flashsvd.blocks.parts.rotary_attention import Rotary
 from flashsvd.blocks.parts.rotary_tables import RotaryTables
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
 from flashsvd.blocks.running.choice import Choices
-from flashsvd.blocks.running.graph import Graphs
 from flashsvd.blocks.running.layer import FusedLayer
-from flashsvd.blocks.running.packed import mix_in
+from flashsvd.blocks.running.packed import PackedModule, mix_in
 from flashsvd.blocks.running.refusals import (
     any_foreign_hooks,
     refuse_call,
@@ -47,7 +46,7 @@ from flashsvd.blocks.running.refusals import (
     refuse_scattered,
     refuse_watched,
 )
-from flashsvd.blocks.running.stack import FusedStack, run_stack
+from flashsvd.blocks.running.stack import run_stack
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.factored import FactoredModule
@@ -63,7 +62,7 @@ class FusedLayerNorm(FusedLayer, nn.LayerNorm):  # type: ignore[misc]  # takes m
     """The norm behind the last layer, on packed tokens."""
 
 
-class FusedModernBert(FusedStack):
+class FusedModernBert(PackedModule):
     """Mixed into ModernBertModel: real tokens only between the embeddings and the last norm's output."""
 
     config: Any
@@ -110,12 +109,11 @@ class FusedModernBert(FusedStack):
             padded=bool(recorded),
             # Unless they are what the caller gave, or someone watches them, nobody else has the embeddings.
             owned=not given and not any_foreign_hooks(self.embeddings.modules()),
-            graphs=self.graphs,
         )
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self.tables.forget()
-        return super()._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def check(base: Any, backend: Backend, graph: bool) -> None:
@@ -145,7 +143,7 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
             )
 
 
-def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
+def fuse(base: Any, choices: Choices) -> None:
     """Turn the layers of a base model into fused blocks, each of which gives up its own weights at once."""
     tables = RotaryTables(base.rotary_emb)
     for layer in base.layers:
@@ -159,7 +157,7 @@ def fuse(base: Any, choices: Choices, graphs: Graphs | None) -> None:
     norm.__class__ = FusedLayerNorm
     norm.block = last
     norm.weight = norm.bias = None
-    base.graphs, base.tables = graphs, tables
+    base.tables = tables
     mix_in(base, FusedModernBert)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.blocks.parts.attention import attend
-from flashsvd.blocks.parts.buffers import QuickModule
 from flashsvd.blocks.parts.chunks import chunk_tokens
 from flashsvd.blocks.parts.ffn import PackedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
@@ -19,6 +18,7 @@ from flashsvd.blocks.parts.output import PackedResidual, fold_output
 from flashsvd.blocks.parts.qkv import pack_qkv
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
 from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.blocks.running.tokens import Chunk, Tokens
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import QuickModule
 from flashsvd.blocks.parts.chunks import pre_ln_chunk_tokens
 from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
@@ -21,6 +20,7 @@ from flashsvd.blocks.parts.output import PackedResidual, fold_output
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
 from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
 from flashsvd.blocks.running.choice import Choices
+from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.blocks.running.tokens import Tokens
 
 

@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import nn
 
 from flashsvd.blocks.running.choice import Choices
-from flashsvd.blocks.running.graph import Graphs
 from flashsvd.kernels.launch import Backend
 
 # By `config.model_type`.
@@ -25,7 +24,7 @@ class FusedArchitecture(Protocol):
     def check(self, base: nn.Module, backend: Backend, graph: bool) -> None:
         """Raises BackendError where a base model (one without its head) cannot be fused, or not to run so."""
 
-    def fuse(self, base: nn.Module, choices: Choices, graphs: Graphs | None) -> None:
+    def fuse(self, base: nn.Module, choices: Choices) -> None:
         """Turn the layers of a base model that `check` let pass into fused blocks, in place."""
 
 

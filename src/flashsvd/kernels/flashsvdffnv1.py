@@ -100,7 +100,13 @@ def default_tiles(c: FFN) -> Tiles:
         # Few tokens take short tiles, which leave room for more loads in flight.
         if tokens <= FEW_TOKENS:
             return Tiles(16 if tokens <= 256 else 64, 128 if widest <= 128 else 64, warps=4, stages=3)
-        return Tiles(64, 128, warps=4, stages=2) if widest <= 96 else Tiles(128, 64, warps=8, stages=2)
+        if widest == 144:
+            return Tiles(128, 32, warps=8, stages=3)
+        if widest == 160:
+            return Tiles(64, 64, warps=4, stages=2)
+        if widest <= 96:
+            return Tiles(64, 128, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=3 if widest == 192 else 2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)

@@ -37,6 +37,9 @@ from flashsvd.kernels.triton_import import kernel, tl
 __all__ = ["flashsvd_geglu", "flashsvd_geglu_reference"]
 
 
+FEW_TOKENS = 4096
+
+
 class GatedFFN(NamedTuple):
     """Operands and options of a call; `p_g` is None where it is `p_a` itself."""
 
@@ -115,10 +118,15 @@ def default_tiles(c: GatedFFN) -> Tiles:
     if c.p_a.dtype == torch.float32:
         return fp32_tiles(widest)
     if generation(c.p_a.device) == "hopper":
+        if widest > 320:
+            return Tiles(64, 16, warps=8, stages=2)
+        # Few tokens take short tiles, so that there are more of them.
+        if c.p_a.shape[0] <= FEW_TOKENS:
+            return Tiles(64, 64 if widest <= 192 else 32, warps=4, stages=3 if 192 < widest <= 256 else 2)
+        if widest > 256:
+            return Tiles(64, 32, warps=4, stages=2)
         if widest <= 160:
             return Tiles(128, 64, warps=8, stages=2)
-        if widest > 256:
-            return Tiles(64, 16, warps=8, stages=2)
         return Tiles(128, 32, warps=8, stages=3 if c.p_g is None else 2)
     if widest <= 128:
         return Tiles(64, 64 if widest <= 64 else 32, warps=4, stages=2)

@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flashsvd.blocks.running.quick import QuickModule, count_move
 
 # Columns of 16 bytes in half precision: what tensor cores, and the descriptors of tiles, want rows to start at.
 STEP = 8
-
-
-class QuickModule(nn.Module):
-    """A module of a block, called as cheaply as a function: torch's own way would take as long as a launch."""
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._forward_hooks or self._forward_pre_hooks:
-            return super().__call__(*arguments)
-        return self.forward(*arguments)
+# Wider rows that end within a tile take a tenth longer than those that fill it.
+WIDE, WIDE_STEP = 64, 16
+WIDEST, WIDEST_STEP = 288, 32
 
 
 class Packed(QuickModule):
@@ -36,6 +32,7 @@ class Packed(QuickModule):
             self.__dict__[name] = value
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
+        count_move()
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.__dict__.update(self._buffers)
         return self
@@ -43,7 +40,8 @@ class Packed(QuickModule):
 
 def padded(size: int) -> int:
     """The size to store a rank in."""
-    return -(-size // STEP) * STEP
+    step = STEP if size <= WIDE else WIDE_STEP if size <= WIDEST else WIDEST_STEP
+    return -(-size // step) * step
 
 
 def widen(tensor: Tensor, dim: int) -> Tensor:

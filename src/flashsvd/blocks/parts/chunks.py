@@ -9,7 +9,7 @@ from flashsvd.blocks.running.choice import Implementation
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192
 # In hidden states. A pre-LN layer holds more of a token (its norm, lifted queries and keys), a dense one by far more.
-ROOM = 1.25
+ROOM = 1.7
 PRE_LN_ROOM = 3.0
 # Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
 MATERIALISED_TOKENS = 8192
@@ -35,6 +35,6 @@ def materialised_parts(x: Tensor, implementation: Implementation) -> list[Tensor
     """The rows that a feed-forward core takes at a time: all, where it is the kernel, which holds no activation in
     memory.
     """
-    if implementation != "torch":
+    if implementation == "triton":
         return [x]
     return [x[start : start + MATERIALISED_TOKENS] for start in range(0, x.shape[0], MATERIALISED_TOKENS)]

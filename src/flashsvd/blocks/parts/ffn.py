@@ -11,6 +11,7 @@ from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
 from flashsvd.blocks.parts.read import Activation, Dense, Joint
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
+from flashsvd.kernels.activated_linear import activated_linear
 from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.launch import LARGEST_RANK
@@ -21,8 +22,8 @@ CORE = Operation("ffn core", "{} to {} to {}")
 class PackedFFN(Packed):
     """x [T, hidden] -> [T, hidden], written over x.
 
-    Both matrices low-rank, and an activation that kernels know: P = x U1, then the core act(P V1 + b1) U2, then V2 in
-    the output. Otherwise plain products, dense ones where the layer is.
+    P = x U1, then the core act(P V1 + b1) U2, then V2 in the output; U1 and U2 only where the layer has factors. Which
+    kernels the core takes is measured among those that know its activation and, for one walk, hold its ranks.
     """
 
     u1: Tensor | None
@@ -61,42 +62,40 @@ class PackedFFN(Packed):
         self.norm = PackedNorm(norm, dtype, choices, shift=second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fused:
-            for part in materialised_parts(x, "torch"):
-                self.output(self._plain(part), part)
-            self.norm(x, x)
-            return x
-        assert self.u1 is not None
-        assert self.u2 is not None
-        (inner, r1), r2 = self.w1.shape, self.u2.shape[1]
-        p = x @ self.u1
-        picked = self.choices.pick(
-            CORE,
-            (r1, inner, r2),
-            p,
-            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
-        )
+        p = x if self.u1 is None else x @ self.u1
+        picked = self._pick(p)
         for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
             self.output(self._core(part, picked), rows)
         self.norm(x, x)
         return x
 
-    def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
-        assert self.u2 is not None
-        assert isinstance(self.activation, str)
-        if implementation == "torch":
-            return self._activated(p) @ self.u2
-        return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend="triton")
+    def _pick(self, p: Tensor) -> Implementation:
+        if not isinstance(self.activation, str):
+            return "torch"
+        inner, r1 = self.w1.shape
+        return self.choices.pick(
+            CORE,
+            (r1, inner, inner if self.u2 is None else self.u2.shape[1]),
+            p,
+            lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
+            ("torch", "triton", "products") if self.fused else ("torch", "products"),
+        )
 
-    def _plain(self, x: Tensor) -> Tensor:
-        if self.u1 is not None:
-            x = x @ self.u1
-        h = self._activated(x)
+    def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
+        """act(P V1 + b1) U2, without U2 where the second matrix is dense."""
+        if implementation == "triton":
+            assert self.u2 is not None
+            assert isinstance(self.activation, str)
+            return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend="triton")
+        h = self._activated(p, implementation)
         return h if self.u2 is None else h @ self.u2
 
-    def _activated(self, x: Tensor) -> Tensor:
-        act = IN_PLACE[self.activation] if isinstance(self.activation, str) else self.activation
-        return act(torch.addmm(self.b1, x, self.w1.T))
+    def _activated(self, p: Tensor, implementation: Implementation) -> Tensor:
+        if not isinstance(self.activation, str):
+            return self.activation(torch.addmm(self.b1, p, self.w1.T))
+        if implementation == "products":
+            return activated_linear(p, self.w1, self.b1, activation=self.activation, backend="triton")
+        return IN_PLACE[self.activation](torch.addmm(self.b1, p, self.w1.T))
 
 
 def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:

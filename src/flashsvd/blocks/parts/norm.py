@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import Packed, QuickModule
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import present
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
+from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.launch import Backend
 
 NORM = Operation("norm", "{}")
 
@@ -36,9 +38,8 @@ class PackedNorm(Packed):
         """Writes into `out`, which may be x."""
 
         def run(implementation: Implementation, out: Tensor | None = None) -> Tensor:
-            return fused_ln(
-                x, None, self.weight, self.bias, eps=self.eps, shift=self.shift, backend=implementation, out=out
-            )
+            backend: Backend = "triton" if implementation == "triton" else "torch"
+            return fused_ln(x, None, self.weight, self.bias, eps=self.eps, shift=self.shift, backend=backend, out=out)
 
         return run(self.choices.pick(NORM, (x.shape[1],), x, run), out)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.projections import faster_as_one
 from flashsvd.blocks.parts.qkv import ValueLift
 from flashsvd.blocks.parts.read import Dense, Joint, present
 
@@ -33,8 +34,8 @@ class PackedResidual(Packed):
             residual += self.bias
 
 
-# How much more work a single product may take than two.
-MORE_WORK = 1.3
+# A single product into the residual is faster for more ranks than three into heads, whose lifts run as one batch.
+MORE_WORK = 1.6
 
 
 def fold_output(lift: ValueLift, o: Dense | Joint, heads: int) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -50,6 +51,5 @@ def fold_output(lift: ValueLift, o: Dense | Joint, heads: int) -> tuple[Tensor |
 
 
 def fewer_launches(m1: Tensor, m2: Tensor) -> tuple[Tensor | None, Tensor]:
-    """M1 [K, r] and M2 [r, hidden] as they are, or as one matrix where that takes hardly more work."""
-    apart, together = m1.numel() + m2.numel(), m1.shape[0] * m2.shape[1]
-    return (None, m1 @ m2) if together <= MORE_WORK * apart else (m1, m2)
+    """M1 [K, r] and M2 [r, hidden] as they are, or as one matrix where that takes no longer."""
+    return (None, m1 @ m2) if faster_as_one(m1, m2, MORE_WORK) else (m1, m2)

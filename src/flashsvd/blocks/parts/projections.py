@@ -14,6 +14,14 @@ from torch import Tensor
 from flashsvd.blocks.parts.buffers import Packed, padded, widen
 from flashsvd.blocks.parts.read import Dense, Joint
 
+# How much more work one product may take than two: it reads and writes less, and is launched once.
+MORE_WORK = 1.3
+
+
+def faster_as_one(first: Tensor, second: Tensor, more_work: float = MORE_WORK) -> bool:
+    """Whether two matrices, [K, r] and [r, N], are faster multiplied with as their product [K, N]."""
+    return first.shape[0] * second.shape[1] <= more_work * (first.numel() + second.numel())
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -25,8 +33,10 @@ class Projection:
 
     @classmethod
     def of(cls, factors: Dense | Joint, bias: Tensor | None) -> Projection:
-        """The layer as it is, with this bias."""
-        return cls(factors.v, factors.u, bias) if isinstance(factors, Joint) else cls(factors.matrix, None, bias)
+        """The layer with this bias, its factors multiplied out where that takes no longer."""
+        if isinstance(factors, Dense) or faster_as_one(factors.u, factors.v):
+            return cls(factors.matrix, None, bias)
+        return cls(factors.v, factors.u, bias)
 
     @property
     def width(self) -> int:
@@ -37,6 +47,7 @@ class PackedProjections(Packed):
     """x [T, in] -> y [T, sum of the projections' widths]."""
 
     matrix: Tensor
+    lifts: Tensor
 
     def __init__(self, parts: Sequence[Projection], dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,12 +59,41 @@ class PackedProjections(Packed):
             self.keep("matrix", torch.cat([part.matrix for part in parts], 1), dtype)
             self.keep("bias", _beside(parts), dtype)
             return
-        # Likewise one product into rank space; a direct one among the lifted goes its own way from x.
+        # Likewise one product into rank space.
+        shapes = {(None if part.u is None else part.u.shape[1], part.width) for part in parts}
+        self.batched = len(shapes) == 1 < len(parts)
+        if self.batched:
+            self._keep_batched(parts, dtype)
+            return
+        # A direct one among the lifted goes its own way from x.
         self.ranks = tuple(0 if part.u is None else padded(part.u.shape[1]) for part in parts)
         self.keep("matrix", torch.cat([widen(part.u, 1) for part in parts if part.u is not None], 1), dtype)
         for i, part in enumerate(parts):
             self.keep(f"lift_{i}", part.matrix if part.u is None else widen(part.matrix, 0), dtype)
             self.keep(f"bias_{i}", part.bias, dtype)
+
+    def _keep_batched(self, parts: Sequence[Projection], dtype: torch.dtype) -> None:
+        """All lifts as one batch of products, which has no place for a bias.
+
+        A bias is one more row of the lift then, that of a column which is 1 for every token: its U is zeros, and what
+        is added to it 1.
+        """
+        biased, rank = any(part.bias is not None for part in parts), len(parts[0].matrix)
+        columns, lifts = [], []
+        for part in parts:
+            assert part.u is not None
+            u, lift = part.u, part.matrix
+            if biased:
+                bias = lift.new_zeros(part.width) if part.bias is None else part.bias
+                u, lift = torch.cat([u, u.new_zeros(len(u), 1)], 1), torch.cat([lift, bias[None]])
+            columns.append(widen(u, 1))
+            lifts.append(widen(lift, 0))
+        self.ranks = tuple(len(lift) for lift in lifts)
+        self.keep("matrix", torch.cat(columns, 1), dtype)
+        self.keep("lifts", torch.stack(lifts), dtype)
+        ones = torch.zeros(len(parts), self.ranks[0], device=self.lifts.device)
+        ones[:, rank] = 1.0
+        self.keep("ones", ones.flatten() if biased else None, dtype)
 
     @property
     def width(self) -> int:
@@ -65,8 +105,12 @@ class PackedProjections(Packed):
         if self.direct:
             return product(x, self.matrix, self._buffers["bias"])
         out = x.new_empty(x.shape[0], sum(self.widths))
-        thin = (x @ self.matrix).split_with_sizes(self.ranks, 1)
-        for i, (p, y) in enumerate(zip(thin, out.split_with_sizes(self.widths, 1), strict=True)):
+        if self.batched:
+            thin = product(x, self.matrix, self._buffers["ones"]).view(len(x), len(self.ranks), self.ranks[0])
+            torch.bmm(thin.transpose(0, 1), self.lifts, out=out.view(len(x), *self.lifts.shape[::2]).transpose(0, 1))
+            return out
+        each = (x @ self.matrix).split_with_sizes(self.ranks, 1)
+        for i, (p, y) in enumerate(zip(each, out.split_with_sizes(self.widths, 1), strict=True)):
             lift = self._buffers[f"lift_{i}"]
             assert lift is not None
             product(p if self.ranks[i] else x, lift, self._buffers[f"bias_{i}"], out=y)

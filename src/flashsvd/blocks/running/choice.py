@@ -17,7 +17,8 @@ from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
 
-Implementation = Literal["torch", "triton"]
+# `products` are plain ones, the first of which has its activation in a kernel of ours.
+Implementation = Literal["torch", "triton", "products"]
 CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
 
 WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
@@ -88,27 +89,31 @@ class Choices:
         sizes: tuple[int, ...],
         x: Tensor,
         run: Callable[[Implementation], object],
+        candidates: tuple[Implementation, ...] = CANDIDATES,
     ) -> Implementation:
         """The implementation to use for this operation.
 
         Args:
             x: one of its operands, with a row for each token.
             run: computes the operation, and changes no tensor that it is given.
+            candidates: plain torch, and then what there is beside it; a backend of `triton` takes the first of these.
         """
         # Looked up as a plain tuple, since every operation of every layer does it.
         choice = self._table.get((operation, sizes, bucket(x.shape[0]), x.dtype, x.device))
         if choice is None:
             case = Case(operation, sizes, bucket(x.shape[0]), x.dtype, x.device)
-            choice = self._table[case] = self._choose(case, x, run)
+            choice = self._table[case] = self._choose(case, x, run, candidates)
         return choice.picked
 
     def table(self) -> dict[str, str]:
         """What was picked so far, for people."""
         return {case.describe(): str(choice) for case, choice in self._table.items() if isinstance(case, Case)}
 
-    def _choose(self, case: Case, x: Tensor, run: Callable[[Implementation], object]) -> Choice:
+    def _choose(
+        self, case: Case, x: Tensor, run: Callable[[Implementation], object], candidates: tuple[Implementation, ...]
+    ) -> Choice:
         if self.backend != "auto":
-            return Choice(self.backend)
+            return Choice(candidates[self.backend == "triton"])
         if not self._can_measure(x):
             return Choice("torch")
         if self._capturing():
@@ -116,7 +121,7 @@ class Choices:
                 f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
                 "run the model on such a batch first, or optimize with graph=True or a backend of torch or triton"
             )
-        times = tuple((name, self._time(run, name, case.tokens)) for name in CANDIDATES)
+        times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case.describe(), choice)
         return choice

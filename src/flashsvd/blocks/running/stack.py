@@ -1,4 +1,4 @@
-"""The walk through a stack of fused layers: packed, padded where someone watches, replayed where a graph was taken."""
+"""The walk through a stack of fused layers: packed, or padded where someone watches."""
 
 from __future__ import annotations
 
@@ -9,32 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.running.graph import Forward, Graphs
-from flashsvd.blocks.running.packed import PackedModule
+from flashsvd.blocks.running.known import known_batch
 from flashsvd.blocks.running.refusals import any_foreign_hooks
-from flashsvd.blocks.running.tokens import Padding, Tokens
-
-
-class FusedStack(PackedModule):
-    """Mixed into the class of a module that walks through fused layers."""
-
-    graphs: Graphs | None
-
-    def _apply(self, *arguments: Any, **options: Any) -> Any:
-        # Captured graphs read the weights where they were.
-        if self.graphs is not None:
-            self.graphs.forget()
-        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+from flashsvd.blocks.running.tokens import Tokens
 
 
 def run_stack(
-    layers: Iterable[nn.Module],
-    hidden_states: Tensor,
-    mask: Any,
-    *,
-    padded: bool,
-    owned: bool = False,
-    graphs: Graphs | None = None,
+    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, *, padded: bool, owned: bool = False
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros where the mask [batch, length] is false.
 
@@ -48,15 +29,13 @@ def run_stack(
     """
     with on_device(hidden_states):
         layers = list(layers)
-        padding = Padding.of(hidden_states, mask)
+        known = known_batch(hidden_states, mask)
+        tokens = known.tokens(hidden_states) if known else Tokens.of(hidden_states, mask)
         if padded or any_foreign_hooks(layers):
-            tokens = Tokens.behind(hidden_states, padding)
             for layer in layers:
                 hidden_states = layer(hidden_states, tokens=tokens)
             return hidden_states
-        if graphs is not None and graphs.take(hidden_states, padding):
-            return graphs.run(_walk_through(layers), hidden_states, padding, layers)
-        return run_packed(layers, hidden_states, Tokens.behind(hidden_states, padding), owned)
+        return run_packed(layers, hidden_states, tokens, owned or bool(known and known.owned))
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -72,16 +51,7 @@ def run_packed(layers: Iterable[nn.Module], hidden_states: Tensor, tokens: Token
     if tokens.indices is None and not (owned and hidden.is_contiguous()):
         # It is the caller's, and the layers work in place.
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-    _walk_through(layers)(hidden, tokens)
-    return tokens.restore(hidden)
-
-
-def _walk_through(layers: Iterable[nn.Module]) -> Forward:
     # Nobody watches the layers themselves.
-    blocks = [getattr(layer, "block", layer) for layer in layers]
-
-    def walk(hidden: Tensor, tokens: Tokens) -> None:
-        for block in blocks:
-            block(hidden, tokens)
-
-    return walk
+    for layer in layers:
+        getattr(layer, "block", layer)(hidden, tokens)
+    return tokens.restore(hidden)
