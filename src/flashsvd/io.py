@@ -171,7 +171,7 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
     try:
         loaded = load_model(source, config, own_class(config), dtype)
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if loaded.untrained:
         raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
     return loaded.model
@@ -203,7 +203,7 @@ def _compressed_config(directory: Path) -> Any:
     try:
         config = load_config(str(directory))
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if not is_compressed(config):
         raise CheckpointError(f"{directory}/config.json describes no factored layers; compress the model again")
     return config

@@ -83,7 +83,7 @@ def test_an_interrupt_around_any_rename_leaves_a_whole_checkpoint(
 
 def test_a_directory_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="exists; pass --overwrite"), atomic_directory(target):
+    with pytest.raises(CheckpointError, match="exists; pass overwrite=True"), atomic_directory(target):
         make_checkpoint(target)
     assert (target / INFO_FILE).read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -200,6 +200,6 @@ def test_a_loop_of_links_is_refused_in_one_line(tmp_path: Path, name: str, use: 
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "there").symlink_to("back")
     (tmp_path / "back").symlink_to("there")
-    with pytest.raises(CheckpointError, match="choose another --output"):
+    with pytest.raises(CheckpointError, match="choose another output"):
         use(tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"loop", "there", "back"}

@@ -80,5 +80,5 @@ def test_a_page_of_another_port_is_another_page(origin: str, host: str, own: boo
 
 @pytest.mark.parametrize("text", ["*", "", "a b", "http://a", "*.example", "a/b", "a:port", "ada@a"])
 def test_a_name_that_is_none_cannot_be_allowed(text: str) -> None:
-    with pytest.raises(ConfigError, match="--allow-host must be a name such as"):
+    with pytest.raises(ConfigError, match="allow_host must be a name such as"):
         Hosts.of("127.0.0.1", [text])

@@ -71,7 +71,7 @@ def test_a_file_that_cannot_be_read_is_one_line(root: Root, tmp_path: Path, kind
         path.write_bytes(b"\xff\xfe:\x80")
     elif kind == "loop":
         path.symlink_to(path)
-    with pytest.raises(ConfigError, match=r"--auth-file .* cannot be read") as refusal:
+    with pytest.raises(ConfigError, match=r"auth_file .* cannot be read") as refusal:
         read_password(None, "a\0b" if kind == "nul" else str(path), root)
     assert "\n" not in str(refusal.value)
 
@@ -80,7 +80,7 @@ def test_visitors_cannot_read_the_file(root: Root, tmp_path: Path) -> None:
     file = write(root.directory / "auth", "ada:secret")
     (tmp_path / "link").symlink_to(file)
     for name in (file, str(tmp_path / "link")):
-        with pytest.raises(ConfigError, match="lies in --root, where visitors can read it"):
+        with pytest.raises(ConfigError, match="lies in root, where visitors can read it"):
             read_password(None, name, root)
 
 

@@ -175,7 +175,7 @@ def find_info(directory: Path) -> CompressionInfo:
     try:
         found = find_model(str(directory))
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if found.info is None:
         raise CheckpointError(f"{directory} holds a dense model; give a directory that `flashsvd compress` wrote")
     return found.info

@@ -73,7 +73,7 @@ def load_model(
         try:
             all_shapes(weight_files(Path(source)))
         except CheckpointError as error:
-            raise ModelError(str(error)) from error
+            raise ModelError(error.message) from error
     stored = own_dtype(source, config)
     dtype = stored if dtype is None else dtype
     for name, value in options.items():

@@ -77,7 +77,7 @@ class HeadedModel(Found):
             except DataError as error:
                 if compressed or not trains:
                     raise
-                raise DataError(f"{error}, or train a fresh head with --new-head") from error
+                raise DataError(f"{error.message}, or train a fresh head with --new-head") from error
             for option, value in options.items():
                 setattr(config, option, value)
         has_own_head = found.own_class is model_class
