@@ -148,9 +148,7 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(make_model: MakeModel, t
     precious = tmp_path / "home"
     precious.mkdir()
     (precious / "letters.txt").write_text("dear")
-    with pytest.raises(
-        CheckpointError, match=r"holds no compression_info\.json, so overwrite=True will not replace it"
-    ):
+    with pytest.raises(CheckpointError, match="holds nothing that flashsvd wrote, which overwrite=True will not"):
         run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(precious), overwrite=True))
     assert (precious / "letters.txt").read_text() == "dear"
 

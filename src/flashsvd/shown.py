@@ -42,6 +42,11 @@ def _argument(match: re.Match[str]) -> str:
     return f"{name}=True" if name in SWITCHES and match["name_only"] is None else name
 
 
+def on_one_line(text: str) -> str:
+    """Text of any length, such as a file's name, with all escaped that would end its line or be obeyed."""
+    return _UNSEEN.sub(_escaped, text)
+
+
 def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
 

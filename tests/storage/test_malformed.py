@@ -370,7 +370,7 @@ def test_an_export_replaces_an_earlier_export_and_nothing_else(checkpoint: Path,
     export_dense(checkpoint, tmp_path / "dense-again", overwrite=True)
     for precious in (checkpoint, tmp_path / "dense"):
         before = {file.name: file.read_bytes() for file in precious.iterdir()}
-        with pytest.raises(CheckpointError, match="will not replace it"):
+        with pytest.raises(CheckpointError, match="overwrite=True will not replace by a dense export"):
             export_dense(checkpoint, precious, overwrite=True)
         assert {file.name: file.read_bytes() for file in precious.iterdir()} == before
 

@@ -128,7 +128,9 @@ def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no files")
 def test_a_place_that_takes_no_files_is_refused_before_the_work() -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write /proc/x\.json: /proc is not writable"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write /proc/x\.json: /proc is not writable \(it takes no files\)"
+    ):
         result_at(Path("/proc/x.json")).check({})
 
 

@@ -124,7 +124,7 @@ def test_data_that_are_not_there_are_not_warned_of_too(
 def test_an_output_that_is_not_ours_is_never_replaced(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     options = {"task": "sst2", "data": data, "overwrite": True}
-    with pytest.raises(FlashSVDError, match=r"holds no flashsvd_training\.json, so overwrite=True will not replace it"):
+    with pytest.raises(FlashSVDError, match="holds nothing that flashsvd wrote, which overwrite=True will not"):
         finetune(make_model(), tmp_path / "dense", **options)
     finetune(make_model(), tmp_path / "out", task="sst2", data=data, epochs=0.2)
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -94,7 +94,9 @@ class CompressConfig(Config):
         path="write",
         default_path=OUTPUT_ROOT,
     )
-    overwrite: bool = option(False, help="replace an existing compressed checkpoint, or existing statistics")
+    overwrite: bool = option(
+        False, help="replace an existing compressed checkpoint, or existing statistics, and nothing else"
+    )
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
     seed: int = option(
         0,

@@ -34,8 +34,7 @@ class ProfileConfig(Config):
     )
     task: str | None = option(
         None,
-        help="what to score on, as for flashsvd eval; the default is the task that the checkpoint was compressed or "
-        "trained for",
+        help="what to score on, and what by default, as for flashsvd eval",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(

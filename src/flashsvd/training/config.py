@@ -122,7 +122,11 @@ class FinetuneConfig(Config):
         path="write",
         default_path=OUTPUT_ROOT,
     )
-    overwrite: bool = option(False, help="replace an existing model that flashsvd wrote")
+    overwrite: bool = option(
+        False,
+        help="replace an earlier result of the same kind: a compressed checkpoint where a compressed model is trained, "
+        "a dense model that flashsvd trained where a dense one is",
+    )
     resume: bool = option(False, help="continue an interrupted run of the same options")
     seed: int = option(
         0,
