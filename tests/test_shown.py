@@ -16,7 +16,7 @@ from flashsvd.compression.config import CompressConfig
 from flashsvd.errors import CheckpointError, FlashSVDError, ModelError, first_line, one_line
 from flashsvd.evaluation.config import EvalConfig
 from flashsvd.profiling.config import ProfileConfig
-from flashsvd.shown import LONGEST, SWITCHES, in_python, printable, shown
+from flashsvd.shown import LONGEST, SWITCHES, in_python, on_one_line, printable, shown
 from flashsvd.training.config import FinetuneConfig
 
 
@@ -76,6 +76,10 @@ def test_the_switches_are_those_of_the_configs() -> None:
     configs: tuple[type[Config], ...] = (CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig)
     types = {name: kind.plain for config in configs for name, kind in field_types(config).items()}
     assert {name for name, plain in types.items() if plain is bool} == SWITCHES
+
+
+def test_a_name_of_any_length_stays_on_its_line_and_whole() -> None:
+    assert on_one_line("a\n b\x1b\u2028" + "x" * 2 * LONGEST) == "a\\n b\\x1b\\u2028" + "x" * 2 * LONGEST
 
 
 class _Ascii(io.TextIOWrapper):

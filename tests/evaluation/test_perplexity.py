@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,21 @@ def test_the_text_is_one_sequence_with_the_tokenizers_own_special_tokens() -> No
         return {"input_ids": [1, *(int(word) for word in text.split())]}
 
     assert read_tokens(tokenizer, "5 6 7", SimpleNamespace(vocab_size=10), source="x").tolist() == [1, 5, 6, 7]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_perplexity_is_what_a_language_model_is_scored_by_where_nothing_else_is_named(
+    make_lm: MakeLM, tmp_path: Path, text_file: Path, caplog: pytest.LogCaptureFixture, compressed: bool
+) -> None:
+    caplog.set_level(logging.INFO, "flashsvd")
+    source = make_lm("gpt2")
+    if compressed:
+        source = run_compress(CompressConfig(model=source, rank=4, output=tmp_path / "small", device="cpu")).output
+    result = run_eval(EvalConfig(checkpoint=source, data=text_file, seq_len=16))
+    assert result.metrics == evaluate(source, text_file, seq_len=16).metrics
+    assert f"{source} is a causal language model that names no task: its perplexity is measured" in caplog.messages
+    with pytest.raises(ConfigError, match="task perplexity needs data FILE"):
+        run_eval(EvalConfig(checkpoint=source))
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

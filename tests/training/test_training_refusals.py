@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeModel, build_tokenizer
 from flashsvd import FinetuneConfig
 from flashsvd.cli import main
+from flashsvd.data.tasks import get_task
 from flashsvd.errors import CheckpointError, ConfigError, DataError, FlashSVDError
+from flashsvd.models import precision
+from flashsvd.models.found import find_model
+from flashsvd.training.model import HeadedModel
 from training_data import SST2, compress, finetune, write_task_data, write_text
 
 
@@ -180,6 +184,20 @@ def test_nan_weights_are_refused_and_leave_no_output(make_model: MakeModel, tmp_
     with pytest.raises(FlashSVDError, match=r"classifier\.bias holds NaN"):
         finetune(source, tmp_path / "out", task="sst2", data=data)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_weights_are_looked_at_once_as_they_are_loaded(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    source = make_model()
+    if compressed:
+        source = compress(source, tmp_path / "small")
+    looked_at = []
+    is_finite = precision.is_finite
+    monkeypatch.setattr(precision, "is_finite", lambda values: looked_at.append(values) or is_finite(values))
+    loaded = HeadedModel.of(find_model(str(source)), "cls", get_task("sst2")).load(0)
+    assert len(looked_at) == len(list(loaded.model.parameters()))
 
 
 def test_a_training_that_diverges_is_stopped_and_says_so(make_model: MakeModel, tmp_path: Path) -> None:
