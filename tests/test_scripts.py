@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_kept_is_replaced_only_where_that_is_asked_for(
     made = material(script)
     keep = ["--model", made.model, "--keep", tmp_path / "kept"]
     run(script, made, *keep)
-    with pytest.raises(AssertionError, match="pass overwrite=True"):
+    with pytest.raises(AssertionError, match="pass --overwrite"):
         run(script, made, *keep)
     run(script, made, *keep, "--overwrite", "--rank", 2)
     assert read_info(tmp_path / "kept").compression.ranks["attn"] == 2

@@ -317,6 +317,11 @@ def add_config_arguments(
 
 
 def whole_number(text: str) -> int:
+    """The number that an option's text is, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
     try:
         return int(text)
     except ValueError:

@@ -82,6 +82,12 @@ class FusedModernBert(FusedStack):
         inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> BaseModelOutput:
+        """As transformers' own, without what fused layers do not compute.
+
+        Raises:
+            BackendError: the call asks for something else than a fused model computes.
+            ValueError: there are neither `input_ids` nor `inputs_embeds`, or both.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embedded = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)

@@ -106,6 +106,11 @@ class CompressConfig(Config):
     )
 
     def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: the ranks do not go together, or the statistics are to be both read and written.
+        """
         self.rank_request()
         if self.stats and self.save_stats:
             raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")

@@ -106,6 +106,11 @@ class _MaskedModel:
         return len(self.data)
 
     def loss(self, masks: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The loss on one batch with the singular values that the masks leave, as a scalar to differentiate.
+
+        Raises:
+            ModelError: it is NaN or infinite.
+        """
         data = self.data[batch].to(self.device)
         if self.measure is None and batch not in self.dense_outputs:
             self._set({})

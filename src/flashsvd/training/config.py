@@ -136,6 +136,11 @@ class FinetuneConfig(Config):
     )
 
     def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: a new head is for another mode, or an option of a teacher stands without one.
+        """
         if self.new_head and self.mode != "cls":
             raise ConfigError(f"--new-head is for classifiers; leave it out of --mode {self.mode}")
         for name in ("distill_weight", "temperature", "hidden_weight"):
