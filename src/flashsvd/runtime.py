@@ -15,8 +15,8 @@ from flashsvd.blocks.registry import FUSED, fused_architecture
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
+from flashsvd.common.caller_state import ordinary_tensors
 from flashsvd.common.device import BACKENDS
-from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.registry import base_prefix

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flashsvd import load_compressed, read_info, save_compressed
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.joined import JoinedProjections
 from flashsvd.lowrank.spec import FORMAT_VERSION
 from flashsvd.storage.metadata import CompressionInfo

@@ -50,7 +50,7 @@ from flashsvd.blocks.running.refusals import (
 from flashsvd.blocks.running.stack import FusedStack, run_stack
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.joined import separate
 from flashsvd.models.modernbert import GLU, QKV
 

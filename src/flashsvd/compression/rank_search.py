@@ -16,7 +16,7 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import dense_layer, factor_layers, install, matrix_shapes
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import working_on

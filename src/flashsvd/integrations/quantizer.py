@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
 from flashsvd.models.counts import check_counts
 from flashsvd.models.factored import build_layers, describe_layers, mark_as_stored, multiply_out

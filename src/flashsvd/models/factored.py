@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flashsvd.errors import CheckpointError, ModelError
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.joined import build_module, dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.lowrank.spec import ModuleSpec

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from flashsvd.common.caller_state import ordinary_tensors
 from flashsvd.common.lfs import POINTER
-from flashsvd.common.making import making_modules
-from flashsvd.common.process import ordinary_tensors
+from flashsvd.common.making_modules import making_modules
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.found import quantization_method
