@@ -207,7 +207,7 @@ def test_classes_that_differ_in_their_case_alone_are_two(make_model: MakeModel, 
     ("labels", "says"),
     [
         (["a", "a"], "has only the label 'a'; classification needs two classes or more"),
-        (["1", "2.5"], "has labels such as 2.5, which are no classes; take --task regression"),
+        (["1", "2.5"], "has labels such as 2.5, which are no classes; take task regression"),
         (["a", ""], "example 2 has no label"),
     ],
 )
