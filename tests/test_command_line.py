@@ -56,6 +56,28 @@ def test_every_option_has_help(command: str) -> None:
     assert all(action.help for action in parser._actions)
 
 
+def test_a_files_name_ends_no_line_of_what_is_printed(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, shown = tmp_path / "two\nlines\x1b", f"{tmp_path}/two\\nlines\\x1b"
+    data, json_file = tmp_path / "x.tsv", tmp_path / "x\n.json"
+    data.write_text("sentence\tlabel\na good movie\t1\na bad film\t0\n")
+    common = ["--task", "sst2", "--output", str(output), "--device", "cpu"]
+    assert main(["compress", "--model", str(make_model()), "--rank", "4", *common]) == 0
+    printed = capsys.readouterr().out
+    assert f"\nsaving to {shown}\n" in printed
+    assert f"saved to {shown}\n" in printed
+    assert f"\nnext: flashsvd info '{shown}'\n" in printed
+    scored = ["eval", "--checkpoint", str(output), "--data", str(data), "--output", str(json_file), "--device", "cpu"]
+    assert main(scored) == 0
+    assert f"\nwritten to {tmp_path}/x\\n.json\n" in capsys.readouterr().out
+    trained = ["finetune", "--model", str(output), "--data", str(data), "--epochs", "1", *common, "--overwrite"]
+    assert main(trained) == 0
+    printed = capsys.readouterr().out
+    assert f"\nsaved to {shown}\n" in printed
+    assert f"\nnext: flashsvd eval --checkpoint '{shown}' --task sst2" in printed
+
+
 def test_the_whole_way_through_the_command_line(
     make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

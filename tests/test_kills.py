@@ -199,7 +199,7 @@ def test_finetune(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.Mon
             refused = str(error)
         assert not kept or refused
         if refused:
-            assert "pass --resume to continue it" in refused
+            assert "pass resume=True to continue it" in refused
             finetune(source, outputs / "out", resume=True, **again)
         assert names(outputs) == ["out"]
 

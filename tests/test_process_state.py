@@ -34,7 +34,7 @@ from flashsvd import (
     run_profile,
 )
 from flashsvd.cli import main
-from flashsvd.common.making import making_modules
+from flashsvd.common.making_modules import making_modules
 from flashsvd.models.loading import seeded
 from training_data import SST2, write_task_data, write_text
 

@@ -84,7 +84,7 @@ def test_a_bad_option_is_one_line_and_exit_code_2(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_is_refused_where_there_is_none(make_model: MakeModel) -> None:
-    with pytest.raises(ConfigError, match="torch sees no CUDA device; use --device cpu"):
+    with pytest.raises(ConfigError, match="torch sees no CUDA device; use device cpu"):
         run_compress(CompressConfig(model=str(make_model()), ratio=0.5, device="cuda"))
 
 
@@ -93,7 +93,7 @@ def test_cuda_is_refused_where_there_is_none(make_model: MakeModel) -> None:
     [
         ("./no/such/dir", "there is no directory './no/such/dir'"),
         ("nobody/no-such-model", "cannot get 'nobody/no-such-model' from the hub"),
-        ("", "--model must be a name"),
+        ("", "model must be a name"),
     ],
 )
 def test_an_unknown_model_is_named(name: str, says: str) -> None:
@@ -137,7 +137,7 @@ def test_a_compressed_model_is_not_compressed_again(checkpoint: Path, tmp_path: 
 def test_an_existing_output_is_kept_unless_told(make_model: MakeModel, checkpoint: Path) -> None:
     before = (checkpoint / "model.safetensors").read_bytes()
     config = {"model": str(checkpoint.parent / "dense"), "rank": 4, "output": str(checkpoint)}
-    with pytest.raises(CheckpointError, match="exists; pass --overwrite"):
+    with pytest.raises(CheckpointError, match="exists; pass overwrite=True"):
         run_compress(CompressConfig(**config))
     assert (checkpoint / "model.safetensors").read_bytes() == before
     run_compress(CompressConfig(**config, overwrite=True))
@@ -148,7 +148,7 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(make_model: MakeModel, t
     precious = tmp_path / "home"
     precious.mkdir()
     (precious / "letters.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match=r"holds no compression_info\.json, so --overwrite will not replace it"):
+    with pytest.raises(CheckpointError, match="holds nothing that flashsvd wrote, which overwrite=True will not"):
         run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(precious), overwrite=True))
     assert (precious / "letters.txt").read_text() == "dear"
 
@@ -283,11 +283,11 @@ def test_a_dense_directory_is_no_checkpoint(make_model: MakeModel) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"task": "nope"}, "--task 'nope' is not known"),
+        ({"task": "nope"}, "task 'nope' is not known"),
         ({"task": "sst2", "data": "/no/such/file.tsv"}, "there is no file or directory /no/such/file.tsv"),
         ({"task": "rte"}, "lacks the columns sentence1, sentence2"),
-        ({"task": "sst2", "seq_len": 4096}, "--seq-len 4096 is above 40"),
-        ({"task": "sst2", "batch_size": 0}, "--batch-size must be at least 1"),
+        ({"task": "sst2", "seq_len": 4096}, "seq_len 4096 is above 40"),
+        ({"task": "sst2", "batch_size": 0}, "batch_size must be at least 1"),
         ({"task": "sst2", "checkpoint": "/no/where"}, "there is no directory '/no/where'"),
     ],
 )
@@ -316,5 +316,5 @@ def test_eval_refuses_a_model_whose_outputs_are_not_finite(make_model: MakeModel
 
 def test_a_place_that_cannot_be_written_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file; choose another --output"):
+    with pytest.raises(CheckpointError, match="is a file; choose another output"):
         run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "file" / "out")))

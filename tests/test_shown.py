@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import pickle
 from collections.abc import Iterator
 
 import pytest
 
 from flashsvd import cli
+from flashsvd.common.config import Config, field_types
+from flashsvd.compression.config import CompressConfig
 from flashsvd.errors import CheckpointError, FlashSVDError, ModelError, first_line, one_line
-from flashsvd.shown import LONGEST, printable, shown
+from flashsvd.evaluation.config import EvalConfig
+from flashsvd.profiling.config import ProfileConfig
+from flashsvd.shown import LONGEST, SWITCHES, in_python, on_one_line, printable, shown
+from flashsvd.training.config import FinetuneConfig
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,36 @@ def test_a_line_has_an_end(letter: str) -> None:
 
 def test_several_lines_stay_several() -> None:
     assert printable("a\n  b\x1b\r\n") == "a\n  b\\x1b\\r\n"
+
+
+@pytest.mark.parametrize(
+    ("shell", "python"),
+    [
+        ("--seq-len 8 is above 4", "seq_len 8 is above 4"),
+        ("pass --overwrite to replace it", "pass overwrite=True to replace it"),
+        ("--overwrite must be True or False", "overwrite must be True or False"),
+        ("cls needs --task (or --data), a--b -- --- --", "cls needs task (or data), a--b -- --- --"),
+    ],
+)
+def test_an_error_names_options_as_its_reader_gives_them(shell: str, python: str) -> None:
+    error = CheckpointError(shell)
+    assert (one_line(error), first_line(error), error.message) == (shell, shell, shell)
+    assert str(error) == in_python(shell) == python
+
+
+def test_an_error_survives_its_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(CheckpointError("pass --overwrite")))
+    assert (type(error), one_line(error), str(error)) == (CheckpointError, "pass --overwrite", "pass overwrite=True")
+
+
+def test_the_switches_are_those_of_the_configs() -> None:
+    configs: tuple[type[Config], ...] = (CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig)
+    types = {name: kind.plain for config in configs for name, kind in field_types(config).items()}
+    assert {name for name, plain in types.items() if plain is bool} == SWITCHES
+
+
+def test_a_name_of_any_length_stays_on_its_line_and_whole() -> None:
+    assert on_one_line("a\n b\x1b\u2028" + "x" * 2 * LONGEST) == "a\\n b\\x1b\\u2028" + "x" * 2 * LONGEST
 
 
 class _Ascii(io.TextIOWrapper):

@@ -22,7 +22,7 @@ from flashsvd.common.config import AnyConfig, Config, config_from, field_types
 from flashsvd.common.options import flag
 from flashsvd.common.paths import expand
 from flashsvd.errors import ConfigError, FlashSVDError, one_line
-from flashsvd.shown import printable
+from flashsvd.shown import on_one_line, printable
 
 ERROR = 2
 INTERRUPTED = 130
@@ -134,7 +134,7 @@ def _run_compress(options: argparse.Namespace) -> None:
 
     report = run_compress(config_from(CompressConfig, vars(options)))
     _show("\n".join(report.summary()))
-    _show(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
+    _show_line(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +169,7 @@ def _run_finetune(options: argparse.Namespace) -> None:
         return
     _show(result)
     if result.record.task is None:
-        _show(f"loss curve: {result.output / CURVE_CSV}")
+        _show_line(f"loss curve: {result.output / CURVE_CSV}")
         return
     command = ["flashsvd", "eval", "--checkpoint", str(result.output), "--task", result.record.task]
     if data := config.eval_data or config.data:
@@ -178,7 +178,7 @@ def _run_finetune(options: argparse.Namespace) -> None:
     for name in ("seq_len", "max_eval_samples"):
         if (value := getattr(config, name)) is not None:
             command += [flag(name), str(value)]
-    _show(f"next: {shlex.join(command)}")
+    _show_line(f"next: {shlex.join(command)}")
 
 
 def _leave_process_group() -> None:
@@ -226,9 +226,9 @@ def _run_clean(options: argparse.Namespace) -> None:
         size = found.size()
         if found.remove():
             removed += size
-            _show(f"removed {found.path}, {size / 1e6:.1f} MB")
+            _show_line(f"removed {found.path}, {size / 1e6:.1f} MB")
         else:
-            _show(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
+            _show_line(f"kept {found.path}: {found.kept or 'it cannot be removed'}")
     print(f"{removed / 1e6:.1f} MB are free again" if any_found else "there is nothing to remove")
 
 
@@ -260,7 +260,7 @@ def _measure_and_print(
         return
     _show(result)
     if options.output:
-        _show(f"written to {options.output}")
+        _show_line(f"written to {options.output}")
 
 
 COMMANDS: dict[str, Command] = {
@@ -317,6 +317,11 @@ def add_config_arguments(
 
 
 def whole_number(text: str) -> int:
+    """The number that an option's text is, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
     try:
         return int(text)
     except ValueError:
@@ -339,7 +344,7 @@ class _TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm.auto import tqdm
 
-        message = printable(record.getMessage())
+        message = on_one_line(record.getMessage())
         if record.levelno >= logging.WARNING:
             tqdm.write(f"warning: {message}", file=sys.stderr)
         else:
@@ -349,6 +354,11 @@ class _TerminalHandler(logging.Handler):
 def _show(result: object) -> None:
     """Print text that may quote files of any content."""
     print(printable(str(result)))
+
+
+def _show_line(text: str) -> None:
+    """Print a line that names a file, which may have any name."""
+    print(on_one_line(text))
 
 
 @contextlib.contextmanager

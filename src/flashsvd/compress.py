@@ -20,7 +20,7 @@ def run_compress(config: CompressConfig) -> CompressReport:
     Raises:
         FlashSVDError: the config, the model, the data or the output cannot be used; no checkpoint has been written.
     """
-    from flashsvd.common.process import ordinary_tensors
+    from flashsvd.common.caller_state import ordinary_tensors
     from flashsvd.compression.run import CompressionJob
 
     with ordinary_tensors():

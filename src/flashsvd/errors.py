@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashsvd.shown import shown
+from flashsvd.shown import in_python, shown
 
 # Characters of a library's message inside one of ours.
 _QUOTED = 400
@@ -15,11 +15,19 @@ _QUOTED = 400
 class FlashSVDError(Exception):
     """Base of every error that `flashsvd` raises on purpose; the command line prints it as one line and exits 2.
 
-    Its text is one line of bounded length without control characters, whatever of a file it quotes.
+    Its text is one line of bounded length without control characters, whatever of a file it quotes. It names
+    options by the arguments of Python.
+
+    Attributes:
+        message: the text as it was written, with the options of a shell; what a shell shows and other messages quote.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shown(message))
+        self.message = shown(message)
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return in_python(self.message)
 
 
 class ConfigError(FlashSVDError, ValueError):
@@ -44,13 +52,17 @@ class BackendError(FlashSVDError):
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text, for quoting a library's message inside one of ours."""
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (line.strip() for line in _written(error).splitlines())
     return shown(next((line for line in lines if line), type(error).__name__), _QUOTED)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text as a shell and the page show it: on one line."""
-    return shown(str(error))
+    """An error's text as a shell and the page show it, and as another message quotes it: on one line."""
+    return shown(_written(error))
+
+
+def _written(error: BaseException) -> str:
+    return error.message if isinstance(error, FlashSVDError) else str(error)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     Raises:
         FlashSVDError: the config, the checkpoint or the data cannot be used.
     """
-    from flashsvd.common.process import ordinary_tensors
+    from flashsvd.common.caller_state import ordinary_tensors
     from flashsvd.evaluation.run import evaluate
 
     with ordinary_tensors():

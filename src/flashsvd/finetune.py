@@ -22,7 +22,7 @@ def run_finetune(config: FinetuneConfig) -> FinetuneResult:
         FlashSVDError: the config, the model, the data or the output cannot be used, or the training failed; nothing
             has been written but checkpoints to resume from.
     """
-    from flashsvd.common.process import ordinary_tensors, own_random_numbers
+    from flashsvd.common.caller_state import ordinary_tensors, own_random_numbers
     from flashsvd.training.run import TrainingJob
 
     with ordinary_tensors(), own_random_numbers():

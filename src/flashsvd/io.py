@@ -19,7 +19,7 @@ from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
 from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.kernels.launch import Backend
-from flashsvd.models.factored import build_layers, dense_skeleton
+from flashsvd.models.factored import build_layers, dense_skeleton, mark_as_stored
 from flashsvd.models.found import find_info, is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
@@ -168,11 +168,14 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
     # On the hub, the quantizer checks the same as soon as the files are there.
     if Path(source).is_dir():
         # Some versions of transformers load a misshapen tensor of a quantized model without a word.
-        check_state(_skeleton(config), tensor_shapes(weight_files(Path(source))), source)
+        found = tensor_shapes(weight_files(Path(source)))
+        model = _skeleton(config)
+        mark_as_stored(model, found)
+        check_state(model, found, source)
     try:
         loaded = load_model(source, config, own_class(config), dtype)
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if loaded.untrained:
         raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
     return loaded.model
@@ -204,7 +207,7 @@ def _compressed_config(directory: Path) -> Any:
     try:
         config = load_config(str(directory))
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if not is_compressed(config):
         raise CheckpointError(f"{directory}/config.json describes no factored layers; compress the model again")
     return config
@@ -215,7 +218,7 @@ def _skeleton(config: Any) -> Any:
     described = config.quantization_config
     described = described if isinstance(described, FlashSVDConfig) else FlashSVDConfig(**described)
     model = dense_skeleton(config)
-    build_layers(model, described.specs(), described.format_version)
+    build_layers(model, described.specs())
     return model
 
 

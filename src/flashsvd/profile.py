@@ -21,7 +21,7 @@ def run_profile(config: ProfileConfig) -> ProfileResult:
     Raises:
         FlashSVDError: the config, the checkpoints or the data cannot be used, or no variant could be measured.
     """
-    from flashsvd.common.process import ordinary_tensors
+    from flashsvd.common.caller_state import ordinary_tensors
     from flashsvd.profiling.run import profile
 
     with ordinary_tensors():

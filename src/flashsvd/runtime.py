@@ -16,8 +16,8 @@ from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import GraphOption, Graphs
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.blocks.running.whole import add_graphs
+from flashsvd.common.caller_state import ordinary_tensors
 from flashsvd.common.device import BACKENDS
-from flashsvd.common.process import ordinary_tensors
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.registry import base_prefix

@@ -30,6 +30,9 @@ def profile_script(about: str | None, arguments: Sequence[str] | None = None, **
         about: what the script measures, for its --help.
         arguments: None takes the process's own.
         defaults: of options, by field name of ProfileConfig; each can still be given.
+
+    Raises:
+        SystemExit: an option is not known or has no value that can be read, with the code 2, or help was asked for.
     """
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,9 @@ def compress_and_profile_script(
 
     Returns:
         The exit code; an error that is meant for users becomes one line and the code 2.
+
+    Raises:
+        SystemExit: an option is not known or has no value that can be read, with the code 2, or help was asked for.
     """
     names: list[str] = []
 
@@ -65,6 +71,11 @@ def compress_and_profile_script(
         group.add_argument("--keep", help="directory to keep the compressed checkpoint in; the default keeps none")
 
     def run_script(options: argparse.Namespace) -> None:
+        """Compress where no checkpoint is given, and profile.
+
+        Raises:
+            FlashSVDError: the options do not go together, or the model cannot be compressed or profiled.
+        """
         given = {name: getattr(options, name) for name in names if hasattr(options, name)}
         if options.checkpoint is not None:
             if given or options.keep:

@@ -76,7 +76,7 @@ def test_the_gradients_of_another_task_are_refused() -> None:
     statistics = in_memory(parts(), {"task": "sst2"})
     statistics.require(TARGETS, ["covariance"], "cola", "here")
     statistics.require(TARGETS, ["row_gradients"], "sst2", "here")
-    with pytest.raises(ConfigError, match="gradients in here are those of --task sst2, not of cola"):
+    with pytest.raises(ConfigError, match="gradients in here are those of task sst2, not of cola"):
         statistics.require(TARGETS, ["row_gradients"], "cola", "here")
 
 
@@ -92,7 +92,7 @@ def test_an_interrupted_calibration_leaves_nothing(tmp_path: Path) -> None:
 
 def test_existing_statistics_are_replaced_only_when_told(tmp_path: Path) -> None:
     on_disk(parts(), {"n": 1}, KEY, tmp_path / "stats")
-    with pytest.raises(CheckpointError, match="exists; pass --overwrite"):
+    with pytest.raises(CheckpointError, match="exists; pass overwrite=True"):
         on_disk(parts(), {"n": 2}, KEY, tmp_path / "stats")
     on_disk(parts(), {"n": 2}, KEY, tmp_path / "stats", overwrite=True)
     assert load_statistics(tmp_path / "stats", KEY).about == {"n": 2}

@@ -122,6 +122,11 @@ def test_a_model_without_a_head_gets_the_tasks_head_and_a_warning(
     report = run_compress(CompressConfig(model=str(source), task="mnli", ratio=0.5, output=str(tmp_path / "out")))
     assert "classifier.weight" in report.info.untrained
     assert any("random" in record.message and "classifier" in record.message for record in caplog.records)
+    # Again where the run ends, below all that was logged since.
+    random = [line for line in report.summary() if "had no trained weights: they are random" in line]
+    assert random == [
+        f"{', '.join(report.info.untrained)} had no trained weights: they are random, train them before use"
+    ]
     model = load_compressed(tmp_path / "out")
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert model.classifier.weight.shape[0] == 3

@@ -133,7 +133,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_hub_the_error_says_how_to_go_on() -> None:
     pytest.importorskip("datasets", reason="without it the error is another one")
-    with pytest.raises(DataError, match=r"cannot get nyu-mll/glue \(sst2\) from the hub: .* or pass --data PATH"):
+    with pytest.raises(DataError, match=r"cannot get nyu-mll/glue \(sst2\) from the hub: .* or pass data PATH"):
         load_examples(SST2, "validation")
 
 

@@ -189,7 +189,7 @@ def test_a_backend_that_cannot_run_is_refused_before_the_model_is_loaded(
     text.write_text("a man eats . " * 20)
     with pytest.raises(BackendError, match="no fused blocks for 'gpt2'"):
         run_eval(EvalConfig(str(make_model("gpt2", "causal-lm")), "perplexity", data=str(text), backend="auto"))
-    with pytest.raises(ConfigError, match="--backend 'cuda' is not known"):
+    with pytest.raises(ConfigError, match="backend 'cuda' is not known"):
         EvalConfig(str(make_model()), "sst2", backend="cuda")
 
 
@@ -290,7 +290,7 @@ def test_roberta_reads_exactly_as_many_tokens_as_it_has_positions_for(make_model
     options = {"checkpoint": str(source), "task": "sst2", "data": str(tmp_path / "x.tsv")}
     assert run_eval(EvalConfig(seq_len=38, **options)).seq_len == 38
     assert run_eval(EvalConfig(**options)).seq_len == 38
-    with pytest.raises(ConfigError, match="--seq-len 39 is above 38"):
+    with pytest.raises(ConfigError, match="seq_len 39 is above 38"):
         run_eval(EvalConfig(seq_len=39, **options))
 
 
@@ -308,7 +308,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
     data = write_task_data(TASKS["sst2"], tmp_path)
     for output in (tmp_path, data / "x.json"):
-        with pytest.raises(CheckpointError, match="choose another --output"):
+        with pytest.raises(CheckpointError, match="choose another output"):
             run_eval(EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(data), output=str(output)))
 
 
@@ -326,10 +326,10 @@ def test_an_evaluation_takes_the_place_of_an_earlier_one_and_of_nothing_else(
         patch.setattr("flashsvd.evaluation.subject.Subject.load", None)
         for file in (mine, data, source / "config.json", source / "model.safetensors"):
             before = file.read_bytes()
-            with pytest.raises(CheckpointError, match="choose another --output"):
+            with pytest.raises(CheckpointError, match="choose another output"):
                 run_eval(EvalConfig(**options, output=file))
             assert file.read_bytes() == before
-        with pytest.raises(CheckpointError, match=r"is read here by --data .*; choose another --output"):
+        with pytest.raises(CheckpointError, match=r"is read here by data .*; choose another output"):
             run_eval(EvalConfig(**options, output=data, overwrite=True))
     run_eval(EvalConfig(**options, output=mine, overwrite=True))
     assert json.loads(mine.read_text())["task"] == "sst2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -238,13 +239,13 @@ def test_one_bad_logit_is_enough(bad: float) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"stride": 0}, "--stride must be at least 1"),
-        ({"stride": 17}, "--stride 17 is above --seq-len 16"),
-        ({"seq_len": 1}, "--seq-len must be at least 2 for perplexity"),
-        ({"seq_len": LONGEST + 1}, f"--seq-len {LONGEST + 1} is above {LONGEST}"),
-        ({"padding": "max"}, "--padding max is for single examples"),
-        ({"data": None}, "--task perplexity needs --data FILE"),
-        ({"data": "/no/such.txt"}, r"there is no file or directory /no/such.txt; give one with --data$"),
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"stride": 17}, "stride 17 is above seq_len 16"),
+        ({"seq_len": 1}, "seq_len must be at least 2 for perplexity"),
+        ({"seq_len": LONGEST + 1}, f"seq_len {LONGEST + 1} is above {LONGEST}"),
+        ({"padding": "max"}, "padding max is for single examples"),
+        ({"data": None}, "task perplexity needs data FILE"),
+        ({"data": "/no/such.txt"}, r"there is no file or directory /no/such.txt; give one with data$"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
@@ -274,10 +275,25 @@ def test_the_text_is_one_sequence_with_the_tokenizers_own_special_tokens() -> No
     assert read_tokens(tokenizer, "5 6 7", SimpleNamespace(vocab_size=10), source="x").tolist() == [1, 5, 6, 7]
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_perplexity_is_what_a_language_model_is_scored_by_where_nothing_else_is_named(
+    make_lm: MakeLM, tmp_path: Path, text_file: Path, caplog: pytest.LogCaptureFixture, compressed: bool
+) -> None:
+    caplog.set_level(logging.INFO, "flashsvd")
+    source = make_lm("gpt2")
+    if compressed:
+        source = run_compress(CompressConfig(model=source, rank=4, output=tmp_path / "small", device="cpu")).output
+    result = run_eval(EvalConfig(checkpoint=source, data=text_file, seq_len=16))
+    assert result.metrics == evaluate(source, text_file, seq_len=16).metrics
+    assert f"{source} is a causal language model that names no task: its perplexity is measured" in caplog.messages
+    with pytest.raises(ConfigError, match="task perplexity needs data FILE"):
+        run_eval(EvalConfig(checkpoint=source))
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("head", ["masked-lm", "base", "classifier"])
 def test_an_encoder_has_no_perplexity(make_model: MakeModel, text_file: Path, name: str, head: str) -> None:
-    with pytest.raises(ModelError, match=f"a {name} model is no causal language model; choose another --task"):
+    with pytest.raises(ModelError, match=f"a {name} model is no causal language model; choose another task"):
         evaluate(make_model(name, head), text_file, seq_len=16)
 
 
@@ -291,7 +307,7 @@ def test_a_decoder_without_its_head_has_none_either(make_lm: MakeLM, text_file: 
 def test_a_stride_means_nothing_for_single_examples(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("sentence\tlabel\na good movie\t1\n")
     config = EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(tmp_path / "x.tsv"), stride=8)
-    with pytest.raises(ConfigError, match="--stride is for running text, sst2 has single examples"):
+    with pytest.raises(ConfigError, match="stride is for running text, sst2 has single examples"):
         run_eval(config)
 
 

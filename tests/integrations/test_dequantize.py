@@ -13,7 +13,7 @@ from conftest import DECODERS, ENCODERS, EVERY_DECODER, EVERY_ENCODER, build, fa
 from flashsvd import load_compressed, optimize
 from flashsvd.errors import BackendError
 from flashsvd.integrations.quantizer import FlashSVDConfig
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 
 IDS = torch.tensor([[2, 5, 6, 7, 3]])
 

@@ -16,7 +16,7 @@ from conftest import DECODERS, ENCODERS, build, factor
 from flashsvd import load_compressed
 from flashsvd.errors import CheckpointError, FlashSVDError
 from flashsvd.integrations.quantizer import FlashSVDConfig
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 
 # Loads each directory of its arguments as transformers alone would, and prints the kind of error of each, or nothing.
 LOAD = """

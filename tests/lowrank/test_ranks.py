@@ -73,7 +73,7 @@ def test_every_rank_fits_its_matrix_and_makes_it_smaller(shapes: list[MatrixShap
 
 
 def test_a_ratio_below_rank_one_is_refused_with_one_that_is_enough() -> None:
-    with pytest.raises(ConfigError, match=r"--ratio 0\.01 is less than rank 1 everywhere; a ratio of 0\.017"):
+    with pytest.raises(ConfigError, match=r"ratio 0\.01 is less than rank 1 everywhere; a ratio of 0\.017"):
         plan_ranks(bert_base(12), RankRequest(ratio=0.01))
     plan_ranks(bert_base(12), RankRequest(ratio=0.017))
 

@@ -266,26 +266,26 @@ def test_zero_gradients_are_reported(make_model: MakeModel, sentences: Path, tmp
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "standard", "alpha": 0.5}, "--alpha is an option of --method asvd, not of standard"),
-        ({"method": "drone", "asvd_search": True}, "--asvd-search is an option of --method asvd, not of drone"),
-        ({"method": "fwsvd", "adasvd_base": "drone"}, "--adasvd-base is an option of --method adasvd"),
-        ({"method": "asvd", "alpha": -1.0}, "--alpha must be a number from 0 to 2, got -1.0"),
-        ({"method": "asvd", "alpha": float("nan")}, "--alpha must be a number from 0 to 2"),
-        ({"method": "adasvd", "adasvd_base": "asvd"}, "--adasvd-base 'asvd' is not known"),
-        ({"method": "drone", "calib_samples": 0}, "--calib-samples must be at least 1"),
-        ({"method": "drone", "calib_batch_size": 0}, "--calib-batch-size must be at least 1"),
-        ({"method": "drone", "calib_seq_len": 4096}, "--calib-seq-len 4096 is above 40"),
+        ({"method": "standard", "alpha": 0.5}, "alpha is an option of method asvd, not of standard"),
+        ({"method": "drone", "asvd_search": True}, "asvd_search is an option of method asvd, not of drone"),
+        ({"method": "fwsvd", "adasvd_base": "drone"}, "adasvd_base is an option of method adasvd"),
+        ({"method": "asvd", "alpha": -1.0}, "alpha must be a number from 0 to 2, got -1.0"),
+        ({"method": "asvd", "alpha": float("nan")}, "alpha must be a number from 0 to 2"),
+        ({"method": "adasvd", "adasvd_base": "asvd"}, "adasvd_base 'asvd' is not known"),
+        ({"method": "drone", "calib_samples": 0}, "calib_samples must be at least 1"),
+        ({"method": "drone", "calib_batch_size": 0}, "calib_batch_size must be at least 1"),
+        ({"method": "drone", "calib_seq_len": 4096}, "calib_seq_len 4096 is above 40"),
         (
             {"method": "drone", "calib_data": "/no/where"},
-            "there is no file or directory /no/where; give one with --calib-data",
+            "there is no file or directory /no/where; give one with calib_data",
         ),
         ({"method": "drone", "stats": "a", "save_stats": "b"}, "leave out one of them"),
-        ({"method": "standard", "stats": "a"}, "--stats is not used: standard needs no statistics"),
-        ({"method": "standard", "save_stats": "a"}, "--save-stats is not used: standard needs no statistics"),
+        ({"method": "standard", "stats": "a"}, "stats is not used: standard needs no statistics"),
+        ({"method": "standard", "save_stats": "a"}, "save_stats is not used: standard needs no statistics"),
         ({"method": "asvd", "asvd_search": True, "ratio": None, "ranks_json": "a"}, "leave out one of them"),
-        ({"method": "drone", "calib_seq_len": 2}, "--calib-seq-len 2 is below 3"),
+        ({"method": "drone", "calib_seq_len": 2}, "calib_seq_len 2 is below 3"),
         ({"method": "drone", "stats": "/no/where"}, r"holds no statistics\.json"),
-        ({"method": "drone", "ranks_json": "/no/where"}, "--ranks-json gives the rank of each matrix; leave out"),
+        ({"method": "drone", "ranks_json": "/no/where"}, "ranks_json gives the rank of each matrix; leave out"),
         ({"method": "drone", "ranks_json": "/no/where", "ratio": None}, "there is no file /no/where"),
     ],
 )
@@ -338,7 +338,7 @@ def test_masking_needs_a_mask_token(make_model: MakeModel, text: Path, tmp_path:
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_gradients_need_a_loss(make_model: MakeModel, text: Path, tmp_path: Path, name: str) -> None:
     source = make_model(name, "base")
-    with pytest.raises(ConfigError, match=r"fwsvd differentiates a loss, and .* has none by itself; pass --task"):
+    with pytest.raises(ConfigError, match=r"fwsvd differentiates a loss, and .* has none by itself; pass task"):
         compress(source, tmp_path / "out", method="fwsvd", calib_data=str(text))
     info = compress(make_model(name, "masked-lm", name="mlm"), tmp_path / "out", method="fwsvd", calib_data=str(text))
     assert info.calibration is not None
@@ -371,7 +371,7 @@ def test_ranks_that_do_not_fit_the_model_are_refused(
     file.write_text(json.dumps({"qkv": "joint", "ranks": ranks if "nothing" in ranks else {}}))
     with pytest.raises(ConfigError, match=says):
         compress(make_model(), tmp_path / "out", ratio=None, ranks_json=str(file))
-    with pytest.raises(ConfigError, match="holds ranks for --qkv joint"):
+    with pytest.raises(ConfigError, match="holds ranks for qkv joint"):
         compress(make_model(name="b"), tmp_path / "out", ratio=None, ranks_json=str(file), qkv="per-head")
 
 

@@ -142,7 +142,7 @@ def test_each_setting_matters(make_model: MakeModel, settings: str) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"modules": ("LSTM",)}, "has a LSTM module, which --task similarity does not support"),
+        ({"modules": ("LSTM",)}, "has a LSTM module, which task similarity does not support"),
         ({"settings": {"default_prompt_name": "gone"}}, "has no prompt 'gone'; correct default_prompt_name"),
         ({"settings": {"default_prompt_name": "a", "prompts": {"a": 5}}}, "the prompt 5, which is no text"),
         ({"settings": {"truncate_dim": 0}}, "truncate_dim 0, which is no whole number of at least 1"),

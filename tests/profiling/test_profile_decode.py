@@ -165,9 +165,9 @@ def taller(one: bytes, other: bytes) -> bool:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"new_tokens": 1}, "--new-tokens must be at least 2"),
-        ({"new_tokens": 2.5}, "--new-tokens must be a whole number"),
-        ({"variants": "micro-batches,compiled"}, "--new-tokens is for the variants dense, low-rank, fused"),
+        ({"new_tokens": 1}, "new_tokens must be at least 2"),
+        ({"new_tokens": 2.5}, "new_tokens must be a whole number"),
+        ({"variants": "micro-batches,compiled"}, "new_tokens is for the variants dense, low-rank, fused"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused_at_once(options: dict[str, Any], says: str) -> None:
@@ -181,16 +181,16 @@ def test_what_leaves_no_prompt_is_refused_before_weights_are_loaded(
     short = tmp_path / "short.txt"
     short.write_text("a good film")
     monkeypatch.setattr("flashsvd.evaluation.subject.Subject.load", None)
-    with pytest.raises(ConfigError, match="--new-tokens 16 leaves no prompt in a window of --seq-len 16"):
+    with pytest.raises(ConfigError, match="new_tokens 16 leaves no prompt in a window of seq_len 16"):
         run_profile(config(new_tokens=16))
-    with pytest.raises(DataError, match="a window of 5 tokens leaves no prompt before --new-tokens 5"):
+    with pytest.raises(DataError, match="a window of 5 tokens leaves no prompt before new_tokens 5"):
         run_profile(config(data=str(short)))
 
 
 def test_a_classifier_does_not_generate(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("sentence\tlabel\na good film .\t1\n")
     options: dict[str, Any] = {"checkpoint": str(make_model()), "task": "sst2", "data": str(tmp_path / "x.tsv")}
-    with pytest.raises(ConfigError, match="--new-tokens is for language models, and sst2 is none"):
+    with pytest.raises(ConfigError, match="new_tokens is for language models, and sst2 is none"):
         run_profile(ProfileConfig(**options, new_tokens=4, variants="dense"))
 
 

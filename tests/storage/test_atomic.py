@@ -15,6 +15,7 @@ from flashsvd.errors import CheckpointError
 from flashsvd.storage import atomic
 from flashsvd.storage.atomic import atomic_directory, check_target, real_target, write_text
 from flashsvd.storage.metadata import INFO_FILE
+from flashsvd.storage.own_files import KINDS
 from flashsvd.storage.result_file import ResultFile
 
 
@@ -83,7 +84,7 @@ def test_an_interrupt_around_any_rename_leaves_a_whole_checkpoint(
 
 def test_a_directory_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="exists; pass --overwrite"), atomic_directory(target):
+    with pytest.raises(CheckpointError, match="exists; pass overwrite=True"), atomic_directory(target):
         make_checkpoint(target)
     assert (target / INFO_FILE).read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -123,6 +124,30 @@ def test_files_get_the_modes_of_any_new_file(tmp_path: Path) -> None:
         os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out", *(tmp_path / "out").iterdir())}
     assert modes == {"out": 0o750, "a": 0o640, "d": 0o750}
+
+
+def test_what_is_replaced_passes_its_mode_on(tmp_path: Path) -> None:
+    """A result that its owner alone may read is not shown to all by the next run."""
+    file, directory = tmp_path / "x.json", tmp_path / "out"
+    file.touch(mode=0o600)
+    write_text(file, "new")
+    assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o600)
+    directory.mkdir(mode=0o700)
+    with atomic_directory(directory) as temporary:
+        (temporary / "weights").touch()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("marker", KINDS)
+def test_a_result_takes_the_place_of_one_of_its_kind_only(tmp_path: Path, marker: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / marker).write_text("{}")
+    check_target(tmp_path / "out", True, marker)
+    for other, kind in KINDS.items():
+        if other != marker:
+            says = f"out holds {KINDS[marker]}, which overwrite=True will not replace by {kind}; choose another"
+            with pytest.raises(CheckpointError, match=says):
+                check_target(tmp_path / "out", True, other)
 
 
 def check_a_result(path: Path) -> None:
@@ -200,6 +225,6 @@ def test_a_loop_of_links_is_refused_in_one_line(tmp_path: Path, name: str, use: 
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "there").symlink_to("back")
     (tmp_path / "back").symlink_to("there")
-    with pytest.raises(CheckpointError, match="choose another --output"):
+    with pytest.raises(CheckpointError, match="choose another output"):
         use(tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"loop", "there", "back"}

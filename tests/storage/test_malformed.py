@@ -276,7 +276,7 @@ def test_weights_most_of_which_are_not_there_are_refused(checkpoint: Path, tmp_p
 def test_a_dtype_too_small_for_the_weights_is_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     rewrite(source, **{NORM: torch.full((32,), 1e6)})
-    with pytest.raises(ConfigError, match=f"{NORM} has values too large for float16; use --dtype bfloat16"):
+    with pytest.raises(ConfigError, match=f"{NORM} has values too large for float16; use dtype bfloat16"):
         run_compress(CompressConfig(model=str(source), ratio=0.5, dtype="float16", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
@@ -370,7 +370,7 @@ def test_an_export_replaces_an_earlier_export_and_nothing_else(checkpoint: Path,
     export_dense(checkpoint, tmp_path / "dense-again", overwrite=True)
     for precious in (checkpoint, tmp_path / "dense"):
         before = {file.name: file.read_bytes() for file in precious.iterdir()}
-        with pytest.raises(CheckpointError, match="will not replace it"):
+        with pytest.raises(CheckpointError, match="overwrite=True will not replace by a dense export"):
             export_dense(checkpoint, precious, overwrite=True)
         assert {file.name: file.read_bytes() for file in precious.iterdir()} == before
 

@@ -63,7 +63,7 @@ def test_any_other_file_needs_to_be_given_up(tmp_path: Path, content: bytes, thr
     if through == "a link":
         name = tmp_path / "link.json"
         name.symlink_to(file)
-    with pytest.raises(CheckpointError, match=r"no earlier evaluation; pass --overwrite to replace it, or choose"):
+    with pytest.raises(CheckpointError, match=r"no earlier evaluation; pass overwrite=True to replace it, or choose"):
         result_at(name).check({})
     with pytest.raises(CheckpointError, match="holds no earlier evaluation"):
         result_at(name).write(b"new")
@@ -83,11 +83,11 @@ def test_what_the_run_reads_is_never_replaced(tmp_path: Path, named: str) -> Non
         source = tmp_path / "link"
         source.symlink_to(data if "directory" in named else file)
     for output in (file, data / ".." / "data" / "validation.tsv"):
-        with pytest.raises(CheckpointError, match=r"is read here by --data .*; choose another --output"):
+        with pytest.raises(CheckpointError, match=r"is read here by data .*; choose another output"):
             result_at(output, overwrite=True).check({"--data": source})
     os.link(file, tmp_path / "same")
     if "directory" not in named:
-        with pytest.raises(CheckpointError, match="is read here by --data"):
+        with pytest.raises(CheckpointError, match="is read here by data"):
             result_at(tmp_path / "same", overwrite=True).check({"--data": source})
     assert file.read_text() == "sentence\tlabel\n"
 
@@ -107,7 +107,7 @@ def test_no_result_gets_the_name_of_a_file_that_a_model_has(tmp_path: Path, name
 
 
 def test_a_directory_and_a_write_protected_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="is a directory; choose another --output"):
+    with pytest.raises(CheckpointError, match="is a directory; choose another output"):
         result_at(tmp_path, overwrite=True).check({})
     file = tmp_path / "x.json"
     file.write_text(earlier(EVALUATION))
@@ -128,7 +128,9 @@ def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no files")
 def test_a_place_that_takes_no_files_is_refused_before_the_work() -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write /proc/x\.json: /proc is not writable"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write /proc/x\.json: /proc is not writable \(it takes no files\)"
+    ):
         result_at(Path("/proc/x.json")).check({})
 
 
@@ -172,7 +174,7 @@ def test_nothing_else_that_is_no_file_is_touched(
     monkeypatch.chdir(tmp_path)
     make(Path("x"))
     mode = Path("x").stat().st_mode
-    with pytest.raises(CheckpointError, match="is neither a file nor a pipe; choose another --output"):
+    with pytest.raises(CheckpointError, match="is neither a file nor a pipe; choose another output"):
         replace(Path("x"), overwrite)
     assert Path("x").stat().st_mode == mode
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 from flashsvd.cli import main
 from flashsvd.storage import scratch
 from flashsvd.storage.atomic import check_target, write_text
-from flashsvd.storage.scratch import Scratch, leftover, leftovers_below, take_away_leftovers
+from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, leftovers_below, take_away_leftovers
 from processes import running
 
 LEAVE = """
@@ -34,6 +38,17 @@ def owner(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process, Path(process.stdout.readline().strip())
+
+
+@contextlib.contextmanager
+def open_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """A lock that some other process might hold: one of another open file is another's, whoever opened it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -88,15 +103,83 @@ def test_what_has_no_name_of_ours_stays(tmp_path: Path, name: str) -> None:
     assert mine.exists()
 
 
-def test_of_another_machine_nobody_knows_whether_its_process_is_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def mounted(monkeypatch: pytest.MonkeyPatch, table: Path, *mounts: tuple[Path, str]) -> None:
+    """Let file systems seem to be mounted at those places."""
+    points = [(str(place).replace(" ", r"\040"), kind) for place, kind in mounts]
+    table.write_text("".join(f"{n} 1 8:{n} / {point} rw - {kind} x rw\n" for n, (point, kind) in enumerate(points)))
+    monkeypatch.setattr(scratch, "_MOUNTS", table)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "sole"),
+    [
+        ([("/", "ext4")], True),
+        ([("/", "ext4"), ("here", "nfs4")], False),
+        ([("/", "nfs4"), ("here", "xfs"), ("here/beside", "nfs4")], True),
+        ([("here", "ext4"), ("here", "fuse.sshfs")], False),
+        ([("/", "9p")], False),
+        ([], False),
+    ],
+)
+def test_of_an_earlier_start_a_lock_tells_where_no_other_machine_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: list[tuple[str, str]], sole: bool
 ) -> None:
+    """Nothing that was running before the machine was started holds a lock now."""
+    here = tmp_path / "a place"
+    left = here / ".out.writing-01234567-abcdefgh"
+    left.mkdir(parents=True)
+    places = [(here.parent / name.replace("here", here.name), kind) for name, kind in mounts]
+    mounted(monkeypatch, tmp_path / "mounts", *places)
+    if sole:
+        with open_locked(left):
+            take_away_leftovers(here / "out")
+            assert left.exists()
+    take_away_leftovers(here / "out")
+    assert left.exists() != sole
+
+
+def test_of_another_machine_nobody_knows_whether_its_process_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mounted(monkeypatch, tmp_path / "mounts", (Path("/"), "nfs4"))
     theirs = tmp_path / ".out.writing-01234567-abcdefgh"
     theirs.mkdir()
     take_away_leftovers(tmp_path / "out")
     assert main(["clean", str(tmp_path)]) == 0
     assert "made on another machine" in capsys.readouterr().out
     assert theirs.exists()
+
+
+def test_asking_for_a_lock_disturbs_nobody(tmp_path: Path) -> None:
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    with open_locked(work, fcntl.LOCK_SH):
+        # Somebody asks at the same time.
+        assert not is_locked(work)
+        assert Lock.of_abandoned(work) is None
+    with contextlib.ExitStack() as asking:
+        asking.enter_context(open_locked(work, fcntl.LOCK_SH))
+        end = threading.Timer(3 * scratch._PAUSE, asking.close)
+        end.start()
+        owner = Lock.of_new(work)
+        end.join()
+    assert owner is not None
+    assert is_locked(work)
+    owner.release()
+    assert not is_locked(work)
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "made.close(); os._exit(0)", "made.__exit__(); os._exit(0)"])
+def test_a_forked_process_takes_nothing_of_its_parent_along(tmp_path: Path, how: str) -> None:
+    fork = (
+        "import os, sys\nfrom pathlib import Path\nfrom flashsvd.storage.scratch import Scratch, leftover\n"
+        "made = Scratch(Path(sys.argv[1]), 'writing')\n"
+        f"if (child := os.fork()) == 0:\n    {how}\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert made.path.is_dir()\nassert leftover(made.path).kept == 'its process is running'\n"
+    )
+    subprocess.run([sys.executable, "-c", fork, tmp_path / "out"], check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("whose", ["a file", "a directory"])
@@ -160,4 +243,7 @@ def test_without_locks_a_directory_works_and_is_left_alone(tmp_path: Path, monke
     with Scratch(tmp_path / "out", "writing") as path:
         take_away_leftovers(tmp_path / "out")
         assert path.is_dir()
+        found = leftover(path)
+        assert found is not None
+        assert found.kept == "whether its process is running cannot be told here"
     assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flashsvd import load_compressed, read_info, save_compressed
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.joined import JoinedProjections
 from flashsvd.lowrank.spec import FORMAT_VERSION
 from flashsvd.storage.metadata import CompressionInfo
@@ -50,6 +50,18 @@ def test_it_loads_bit_for_bit(name: str, way: str) -> None:
         logits = model(torch.tensor(expected["input_ids"])).logits
     # Of the same weights; the last digit is the processor's.
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_a_program_may_leave_empty_tensors_out(name: str, tmp_path: Path) -> None:
+    """Whether a checkpoint has the layers' empty weights is seen from its file, of whatever version it says it is."""
+    load_compressed(CHECKPOINTS / name).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if value.numel()}, file, {"format": "pt"})
+    for model in (load_compressed(tmp_path), AUTO[name].from_pretrained(tmp_path)):
+        state = model.state_dict()
+        assert all(torch.equal(state[tensor], value) for tensor, value in tensors.items())
 
 
 def test_all_forms_of_factors_are_there() -> None:

@@ -131,17 +131,17 @@ def test_a_teacher_of_masked_tokens_predicts_as_many(make_model: MakeModel, tmp_
 @pytest.mark.parametrize(
     ("teacher", "options", "says"),
     [
-        ({"num_labels": 3}, {}, "--teacher cannot be used: .* has a head for 3 labels, but sst2 needs 2 classes"),
+        ({"num_labels": 3}, {}, "teacher cannot be used: .* has a head for 3 labels, but sst2 needs 2 classes"),
         ({"head": "base"}, {}, "has no trained BertForSequenceClassification to imitate"),
         (
             {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}},
             {},
             "has the classes yes, no, which are not the task's",
         ),
-        ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "has num_hidden_layers 3, .* 2; leave out --hidden-weight"),
+        ({"num_hidden_layers": 3}, {"hidden_weight": 1.0}, "has num_hidden_layers 3, .* 2; leave out hidden_weight"),
         ({"vocab_size": 12}, {}, "the tokenizer of .*teacher gives token .*, but the model knows 12"),
-        ({"max_position_embeddings": 16}, {}, "reads 16 tokens at most; pass --seq-len 16"),
-        ({"hidden_size": 48}, {"hidden_weight": 1.0}, "has hidden_size 48, .* 32; leave out --hidden-weight"),
+        ({"max_position_embeddings": 16}, {}, "reads 16 tokens at most; pass seq_len 16"),
+        ({"hidden_size": 48}, {"hidden_weight": 1.0}, "has hidden_size 48, .* 32; leave out hidden_weight"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_loaded(

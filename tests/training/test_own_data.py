@@ -99,7 +99,7 @@ def test_a_teacher_with_the_same_classes_is_imitated_and_no_other(
     other = write_data(tmp_path / "other", dict(zip(SIGNS, "xyz", strict=True)))
     pair = write_data(tmp_path / "pair", {"bad": "no", "good": "yes"})
     finetune(make_model("bert", "base", name="b"), tmp_path / "two", data=pair)
-    with pytest.raises(DataError, match=r"--teacher cannot be used: .* 2 labels, .* the task it was trained for$"):
+    with pytest.raises(DataError, match=r"teacher cannot be used: .* 2 labels, .* the task it was trained for$"):
         finetune(small, tmp_path / "no", data=topics, teacher=tmp_path / "two")
     stranger = tmp_path / "stranger"
     finetune(make_model("bert", "base"), stranger, data=other)
@@ -207,7 +207,7 @@ def test_classes_that_differ_in_their_case_alone_are_two(make_model: MakeModel, 
     ("labels", "says"),
     [
         (["a", "a"], "has only the label 'a'; classification needs two classes or more"),
-        (["1", "2.5"], "has labels such as 2.5, which are no classes; take --task regression"),
+        (["1", "2.5"], "has labels such as 2.5, which are no classes; take task regression"),
         (["a", ""], "example 2 has no label"),
     ],
 )
@@ -219,20 +219,18 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: list[str
 
 def test_columns_that_are_not_known_are_refused(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "x.csv", [{"review": "t", "stars": 1}])
-    with pytest.raises(
-        DataError, match="has the columns 'review', 'stars'; --task regression needs label, and text or"
-    ):
+    with pytest.raises(DataError, match="has the columns 'review', 'stars'; task regression needs label, and text or"):
         fit_task(REGRESSION, "train", str(file), None)
 
 
 def test_the_data_must_be_given(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--mode cls needs a --task \(cola, .*\), or --data of your own"):
+    with pytest.raises(ConfigError, match=r"mode cls needs a task \(cola, .*\), or data of your own"):
         finetune(trained, tmp_path / "out")
-    with pytest.raises(ConfigError, match="--task classification is for data of your own; give it with --data"):
+    with pytest.raises(ConfigError, match="task classification is for data of your own; give it with data"):
         run_eval(EvalConfig(trained, "classification"))
-    with pytest.raises(ConfigError, match="--task regression is for data of your own; give it with --data"):
+    with pytest.raises(ConfigError, match="task regression is for data of your own; give it with data"):
         run_finetune(FinetuneConfig(trained, task="regression"))
-    with pytest.raises(ConfigError, match="--task classification is for data of your own; give it with --calib-data"):
+    with pytest.raises(ConfigError, match="task classification is for data of your own; give it with calib_data"):
         run_compress(
             CompressConfig(trained, task="classification", method="drone", ratio=0.5, output=tmp_path / "small")
         )
@@ -241,7 +239,9 @@ def test_the_data_must_be_given(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_classes_take_a_new_head(trained: Path, tmp_path: Path) -> None:
     other = write_data(tmp_path / "other", {"bad": "no", "good": "yes"})
-    with pytest.raises(DataError, match=r"none of the classes Sports, arts, politics of .*; --new-head trains a head"):
+    with pytest.raises(
+        DataError, match=r"none of the classes Sports, arts, politics of .*; new_head=True trains a head"
+    ):
         finetune(trained, tmp_path / "out", data=other)
     finetune(trained, tmp_path / "out", data=other, new_head=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
@@ -255,14 +255,14 @@ def test_what_has_no_classes_cannot_be_scored_or_compressed_for_them(
         run_eval(EvalConfig(base, "classification", data=topics))
     with pytest.raises(ModelError, match="no head for classes of your own; train it first with flashsvd finetune"):
         compress(base, tmp_path / "small", task="classification")
-    with pytest.raises(DataError, match="one real-valued output and no classes; take --task regression"):
+    with pytest.raises(DataError, match="one real-valued output and no classes; take task regression"):
         run_eval(EvalConfig(make_model("bert", num_labels=1), "classification", data=topics))
 
 
 def test_rare_classes_can_count_more(make_model: MakeModel, topics: Path, tmp_path: Path) -> None:
     options = {"data": topics, "class_weights": "balanced"}
     assert finetune(make_model("bert", "base"), tmp_path / "out", **options).record.task == "classification"
-    with pytest.raises(ConfigError, match="--class-weights weighs classes, and regression has none"):
+    with pytest.raises(ConfigError, match="class_weights weighs classes, and regression has none"):
         finetune(make_model("bert", "base"), tmp_path / "no", task="regression", **options)
 
 

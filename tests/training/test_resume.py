@@ -134,9 +134,9 @@ def interrupted(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_interrupted_run_is_neither_lost_nor_mixed_up(interrupted: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"out\.partial holds an interrupted run; pass --resume"):
+    with pytest.raises(ConfigError, match=r"out\.partial holds an interrupted run; pass resume=True"):
         finetune(**interrupted)
-    with pytest.raises(ConfigError, match=r"--learning-rate is 0\.1, but the run to resume had 0\.005"):
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.1, but the run to resume had 0\.005"):
         finetune(**interrupted, resume=True, learning_rate=0.1)
     assert (tmp_path / "out.partial" / "checkpoint-6").is_dir()
 
@@ -261,7 +261,7 @@ def test_a_working_directory_of_somebody_elses_stays(
         if what == "a link":
             theirs.symlink_to(real)
     data = write_task_data(tmp_path / "data", SST2)
-    with pytest.raises(ConfigError, match=r"out\.partial is no working directory of ours.*choose another --output"):
+    with pytest.raises(ConfigError, match=r"out\.partial is no working directory of ours.*choose another output"):
         finetune(make_model(), tmp_path / "out", task="sst2", data=data, resume=resume)
     assert (theirs if what == "a file" else theirs / "letters").read_text() == "dear"
 

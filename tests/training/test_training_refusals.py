@@ -14,37 +14,41 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeModel, build_tokenizer
 from flashsvd import FinetuneConfig
 from flashsvd.cli import main
+from flashsvd.data.tasks import get_task
 from flashsvd.errors import CheckpointError, ConfigError, DataError, FlashSVDError
+from flashsvd.models import precision
+from flashsvd.models.found import find_model
+from flashsvd.training.model import HeadedModel
 from training_data import SST2, compress, finetune, write_task_data, write_text
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mode": "ner"}, "--mode 'ner' is not known; choose from cls, mlm, similarity"),
-        ({"epochs": 0}, "--epochs must be above 0"),
-        ({"epochs": float("nan")}, "--epochs must be a number"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"batch_size": 1.5}, "--batch-size must be a whole number"),
-        ({"learning_rate": -1.0}, "--learning-rate must be above 0"),
-        ({"learning_rate": "fast"}, "--learning-rate must be a number"),
-        ({"scheduler": "exponential"}, "--scheduler 'exponential' is not known"),
-        ({"warmup": 1.0}, "--warmup must be at least 0 and below 1"),
-        ({"weight_decay": -0.1}, "--weight-decay must be at least 0"),
-        ({"clip": -1}, "--clip must be at least 0"),
-        ({"accumulation": 0}, "--accumulation must be at least 1"),
-        ({"early_stopping": 0}, "--early-stopping must be at least 1"),
-        ({"seed": -1}, "--seed must be a whole number"),
-        ({"seed": 1 << 32}, r"--seed must be a whole number from 0 to 2\*\*32 - 1, got 4294967296"),
-        ({"freeze": "head"}, "--freeze 'head' is not known; choose from embeddings, attention, ffn"),
-        ({"temperature": 2.0}, "--temperature says how a teacher is imitated; give one with --teacher"),
-        ({"teacher": "t", "temperature": 0.0}, "--temperature must be above 0"),
-        ({"teacher": "t", "distill_weight": 1.5}, "--distill-weight must be a number from 0 to 1, got 1.5"),
-        ({"freeze": ["ffn"]}, r"--freeze must be names .*, such as 'embeddings,attention', got \['ffn'\]"),
-        ({"class_weights": "heavy"}, "--class-weights 'heavy' is not known"),
-        ({"mode": "similarity", "new_head": True}, "--new-head is for classifiers"),
-        ({"device": "tpu"}, "--device 'tpu' is not known"),
-        ({"output": ""}, "--output must be a name"),
+        ({"mode": "ner"}, "mode 'ner' is not known; choose from cls, mlm, similarity"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"epochs": float("nan")}, "epochs must be a number"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number"),
+        ({"scheduler": "exponential"}, "scheduler 'exponential' is not known"),
+        ({"warmup": 1.0}, "warmup must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"clip": -1}, "clip must be at least 0"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"early_stopping": 0}, "early_stopping must be at least 1"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 1 << 32}, r"seed must be a whole number from 0 to 2\*\*32 - 1, got 4294967296"),
+        ({"freeze": "head"}, "freeze 'head' is not known; choose from embeddings, attention, ffn"),
+        ({"temperature": 2.0}, "temperature says how a teacher is imitated; give one with teacher"),
+        ({"teacher": "t", "temperature": 0.0}, "temperature must be above 0"),
+        ({"teacher": "t", "distill_weight": 1.5}, "distill_weight must be a number from 0 to 1, got 1.5"),
+        ({"freeze": ["ffn"]}, r"freeze must be names .*, such as 'embeddings,attention', got \['ffn'\]"),
+        ({"class_weights": "heavy"}, "class_weights 'heavy' is not known"),
+        ({"mode": "similarity", "new_head": True}, "new_head is for classifiers"),
+        ({"device": "tpu"}, "device 'tpu' is not known"),
+        ({"output": ""}, "output must be a name"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_named(options: dict[str, Any], says: str) -> None:
@@ -66,27 +70,27 @@ def test_the_default_output_says_model_and_task() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
-        ({}, {"task": None, "data": None}, r"--mode cls needs a --task \(cola, sst2"),
+        ({}, {"task": None, "data": None}, r"mode cls needs a task \(cola, sst2"),
         (
             {},
             {"task": "sst3"},
-            "--task 'sst3' is not one of --mode cls; choose from cola, .*, rte, classification, regression$",
+            "task 'sst3' is not one of mode cls; choose from cola, .*, rte, classification, regression$",
         ),
-        ({}, {"task": "wikitext2"}, "--task 'wikitext2' is not one of --mode cls"),
-        ({}, {"task": "mnli"}, "has a head for 2 labels, but mnli needs 3 classes .*, or .* head with --new-head$"),
-        ({}, {"mode": "similarity"}, "--task sst2 is not one of --mode similarity"),
-        ({}, {"mode": "mlm"}, "reads running text and no task; leave out --task sst2"),
+        ({}, {"task": "wikitext2"}, "task 'wikitext2' is not one of mode cls"),
+        ({}, {"task": "mnli"}, "has a head for 2 labels, but mnli needs 3 classes .*, or .* head with new_head=True$"),
+        ({}, {"mode": "similarity"}, "task sst2 is not one of mode similarity"),
+        ({}, {"mode": "mlm"}, "reads running text and no task; leave out task sst2"),
         (
             {"family": "llama", "head": "causal-lm"},
             {"mode": "mlm", "task": None},
             "a llama model has no head for masked",
         ),
         ({"num_labels": 1}, {"task": "stsb", "class_weights": "balanced"}, "weighs classes, and stsb has none"),
-        ({}, {"data": "/no/such/data"}, "there is no file or directory /no/such/data; give one with --data"),
-        ({}, {"eval_data": "/no/such"}, "there is no file or directory /no/such; give one with --eval-data"),
+        ({}, {"data": "/no/such/data"}, "there is no file or directory /no/such/data; give one with data"),
+        ({}, {"eval_data": "/no/such"}, "there is no file or directory /no/such; give one with eval_data"),
         ({}, {"model": "/no/where"}, "there is no directory '/no/where'"),
-        ({}, {"seq_len": 4096}, "--seq-len 4096 is above 40"),
-        ({}, {"seq_len": 2}, "--seq-len 2 is below 3"),
+        ({}, {"seq_len": 4096}, "seq_len 4096 is above 40"),
+        ({}, {"seq_len": 2}, "seq_len 2 is below 3"),
         ({"problem_type": "multi_label_classification"}, {}, "was trained for multi_label_classification"),
     ],
 )
@@ -124,7 +128,7 @@ def test_data_that_are_not_there_are_not_warned_of_too(
 def test_an_output_that_is_not_ours_is_never_replaced(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
     options = {"task": "sst2", "data": data, "overwrite": True}
-    with pytest.raises(FlashSVDError, match=r"holds no flashsvd_training\.json, so --overwrite will not replace it"):
+    with pytest.raises(FlashSVDError, match="holds nothing that flashsvd wrote, which overwrite=True will not"):
         finetune(make_model(), tmp_path / "dense", **options)
     finetune(make_model(), tmp_path / "out", task="sst2", data=data, epochs=0.2)
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -137,7 +141,7 @@ def test_an_output_that_is_not_ours_is_never_replaced(make_model: MakeModel, tmp
 def test_a_loop_of_links_is_no_output(make_model: MakeModel, tmp_path: Path, name: str, resume: bool) -> None:
     (tmp_path / "loop").symlink_to("loop")
     data = write_task_data(tmp_path / "data", SST2)
-    with pytest.raises(CheckpointError, match=f"cannot write .*{name}: .*; choose another --output"):
+    with pytest.raises(CheckpointError, match=f"cannot write .*{name}: .*; choose another output"):
         finetune(make_model(), tmp_path / name, task="sst2", data=data, resume=resume)
 
 
@@ -168,7 +172,7 @@ def test_a_tokenizer_of_another_model_is_refused(make_model: MakeModel, tmp_path
 def test_text_without_words_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_text(tmp_path / "text")
     (data / "train.txt").write_text("\n\nxyzzy\n")
-    with pytest.raises(DataError, match="the text for train holds nothing to predict; give another --data"):
+    with pytest.raises(DataError, match="the text for train holds nothing to predict; give another data"):
         finetune(make_model("bert", "masked-lm"), tmp_path / "out", mode="mlm", data=data)
 
 
@@ -182,9 +186,23 @@ def test_nan_weights_are_refused_and_leave_no_output(make_model: MakeModel, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_weights_are_looked_at_once_as_they_are_loaded(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    source = make_model()
+    if compressed:
+        source = compress(source, tmp_path / "small")
+    looked_at = []
+    is_finite = precision.is_finite
+    monkeypatch.setattr(precision, "is_finite", lambda values: looked_at.append(values) or is_finite(values))
+    loaded = HeadedModel.of(find_model(str(source)), "cls", get_task("sst2")).load(0)
+    assert len(looked_at) == len(list(loaded.model.parameters()))
+
+
 def test_a_training_that_diverges_is_stopped_and_says_so(make_model: MakeModel, tmp_path: Path) -> None:
     data = write_task_data(tmp_path / "data", SST2)
-    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step \d+; lower --learning-rate"):
+    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
         finetune(make_model(), tmp_path / "out", task="sst2", data=data, learning_rate=1e30, clip=0)
     assert not list(tmp_path.glob("out*"))
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import pytest
 
 from flashsvd.errors import ConfigError
-from flashsvd.ui.hosts import Hosts, Place
+from flashsvd.ui.hosts import Hosts, Place, to_open
 
 
 def place(text: str) -> Place:
     found = Place.read(text)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:7860"),
+        ("::", "http://[::1]:7860"),
+        ("127.0.0.1", "http://127.0.0.1:7860"),
+        ("fd00::7", "http://[fd00::7]:7860"),
+        ("box.example", "http://box.example:7860"),
+    ],
+)
+def test_the_address_that_is_printed_can_be_opened(host: str, address: str) -> None:
+    assert to_open(host, 7860) == address
 
 
 LOOPBACK = ["localhost", "LOCALHOST:7860", "127.0.0.1", "127.9.9.9:1", "[::1]:7860"]
@@ -80,5 +94,5 @@ def test_a_page_of_another_port_is_another_page(origin: str, host: str, own: boo
 
 @pytest.mark.parametrize("text", ["*", "", "a b", "http://a", "*.example", "a/b", "a:port", "ada@a"])
 def test_a_name_that_is_none_cannot_be_allowed(text: str) -> None:
-    with pytest.raises(ConfigError, match="--allow-host must be a name such as"):
+    with pytest.raises(ConfigError, match="allow_host must be a name such as"):
         Hosts.of("127.0.0.1", [text])

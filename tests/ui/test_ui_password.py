@@ -62,8 +62,17 @@ def test_two_are_one_too_many(
         read_password(option, file, root)
 
 
-@pytest.mark.parametrize("kind", ["none", "directory", "binary", "loop", "nul"])
-def test_a_file_that_cannot_be_read_is_one_line(root: Root, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("none", "cannot be read: No such file or directory$"),
+        ("directory", "cannot be read: Is a directory$"),
+        ("binary", "is not text in UTF-8; write USER:PASSWORD into it$"),
+        ("loop", "cannot be read"),
+        ("nul", "cannot be read: its name is not a path$"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(root: Root, tmp_path: Path, kind: str, says: str) -> None:
     path = tmp_path / "auth"
     if kind == "directory":
         path.mkdir()
@@ -71,7 +80,7 @@ def test_a_file_that_cannot_be_read_is_one_line(root: Root, tmp_path: Path, kind
         path.write_bytes(b"\xff\xfe:\x80")
     elif kind == "loop":
         path.symlink_to(path)
-    with pytest.raises(ConfigError, match=r"--auth-file .* cannot be read") as refusal:
+    with pytest.raises(ConfigError, match=rf"^auth_file .* {says}") as refusal:
         read_password(None, "a\0b" if kind == "nul" else str(path), root)
     assert "\n" not in str(refusal.value)
 
@@ -80,7 +89,7 @@ def test_visitors_cannot_read_the_file(root: Root, tmp_path: Path) -> None:
     file = write(root.directory / "auth", "ada:secret")
     (tmp_path / "link").symlink_to(file)
     for name in (file, str(tmp_path / "link")):
-        with pytest.raises(ConfigError, match="lies in --root, where visitors can read it"):
+        with pytest.raises(ConfigError, match="lies in root, where visitors can read it"):
             read_password(None, name, root)
 
 

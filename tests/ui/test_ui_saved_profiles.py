@@ -49,5 +49,5 @@ def test_what_is_no_profile_is_refused_and_so_is_what_lies_outside(root: Root) -
     (root.directory / "x.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"x\.json is no profile that flashsvd wrote"):
         run_job(Job("profile", (SavedProfile("x.json"),), root))
-    with pytest.raises(ConfigError, match=r"--file \.\./x\.json lies outside of"):
+    with pytest.raises(ConfigError, match=r"file \.\./x\.json lies outside of"):
         run_job(Job("profile", (SavedProfile("../x.json"),), root))

@@ -82,13 +82,13 @@ def test_text_stands_for_a_value(name: str, text: Any, value: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model": "", "rank": "8"}, "--model must be a name, got ''"),
+        ({"model": "", "rank": "8"}, "model must be a name, got ''"),
         ({"model": "x", "rank": "many"}, "'many'"),
         ({"model": "x", "rank": "2.5"}, "2.5"),
         ({"model": "x", "ratio": "half"}, "'half'"),
         ({"model": "x", "ratio": "nan"}, "nan"),
-        ({"model": "x", "rank": "8", "calib_samples": "few"}, "--calib-samples must be a whole number, got 'few'"),
-        ({"model": "x", "rank": "8", "seed": "1.5"}, "--seed must be a whole number"),
+        ({"model": "x", "rank": "8", "calib_samples": "few"}, "calib_samples must be a whole number, got 'few'"),
+        ({"model": "x", "rank": "8", "seed": "1.5"}, "seed must be a whole number"),
     ],
 )
 def test_what_a_config_does_not_take_it_refuses_itself(options: dict[str, str], says: str) -> None:

@@ -49,7 +49,7 @@ from flashsvd.blocks.running.refusals import (
 from flashsvd.blocks.running.stack import run_stack
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.joined import separate
 from flashsvd.models.modernbert import GLU, QKV
 
@@ -81,6 +81,12 @@ class FusedModernBert(PackedModule):
         inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> BaseModelOutput:
+        """As transformers' own, without what fused layers do not compute.
+
+        Raises:
+            BackendError: the call asks for something else than a fused model computes.
+            ValueError: there are neither `input_ids` nor `inputs_embeds`, or both.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embedded = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)

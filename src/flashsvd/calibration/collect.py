@@ -119,6 +119,11 @@ class _Pass:
 
     def _activation_hook(self, target: Target, needs: set[Need]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            """Add what a target is given, [batch, tokens, in], to its sums.
+
+            Raises:
+                ModelError: it is NaN or infinite.
+            """
             x = inputs[0].detach()[self._mask]
             size = x.double().abs().sum(0)
             if not is_finite(size):

@@ -23,9 +23,10 @@ from flashsvd.methods.method import Need, Statistics
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
+from flashsvd.storage.own_files import STATISTICS_FILE
 from flashsvd.storage.scratch import Scratch, existing_parent
 
-INDEX_FILE = "statistics.json"
+INDEX_FILE = STATISTICS_FILE
 FORMAT_VERSION = 1
 _SAMPLED = 4096
 

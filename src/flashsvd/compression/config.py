@@ -94,7 +94,9 @@ class CompressConfig(Config):
         path="write",
         default_path=OUTPUT_ROOT,
     )
-    overwrite: bool = option(False, help="replace an existing compressed checkpoint, or existing statistics")
+    overwrite: bool = option(
+        False, help="replace an existing compressed checkpoint, or existing statistics, and nothing else"
+    )
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
     seed: int = option(
         0,
@@ -104,6 +106,11 @@ class CompressConfig(Config):
     )
 
     def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: the ranks do not go together, or the statistics are to be both read and written.
+        """
         self.rank_request()
         if self.stats and self.save_stats:
             raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")

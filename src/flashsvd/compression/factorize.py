@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashsvd.compression.factoring import Factoring, QKVLayout, block_count
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.joined import JoinedProjections, dense_share
 from flashsvd.lowrank.layers import layer_from_factors, weight_matrix
 from flashsvd.lowrank.ranks import MatrixShape, Role

@@ -16,7 +16,7 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import dense_layer, factor_layers, install, matrix_shapes
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.ranks import MatrixShape, RankChoice
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import working_on
@@ -106,6 +106,11 @@ class _MaskedModel:
         return len(self.data)
 
     def loss(self, masks: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The loss on one batch with the singular values that the masks leave, as a scalar to differentiate.
+
+        Raises:
+            ModelError: it is NaN or infinite.
+        """
         data = self.data[batch].to(self.device)
         if self.measure is None and batch not in self.dense_outputs:
             self._set({})

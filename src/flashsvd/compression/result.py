@@ -11,6 +11,8 @@ from typing import Any
 from flashsvd.common.tables import html_table
 from flashsvd.compression.factorize import FactoredMatrix
 from flashsvd.lowrank.ranks import ALIGNED
+from flashsvd.models.loading import shortened
+from flashsvd.shown import on_one_line
 from flashsvd.storage.metadata import CompressionInfo, plain
 
 log = logging.getLogger("flashsvd")
@@ -80,7 +82,11 @@ class CompressReport:
             lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
         if noted := [m for m in self.matrices if m.note]:
             lines.append(f"{len(noted)} of {len(self.matrices)} matrices had degenerate statistics, see above")
-        lines.append(f"factored in {self.seconds:.1f} s, saved to {self.output}")
+        if self.info.untrained:
+            lines.append(
+                f"{shortened(self.info.untrained)} had no trained weights: they are random, train them before use"
+            )
+        lines.append(f"factored in {self.seconds:.1f} s, saved to {on_one_line(str(self.output))}")
         return lines
 
 

@@ -294,7 +294,7 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
     if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
         raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
     if config.calib_data and (config.stats or not method.needs) and not _chooses_ranks(config, method):
-        log.warning("--calib-data is not read: %s needs none here", method.name)
+        log.warning("the calibration data are not read: %s needs none here", method.name)
 
 
 def _layout(config: CompressConfig) -> QKVLayout:

@@ -57,6 +57,8 @@ class Task:
         return len(self.labels) or 1
 
 
+# What any causal language model is for.
+PERPLEXITY = "perplexity"
 _PAIR = ("sentence1", "sentence2")
 _SCORE = (("score", "label"),)
 _OWN = (("labels", "label"), *_SCORE)
@@ -87,7 +89,7 @@ _TASKS = (
     Task("classification", (), ("accuracy", "f1_macro"), (), hub="", aliases=_OWN, own_classes=True),
     Task("regression", (), ("pearson", "spearmanr"), (), hub="", aliases=_OWN),
     Task("similarity", _PAIR, ("spearmanr", "pearson"), (), head="encoder", hub_config="stsb", aliases=_SCORE),
-    Task("perplexity", ("text",), ("perplexity",), (), head="lm", hub=""),
+    Task(PERPLEXITY, ("text",), ("perplexity",), (), head="lm", hub=""),
     Task("wikitext2", ("text",), ("perplexity",), (), head="lm", hub_config="wikitext-2-raw-v1", hub=WIKITEXT),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

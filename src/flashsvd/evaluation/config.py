@@ -35,7 +35,8 @@ class EvalConfig(Config):
         None,
         help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte; classification or regression of --data of your own; "
         "similarity for sentence encoders; perplexity (of --data) or wikitext2 for causal language models; "
-        "the default is the task that the checkpoint was compressed or trained for",
+        "the default is the task that the checkpoint was compressed or trained for, and perplexity for another causal "
+        "language model",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from flashsvd.data.tasks import TASKS, Task, check_label_count, get_task
+from flashsvd.data.tasks import PERPLEXITY, TASKS, Task, check_label_count, get_task
 from flashsvd.errors import ConfigError, ModelError
 from flashsvd.io import load_factored
 from flashsvd.models.found import Found, find_model
-from flashsvd.models.heads import head_class
+from flashsvd.models.heads import head_class, head_of
 from flashsvd.models.loading import load_model, sequence_length
 from flashsvd.models.registry import base_prefix
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
@@ -22,7 +22,7 @@ log = logging.getLogger("flashsvd")
 
 
 def task_of(asked: str | None, found: Found) -> Task:
-    """The task asked for, or the last one that the checkpoint was compressed or trained for.
+    """The task asked for, or the last one that the checkpoint was compressed or trained for, or a language model's own.
 
     Raises:
         ConfigError: neither names one.
@@ -30,7 +30,11 @@ def task_of(asked: str | None, found: Found) -> Task:
     """
     if asked is not None:
         return get_task(asked)
-    if (known := _own_task(found)) not in TASKS:
+    known = _own_task(found)
+    if known not in TASKS and head_of(found.config, found.own_class) == "lm":
+        log.info("%s is a causal language model that names no task: its perplexity is measured", found.name)
+        known = PERPLEXITY
+    if known not in TASKS:
         raise ConfigError(f"{found.name} does not say which task it is for; name one with --task")
     return get_task(known)
 

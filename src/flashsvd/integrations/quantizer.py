@@ -16,10 +16,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
 from flashsvd.models.counts import check_counts
-from flashsvd.models.factored import build_layers, describe_layers, multiply_out, spellings
+from flashsvd.models.factored import build_layers, describe_layers, mark_as_stored, multiply_out
 from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
@@ -64,16 +64,14 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return config
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        build_layers(model, self.quantization_config.specs(), self.quantization_config.format_version)
+        build_layers(model, self.quantization_config.specs())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if checkpoint_files:
             check_same_directory(checkpoint_files, str(model.config.name_or_path or ""))
             found = tensor_shapes(checkpoint_files)
             check_base_state(model, found, str(checkpoint_files[0]))
-            for path, module in model.named_modules():
-                if isinstance(module, FactoredModule):
-                    # Some programs leave empty tensors out, which transformers would report as missing.
-                    module.mark(any(f"{name}.weight" in found for name in spellings(model, path)))
+            # What is not there, transformers would report as missing.
+            mark_as_stored(model, found)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path in describe_layers(model):

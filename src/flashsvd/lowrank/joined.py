@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from flashsvd.lowrank.base import FactoredLayer, FactoredModule
 from flashsvd.lowrank.columns import Columns
-from flashsvd.lowrank.factored import FactoredLayer, FactoredModule
 from flashsvd.lowrank.layers import build_layer, dense_parameters, weight_matrix
 from flashsvd.lowrank.spec import JoinedSpec, ModuleSpec
 

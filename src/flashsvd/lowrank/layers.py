@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.spec import LayerSpec
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from flashsvd.common.making import making_modules
+from flashsvd.common.making_modules import making_modules
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget
 from flashsvd.methods import drone, fwsvd, standard_svd

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flashsvd.errors import CheckpointError, ModelError
-from flashsvd.lowrank.factored import FactoredModule
+from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.joined import build_module, dense_bias, dense_matrix
 from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.lowrank.spec import FORMAT_VERSION, ModuleSpec
+from flashsvd.lowrank.spec import ModuleSpec
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import skeleton
 
@@ -29,12 +29,11 @@ def describe_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     return specs
 
 
-def build_layers(model: Any, specs: Mapping[str, ModuleSpec], version: int = FORMAT_VERSION) -> None:
+def build_layers(model: Any, specs: Mapping[str, ModuleSpec]) -> None:
     """Put uninitialised factored modules in the place of a model's dense ones.
 
     Args:
         specs: by the path of each in this model, or in its base model or one with a head.
-        version: the format of the checkpoint that they are to be loaded from.
 
     Raises:
         CheckpointError: there is no such layer in the model, or it does not fit its description.
@@ -46,12 +45,22 @@ def build_layers(model: Any, specs: Mapping[str, ModuleSpec], version: int = FOR
             layer = build_module(spec, model.get_submodule(here))
         except ValueError as error:
             raise CheckpointError(f"config.json describes {path} as {spec.to_json()}, but {error}") from error
-        for module in layer.modules():
-            if isinstance(module, FactoredModule):
-                module.mark(version >= 3)
         model.set_submodule(here, layer)
         # Some models initialise `parent.child.weight` by name, which a factored child no longer has.
         parent._is_hf_initialized = True
+
+
+def mark_as_stored(model: nn.Module, stored: Container[str]) -> None:
+    """Let the factored modules of a model have the empty `weight` in their state that a checkpoint has of them.
+
+    Older checkpoints have none, and some programs leave empty tensors out.
+
+    Args:
+        stored: names of the checkpoint's tensors.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, FactoredModule):
+            module.mark(any(f"{name}.weight" in stored for name in spellings(model, path)))
 
 
 def dense_skeleton(config: Any, model_class: Any = None) -> Any:

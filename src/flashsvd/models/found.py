@@ -95,7 +95,7 @@ def locate(name: str) -> str:
     """The model name as transformers should see it: an existing directory, or a hub name.
 
     Raises:
-        ModelError: it reads like a path, and there is no such directory.
+        ModelError: it reads like a path, or begins with a directory that is there, and there is no such directory.
     """
     path = expand(name)
     if path.is_dir():
@@ -110,7 +110,20 @@ def locate(name: str) -> str:
         raise ModelError(f"{name} is a file; give the directory it lies in")
     if not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"there is no directory {name!r}; give an existing directory or a hub name such as org/model")
+    if path.parent.name and path.parent.is_dir() and not _is_in_cache(name):
+        raise ModelError(
+            f"there is no {path.name!r} in the directory {str(path.parent)!r}; give an existing directory, "
+            "or for a model of the hub's work where no directory has its owner's name"
+        )
     return name
+
+
+def _is_in_cache(name: str) -> bool:
+    """Whether a hub name's config has been fetched before."""
+    try:
+        return companion_file(name, "config.json", ask_hub=False) is not None
+    except ModelError:
+        return False
 
 
 def load_config(source: str) -> Any:
@@ -176,7 +189,7 @@ def find_info(directory: Path) -> CompressionInfo:
     try:
         found = find_model(str(directory))
     except ModelError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.message) from error
     if found.info is None:
         raise CheckpointError(f"{directory} holds a dense model; give a directory that `flashsvd compress` wrote")
     return found.info

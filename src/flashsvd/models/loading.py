@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from flashsvd.common.caller_state import ordinary_tensors
 from flashsvd.common.lfs import POINTER
-from flashsvd.common.making import making_modules
-from flashsvd.common.process import ordinary_tensors
+from flashsvd.common.making_modules import making_modules
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, library_errors
 from flashsvd.lowrank.spec import QUANT_METHOD
 from flashsvd.models.found import quantization_method
@@ -73,7 +73,7 @@ def load_model(
         try:
             all_shapes(weight_files(Path(source)))
         except CheckpointError as error:
-            raise ModelError(str(error)) from error
+            raise ModelError(error.message) from error
     stored = own_dtype(source, config)
     dtype = stored if dtype is None else dtype
     for name, value in options.items():

@@ -34,8 +34,7 @@ class ProfileConfig(Config):
     )
     task: str | None = option(
         None,
-        help="what to score on, as for flashsvd eval; the default is the task that the checkpoint was compressed or "
-        "trained for",
+        help="what to score on, and what by default, as for flashsvd eval",
         suggestions=tuple(TASKS),
     )
     data: str | None = option(
@@ -77,6 +76,11 @@ class ProfileConfig(Config):
     overwrite: bool = option(False, help="replace any files of those names in output, and not only an earlier profile")
 
     def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: a variant is not known, or an option is for one that is left out.
+        """
         names = self.variant_names()
         if self.new_tokens is not None and not set(names) & set(GENERATING):
             raise ConfigError(
@@ -86,5 +90,9 @@ class ProfileConfig(Config):
             raise ConfigError("--graph is for the variant fused, which --variants leaves out; leave out one of them")
 
     def variant_names(self) -> tuple[str, ...]:
-        """The variants to measure, in the order of `VARIANTS`."""
+        """The variants to measure, in the order of `VARIANTS`.
+
+        Raises:
+            ConfigError: one of them is not known, or none is named.
+        """
         return VARIANTS if self.variants is None else names_in("variants", self.variants, VARIANTS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.profiling.result import ProfileResult, VariantRow
-from flashsvd.storage.places import LayerPlace, place_of
+from flashsvd.storage.layer_places import LayerPlace, place_of
 
 # Variants of the checkpoint itself; the others are of its dense model.
 _SMALL = ("low-rank", "fused")

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from flashsvd.common.json_file import read_json
 from flashsvd.common.tables import counted, html_table, text_table
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.places import LayerPlace, read_places
+from flashsvd.storage.layer_places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
 # By these a file is known as the JSON of a profile, of whatever version.

@@ -147,7 +147,7 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
             dense = Subject.find(subject.info.base_model, task)
         except (ModelError, CheckpointError) as error:
             raise ConfigError(
-                f"the dense model that {config.checkpoint} was compressed from cannot be used ({error}); "
+                f"the dense model that {config.checkpoint} was compressed from cannot be used ({error.message}); "
                 "name it with --dense"
             ) from error
     if dense.compressed:

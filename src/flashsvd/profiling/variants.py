@@ -96,7 +96,7 @@ def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -
             runtime.check(subject.config, "auto", setting.device, setting.graph)
             workload.check_fused(subject)
         except BackendError as error:
-            return str(error)
+            return error.message
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flashsvd.errors import CheckpointError, FlashSVDError, first_line
 from flashsvd.storage.metadata import INFO_FILE
-from flashsvd.storage.own_files import foreign_file
+from flashsvd.storage.own_files import KINDS, foreign_file, kind_of
 from flashsvd.storage.scratch import Scratch, existing_parent, scratch_file, take_away_leftovers
 
 
@@ -78,6 +78,9 @@ def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_F
         try:
             yield temporary
             _open_to_umask(temporary)
+            if target.exists():
+                # Private stays private.
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             _replace(temporary, target, overwrite, marker)
         except OSError as error:
             reason = error.strerror or first_line(error)
@@ -92,6 +95,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through a temporary one beside it; its parent directories are created, a link is written through.
 
+    A file that is replaced passes its mode on.
+
     Raises:
         CheckpointError: the file system refuses, or something that is no file stands there.
     """
@@ -100,8 +105,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         if os.path.lexists(path) and not path.is_file():
             raise CheckpointError(f"cannot write {path}: it is no file; choose another --output")
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
         with scratch_file(path, content) as temporary:
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(mode)
             temporary.replace(path)
 
 
@@ -125,7 +131,8 @@ def _swap(temporary: Path, target: Path) -> None:
 def _check_ours(target: Path, marker: str) -> None:
     if not (target / marker).is_file():
         raise CheckpointError(
-            f"output {target} holds no {marker}, so --overwrite will not replace it; choose another --output"
+            f"output {target} holds {kind_of(target) or 'nothing that flashsvd wrote'}, which --overwrite will not "
+            f"replace by {KINDS[marker]}; choose another --output"
         )
     if foreign := foreign_file(target):
         raise CheckpointError(
@@ -146,7 +153,9 @@ def check_place(target: Path) -> None:
     try:
         Scratch(parent / target.name, "writing").close()
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        # What /proc says of a name that is not there yet.
+        missing = isinstance(error, FileNotFoundError)
+        reason = "it takes no files" if missing else error.strerror or first_line(error)
         raise CheckpointError(
             f"cannot write {target}: {parent} is not writable ({reason}); choose another --output"
         ) from error

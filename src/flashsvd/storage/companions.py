@@ -228,6 +228,11 @@ class _Finder:
         self.unknown: dict[str, HubUnreachableError] = {}
 
     def find_all(self, names: tuple[str, ...]) -> dict[str, Path]:
+        """Those of the files that the model has, by their names; `unknown` then has those that nobody could tell of.
+
+        Raises:
+            ModelError: one cannot be read, is a git-lfs pointer, or is a link that leads out of the model.
+        """
         found = {}
         for name in names:
             try:

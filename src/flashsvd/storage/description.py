@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flashsvd.storage.layer_places import LayerPlace, place_of
 from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.places import LayerPlace, place_of
 
 
 def describe(c: CompressionInfo, weight_bytes: int) -> list[tuple[str, str]]:

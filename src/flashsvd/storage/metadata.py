@@ -12,7 +12,7 @@ from typing import Any
 
 from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, described
-from flashsvd.storage.places import LayerPlace, read_places
+from flashsvd.storage.layer_places import LayerPlace, read_places
 
 INFO_FILE = "compression_info.json"
 FORMAT_VERSION = 1

@@ -17,6 +17,13 @@ from flashsvd.storage.verify import INDEX
 STATE_DICT_FILE = "flashsvd_state_dict.pt"
 EXPORT_MARKER = "flashsvd_dense_export.json"
 STATISTICS_FILE = "statistics.json"
+# By the file that tells a directory of each kind from all others: one takes the place of another of its kind only.
+KINDS = {
+    INFO_FILE: "a compressed checkpoint",
+    TRAINING_FILE: "a dense model that flashsvd trained",
+    EXPORT_MARKER: "a dense export",
+    STATISTICS_FILE: "calibration statistics",
+}
 _NAMES = (
     INFO_FILE, RANKS_FILE, STATE_DICT_FILE, EXPORT_MARKER, STATISTICS_FILE, INDEX, "config.json",
     "generation_config.json", TRAINING_FILE, CURVE_CSV, CURVE_PNG, CARD_FILE,
@@ -24,6 +31,11 @@ _NAMES = (
 # Weights, whole or in shards, as transformers names them, and calibration statistics.
 _SHARD = re.compile(r"(model(-\d{5}-of-\d{5})?|statistics-\d{5})\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+
+
+def kind_of(directory: Path) -> str | None:
+    """What flashsvd wrote a directory as, of `KINDS`; None where it wrote none."""
+    return next((kind for marker, kind in KINDS.items() if (directory / marker).is_file()), None)
 
 
 def is_model_file(path: Path) -> bool:

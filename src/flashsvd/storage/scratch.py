@@ -1,7 +1,8 @@
 """Temporary files and directories that are known as ours, so that a later run takes away those whose process is gone.
 
 One beside `out` is called `.out.writing-BOOT-RANDOM`, and its process holds a lock on it, which the system lets go when
-the process ends, however it ends. BOOT is of the running system: a lock says nothing of another machine's processes.
+the process ends, however it ends. BOOT is of the running system: where other machines share the file system, a lock may
+say nothing of their processes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 # `old` holds what stands aside while another takes its place, under its own name; the others hold nothing of worth.
 Use = Literal["writing", "old", "statistics", "serving"]
+# Those that one running system has for itself, so that a lock tells of every process that works there.
+_OF_ONE_SYSTEM = frozenset(
+    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+)
+_MOUNTS = Path("/proc/self/mountinfo")
+# Who only asks for a lock holds it for a moment; who wants it tries for as many times with as many seconds between.
+_TRIES, _PAUSE = 20, 0.01
 _NAME = re.compile(r"\.?(?P<target>.+)\.(?P<use>writing|old|statistics|serving)-(?P<boot>[0-9a-f]{8})-[a-z0-9_]{8}")
 
 
@@ -73,9 +82,15 @@ def scratch_file(target: Path, content: bytes) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that ends with the process; the descriptor is None on systems and file systems that have none."""
+    """A lock that ends with the process.
+
+    Attributes:
+        descriptor: None on systems and file systems that have no locks.
+        owner: the process that took it; one that it forks has the descriptor too, but nothing to remove.
+    """
 
     descriptor: int | None
+    owner: int = field(default_factory=os.getpid)
 
     @classmethod
     def of_new(cls, path: Path) -> Lock | None:
@@ -135,25 +150,48 @@ def leftover(path: Path) -> Leftover | None:
     named = _NAME.fullmatch(path.name)
     if named is None or path.is_symlink():
         return None
-    if named["boot"] != _boot():
+    if named["boot"] != _boot() and not _is_of_this_system(path):
         return Leftover(path, "it was made on another machine, or before this one was started")
-    lock = Lock.of_abandoned(path)
-    if lock is None:
-        return Leftover(path, "its process is running")
-    lock.release()
-    return Leftover(path, "")
+    held = _is_held(path)
+    if held is None:
+        return Leftover(path, "whether its process is running cannot be told here")
+    return Leftover(path, "its process is running" if held else "")
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of what is there."""
+    """Whether a process is known to hold the lock of what is there."""
+    return _is_held(path) is True
+
+
+def _is_held(path: Path) -> bool | None:
+    """Whether a process holds the lock of what is there; None where nobody can tell."""
     try:
-        lock = Lock(_locked(path))
+        # Shared: any number may ask at once, and who takes the lock for itself waits for them.
+        descriptor = _locked(path, shared=True)
     except BlockingIOError:
         return True
     except OSError:
-        return False
-    lock.release()
+        return None
+    if descriptor is None:
+        return None
+    os.close(descriptor)
     return False
+
+
+def _is_of_this_system(path: Path) -> bool:
+    """Whether a path is on a file system that no other running system has mounted."""
+    place, best, kind = path.resolve(), Path(), ""
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    for mount in mounts:
+        fields = mount.split(" ")
+        point = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), fields[4]))
+        # Of two at the same point, the later one hides the other.
+        if place.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, fields[fields.index("-") + 1]
+    return kind in _OF_ONE_SYSTEM
 
 
 def leftovers_below(directory: Path) -> Iterator[Leftover]:
@@ -197,7 +235,9 @@ def _put_back(path: Path) -> None:
 
 
 def _discard(path: Path, lock: Lock) -> None:
-    """Remove it; where what stands aside in it cannot be put back, it stays."""
+    """Remove it, unless it is another process's; where what stands aside in it cannot be put back, it stays."""
+    if lock.owner != os.getpid():
+        return
     try:
         with contextlib.suppress(OSError):
             _put_back(path)
@@ -209,8 +249,11 @@ def _discard(path: Path, lock: Lock) -> None:
         lock.release()
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, *, shared: bool = False) -> int | None:
     """A descriptor that holds the lock of a file or directory; None where the system has no such locks.
+
+    Args:
+        shared: together with others, for as long as it takes to ask.
 
     Raises:
         BlockingIOError: another holds it.
@@ -222,7 +265,14 @@ def _locked(path: Path) -> int | None:
 
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in reversed(range(1 if shared else _TRIES)):
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(_PAUSE)
     except BaseException:
         os.close(descriptor)
         raise

@@ -61,6 +61,11 @@ class StopWhenLost(TrainerCallback):  # type: ignore[misc]  # transformers is un
     """Ends a training whose loss is not finite any more, before a checkpoint is written of it."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Look at what the Trainer logs.
+
+        Raises:
+            DataError: the loss is NaN or infinite.
+        """
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise DataError(f"the loss is {loss} at step {state.global_step}; lower --learning-rate or --clip")

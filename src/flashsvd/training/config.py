@@ -122,7 +122,11 @@ class FinetuneConfig(Config):
         path="write",
         default_path=OUTPUT_ROOT,
     )
-    overwrite: bool = option(False, help="replace an existing model that flashsvd wrote")
+    overwrite: bool = option(
+        False,
+        help="replace an earlier result of the same kind: a compressed checkpoint where a compressed model is trained, "
+        "a dense model that flashsvd trained where a dense one is",
+    )
     resume: bool = option(False, help="continue an interrupted run of the same options")
     seed: int = option(
         0,
@@ -132,6 +136,11 @@ class FinetuneConfig(Config):
     )
 
     def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: a new head is for another mode, or an option of a teacher stands without one.
+        """
         if self.new_head and self.mode != "cls":
             raise ConfigError(f"--new-head is for classifiers; leave it out of --mode {self.mode}")
         for name in ("distill_weight", "temperature", "hidden_weight"):

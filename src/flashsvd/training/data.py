@@ -158,7 +158,7 @@ def _evaluation_source(config: FinetuneConfig, task: Task | None) -> _Source | N
                 f"--{name.replace('_', '-')} needs something to evaluate on, and there is no validation file in "
                 f"{path}; give one with --eval-data"
             )
-    log.warning("%s holds no validation data and there is no --eval-data: nothing is evaluated", path)
+    log.warning("%s holds no validation data and no other data to evaluate on are given: nothing is evaluated", path)
     return None
 
 
@@ -170,7 +170,7 @@ def _examples(source: _Source | None, config: FinetuneConfig, task: Task) -> Exa
     try:
         examples = load_examples(task, "train", source.data, option=source.option)
     except UnknownClassError as error:
-        raise DataError(f"{error} of {config.model}; --new-head trains a head for other classes") from error
+        raise DataError(f"{error.message} of {config.model}; --new-head trains a head for other classes") from error
     chosen = _drawn(len(examples), config)
     return Examples([examples.texts[i] for i in chosen], [examples.labels[i] for i in chosen])
 

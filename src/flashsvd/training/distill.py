@@ -141,7 +141,7 @@ class TeacherPlan:
         try:
             teacher = HeadedModel.of(find_model(config.teacher), mode, task, trains=False)
         except FlashSVDError as error:
-            raise type(error)(f"--teacher cannot be used: {error}") from error
+            raise type(error)(f"--teacher cannot be used: {error.message}") from error
         _check(teacher, student, mode, tokenizer, how)
         longest = architecture_of(teacher.config).max_length(teacher.config)
         if seq_len > longest:

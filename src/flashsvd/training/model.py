@@ -77,7 +77,7 @@ class HeadedModel(Found):
             except DataError as error:
                 if compressed or not trains:
                     raise
-                raise DataError(f"{error}, or train a fresh head with --new-head") from error
+                raise DataError(f"{error.message}, or train a fresh head with --new-head") from error
             for option, value in options.items():
                 setattr(config, option, value)
         has_own_head = found.own_class is model_class
@@ -104,7 +104,9 @@ class HeadedModel(Found):
                 new_head = self.own_class is self.model_class and not self.has_head
                 loaded = load_model(self.source, self.config, self.model_class, new_head=new_head)
         model = loaded.model
-        check_finite(model)
+        if not self.compressed:
+            # The weights of a compressed one are looked at as they are loaded.
+            check_finite(model)
         dtype = model.dtype
         # The parameters alone: buffers such as rotary frequencies have a precision of their own.
         for parameter in model.parameters():

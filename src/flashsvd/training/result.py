@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.common.tables import html_table, score_text
+from flashsvd.shown import on_one_line
 from flashsvd.storage.metadata import plain
 from flashsvd.storage.training_file import TrainingRecord
 from flashsvd.training.curve import Point
@@ -48,7 +49,12 @@ class FinetuneResult:
         r = self.record
         scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())
         evaluated = f"{scores} on {self.eval_samples} examples" if scores else "not evaluated"
-        return f"{r.task or r.mode}: {evaluated}\n{self._training()} in {self.seconds:.0f} s\nsaved to {self.output}"
+        lines = [
+            f"{r.task or r.mode}: {evaluated}",
+            f"{self._training()} in {self.seconds:.0f} s",
+            f"saved to {on_one_line(str(self.output))}",
+        ]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())

@@ -236,7 +236,7 @@ class TrainingJob:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             last = self.workplace.last_checkpoint()
-            how = f"--resume goes on from {last}" if last else "there is no checkpoint yet"
+            how = f"a run that resumes goes on from {last}" if last else "there is no checkpoint yet"
             log.warning("interrupted at step %d; %s", trainer.state.global_step, how)
             raise
         except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from flashsvd import cli
 from flashsvd.errors import ConfigError
 from flashsvd.ui.downloads import Downloads
-from flashsvd.ui.hosts import Hosts, is_loopback
+from flashsvd.ui.hosts import Hosts, is_loopback, to_open
 from flashsvd.ui.password import VARIABLE, read_password
 from flashsvd.ui.root import Root
 from flashsvd.ui.sockets import listen
@@ -94,7 +94,7 @@ def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str]
     page = build_page(Site(root, machine, downloads, visitors))
     machine.prepare()
     server.start(server.application(page, visitors, hosts, auth), sockets)
-    print(f"flashsvd is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"flashsvd is at {to_open(host, port)} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
     # Not the server: it would wait for visitors whose connections stay open.

@@ -94,6 +94,13 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def to_open(host: str, port: int) -> str:
+    """An address that a browser on this machine opens: that of loopback where the page is at every address."""
+    if _is_every_address(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def _is_every_address(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_unspecified

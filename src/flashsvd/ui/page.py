@@ -177,7 +177,11 @@ def _job_tab(site: Site, tab: Tab) -> None:
         return job
 
     def check(*values: Any) -> Iterator[tuple[Any, ...]]:
-        """Refuse at once what can be, without a place in the queue."""
+        """Refuse at once what can be, without a place in the queue.
+
+        Raises:
+            gr.Error: the options cannot be used, in the line that is shown before.
+        """
         try:
             job_of(values)
         except REFUSALS as error:
@@ -186,6 +190,11 @@ def _job_tab(site: Site, tab: Tab) -> None:
         yield (markup.state(WAITING), gr.Textbox("", visible=True), "", *no_files(), *_started())
 
     def run(*values: Any) -> Iterator[View]:
+        """Do the job and show how far it is.
+
+        Raises:
+            gr.Error: the options cannot be used, or the visitor has gone.
+        """
         *values, request = values  # type: ignore[assignment]  # the tuple becomes a list
         try:
             job = job_of(tuple(values))
@@ -236,6 +245,11 @@ def _info_tab(site: Site) -> None:
             state, result, data, info = _info_view("info")
 
     def read(checkpoint: Any) -> Iterator[tuple[Any, ...]]:
+        """Show what a checkpoint is.
+
+        Raises:
+            gr.Error: it cannot be read.
+        """
         try:
             yield show_info(site.root, site.downloads, _text(checkpoint))
         except REFUSALS as error:

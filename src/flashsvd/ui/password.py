@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from flashsvd.common.paths import expand
-from flashsvd.errors import ConfigError
+from flashsvd.errors import ConfigError, first_line
 from flashsvd.ui.root import Root
 
 VARIABLE = "FLASHSVD_UI_AUTH"
@@ -35,8 +35,16 @@ def _first_line(name: str, root: Root) -> str:
         path = expand(name).resolve()
         with path.open(encoding="utf-8") as file:
             line = file.readline(4096)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--auth-file {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except ConfigError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--auth-file {name} is not text in UTF-8; write USER:PASSWORD into it") from error
+    except ValueError as error:
+        raise ConfigError(f"--auth-file {name} cannot be read: its name is not a path") from error
+    except (OSError, RuntimeError) as error:
+        # Some versions of Python tell of a loop of links by a RuntimeError.
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise ConfigError(f"--auth-file {name} cannot be read: {reason}") from error
     if path.is_relative_to(root.directory):
         raise ConfigError(f"--auth-file {name} lies in --root, where visitors can read it; put it elsewhere")
     return line.rstrip("\r\n")

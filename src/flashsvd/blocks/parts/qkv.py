@@ -19,7 +19,7 @@ from flashsvd.blocks.parts.buffers import padded, widen
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
 from flashsvd.blocks.parts.read import Dense, Matrices, PerHead, head_rank, present
 from flashsvd.kernels.flashsvdattn import fold_query
-from flashsvd.lowrank.factored import beside
+from flashsvd.lowrank.base import beside
 
 
 @dataclass(frozen=True)

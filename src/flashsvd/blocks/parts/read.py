@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.activations import ACTIVATIONS
-from flashsvd.lowrank.factored import FactoredLayer, beside
+from flashsvd.lowrank.base import FactoredLayer, beside
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 
 # Folding multiplies factors together once; in this dtype the product is exact to the model's own.

@@ -12,7 +12,7 @@ from conftest import build_model
 from flashsvd import optimize
 from flashsvd.blocks.parts.read import Joint, check_linear, head_rank, joint_rank, read_matrices
 from flashsvd.errors import BackendError
-from flashsvd.lowrank.factored import FactoredLayer
+from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.joined import JoinedProjections, dense_bias, dense_matrix
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.spec import JoinedSpec, LayerSpec

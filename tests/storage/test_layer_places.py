@@ -15,8 +15,8 @@ from flashsvd.compression.result import group_line, group_matrices
 from flashsvd.models.architecture import Part, Target
 from flashsvd.models.registry import find_targets
 from flashsvd.profiling.figures import layer_figures
+from flashsvd.storage.layer_places import LayerPlace, place_of
 from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.places import LayerPlace, place_of
 
 
 def test_a_targets_place_is_its_layer_and_what_follows_it_in_its_name() -> None:
