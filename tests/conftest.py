@@ -75,6 +75,9 @@ SIZES: dict[str, Any] = {
 FAMILIES = {
     "bert": "Bert",
     "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "distilbert": "DistilBert",
+    "mpnet": "MPNet",
     "modernbert": "ModernBert",
     "gpt2": "GPT2",
     "llama": "Llama",
@@ -103,6 +106,9 @@ BIASES = {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifi
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "roberta": ("roberta", {}),
+    "xlm-roberta": ("xlm-roberta", {}),
+    "distilbert": ("distilbert", {"hidden_dim": 48}),
+    "mpnet": ("mpnet", {}),
     "modernbert": ("modernbert", MODERNBERT),
     "modernbert with biases": ("modernbert", MODERNBERT | BIASES),
 }
@@ -145,7 +151,8 @@ MakeModel = Callable[..., Path]
 def model_class(family: str, head: str) -> Any:
     """A family's class for a head, such as BertForMaskedLM, whose module is imported now."""
     name = "GPT2LMHeadModel" if (family, head) == ("gpt2", "causal-lm") else FAMILIES[family] + HEADS[head]
-    return getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    file = family.replace("-", "_")
+    return getattr(import_module(f"transformers.models.{file}.modeling_{file}"), name)
 
 
 def config_class(family: str) -> Any:

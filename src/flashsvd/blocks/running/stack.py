@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,7 @@ def run_stack(
     mask: Any,
     *,
     padded: bool,
+    record: Callable[[Tensor], object] | None = None,
     owned: bool = False,
     graphs: Graphs | None = None,
 ) -> Tensor:
@@ -41,6 +42,7 @@ def run_stack(
     Args:
         padded: whether each layer takes and returns the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        record: called with the padded batch after each layer, where layers take it.
         owned: whether the hidden states may be overwritten.
 
     Raises:
@@ -52,7 +54,11 @@ def run_stack(
         if padded or any_foreign_hooks(layers):
             tokens = Tokens.behind(hidden_states, padding)
             for layer in layers:
-                hidden_states = layer(hidden_states, tokens=tokens)
+                output = layer(hidden_states, tokens=tokens)
+                # Layers of some families return a tuple.
+                hidden_states = output if isinstance(output, Tensor) else output[0]
+                if record is not None:
+                    record(hidden_states)
             return hidden_states
         if graphs is not None and graphs.take(hidden_states, padding):
             return graphs.run(_walk_through(layers), hidden_states, padding, layers)
