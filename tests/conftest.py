@@ -140,9 +140,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", GROUPED | {"head_dim": 12, "tie_word_embeddings": True}),
 }
 
-# `make quick` leaves out, where each takes its time, the encoder that is like another and all decoders of a family but
-# one.
-EVERY_ENCODER = [pytest.param(name, marks=pytest.mark.slow) if name == "roberta" else name for name in ENCODERS]
+# `make quick` leaves out, where each takes its time, the encoders that are like another, and all decoders of a family
+# but one.
+ALIKE = ("roberta", "xlm-roberta", "distilbert")
+EVERY_ENCODER = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in ENCODERS]
 EVERY_DECODER = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
 
 MakeModel = Callable[..., Path]

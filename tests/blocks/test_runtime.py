@@ -21,7 +21,7 @@ from transformers.models.bert import modeling_bert
 
 from conftest import MakeModel, build_decoder, build_model, factor
 from flashsvd import CompressConfig, load_compressed, optimize, run_compress, runtime, save_compressed
-from flashsvd.blocks import bert, mpnet
+from flashsvd.blocks import bert
 from flashsvd.blocks.parts.qkv import PackedQKV
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
@@ -547,7 +547,9 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, xlm-roberta, distilbert, mpnet"):
+    with pytest.raises(
+        BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, xlm-roberta, distilbert, mpnet"
+    ):
         optimize(build_decoder("gpt2"))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from conftest import MakeModel, build_model
+from conftest import ALIKE, MakeModel, build_model
 from flashsvd import EvalConfig, export_dense, load_compressed, read_info, run_eval
 from flashsvd.data.tasks import TASKS, Task
 from flashsvd.errors import ModelError
@@ -46,7 +46,9 @@ def test_every_glue_task_is_trained_and_measured_as_eval_measures_it(
     assert config["problem_type"] == ("single_label_classification" if task.labels else "regression")
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("roberta", marks=pytest.mark.slow), "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE), "modernbert"]
+)
 @pytest.mark.parametrize("kind", ["dense", "joint", pytest.param("per-head", marks=pytest.mark.slow)])
 def test_every_encoder_learns_dense_and_in_its_factors(
     make_model: MakeModel, tmp_path: Path, name: str, kind: str
