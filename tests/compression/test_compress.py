@@ -17,6 +17,7 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.methods import adasvd
 from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.models.registry import find_targets
 from pairs import pairwise
@@ -47,8 +48,9 @@ def test_full_rank_reproduces_the_dense_model(name: str, head: str, qkv: str, to
     ("name", "method", "qkv"), pairwise(["xlm-roberta", "distilbert", "mpnet"], list(METHODS), ["joint", "per-head"])
 )
 def test_every_method_compresses_what_evaluates_fused_and_plain_alike(
-    make_model: MakeModel, tmp_path: Path, name: str, method: str, qkv: str
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str, qkv: str
 ) -> None:
+    monkeypatch.setattr(adasvd, "STEPS", 4)
     data = str(write_task_data(tmp_path / "data", TASKS["sst2"]))
     options = {"model": str(make_model(name)), "method": method, "qkv": qkv, "ratio": 0.6, "calib_samples": 16}
     run_compress(CompressConfig(task="sst2", calib_data=data, output=str(tmp_path / "out"), **options))
