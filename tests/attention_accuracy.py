@@ -75,6 +75,7 @@ def attend(
     window: int | None = None,
     positions: Tensor | None = None,
     lengths_k: Sequence[int] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention one sequence and one head at a time, by its definition."""
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
@@ -89,5 +90,8 @@ def attend(
             scores = scale * q[start:end, head] @ k[start_k:end_k, i_kv].T
             if window is not None:
                 scores[(place[:, None] - place).abs() > window] = -torch.inf
+            if bias is not None:
+                reach = bias.shape[1] // 2
+                scores += bias[head, (place - place[:, None]).clamp(-reach, reach) + reach]
             out[start:end, head] = scores.softmax(-1) @ v[start_k:end_k, i_kv]
     return out

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import XLMConfig, XLMForSequenceClassification
 
 import flashsvd
 import table
@@ -282,12 +282,12 @@ def test_the_method_that_is_shown_is_one(
 def test_the_architecture_that_is_shown_is_one(workplace: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = run_python(marked("architecture"), library)["ARCHITECTURE"]
     monkeypatch.setitem(ARCHITECTURES, architecture.model_type, architecture)
-    config = DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_heads=4, n_layers=2, max_position_embeddings=40)
-    dense = DistilBertForSequenceClassification(config).eval()
-    dense.save_pretrained("distilbert")
-    build_tokenizer().save_pretrained("distilbert")
+    config = XLMConfig(vocab_size=64, emb_dim=32, n_heads=4, n_layers=2, max_position_embeddings=40)
+    dense = XLMForSequenceClassification(config).eval()
+    dense.save_pretrained("xlm")
+    build_tokenizer().save_pretrained("xlm")
     data = str(write_task_data(workplace / "data", TASKS["sst2"]))
-    common: dict[str, Any] = {"model": "distilbert", "task": "sst2", "calib_data": data, "device": "cpu"}
+    common: dict[str, Any] = {"model": "xlm", "task": "sst2", "calib_data": data, "device": "cpu"}
     for method in ("standard", "drone", "fwsvd"):
         report = run_compress(CompressConfig(**common, method=method, ratio=0.5, output=method))
         assert len(report.matrices) == 2 * 6

@@ -38,6 +38,8 @@ from model_accuracy import assert_as_exact
 # Heads of 16, wide enough for thinner ranks to stay in rank space.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
+POST_LN = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet"]
+
 
 def inputs(padding: str | None = "right") -> dict[str, Tensor]:
     """Four rows of nine tokens; where there is padding, the last has a single real one."""
@@ -74,7 +76,7 @@ def run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("padding", [None, "right", "left", "holes"])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", POST_LN)
 def test_real_tokens_get_the_plain_models_states_and_padding_gets_zeros(
     family: str, qkv: str, padding: str | None, dtype: torch.dtype
 ) -> None:
@@ -91,7 +93,7 @@ def test_real_tokens_get_the_plain_models_states_and_padding_gets_zeros(
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 @pytest.mark.parametrize("head", ["classifier", "masked-lm", "token-classifier"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", POST_LN)
 def test_models_with_a_head_answer_the_same(family: str, head: str, qkv: str) -> None:
     plain, batch = compressed(family, head, qkv).double(), inputs()
     expected, found = (run(model, batch).logits for model in (plain, optimised(plain)))
@@ -470,8 +472,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException,
 
 
 BLOCKS = {
-    "bert": "flashsvd.blocks.bert.PostLNBlock",
-    "roberta": "flashsvd.blocks.bert.PostLNBlock",
+    "bert": "flashsvd.blocks.encoder.PostLNBlock",
+    "roberta": "flashsvd.blocks.encoder.PostLNBlock",
+    "distilbert": "flashsvd.blocks.encoder.PostLNBlock",
+    "mpnet": "flashsvd.blocks.encoder.PostLNBlock",
     "modernbert": "flashsvd.blocks.modernbert.PreLNBlock",
 }
 
@@ -486,7 +490,7 @@ def test_a_model_whose_fusing_was_interrupted_says_so_from_then_on(
     with pytest.raises(type(error)):
         optimize(model)
     base, written = model.base_model, tmp_path / "written"
-    layers = base.layers if family == "modernbert" else base.encoder.layer
+    layers = next(module for module in base.modules() if isinstance(module, nn.ModuleList))
     no_info: Any = None
     uses: list[tuple[str, Callable[[], object]]] = [
         ("run", lambda: run(model, inputs())),
@@ -502,7 +506,8 @@ def test_a_model_whose_fusing_was_interrupted_says_so_from_then_on(
         ("given other weights", lambda: model.load_state_dict({})),
     ]
     if family != "modernbert":
-        uses.append(("run", lambda: base.encoder(torch.zeros(1, 3, 64))))
+        stack = base.transformer if family == "distilbert" else base.encoder
+        uses.append(("run", lambda: stack(torch.zeros(1, 3, 64))))
     for what, use in uses:
         with pytest.raises(BackendError, match=f"interrupted, so that .* cannot be {what}: .*; load the checkpoint"):
             use()
@@ -542,7 +547,9 @@ def test_eager_attention_that_returns_its_weights_is_refused() -> None:
 
 
 def test_other_architectures_are_refused() -> None:
-    with pytest.raises(BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, modernbert"):
+    with pytest.raises(
+        BackendError, match="no fused blocks for 'gpt2', only for bert, roberta, xlm-roberta, distilbert, mpnet"
+    ):
         optimize(build_decoder("gpt2"))
 
 
@@ -755,11 +762,11 @@ def test_only_the_familys_own_file_of_transformers_is_imported() -> None:
 @pytest.mark.parametrize("family", BLOCKS)
 def test_the_config_stays_the_models_own_and_as_it_was(family: str) -> None:
     plain = compressed(family, "classifier")
-    config, before = plain.config, plain.config.to_json_string()
+    config, before, attention = plain.config, plain.config.to_json_string(), plain.config._attn_implementation
     model = optimize(plain)
     assert model.config is model.base_model.config is config
     assert config.to_json_string() == before
-    assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == attention
 
 
 def fresh(config: Any) -> Any:

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import EVERY_ENCODER, MakeModel, build_model
-from flashsvd import CompressConfig, load_compressed, run_compress
+from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
-from flashsvd.methods.registry import get_method
+from flashsvd.methods import adasvd
+from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.models.registry import find_targets
+from pairs import pairwise
+from training_data import TASKS, write_task_data
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
@@ -38,6 +41,24 @@ def test_full_rank_reproduces_the_dense_model(name: str, head: str, qkv: str, to
     layers = [module for module in model.modules() if isinstance(module, (LowRankLinear, PerHeadLowRankLinear))]
     # Two layers of Q, K, V, output and two feed-forward matrices, of which ModernBERT's gated one has three.
     assert len(layers) == len(targets) == (14 if name.startswith("modernbert") else 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method", "qkv"), pairwise(["xlm-roberta", "distilbert", "mpnet"], list(METHODS), ["joint", "per-head"])
+)
+def test_every_method_compresses_what_evaluates_fused_and_plain_alike(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str, qkv: str
+) -> None:
+    monkeypatch.setattr(adasvd, "STEPS", 4)
+    data = str(write_task_data(tmp_path / "data", TASKS["sst2"]))
+    options = {"model": str(make_model(name)), "method": method, "qkv": qkv, "ratio": 0.6, "calib_samples": 16}
+    run_compress(CompressConfig(task="sst2", calib_data=data, output=str(tmp_path / "out"), **options))
+    plain, fused = (
+        run_eval(EvalConfig(tmp_path / "out", "sst2", data=data, backend=backend)) for backend in (None, "torch")
+    )
+    assert plain.method == method
+    assert plain.metrics == fused.metrics
 
 
 @settings(deadline=None, max_examples=10)

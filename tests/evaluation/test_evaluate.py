@@ -198,7 +198,10 @@ def pad_on_the_left(source: Path) -> str:
     return str(source)
 
 
-FIRST_COLUMN = [("bert", {}), ("roberta", {}), ("modernbert", {"classifier_pooling": "cls"})]
+FIRST_COLUMN = [
+    *((name, {}) for name in ("bert", "roberta", "distilbert", "mpnet")),
+    ("modernbert", {"classifier_pooling": "cls"}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), FIRST_COLUMN, ids=[name for name, _ in FIRST_COLUMN])
@@ -218,6 +221,7 @@ def test_padding_in_the_column_that_a_head_reads_is_refused_on_fused_blocks_befo
     [
         ("modernbert", "stsb", {"num_labels": 1, "classifier_pooling": "mean"}),
         ("bert", "similarity", {"head": "base"}),
+        ("mpnet", "similarity", {"head": "base"}),
         ("modernbert", "similarity", {"classifier_pooling": "cls"}),
     ],
 )
@@ -283,8 +287,11 @@ def test_texts_are_cut_to_the_sequence_length_and_the_model_runs_in_the_dtype(
     assert (result.seq_len, result.dtype) == (seq_len, "bfloat16")
 
 
-def test_roberta_reads_exactly_as_many_tokens_as_it_has_positions_for(make_model: MakeModel, tmp_path: Path) -> None:
-    source = make_model("roberta")
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "mpnet"])
+def test_a_model_reads_exactly_as_many_tokens_as_it_has_positions_for(
+    make_model: MakeModel, tmp_path: Path, name: str
+) -> None:
+    source = make_model(name)
     # 40 positions, of which those up to the padding token's id, 1, are never used.
     (tmp_path / "x.tsv").write_text("sentence\tlabel\n" + "a man " * 50 + "\t1\n")
     options = {"checkpoint": str(source), "task": "sst2", "data": str(tmp_path / "x.tsv")}

@@ -32,6 +32,11 @@ def dense(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> O
     return flash_attention, [q, k, v], {"softmax_scale": rank**-0.5}
 
 
+def biased(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    op, given, options = dense(make, lengths, rank, joint)
+    return op, given, options | {"bias": make(HEADS, 257)}
+
+
 def rank_space(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
     kv_heads = 1 if joint else HEADS
     q, p_k, p_v = (packed(make, lengths, heads, rank) for heads in (HEADS, kv_heads, kv_heads))
@@ -48,8 +53,8 @@ def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, hea
     return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, angles.cos(), angles.sin()], options
 
 
-KERNELS = pytest.mark.parametrize("operands", [dense, rank_space, rotary])
-ROTARY_AND_DENSE = pytest.mark.parametrize("operands", [dense, rotary])
+KERNELS = pytest.mark.parametrize("operands", [dense, biased, rank_space, rotary])
+BY_POSITIONS = pytest.mark.parametrize("operands", [dense, biased, rotary])
 
 
 @KERNELS
@@ -84,7 +89,7 @@ def test_tables_in_the_dtype_of_the_activations(holes: bool) -> None:
     assert_attends_accurately(op, *given, *tables, lengths=LENGTHS, positions=positions, **options)
 
 
-@ROTARY_AND_DENSE
+@BY_POSITIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("window", [0, 64, 1000])
@@ -118,7 +123,7 @@ def test_one_length_for_all(operands: Any, length: int) -> None:
     assert_attends_accurately(op, *given, lengths=lengths, **options)
 
 
-@ROTARY_AND_DENSE
+@BY_POSITIONS
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize(
     "tiles",

@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
 }
 # Global, local, local: a token sees 64 to each side.
 MODERNBERT: dict[str, Any] = {"intermediate_size": 1152, "local_attention": 128}
-FAMILIES = ["bert", "roberta", "modernbert", "modernbert with biases"]
+FAMILIES = ["bert", "roberta", "distilbert", "mpnet", "modernbert", "modernbert with biases"]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -94,7 +94,7 @@ def test_auto_measures_each_bucket_once_and_says_so() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "modernbert with biases"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "modernbert with biases"])
 def test_graphs_give_what_the_blocks_give(family: str, qkv: str, backend: Any) -> None:
     plain = compressed(family, qkv)
     model = optimize(copy.deepcopy(plain), backend=backend, graph=True)
@@ -110,8 +110,9 @@ def test_graphs_give_what_the_blocks_give(family: str, qkv: str, backend: Any) -
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
-def test_padding_on_the_left_moves_windows_and_positions(qkv: str, graph: bool) -> None:
-    plain = compressed("modernbert", qkv)
+@pytest.mark.parametrize("family", ["mpnet", "modernbert"])
+def test_padding_on_the_left_moves_windows_and_positions(family: str, qkv: str, graph: bool) -> None:
+    plain = compressed(family, qkv)
     model = optimize(copy.deepcopy(plain), backend="triton", graph=graph)
     for rows, length in ((8, 128), (5, 400), (5, 300), (8, 128)):
         inputs = batch(rows, length, left=True)

@@ -70,14 +70,17 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
     ffn, options = [lift, bias, down], ["gelu", 1]
     gated = [lift, lift, down, bias, bias]
     sequences = torch.zeros(2, dtype=torch.int32)
-    heads = [*[zeros(1, 1, rank)] * 3, sequences, None, None, None]
+    heads, rest = [zeros(1, 1, rank)] * 3, [None, None, 1000, 1000, 1.0, -1]
     return ffn_v1(dtype, rank) | {
         "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, *gated, *options),
         "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, None, *gated, *options),
         "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, *ffn, wide, bias, "gelu"),
-        "attention": shared_memory(flash_attn_triton, "_attention", *heads, 1000, 1000, 1.0, -1),
+        "attention": shared_memory(flash_attn_triton, "_attention", *heads, None, sequences, None, *rest),
+        "attention with a bias": shared_memory(
+            flash_attn_triton, "_attention", *heads, zeros(1, 257), sequences, None, *rest
+        ),
         "attention to other keys": shared_memory(
-            flash_attn_triton, "_attention", *heads[:4], sequences.clone(), None, None, 1000, 1000, 1.0, -1
+            flash_attn_triton, "_attention", *heads, None, sequences, sequences.clone(), *rest
         ),
         "rotary attention": rotary(zeros, rank, 128, sequences),
     }

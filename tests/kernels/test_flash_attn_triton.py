@@ -74,6 +74,24 @@ def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize(("reach", "window"), [(0, None), (7, None), (7, 5), (200, None)])
+def test_a_bias_by_distance_with_and_without_holes(
+    reach: int, window: int | None, holes: bool, dtype: torch.dtype
+) -> None:
+    lengths = (65, 1, 0, 20)
+    assert_attends_accurately(
+        flash_attention,
+        *operands(lengths, heads=4, kv_heads=2, dtype=dtype),
+        lengths=lengths,
+        softmax_scale=SCALE,
+        window_size=both_sides(window),
+        positions=with_holes(lengths) if holes else None,
+        bias=Operands(dtype, seed=1)(4, 2 * reach + 1),
+    )
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("tiles", [Tiles(16, 16), Tiles(16, 128), Tiles(128, 32)])
 def test_tiles_of_other_sizes(tiles: Tiles, window: int | None) -> None:
@@ -155,37 +173,35 @@ def test_no_tokens(lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 7, 0, 1)])
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("biased", [False, True])
 def test_the_reference_is_attention_by_its_definition(
-    lengths: tuple[int, ...], window: int | None, holes: bool
+    lengths: tuple[int, ...], biased: bool, window: int | None, holes: bool
 ) -> None:
     q, k, v = (x[:-SURPLUS].double() for x in operands(lengths, heads=4, kv_heads=2))
     positions = with_holes(lengths)[:-SURPLUS] if holes else None
-    result = flash_attention_reference(
-        q, k, v, *sequences(lengths), softmax_scale=SCALE, window_size=both_sides(window), positions=positions
-    )
-    torch.testing.assert_close(result, attend(q, k, v, lengths, SCALE, window, positions))
+    bias = Operands(torch.float64, seed=1)(4, 15) if biased else None
+    options: dict[str, Any] = {"window_size": both_sides(window), "positions": positions, "bias": bias}
+    result = flash_attention_reference(q, k, v, *sequences(lengths), softmax_scale=SCALE, **options)
+    torch.testing.assert_close(result, attend(q, k, v, lengths, SCALE, window, positions, bias=bias))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
-def test_in_a_compiled_graph(window: int | None) -> None:
+def test_in_a_compiled_graph(window: int | None, biased: bool) -> None:
     q, k, v = (x[:-SURPLUS] for x in operands((20, 7)))
-    lengths = sequences((20, 7))
+    lengths, bias = sequences((20, 7)), Operands(seed=1)(2, 15) if biased else None
+    options: dict[str, Any] = {"softmax_scale": SCALE, "window_size": both_sides(window), "bias": bias}
 
     def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        return (
-            flash_attention(
-                q, k, v, *lengths, softmax_scale=SCALE, window_size=both_sides(window), backend="triton", out=out
-            )
-            + 1
-        )
+        return flash_attention(q, k, v, *lengths, backend="triton", out=out, **options) + 1
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    expected = flash_attention_reference(q, k, v, *lengths, softmax_scale=SCALE, window_size=both_sides(window))
+    expected = flash_attention_reference(q, k, v, *lengths, **options)
     torch.testing.assert_close(compiled(q, k, v), expected + 1)
     out = torch.zeros_like(expected)
     torch.testing.assert_close(compiled(q, k, v, out), expected + 1)
     torch.testing.assert_close(out, expected)
-    operands_of_node = (q, k, v, lengths[0], None, with_holes((20, 7))[:27], torch.empty_like(expected))
+    operands_of_node = (q, k, v, bias, lengths[0], None, with_holes((20, 7))[:27], torch.empty_like(expected))
     torch.library.opcheck(
         torch.ops.flashsvd.flash_attention.default, (*operands_of_node, 20, 20, SCALE, -1 if window is None else window)
     )
@@ -220,6 +236,11 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: int, shap
         ({"cu_seqlens_k": torch.tensor([0, 4, 9]).int()}, r"equally many sequences, not \(2,\) and \(3,\)"),
         ({"cu_seqlens_k": torch.tensor([0, 9]).int(), "window_size": (2, 2)}, "pass cu_seqlens_q twice"),
         ({"cu_seqlens_k": torch.tensor([0, 9]).int(), "positions": torch.arange(9).int()}, "pass cu_seqlens_q twice"),
+        ({"bias": torch.zeros(2, 8)}, r"bias is torch.float32 \[2, 2 R \+ 1\], not torch.float32 \[2, 8\]"),
+        ({"bias": torch.zeros(3, 9)}, r"not torch.float32 \[3, 9\]"),
+        ({"bias": torch.zeros(9)}, r"not torch.float32 \[9\]"),
+        ({"bias": torch.zeros(2, 9).half()}, r"not torch.float16 \[2, 9\]"),
+        ({"cu_seqlens_k": torch.tensor([0, 9]).int(), "bias": torch.zeros(2, 9)}, "pass cu_seqlens_q twice"),
         ({"backend": "triton", "tiles": "autotune"}, "needs a GPU"),
         ({"backend": "triton", "out": torch.zeros(9, 2, 7)}, r"out is \(9, 2, 8\) with whole rows, not \(9, 2, 7\)"),
         ({"backend": "triton", "out": torch.zeros(9, 8, 2).mT}, r"with strides \(16, 1, 2\)"),

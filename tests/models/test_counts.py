@@ -39,7 +39,9 @@ def test_a_count_beyond_the_weights_is_refused_by_name(make_model: MakeModel, na
     [
         ("gpt2", {"n_layer": 10**9}), ("gpt2", {"n_embd": 10**9}), ("gpt2", {"n_positions": 10**9}),
         ("gpt2", {"n_head": 10**9}), ("modernbert", {"num_hidden_layers": 10**9}),
-        ("modernbert", {"num_labels": 10**9}), ("roberta", {"max_position_embeddings": 10**9}),
+        ("gpt2", {"n_inner": 10**9}), ("distilbert", {"n_layers": 10**9}), ("distilbert", {"hidden_dim": 10**9}),
+        ("mpnet", {"relative_attention_num_buckets": 10**9}), ("modernbert", {"num_labels": 10**9}),
+        ("roberta", {"max_position_embeddings": 10**9}),
     ],
 )  # fmt: skip
 def test_a_count_is_known_by_the_name_that_its_family_gives_it(

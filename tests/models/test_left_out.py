@@ -16,7 +16,8 @@ from flashsvd.errors import ModelError
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import load_model
 
-FAMILIES = [("bert", "classifier"), ("bert", "base"), ("roberta", "masked-lm"), ("modernbert", "base"),
+FAMILIES = [("bert", "classifier"), ("bert", "base"), ("roberta", "masked-lm"), ("distilbert", "classifier"),
+            ("mpnet", "masked-lm"), ("modernbert", "base"),
             ("gpt2", "causal-lm"), ("llama", "causal-lm"), ("llama", "base")]  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def test_layers_beyond_those_of_the_config_are_refused_by_name(
     make_model: MakeModel, family: str, head: str, other_head: bool
 ) -> None:
     options = {"layer_types": None} if family == "modernbert" else {}
-    directory = edit(make_model(family, head), **{"n_layer" if family == "gpt2" else "num_hidden_layers": 1}, **options)
+    count = {"gpt2": "n_layer", "distilbert": "n_layers"}.get(family, "num_hidden_layers")
+    directory = edit(make_model(family, head), **{count: 1}, **options)
     with pytest.raises(ModelError, match=r"(layers?|h)\.1\..* more tensors, which a .* has no place for; correct"):
         load(directory, "base" if other_head else None)
 
@@ -60,6 +62,8 @@ def test_layers_beyond_those_of_the_config_are_refused_by_name(
         ("bert", "classifier", "base", "classifier.bias, classifier.weight"),
         ("bert", "base", "masked-lm", "pooler.dense"),
         ("roberta", "masked-lm", "base", "lm_head.bias"),
+        ("distilbert", "classifier", "masked-lm", "pre_classifier.bias"),
+        ("mpnet", "masked-lm", "classifier", "lm_head.bias"),
         ("modernbert", "masked-lm", "classifier", "decoder.bias"),
         ("llama", "causal-lm", "base", "lm_head.weight"),
     ],

@@ -18,10 +18,15 @@ from flashsvd.models.registry import ARCHITECTURES, find_targets
 MODELS = [
     ("bert", "classifier"),
     ("roberta", "masked-lm"),
+    ("xlm-roberta", "classifier"),
+    ("distilbert", "masked-lm"),
+    ("mpnet", "classifier"),
     ("modernbert", "masked-lm"),
     ("modernbert with biases", "classifier"),
     *((name, "causal-lm") for name in DECODERS),
 ]
+# The first two positions of these are those of padding and of what lies before it.
+COUNTED_FROM_TWO = ("roberta", "xlm-roberta", "mpnet")
 
 
 @pytest.mark.parametrize(("name", "head"), MODELS)
@@ -68,7 +73,7 @@ def test_a_target_reads_a_stream_of_its_own_unless_told() -> None:
 def test_the_longest_sequence_is_what_the_config_has_positions_for(name: str, head: str) -> None:
     model = build(name, head)
     longest = ARCHITECTURES[model.config.model_type].max_length(model.config)
-    assert longest == (160 if name in DECODERS else 38 if name == "roberta" else 40)
+    assert longest == (160 if name in DECODERS else 38 if name in COUNTED_FROM_TWO else 40)
 
 
 def test_a_models_class_is_found_without_importing_every_other_models(

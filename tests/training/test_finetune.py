@@ -46,7 +46,14 @@ def test_every_glue_task_is_trained_and_measured_as_eval_measures_it(
     assert config["problem_type"] == ("single_label_classification" if task.labels else "regression")
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("roberta", marks=pytest.mark.slow), "modernbert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "distilbert", "mpnet")),
+        "modernbert",
+    ],
+)
 @pytest.mark.parametrize("kind", ["dense", "joint", pytest.param("per-head", marks=pytest.mark.slow)])
 def test_every_encoder_learns_dense_and_in_its_factors(
     make_model: MakeModel, tmp_path: Path, name: str, kind: str

@@ -90,8 +90,8 @@ def test_gradients_reach_every_factor_and_the_optimiser_keeps_their_moments(
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *((name, "cls") for name in ("bert", "roberta", "modernbert", "gpt2", "llama")),
-        *((name, "mlm") for name in ("bert", "roberta", "modernbert")),
+        *((name, "cls") for name in ("bert", "roberta", "distilbert", "mpnet", "modernbert", "gpt2", "llama")),
+        *((name, "mlm") for name in ("bert", "roberta", "distilbert", "mpnet", "modernbert")),
     ],
 )
 def test_no_parameter_is_left_out_of_a_step(

@@ -17,6 +17,7 @@ from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual, fold_output
 from flashsvd.blocks.parts.qkv import pack_qkv
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
+from flashsvd.blocks.parts.relative_bias import RelativeBias
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.blocks.running.tokens import Chunk, Tokens
@@ -24,7 +25,11 @@ from flashsvd.blocks.running.tokens import Chunk, Tokens
 
 @dataclass(frozen=True)
 class PostLNWeights:
-    """What a BERT-shaped layer computes."""
+    """What a BERT-shaped layer computes.
+
+    Attributes:
+        bias: of the scores; None where they have none.
+    """
 
     q: Matrices
     k: Matrices
@@ -38,6 +43,7 @@ class PostLNWeights:
     ffn_norm: nn.LayerNorm
     activation: Activation
     dtype: torch.dtype
+    bias: RelativeBias | None = None
 
 
 class PostLNBlock(QuickModule):
@@ -46,7 +52,7 @@ class PostLNBlock(QuickModule):
     def __init__(self, weights: PostLNWeights, choices: Choices) -> None:
         super().__init__()
         w = weights
-        self.scale, self.choices = w.scale, choices
+        self.scale, self.bias, self.choices = w.scale, w.bias, choices
         self.qkv, lift = pack_qkv(w.q, w.k, w.v, w.heads, w.dtype)
         m1, m2, bias = fold_output(lift, w.o, w.heads)
         self.attention_output = PackedResidual(m1, m2, None, w.dtype)
@@ -69,4 +75,5 @@ class PostLNBlock(QuickModule):
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""
         q, k, v = self.qkv(x)
-        return attend(q, k, v, chunk, self.scale, self.choices).flatten(1)
+        bias = None if self.bias is None else self.bias.bias
+        return attend(q, k, v, chunk, self.scale, self.choices, bias=bias).flatten(1)

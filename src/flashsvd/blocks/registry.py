@@ -14,6 +14,9 @@ from flashsvd.kernels.launch import Backend
 FUSED = {
     "bert": "flashsvd.blocks.bert",
     "roberta": "flashsvd.blocks.bert",
+    "xlm-roberta": "flashsvd.blocks.bert",
+    "distilbert": "flashsvd.blocks.distilbert",
+    "mpnet": "flashsvd.blocks.mpnet",
     "modernbert": "flashsvd.blocks.modernbert",
 }
 

@@ -62,8 +62,8 @@ class EvalConfig(Config):
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(
         None,
-        help="run on fused blocks (BERT, RoBERTa and ModernBERT): auto takes for each operation what is faster, by "
-        "measurement; torch and triton force one; the default is the plain model",
+        help="run on fused blocks (BERT-like encoders and ModernBERT): auto takes for each operation what is faster, "
+        "by measurement; torch and triton force one; the default is the plain model",
         choices=BACKENDS,
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")

@@ -1,8 +1,10 @@
 """Attention over packed sequences, streamed through on-chip memory.
 
-    O = softmax(scale * Q K^T) V,   within each sequence
+    O = softmax(scale * Q K^T + B) V,   within each sequence
 
     Q [T_q, heads, D_k], K [T_k, kv_heads, D_k], V [T_k, kv_heads, D_v], O [T_q, heads, D_v]
+
+B is zero, or a bias by the distance of key and query, of which [heads, 2 R + 1] are given (`relative_bias`).
 
 The sequences lie one after another on one token axis; `cu_seqlens` [B + 1] says where each begins. Scores and
 probabilities exist a tile at a time (online softmax, Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022).
@@ -27,6 +29,7 @@ from flashsvd.kernels.launch import Backend, multiprocessors
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.packed import as_matrix, check_packed, out_strides, refuse_mask, side_by_side, width_tiles
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles
+from flashsvd.kernels.relative_bias import check_bias, score_bias
 from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
@@ -40,6 +43,7 @@ class Attention(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    bias: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor | None
     positions: Tensor | None
@@ -54,6 +58,7 @@ def flash_attention_reference(
     q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flash_attention` by torch's scaled_dot_product_attention, over padded sequences where their lengths differ."""
     sequences, tokens, (window, _) = cu_seqlens_q.shape[0] - 1, q.shape[0], window_size
@@ -62,20 +67,24 @@ def flash_attention_reference(
     alike = cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q and positions is None
     if alike and tokens == sequences * max_seqlen_q and _all_of(max_seqlen_q, cu_seqlens_q):
         q, k, v = (x.view(sequences, max_seqlen_q, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        mask = None
+        mask, steps = None, torch.arange(max_seqlen_q, device=q.device)
         if window >= 0:
-            steps = torch.arange(max_seqlen_q, device=q.device)
             mask = (steps[:, None] - steps).abs() <= window
+        if bias is not None:
+            mask = score_bias(bias, steps[None], mask)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
         return attended.transpose(1, 2).reshape(tokens, *attended.shape[1::2])
     real, index = _places(cu_seqlens_q, max_seqlen_q)
     real_k, index_k = (real, index) if cu_seqlens_k is cu_seqlens_q else _places(cu_seqlens_k, max_seqlen_k)
     mask = real_k[:, None, None, :]
-    if window >= 0:
+    if window >= 0 or bias is not None:
         place = torch.zeros(real.shape, dtype=torch.int32, device=q.device)
         steps = torch.arange(max_seqlen_q, device=q.device)
         place[real] = (steps.expand_as(real)[real] if positions is None else positions[index]).int()
-        mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
+        if window >= 0:
+            mask = mask & ((place[:, None, :, None] - place[:, None, None, :]).abs() <= window)
+        if bias is not None:
+            mask = score_bias(bias, place, mask)
     out = q.new_zeros(tokens, q.shape[1], v.shape[2])
     q, k, v = _scatter(q, real, index), _scatter(k, real_k, index_k), _scatter(v, real_k, index_k)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
@@ -106,10 +115,11 @@ def _scatter(x: Tensor, real: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def _scores_and_step(
-    q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start, end, j,
-    i_kv, pitch_k, pitch_v, qk_scale, window,
+    q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, bias_ptr, start, end, j,
+    i_kv, pitch_k, pitch_v, scale, qk_scale, window, reach,
     COLUMNS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BIASED: tl.constexpr, POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
     k0 = k0_desc.load([start + first, i_kv * pitch_k])
@@ -117,6 +127,9 @@ def _scores_and_step(
     if K1 > 0:
         k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
         s = tl.dot(q1, nearest(k1, PRECISION).T, s, input_precision=PRECISION)
+    if BIASED:
+        distance = tl.minimum(tl.maximum(key_place[None, :] - place[:, None], -reach), reach)
+        s = s * scale + tl.load(bias_ptr + distance)
     v0 = v0_desc.load([start + first, i_kv * pitch_v])
     v1 = v1_desc.load([start + first, i_kv * pitch_v + V0]) if V1 > 0 else v0
     return attention_step(
@@ -126,10 +139,11 @@ def _scores_and_step(
 
 @kernel("row_tiles")
 def _attention(
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, out_ptr, cu_q_ptr, cu_k_ptr, pos_ptr,
-    row_tiles, heads, group, pitch_k, pitch_v, width_v, out_token, out_head, qk_scale, window,
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, out_ptr, cu_q_ptr, cu_k_ptr, pos_ptr, bias_ptr,
+    row_tiles, heads, group, pitch_k, pitch_v, width_v, out_token, out_head, scale, qk_scale, window, reach,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    OTHER_KEYS: tl.constexpr, WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    OTHER_KEYS: tl.constexpr, WINDOWED: tl.constexpr, BIASED: tl.constexpr, POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_row, i_head, i_kv, start, length = program_rows(cu_q_ptr, row_tiles, heads, group, ROWS)
     if i_row >= length:
@@ -153,17 +167,22 @@ def _attention(
     place = o_row
     if POSITIONS:
         place = tl.load(pos_ptr + start + o_row, mask=o_row < length, other=0)
+    if BIASED:
+        # Where the head's bias for distance 0 lies.
+        bias_ptr += i_head * (2 * reach + 1) + reach
     high, total, acc0, acc1 = no_keys(ROWS, V0, V1)
     low, whole, end = keys_in_reach(i_row, length_k, window, ROWS, COLUMNS, WINDOWED)
     for j in range(low, whole, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start_k, end, j,
-            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, False, WINDOWED, POSITIONS, PRECISION,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, bias_ptr,
+            start_k, end, j, i_kv, pitch_k, pitch_v, scale, qk_scale, window, reach,
+            COLUMNS, K0, K1, V0, V1, False, WINDOWED, BIASED, POSITIONS, PRECISION,
         )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _scores_and_step(
-            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, start_k, end, j,
-            i_kv, pitch_k, pitch_v, qk_scale, window, COLUMNS, K0, K1, V0, V1, True, WINDOWED, POSITIONS, PRECISION,
+            q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, acc0, acc1, high, total, place, pos_ptr, bias_ptr,
+            start_k, end, j, i_kv, pitch_k, pitch_v, scale, qk_scale, window, reach,
+            COLUMNS, K0, K1, V0, V1, True, WINDOWED, BIASED, POSITIONS, PRECISION,
         )  # fmt: skip
     store_rows(
         out_ptr, acc0, acc1, total, o_row, o_row < length, i_head, start, width_v, out_token, out_head,
@@ -206,7 +225,8 @@ def default_tiles(c: Attention) -> Tiles:
 def _sizes(c: Attention) -> Hashable:
     tokens, heads, width_k = c.q.shape
     group = heads // c.k.shape[1]
-    return tokens.bit_length(), c.max_seqlen_q.bit_length(), heads, group, width_k, c.v.shape[2], c.window
+    kind = (c.window, c.bias is not None)
+    return tokens.bit_length(), c.max_seqlen_q.bit_length(), heads, group, width_k, c.v.shape[2], *kind
 
 
 def check_attention(c: Attention) -> None:
@@ -218,6 +238,7 @@ def check_attention(c: Attention) -> None:
         if c.max_seqlen_k != c.max_seqlen_q:
             raise ValueError(f"keys that lie as queries do are as long: {c.max_seqlen_q}, not {c.max_seqlen_k}")
     check_fit(fits, queries=c.q, keys=c.k, values=c.v)
+    check_bias(c.bias, c.q.shape[1], c.q, c.cu_seqlens_k is not None)
     check_packed(c.cu_seqlens_q, c.cu_seqlens_k, c.softmax_scale, c.window, c.positions, c.out, _shape(c))
 
 
@@ -225,7 +246,7 @@ def _reference(c: Attention) -> Tensor:
     cu_seqlens_k = c.cu_seqlens_q if c.cu_seqlens_k is None else c.cu_seqlens_k
     return flash_attention_reference(
         c.q, c.k, c.v, c.cu_seqlens_q, cu_seqlens_k, c.max_seqlen_q, c.max_seqlen_k,
-        softmax_scale=c.softmax_scale, window_size=(c.window, c.window), positions=c.positions,
+        softmax_scale=c.softmax_scale, window_size=(c.window, c.window), positions=c.positions, bias=c.bias,
     )  # fmt: skip
 
 
@@ -245,6 +266,7 @@ def _prepare(c: Attention, exact: str) -> Attention:
         cu_seqlens_q=c.cu_seqlens_q.contiguous(),
         cu_seqlens_k=None if c.cu_seqlens_k is None else c.cu_seqlens_k.contiguous(),
         positions=None if c.positions is None else c.positions.contiguous(),
+        bias=None if c.bias is None else c.bias.contiguous(),
     )
 
 
@@ -256,15 +278,17 @@ def _plan(c: Attention, exact: str, t: Tiles) -> Plan:
         *row_tiles("q", as_matrix(c.q), t.rows, widths_k),
         *row_tiles("k", as_matrix(c.k), t.columns, widths_k),
         *row_tiles("v", as_matrix(c.v), t.columns, widths_v),
-        *addresses("out", "cu_seqlens_q", "cu_seqlens_k", "positions"),
+        *addresses("out", "cu_seqlens_q", "cu_seqlens_k", "positions", "bias"),
         *(tiles_of_rows, heads, group, c.q.stride(1), c.v.stride(1), c.v.shape[2], *out_strides(c.out, shape)),
-        *(c.softmax_scale * math.log2(math.e), max(c.window, 0)),
+        # Scores that a bias was added to are scaled already.
+        *(c.softmax_scale, math.log2(math.e) * (c.softmax_scale if c.bias is None else 1.0)),
+        *(max(c.window, 0), 0 if c.bias is None else c.bias.shape[1] // 2),
     ]
     (k0, k1), (v0, v1) = widths_k, widths_v
-    options = {"WINDOWED": c.window >= 0, "POSITIONS": c.positions is not None, "PRECISION": exact}
+    options = {"WINDOWED": c.window >= 0, "BIASED": c.bias is not None, "POSITIONS": c.positions is not None}
     launch = Launch(
         _attention, (tiles_of_rows * heads * sequences,), operand_names(Attention), arguments, t,
-        K0=k0, K1=k1, V0=v0, V1=v1, OTHER_KEYS=c.cu_seqlens_k is not None, **options,
+        K0=k0, K1=k1, V0=v0, V1=v1, OTHER_KEYS=c.cu_seqlens_k is not None, PRECISION=exact, **options,
     )  # fmt: skip
     return into_last(launch, shape)
 
@@ -279,9 +303,10 @@ def flash_attention(
     q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
-    positions: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+    positions: Tensor | None = None, bias: Tensor | None = None, backend: Backend = "auto",
+    tiles: TilesOption = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(softmax_scale * Q K^T) V within each packed sequence.
+    """softmax(softmax_scale * Q K^T + B) V within each packed sequence.
 
     Args:
         q: queries, [T_q, heads, D_k].
@@ -298,7 +323,10 @@ def flash_attention(
         window_size: how many positions to the left and to the right a token attends to, two equal numbers; (-1, -1)
             for no window. A window needs `cu_seqlens_k` to be `cu_seqlens_q`.
         positions: the position of each token in its sequence, int32 [T_q], ascending, where they are not simply
-            counted (a sequence with holes); only a window asks for them.
+            counted (a sequence with holes); only a window and a bias ask for them.
+        bias: what is added to the scaled scores by the distance of two tokens, [heads, 2 R + 1]: for a key so many
+            positions d behind its query the number in column d + R, for one further than R away that of R. None for
+            no bias. A bias needs `cu_seqlens_k` to be `cu_seqlens_q`.
         backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
         tiles: `rows` queries and `columns` keys; None takes the table's.
         out: where to write, [T_q, heads, D_v].
@@ -316,5 +344,5 @@ def flash_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     keys = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-    operands = (q, k, v, cu_seqlens_q, keys, positions, out)
+    operands = (q, k, v, bias, cu_seqlens_q, keys, positions, out)
     return _op(operands, (max_seqlen_q, max_seqlen_k, softmax_scale, window), backend, tiles)

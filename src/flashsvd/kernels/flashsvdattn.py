@@ -42,20 +42,22 @@ def flashsvd_attention_reference(
     q: Tensor, p_k: Tensor, p_v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flashsvd_attention` in plain torch."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "window_size": window_size, "positions": positions}
-    return flash_attention_reference(q, p_k, p_v, *lengths, **options)
+    return flash_attention_reference(q, p_k, p_v, *lengths, bias=bias, **options)
 
 
 def flashsvd_attention(
     q: Tensor, p_k: Tensor, p_v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
-    positions: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+    positions: Tensor | None = None, bias: Tensor | None = None, backend: Backend = "auto",
+    tiles: TilesOption = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(softmax_scale * Q' P_k^T) P_v within each packed sequence.
+    """softmax(softmax_scale * Q' P_k^T + B) P_v within each packed sequence.
 
     Args:
         q: folded queries Q', [T_q, heads, r_k].
@@ -66,7 +68,7 @@ def flashsvd_attention(
         max_seqlen_q: no sequence has more queries.
         max_seqlen_k: no sequence has more keys.
         softmax_scale: the model's own factor of the scores, 1 / sqrt(head_dim) as a rule; not 1 / sqrt(r).
-        causal, window_size, positions, backend, tiles: as `flash_attention` takes them.
+        causal, window_size, positions, bias, backend, tiles: as `flash_attention` takes them.
         out: where to write, [T_q, heads, r_v].
 
     Returns:
@@ -79,5 +81,5 @@ def flashsvd_attention(
     return flash_attention(
         q, p_k, p_v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        positions=positions, backend=backend, tiles=tiles, out=out,
+        positions=positions, bias=bias, backend=backend, tiles=tiles, out=out,
     )  # fmt: skip

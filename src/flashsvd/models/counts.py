@@ -15,7 +15,7 @@ _HEADS, _HEAD_DIM, _ATTENTION = "num_attention_heads", "head_dim", "num_attentio
 # Each is a dimension of some tensor, or smaller than one.
 _WIDTHS = (
     "hidden_size", "intermediate_size", "vocab_size", "type_vocab_size", "num_labels", _HEADS, "num_key_value_heads",
-    _HEAD_DIM, _ATTENTION,
+    _HEAD_DIM, _ATTENTION, "n_inner", "hidden_dim", "relative_attention_num_buckets",
 )  # fmt: skip
 _WORD_TABLES = ("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight", "wte.weight")
 _POSITION_TABLES = ("position_embeddings.weight", "wpe.weight")

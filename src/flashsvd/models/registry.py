@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from flashsvd.errors import ModelError
-from flashsvd.models import bert, gpt2, llama, modernbert, roberta
+from flashsvd.models import bert, distilbert, gpt2, llama, modernbert, mpnet, roberta
 from flashsvd.models.architecture import Architecture, Target
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture
     for architecture in (
         bert.ARCHITECTURE,
-        roberta.ARCHITECTURE,
+        *roberta.ROBERTA_LIKE,
+        distilbert.ARCHITECTURE,
+        mpnet.ARCHITECTURE,
         modernbert.ARCHITECTURE,
         gpt2.ARCHITECTURE,
         *llama.LLAMA_LIKE,

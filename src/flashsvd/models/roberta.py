@@ -1,4 +1,4 @@
-"""RoBERTa: BERT's encoder under another tokenizer, position offset and head."""
+"""RoBERTa and XLM-RoBERTa: BERT's encoder under another tokenizer, position offset and head."""
 
 from typing import Any
 
@@ -18,4 +18,4 @@ def max_length(config: Any) -> int:
     return int(config.max_position_embeddings - config.pad_token_id - 1)
 
 
-ARCHITECTURE = Architecture("roberta", encoder_targets, max_length)
+ROBERTA_LIKE = tuple(Architecture(model_type, encoder_targets, max_length) for model_type in ("roberta", "xlm-roberta"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,13 +15,20 @@ from flashsvd.blocks.running.tokens import Tokens
 
 
 def run_stack(
-    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, *, padded: bool, owned: bool = False
+    layers: Iterable[nn.Module],
+    hidden_states: Tensor,
+    mask: Any,
+    *,
+    padded: bool,
+    record: Callable[[Tensor], object] | None = None,
+    owned: bool = False,
 ) -> Tensor:
     """hidden_states [batch, length, hidden] through all layers, zeros where the mask [batch, length] is false.
 
     Args:
         padded: whether each layer takes and returns the padded batch, for those who record what it does. Hooks on
             a layer have the same effect.
+        record: called with the padded batch after each layer, where layers take it.
         owned: whether the hidden states may be overwritten.
 
     Raises:
@@ -33,7 +40,11 @@ def run_stack(
         tokens = known.tokens(hidden_states) if known else Tokens.of(hidden_states, mask)
         if padded or any_foreign_hooks(layers):
             for layer in layers:
-                hidden_states = layer(hidden_states, tokens=tokens)
+                output = layer(hidden_states, tokens=tokens)
+                # Layers of some families return a tuple.
+                hidden_states = output if isinstance(output, Tensor) else output[0]
+                if record is not None:
+                    record(hidden_states)
             return hidden_states
         return run_packed(layers, hidden_states, tokens, owned or bool(known and known.owned))
 

@@ -70,13 +70,18 @@ class Chunk:
         columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
         return (columns < self.cu_seqlens.diff()[:, None])[:, None, None]
 
+    @property
+    def columns(self) -> Tensor:
+        """The columns of the tokens where `places` puts them, [sequences or 1, max_seqlen]."""
+        if self.counted:
+            return torch.arange(self.max_seqlen, device=self.cu_seqlens.device)[None]
+        return spread(self.positions, self)
+
     def mask(self, window: int | None) -> Tensor | None:
         """bool [sequences or 1, 1, max_seqlen or 1, max_seqlen], whether a token attends to another."""
         if window is None:
             return self.key_mask
-        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)[None]
-        if not self.counted:
-            columns = spread(self.positions, self)
+        columns = self.columns
         near = (columns[:, None, :, None] - columns[:, None, None, :]).abs() <= window
         return near if self.key_mask is None else near & self.key_mask
 
