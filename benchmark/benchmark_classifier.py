@@ -35,16 +35,17 @@ Batch = tuple[Tensor, Tensor | None]
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--ratios", default="0.5,0.25")
+    own.add_argument("--ratios", default="0.5,0.25", help="fractions kept, or ranks such as 40/240/240")
     own.add_argument("--layouts", default="joint,per-head")
     chosen, others = own.parse_known_args(given)
     settings = parse(__doc__, others)
-    ratios, layouts = [float(ratio) for ratio in chosen.ratios.split(",")], chosen.layouts.split(",")
-    _, rows = run("benchmark_classifier", cases(settings, ratios, layouts), settings)
+    _, rows = run(
+        "benchmark_classifier", cases(settings, chosen.ratios.split(","), chosen.layouts.split(",")), settings
+    )
     finish(rows)
 
 
-def cases(settings: Settings, ratios: Sequence[float], layouts: Sequence[str]) -> Iterator[Case]:
+def cases(settings: Settings, ratios: Sequence[str], layouts: Sequence[str]) -> Iterator[Case]:
     tiny = settings.sizes == "tiny"
     sizes = ((3, 16), (1, 8)) if tiny else ((64, 512), (64, 128), (8, 128), (1, 128))
     for batch, length in sizes:
@@ -55,7 +56,7 @@ def cases(settings: Settings, ratios: Sequence[float], layouts: Sequence[str]) -
 
 
 def classifier_case(
-    name: str, family: str, masks: Sequence[Tensor], ratios: Sequence[float], layouts: Sequence[str]
+    name: str, family: str, masks: Sequence[Tensor], ratios: Sequence[str], layouts: Sequence[str]
 ) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
         dense = classifier(family, settings)
@@ -77,7 +78,7 @@ def classifier_case(
             del flexible
         for layout in layouts:
             for ratio in ratios:
-                model, kept = low_rank(dense, RankRequest(ratio=ratio), layout)
+                model, kept = low_rank(dense, request_of(ratio), layout)
                 print(f"  ratio {ratio}, {layout}: {kept:.3f} of the parameters, ranks {ranks_of(model)}")
                 held_to = check(model, batches[-1])
                 yield Variant(f"flashsvd {ratio} {layout}", lambda model=model: optimized(model, batches), held_to)
@@ -86,6 +87,11 @@ def classifier_case(
     batch, length = masks[0].shape
     shapes = {"B": batch, "S": length, "batches": len(masks)}
     return Case(name, shapes, build, (*BASELINES, FLEX), per_call=len(masks), graphs=False)
+
+
+def request_of(text: str) -> RankRequest:
+    """A fraction to keep, or the ranks of attention, feed-forward and attention output."""
+    return RankRequest(*map(int, text.split("/"))) if "/" in text else RankRequest(ratio=float(text))
 
 
 def full(batch: int, length: int) -> list[Tensor]:

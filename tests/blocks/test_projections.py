@@ -18,9 +18,9 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def make(kind: str, width: int, bias: bool) -> Projection:
-    u = random(IN, 3) if kind == "lifted" else None
-    return Projection(random(IN if u is None else 3, width), u, random(width) if bias else None)
+def make(kind: str, width: int, bias: bool, rank: int = 3) -> Projection:
+    u = random(IN, rank) if kind == "lifted" else None
+    return Projection(random(IN if u is None else rank, width), u, random(width) if bias else None)
 
 
 @pytest.mark.parametrize("kinds", list(itertools.product(["direct", "lifted"], repeat=3)), ids=" ".join)
@@ -42,10 +42,12 @@ def test_each_projection_is_computed_whatever_its_neighbours_are(
     assert packed.width == 28 + 8 * kinds.count("lifted")
 
 
+# A rank with room in what it is stored in, and one without.
+@pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("biases", list(itertools.product([False, True], repeat=3)))
-def test_lifts_of_one_size_are_one_batch(biases: tuple[bool, ...]) -> None:
+def test_lifts_of_one_size_are_one_batch(biases: tuple[bool, ...], rank: int) -> None:
     torch.manual_seed(0)
-    parts = [make("lifted", 16, bias) for bias in biases]
+    parts = [make("lifted", 16, bias, rank) for bias in biases]
     x = random(TOKENS, IN)
     packed = PackedProjections(parts, torch.float64)
     assert packed.batched

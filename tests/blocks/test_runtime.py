@@ -26,6 +26,7 @@ from flashsvd.blocks.parts.qkv import PackedQKV
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import Graphs
 from flashsvd.blocks.running.layer import FusedLayer
+from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError, ConfigError
@@ -258,15 +259,15 @@ def test_a_copy_and_another_dtype_compute_the_same() -> None:
 
 def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
     model, batch = optimised(compressed("bert", "classifier")), inputs()
-    model.bert.encoder.graphs = Graphs()
+    add_graphs(model, Graphs(always=False))
     deep, shallow = copy.deepcopy(model), copy.copy(model)
     tensors = [{t.data_ptr() for t in (*each.parameters(), *each.buffers())} for each in (model, deep, shallow)]
     assert tensors[0].isdisjoint(tensors[1])
     assert tensors[0] == tensors[2]
-    assert deep.bert.encoder.graphs is not model.bert.encoder.graphs
+    assert deep.graphs is not model.graphs
+    assert shallow.graphs is model.graphs
     assert deep.bert.config is deep.config is not model.config
     assert shallow.bert is model.bert
-    model.bert.encoder.graphs = None
     assert torch.equal(run(shallow, batch).logits, run(model, batch).logits)
 
 

@@ -62,7 +62,7 @@ def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def graphs_of(model: Any) -> Graphs:
-    found: Graphs = (model.encoder if hasattr(model, "encoder") else model).graphs
+    found: Graphs = model.graphs
     return found
 
 

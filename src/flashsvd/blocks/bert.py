@@ -6,8 +6,10 @@ import functools
 import importlib
 from typing import Any
 
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from flashsvd.blocks.embeddings import EmbeddingParts, count_columns
 from flashsvd.blocks.encoder import Family, FusedBase, FusedEncoder
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.kernels.launch import Backend
@@ -30,6 +32,12 @@ class FusedBertEncoder(FusedEncoder):
     """Mixed into an encoder class: real tokens only between the first layer and the last."""
 
     output_class = BaseModelOutputWithPastAndCrossAttentions
+
+
+def count_real_tokens(embeddings: Any, ids: Tensor) -> Tensor:
+    """Positions that count up from behind the padding's id, which is that of the padding."""
+    positions: Tensor = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+    return positions
 
 
 @functools.cache
@@ -66,6 +74,11 @@ def family(model_type: str) -> Family:
         activation="intermediate.intermediate_act_fn",
         hidden_act="hidden_act",
         base_mixin=FusedBert,
+        embeddings=EmbeddingParts(
+            known=found("Embeddings"),
+            kinds="token_type_embeddings",
+            positions=count_columns if prefix == "Bert" else count_real_tokens,
+        ),
         encoder_mixin=FusedBertEncoder,
     )
 

@@ -6,10 +6,12 @@ from transformers.models.distilbert.modeling_distilbert import (
     FFN,
     DistilBertModel,
     DistilBertSelfAttention,
+    Embeddings,
     Transformer,
     TransformerBlock,
 )
 
+from flashsvd.blocks.embeddings import EmbeddingParts, count_columns
 from flashsvd.blocks.encoder import Family, with_own_mask
 
 FAMILY = Family(
@@ -30,5 +32,6 @@ FAMILY = Family(
     activation="ffn.activation",
     hidden_act="activation",
     base_mixin=with_own_mask(DistilBertModel),
+    embeddings=EmbeddingParts(known=Embeddings, positions=count_columns),
 )
 check, fuse = FAMILY.check, FAMILY.fuse

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from flashsvd.blocks.embeddings import EmbeddingParts, fuse_embeddings
 from flashsvd.blocks.parts.attention import why_no_attention
 from flashsvd.blocks.parts.ffn import why_not_fused
 from flashsvd.blocks.parts.qkv import attended_width
@@ -129,6 +130,7 @@ class Family:
         hidden_act: the config's name for it.
         base_mixin, encoder_mixin, layer_mixin: what is mixed into the classes of the base model, encoder and layers.
         shared: the classes of what all layers share, by their paths in the encoder.
+        embeddings: how those of the base model are built.
         bias: makes of the encoder the bias of its scores by distance, [heads, 2 R + 1]; None where there is none.
     """
 
@@ -142,6 +144,7 @@ class Family:
     activation: str
     hidden_act: str
     base_mixin: type
+    embeddings: EmbeddingParts
     encoder_mixin: type = FusedEncoder
     layer_mixin: type = FusedLayer
     shared: Mapping[str, type] = field(default_factory=dict)
@@ -186,6 +189,7 @@ class Family:
             delattr(encoder, name)
         encoder.config = base.config
         encoder.__class__ = fused_class(self.encoder_mixin, self.encoder)
+        fuse_embeddings(base.embeddings, self.embeddings, choices)
         mix_in(base, self.base_mixin)
 
     def read_layer(self, layer: Any, config: Any, bias: RelativeBias | None = None) -> PostLNWeights:

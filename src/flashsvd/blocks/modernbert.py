@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.modernbert.modeling_modernbert import (
     ModernBertAttention,
+    ModernBertEmbeddings,
     ModernBertEncoderLayer,
     ModernBertMLP,
     ModernBertModel,
@@ -23,6 +24,7 @@ from transformers.models.modernbert.modeling_modernbert import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from flashsvd.blocks.embeddings import EmbeddingParts, fuse_embeddings
 from flashsvd.blocks.parts.attention import why_no_attention
 from flashsvd.blocks.parts.ffn import why_not_fused
 from flashsvd.blocks.parts.norm import NormBlock, PackedNorm
@@ -52,6 +54,8 @@ from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.joined import separate
 from flashsvd.models.modernbert import GLU, QKV
+
+EMBEDDINGS = EmbeddingParts(known=ModernBertEmbeddings, words="tok_embeddings", norm="norm", places="")
 
 
 class FusedModernBertLayer(FusedLayer, ModernBertEncoderLayer):  # type: ignore[misc]  # transformers is untyped
@@ -164,6 +168,7 @@ def fuse(base: Any, choices: Choices) -> None:
     norm.block = last
     norm.weight = norm.bias = None
     base.tables = tables
+    fuse_embeddings(base.embeddings, EMBEDDINGS, choices)
     mix_in(base, FusedModernBert)
 
 

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet.modeling_mpnet import (
     MPNetAttention,
+    MPNetEmbeddings,
     MPNetEncoder,
     MPNetIntermediate,
     MPNetLayer,
     MPNetModel,
     MPNetOutput,
     MPNetSelfAttention,
+    create_position_ids_from_input_ids,
 )
 
+from flashsvd.blocks.embeddings import EmbeddingParts
 from flashsvd.blocks.encoder import Family, FusedEncoder, with_own_mask
 from flashsvd.blocks.running.layer import FusedLayer
 
@@ -59,6 +62,12 @@ def bias_by_distance(encoder: Any) -> Tensor:
     return torch.cat([square[:, -1, :-1], square[:, 0]], dim=1)
 
 
+def count_real_tokens(embeddings: Any, ids: Tensor) -> Tensor:
+    """Positions that count up from behind the padding's id, which is that of the padding."""
+    positions: Tensor = create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+    return positions
+
+
 FAMILY = Family(
     stack="encoder",
     encoder=MPNetEncoder,
@@ -82,6 +91,7 @@ FAMILY = Family(
     activation="intermediate.intermediate_act_fn",
     hidden_act="hidden_act",
     base_mixin=with_own_mask(MPNetModel),
+    embeddings=EmbeddingParts(known=MPNetEmbeddings, positions=count_real_tokens),
     encoder_mixin=FusedMPNetEncoder,
     layer_mixin=FusedMPNetLayer,
     shared={"relative_attention_bias": nn.Embedding},

@@ -91,9 +91,9 @@ class PackedProjections(Packed):
         self.ranks = tuple(len(lift) for lift in lifts)
         self.keep("matrix", torch.cat(columns, 1), dtype)
         self.keep("lifts", torch.stack(lifts), dtype)
-        ones = torch.zeros(len(parts), self.ranks[0], device=self.lifts.device)
-        ones[:, rank] = 1.0
-        self.keep("ones", ones.flatten() if biased else None, dtype)
+        # [parts * stored rank], 1 in the column behind each part's rank.
+        ones = (torch.arange(self.ranks[0], device=self.lifts.device) == rank).repeat(len(parts))
+        self.keep("ones", ones if biased else None, dtype)
 
     @property
     def width(self) -> int:

@@ -79,7 +79,9 @@ class Graphs:
         """
         weight = next(model.parameters())
         if not weight.is_cuda or call.device != weight.device or why_not_triton(weight):
-            if self.always and (reason := why_not_triton(weight) if weight.is_cuda else "the model is not on a GPU"):
+            if self.always and (
+                reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device.type}"
+            ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
         if padding.count == 0 or is_watched(model):

@@ -51,7 +51,7 @@ def add_graphs(model: Any, graphs: Graphs) -> None:
 def run(model: Any, forward: Callable[..., Any], named: Mapping[str, Any]) -> Any:
     """What a model's own forward makes of its arguments, replayed as a graph where there is one."""
     call = None if _watches_layers(model.config) else Call.of(named)
-    if call is None or torch.cuda.is_current_stream_capturing():
+    if call is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return forward(**named)
     with on_device(call.first):
         padding = Padding.of(call.first, call.mask)
