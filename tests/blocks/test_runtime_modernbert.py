@@ -487,7 +487,7 @@ def repeat(model: Any) -> None:
         (add_hook_to_a_part, r"layers\.1\.attn\.Wqkv\.q has a hook"),
         (add_hook_to_the_tables, "rotary_emb has a hook"),
         (wrap, "the model is wrapped by another library"),
-        (replace_linear, r"layers\.2\.mlp\.Wi \(Other\) is no plain or low-rank linear"),
+        (replace_linear, r"layers\.2\.mlp\.Wi \(Other, of test_runtime_modernbert\) is no plain or low-rank"),
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),
         (lambda model: setattr(model.layers[1], "mlp_norm", nn.Identity()), "mlp_norm is a Identity"),
         (lambda model: setattr(model, "layers", nn.ModuleList()), "has no layers that could be fused"),
