@@ -345,7 +345,9 @@ def train(piece: Piece, model: Path, output: Path, teacher: Path | None = None) 
 
 def score(piece: Piece, model: Path, training: str, seconds: float, kept: float = 1.0) -> Row:
     data, device = piece.place.data / piece.task, piece.place.device
-    result = flashsvd.run_eval(flashsvd.EvalConfig(model, piece.task, data=data, device=device, dtype="float32"))
+    result = flashsvd.run_eval(
+        flashsvd.EvalConfig(model, piece.task, data=data, device=device, dtype="float32", backend="plain")
+    )
     value = float("nan") if result.metric_value is None else result.metric_value
     return row_of(piece, training, result.metric_name, value, seconds, result.device, kept)
 

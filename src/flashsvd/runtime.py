@@ -16,10 +16,12 @@ from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import GraphOption, Graphs
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.blocks.running.whole import add_graphs
+from flashsvd.blocks.weights import refuse_quantized, refuse_weights
 from flashsvd.common.caller_state import ordinary_tensors
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
+from flashsvd.models.inside import model_inside
 from flashsvd.models.registry import base_prefix
 
 __all__ = ["check", "choices", "optimize"]
@@ -35,7 +37,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     model refuses everything from then on, unless no layer was fused yet.
 
     Args:
-        model: a transformers model in eval mode, on the device and in the dtype that it is to run in.
+        model: a transformers model in eval mode, on the device and in the dtype that it is to run in; or a
+            SentenceTransformer, a CrossEncoder or a pipeline of transformers, whose model is then optimised.
         backend: `auto` takes for each operation what is faster, measured on its first inputs of a size; `torch` and
             `triton` force one.
         graph: `auto` replays batches of up to 65,536 tokens as CUDA graphs where their shape has come before, from ids
@@ -43,19 +46,20 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
             their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none.
 
     Returns:
-        The model itself.
+        What was given.
 
     Raises:
         BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
     """
     _check_options(backend, graph)
-    _check_kind(model)
+    given, model = model, model_inside(model)
     _check_architecture(model.config)
     if is_packed(model):
         refuse_half_packed(model)
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
     if model.training or any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise BackendError("the model is in training mode, and fused blocks are for inference; call model.eval() first")
+    refuse_weights(model)
     base = model.get_submodule(base_prefix(model).removesuffix("."))
     architecture = fused_architecture(model.config.model_type)
     architecture.check(base, backend, graph is True)
@@ -76,16 +80,17 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     except BaseException:
         mark_half_packed(model)
         raise
-    return model
+    return given
 
 
-def choices(model: nn.Module) -> dict[str, str]:
+def choices(model: Any) -> dict[str, str]:
     """What `backend="auto"` has picked so far: the operation, its sizes and the most tokens it holds for, and the pick.
 
     Raises:
         BackendError: the model is not optimised.
     """
-    for module in model.modules():
+    inside = model if isinstance(model, nn.Module) else model_inside(model)
+    for module in inside.modules():
         found = getattr(module, "choices", None)
         if isinstance(found, Choices):
             return found.table()
@@ -104,6 +109,7 @@ def check(config: Any, backend: Backend, device: torch.device, graph: GraphOptio
     """
     _check_options(backend, graph)
     _check_architecture(config)
+    refuse_quantized(config)
     # In a dtype that kernels take; the model's own is known once it is loaded.
     _check_device(torch.empty(0, device=device), backend, graph)
 
@@ -129,18 +135,6 @@ def _check_options(backend: str, graph: object) -> None:
         raise BackendError(f"graph is True, False or 'auto', not {graph!r}")
     if graph is True and backend == "torch":
         raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
-
-
-def _check_kind(model: Any) -> None:
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel):
-        return
-    what = f"optimize takes a transformers model, not a {type(model).__name__}"
-    # A SentenceTransformer is a sequence of modules, the first of which holds the model.
-    if isinstance(model, nn.Sequential) and len(model) and hasattr(model[0], "auto_model"):
-        raise BackendError(f"{what}; call optimize(model[0].auto_model), which it then runs on")
-    raise BackendError(f"{what}; give it what from_pretrained or load_compressed returned, before anything wraps it")
 
 
 def _check_architecture(config: Any) -> None:

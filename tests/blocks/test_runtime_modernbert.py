@@ -487,7 +487,7 @@ def repeat(model: Any) -> None:
         (add_hook_to_a_part, r"layers\.1\.attn\.Wqkv\.q has a hook"),
         (add_hook_to_the_tables, "rotary_emb has a hook"),
         (wrap, "the model is wrapped by another library"),
-        (replace_linear, r"layers\.2\.mlp\.Wi \(Other\) is no plain or low-rank linear"),
+        (replace_linear, r"layers\.2\.mlp\.Wi \(Other, of test_runtime_modernbert\) is no plain or low-rank"),
         (lambda model: setattr(model, "final_norm", nn.RMSNorm(64)), "final_norm is a RMSNorm"),
         (lambda model: setattr(model.layers[1], "mlp_norm", nn.Identity()), "mlp_norm is a Identity"),
         (lambda model: setattr(model, "layers", nn.ModuleList()), "has no layers that could be fused"),
@@ -546,6 +546,7 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
     assert {kernel: launched.count(kernel) for kernel in set(launched)} == {
         # Of seven norms, the first layer has none before its attention, and the last one is the model's.
         "_fused_ln": 6,
+        "_fused_embeddings": 1,
         **({} if qkv == "dense" else {"_geglu": 3}),
         **({"_rope_attention": 3} if streams else {"_attention": 3, "_rotate_heads": 3}),
     }

@@ -49,7 +49,7 @@ def test_backends_are_named_alike_for_users_and_kernels() -> None:
     assert typing.get_args(Backend) == BACKENDS
     for backend in BACKENDS:
         assert EvalConfig(checkpoint="x", task="sst2", backend=backend).backend == backend
-    with pytest.raises(ConfigError, match="backend 'cuda' is not known; choose from auto, torch, triton"):
+    with pytest.raises(ConfigError, match="backend 'cuda' is not known; choose from plain, auto, torch, triton"):
         EvalConfig(checkpoint="x", task="sst2", backend="cuda")
 
 

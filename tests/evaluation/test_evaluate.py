@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
+from flashsvd.cli import main
 from flashsvd.data.tasks import TASKS, Task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError
 from flashsvd.evaluation.metrics import compute_metrics
@@ -163,18 +164,85 @@ def test_json_has_the_keys_users_know_for_dense_and_compressed(
         assert result["latency_percentiles_ms"]["p50"] <= result["latency_percentiles_ms"]["p99"]
 
 
-def test_on_fused_blocks_the_score_is_the_same(make_model: MakeModel, tmp_path: Path) -> None:
-    source, output = make_model("roberta", num_labels=1), tmp_path / "out"
-    run_compress(CompressConfig(model=str(source), ratio=0.6, task="stsb", output=str(output)))
-    data = write_task_data(TASKS["stsb"], tmp_path)
-    for checkpoint in (source, output):
-        options = {"checkpoint": str(checkpoint), "task": "stsb", "data": str(data), "seq_len": 32, "batch_size": 4}
-        plain, fused = (run_eval(EvalConfig(**options, backend=backend)) for backend in (None, "torch"))
+COMPRESSED = [("bert", "joint"), ("roberta", "per-head"), ("modernbert", "joint"), ("modernbert", "per-head")]
+
+
+@pytest.mark.parametrize(("name", "qkv"), COMPRESSED, ids=["-".join(entry) for entry in COMPRESSED])
+def test_a_compressed_checkpoint_runs_on_fused_blocks_unless_told_otherwise_with_the_same_score(
+    make_model: MakeModel, tmp_path: Path, name: str, qkv: str
+) -> None:
+    source, output = make_model(name, num_labels=1), tmp_path / "out"
+    run_compress(CompressConfig(model=str(source), ratio=0.6, qkv=qkv, task="stsb", output=str(output)))
+    data = str(write_task_data(TASKS["stsb"], tmp_path))
+    options: dict[str, Any] = {"data": data, "seq_len": 32, "batch_size": 4, "device": "cpu"}
+    plain, torch_blocks, default = (
+        run_eval(EvalConfig(str(output), **options, backend=backend)) for backend in ("plain", "torch", None)
+    )
+    assert (plain.backend, torch_blocks.backend, default.backend) == ("plain", "torch", "auto")
+    for fused in (torch_blocks, default):
         assert fused.metrics == pytest.approx(plain.metrics, abs=1e-5)
-        assert (plain.backend, fused.backend) == ("plain", "torch")
         assert fused.parameters == plain.parameters
-        assert "fused blocks (torch)" in str(fused)
-        assert "fused blocks" not in str(plain)
+        assert fused.why_plain == plain.why_plain == ""
+    assert ", fused blocks (auto): " in str(default)
+    assert ", plain layers: " in str(plain)
+
+
+def test_a_dense_model_is_the_baseline_and_runs_plain_unless_told_otherwise(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source, data = str(make_model(num_labels=1)), str(write_task_data(TASKS["stsb"], tmp_path))
+    default, fused = (run_eval(EvalConfig(source, "stsb", data, backend=backend)) for backend in (None, "auto"))
+    assert (default.backend, fused.backend) == ("plain", "auto")
+    assert fused.metrics == pytest.approx(default.metrics, abs=1e-5)
+    assert "it is dense, and by default runs as the baseline" in default.to_json()["why_plain"]
+    assert str(default).endswith(f"on its plain layers: {default.why_plain}")
+    assert default.why_plain in default._repr_html_()
+    assert fused.why_plain == ""
+
+
+def compressed_classifier(source: Path, tmp_path: Path, task: str = "sst2") -> str:
+    run_compress(CompressConfig(model=str(source), rank=4, task=task, output=str(tmp_path / "out")))
+    return str(tmp_path / "out")
+
+
+def test_what_fused_blocks_do_not_take_runs_plain_by_default_and_says_why(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Known of the architecture, of the tokenizer, and of the loaded model."""
+    text = tmp_path / "x.txt"
+    text.write_text("a man eats . " * 20)
+    sentences = write_task_data(TASKS["sst2"], tmp_path)
+    decoder = compressed_classifier(make_model("gpt2", "causal-lm", name="decoder"), tmp_path / "a", "perplexity")
+    left = compressed_classifier(Path(pad_on_the_left(make_model(name="left"))), tmp_path / "b")
+    causal = compressed_classifier(make_model(name="causal", is_decoder=True), tmp_path / "c")
+    for checkpoint, data, why in (
+        (decoder, text, "there are no fused blocks for 'gpt2'"),
+        (left, sentences, "its tokenizer pads on the left"),
+        (causal, sentences, "config.is_decoder is set"),
+    ):
+        result = run_eval(EvalConfig(checkpoint, data=str(data), seq_len=16, device="cpu"))
+        assert result.backend == "plain"
+        assert why in result.why_plain
+        assert "\n" not in result.why_plain
+        assert f"on its plain layers: {result.why_plain}" in str(result)
+        for backend in ("auto", "torch"):
+            with pytest.raises(BackendError, match=why):
+                run_eval(EvalConfig(checkpoint, data=str(data), seq_len=16, device="cpu", backend=backend))
+        asked = run_eval(EvalConfig(checkpoint, data=str(data), seq_len=16, device="cpu", backend="plain"))
+        assert (asked.backend, asked.why_plain, asked.metrics) == ("plain", "", result.metrics)
+
+
+def test_on_the_command_line_a_backend_that_cannot_run_is_one_line_and_exit_code_2(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsvd.kernels.launch.interpreting", lambda: False)
+    data = str(write_task_data(TASKS["sst2"], tmp_path))
+    checkpoint = compressed_classifier(make_model(), tmp_path)
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", checkpoint, "--data", data, "--device", "cpu", "--backend", "triton"]) == 2
+    assert "backend triton cannot run here: the kernels run on a GPU, not on cpu" in capsys.readouterr().err
+    assert main(["eval", "--checkpoint", checkpoint, "--data", data, "--device", "cpu"]) == 0
+    assert "fused blocks (auto)" in capsys.readouterr().out
 
 
 def test_a_backend_that_cannot_run_is_refused_before_the_model_is_loaded(

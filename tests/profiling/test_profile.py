@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from conftest import SIZES, MakeModel, build_model
-from flashsvd import CompressConfig, EvalConfig, ProfileConfig, ProfileResult, run_compress, run_eval, run_profile
+from flashsvd import (
+    CompressConfig,
+    EvalConfig,
+    ProfileConfig,
+    ProfileResult,
+    run_compress,
+    run_eval,
+    run_profile,
+    runtime,
+)
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
@@ -135,6 +144,43 @@ def test_a_variant_that_breaks_is_a_row_and_the_others_stand(
         run_profile(config(variants="fused"))
 
 
+def test_the_fused_variant_runs_on_the_backend_that_is_named(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    optimize = runtime.optimize
+    monkeypatch.setattr(runtime, "optimize", lambda model, *how: asked.append(how[0]) or optimize(model, *how))
+    for named, runs in ((None, "auto"), ("auto", "auto"), ("torch", "torch")):
+        result = run_profile(config(variants="fused", backend=named))
+        assert (asked.pop(), result.backend, result.to_json()["backend"]) == (runs, runs, runs)
+        assert f"fused by {runs}" in result.title()
+
+
+def test_plain_leaves_the_fused_variant_out(config: MakeConfig) -> None:
+    assert config(variants=None, backend="plain").variant_names() == tuple(n for n in VARIANTS if n != "fused")
+    result = run_profile(config(variants="low-rank", backend="plain"))
+    assert result.backend == "plain"
+    assert "fused by" not in result.title()
+
+
+def test_a_backend_that_is_named_and_cannot_run_is_an_error_unless_it_may_be_skipped(
+    config: MakeConfig, data: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = str(make_model(name="of-its-own"))
+    with pytest.raises(BackendError, match=r"the variant fused does not apply: .* is dense, not compressed"):
+        run_profile(ProfileConfig(dense, task="sst2", data=str(data), device="cpu", backend="torch"))
+    with monkeypatch.context() as patch:
+        patch.setattr("flashsvd.kernels.launch.interpreting", lambda: False)
+        with pytest.raises(BackendError, match="backend triton cannot run here: the kernels run on a GPU, not on cpu"):
+            run_profile(config(backend="triton"))
+    # What only the weights tell.
+    monkeypatch.setattr("flashsvd.blocks.encoder.why_no_attention", lambda *_: "its heads are too wide")
+    with pytest.raises(BackendError, match="backend triton cannot run this model: its heads are too wide"):
+        run_profile(config(variants="low-rank,fused", backend="triton"))
+    result = run_profile(config(variants="low-rank,fused", backend="triton", may_skip=True))
+    assert [(row.variant, row.status) for row in result.rows] == [("low-rank", "ok"), ("fused", "failed")]
+
+
 def test_a_decoder_has_no_fused_row_and_is_told_why(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("gpt2", "causal-lm", max_position_embeddings=40)
     run_compress(CompressConfig(model=str(source), rank=4, task="perplexity", output=str(tmp_path / "small")))
@@ -177,6 +223,10 @@ def test_models_run_in_the_dtype_of_the_checkpoint_unless_another_is_asked_for(
         ({"runs": 0}, "runs must be at least 1"),
         ({"micro_batches": 0}, "micro_batches must be at least 1"),
         ({"variants": "dense", "graph": True}, "graph is for the variant fused"),
+        ({"variants": "dense", "backend": "torch"}, "backend is for the variant fused, which variants leaves out"),
+        ({"variants": "dense,fused", "backend": "plain"}, "backend plain leaves out the variant fused, which var"),
+        ({"graph": True, "backend": "plain"}, "graph.* is for the variant fused, which backend plain leaves out"),
+        ({"backend": "cuda"}, "backend 'cuda' is not known; choose from plain, auto, torch, triton"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused_at_once(options: dict[str, Any], says: str) -> None:
@@ -418,7 +468,7 @@ def test_an_offloaded_model_computes_the_same_and_holds_no_weights_on_its_device
 
 @pytest.mark.parametrize(("offload", "weights"), [(False, "all weights"), (True, "those in use")])
 def test_the_peak_says_which_weights_are_in_it(offload: bool, weights: str) -> None:
-    setting = variants.Setting(torch.device("cuda"), None, 2, graph=False, offload=offload)
+    setting = variants.Setting(torch.device("cuda"), None, 2, "auto", False, graph=False, offload=offload)
     says = memory_definitions(setting)["peak_memory"]
     assert f"{weights} and captured graphs included" in says
     assert "CUDA memory" in says

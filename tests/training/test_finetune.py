@@ -283,7 +283,8 @@ def test_the_best_weights_are_kept(make_model: MakeModel, tmp_path: Path, compre
     assert len(scores) == 6
     best = max(score for score in scores if score is not None)
     assert scores[-1] is None or scores[-1] < best
-    evaluated = run_eval(EvalConfig(tmp_path / "out", "stsb", data=data, device="cpu"))
+    # A ruined model's answers are the same but for their last digits, which fused blocks round another way.
+    evaluated = run_eval(EvalConfig(tmp_path / "out", "stsb", data=data, device="cpu", backend="plain"))
     assert result.metrics["pearson"] == best == pytest.approx(evaluated.metric_value, abs=1e-5)
 
 

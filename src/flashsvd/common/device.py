@@ -13,6 +13,8 @@ DEVICES = ("cuda", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 # Those that `flashsvd.kernels.launch.Backend` is typed as, for whoever may not import torch.
 BACKENDS = ("auto", "torch", "triton")
+# A model as it was loaded, without fused blocks.
+PLAIN = "plain"
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashsvd.common.config import Config
-from flashsvd.common.device import BACKENDS, DEVICES, DTYPES
+from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, PLAIN
 from flashsvd.common.options import option
 from flashsvd.data.tasks import TASKS
 
@@ -62,9 +62,10 @@ class EvalConfig(Config):
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(
         None,
-        help="run on fused blocks (BERT-like encoders and ModernBERT): auto takes for each operation what is faster, "
-        "by measurement; torch and triton force one; the default is the plain model",
-        choices=BACKENDS,
+        help="run on fused blocks (BERT-like encoders, ModernBERT): auto takes for each operation what is faster, by "
+        "measurement; torch and triton force one; plain runs the model as it is; the default is auto for a compressed "
+        "checkpoint that fused blocks take, and plain for a dense model, the baseline to compare with",
+        choices=(PLAIN, *BACKENDS),
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
     overwrite: bool = option(False, help="replace any file at output, and not only an earlier evaluation")

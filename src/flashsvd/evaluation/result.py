@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashsvd.common.device import PLAIN
 from flashsvd.common.tables import counted, html_table, score_text
 
 # By these, which it has had from the first release on, a file is known as the JSON of an evaluation.
@@ -27,6 +28,7 @@ class EvalResult:
         seed: what drew them; None where they are all that there are.
         seq_len: tokens of the longest sample, or what it may have at most.
         backend: of the fused blocks that the model ran on; `plain` where it ran on its own modules.
+        why_plain: why it did so where nobody asked for it; empty elsewhere.
     """
 
     task: str
@@ -59,6 +61,7 @@ class EvalResult:
     latency_definition: str
     memory_definition: str
     seed: int | None = None
+    why_plain: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, with the two definitions under `_latency_definition` and `_memory_definition`."""
@@ -69,12 +72,12 @@ class EvalResult:
 
     def __str__(self) -> str:
         scores = ", ".join(f"{name} {score_text(value)}" for name, value in self.metrics.items())
-        blocks = "" if self.backend == "plain" else f", fused blocks ({self.backend})"
+        why = f"\non its plain layers: {self.why_plain}" if self.why_plain else ""
         return (
             f"{self.task}: {scores} on {self._samples()}\n"
-            f"{self.method} model of {self.parameters:,} parameters, {self.dtype} on {self.device}{blocks}: "
+            f"{self.method} model of {self.parameters:,} parameters, {self.dtype} on {self.device}, {self._layers()}: "
             f"{self.latency_ms:.1f} ms a batch of {self._batch()}, {self._speed()}, "
-            f"peak memory {self.peak_memory_mib:.0f} MiB"
+            f"peak memory {self.peak_memory_mib:.0f} MiB{why}"
         )
 
     def __repr__(self) -> str:
@@ -95,10 +98,14 @@ class EvalResult:
             ("batch", self._batch()),
             ("throughput", self._speed()),
             ("peak memory", f"{self.peak_memory_mib:.0f} MiB"),
-            ("run", f"{self.dtype} on {self.device}, backend {self.backend}"),
+            ("run", f"{self.dtype} on {self.device}, {self._layers()}"),
+            *([("why plain layers", self.why_plain)] if self.why_plain else []),
         ]
         notes = [f"latency: {self.latency_definition}", f"peak memory: {self.memory_definition}"]
         return html_table(f"{self.task} of {self.checkpoint_dir}", (), rows, notes)
+
+    def _layers(self) -> str:
+        return "plain layers" if self.backend == PLAIN else f"fused blocks ({self.backend})"
 
     def _samples(self) -> str:
         if self.stride is None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, cast
 
-from flashsvd import runtime
 from flashsvd._version import __version__
-from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.device import PLAIN, describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
 from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, timestamp
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import get_task
+from flashsvd.evaluation.blocks import Blocks
 from flashsvd.evaluation.config import EvalConfig
 from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_eval_job, warm_up
 from flashsvd.evaluation.measure import PeakMemory
@@ -22,9 +21,6 @@ from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import find_model
 from flashsvd.storage.result_file import ResultFile, holds_json
-
-if TYPE_CHECKING:
-    from flashsvd.kernels.launch import Backend
 
 log = logging.getLogger("flashsvd")
 
@@ -37,7 +33,6 @@ def evaluate(config: EvalConfig) -> EvalResult:
     """
     if config.task is not None:
         get_task(config.task)
-    backend = cast("Backend | None", config.backend)
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     file = _result_file(config)
     if file is not None:
@@ -47,22 +42,18 @@ def evaluate(config: EvalConfig) -> EvalResult:
     subject = Subject.of(found, task)
     draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
     task, data = load_data(task, config.data, draw, subject)
-    if backend is not None:
-        runtime.check(subject.config, backend, device)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding, config.stride)
     workload = Workload.prepare(task, data, subject, shape, draw)
-    if backend is not None:
-        workload.check_fused(subject)
+    blocks = Blocks.choose(config.backend, subject, workload, device)
     job = workload.job(subject)
 
     log.info("loading %s", config.checkpoint)
     memory = PeakMemory(device)
     model = subject.load(dtype).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    if backend is not None:
-        model = runtime.optimize(model, backend)
+    blocks = blocks.fuse(model)
     warmed = ""
-    if backend is not None and compiles(device):
+    if blocks.backend is not None and compiles(device):
         warmed = "one forward for each size of batch and "
         with memory.paused():
             warm_up(job, model, device)
@@ -93,7 +84,8 @@ def evaluate(config: EvalConfig) -> EvalResult:
         num_eval_samples=timings.samples,
         seed=draw.seed if draw else None,
         parameters=parameters,
-        backend=backend or "plain",
+        backend=blocks.backend or PLAIN,
+        why_plain=blocks.why_plain,
         device=describe_device(device),
         dtype=str(model.dtype).removeprefix("torch."),
         checkpoint_dir=config.checkpoint,

@@ -221,4 +221,5 @@ def quantization_method(config: Any) -> str | None:
     method = (
         described.get("quant_method") if isinstance(described, Mapping) else getattr(described, "quant_method", None)
     )
-    return str(method)
+    # transformers has an enumeration for those that it knows.
+    return str(getattr(method, "value", method))

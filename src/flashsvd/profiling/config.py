@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashsvd.common.config import Config
-from flashsvd.common.device import DEVICES, DTYPES
+from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, PLAIN
 from flashsvd.common.options import names_in, option
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
@@ -52,6 +52,12 @@ class ProfileConfig(Config):
     micro_batches: int = option(
         4, help="parts that the variant micro-batches runs a batch in, one after the other", at_least=1
     )
+    backend: str | None = option(
+        None,
+        help="how the variant fused runs, as for flashsvd eval: auto, the default, torch or triton; plain leaves that "
+        "variant out",
+        choices=(PLAIN, *BACKENDS),
+    )
     graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
     max_eval_samples: int | None = option(
         None, help="read only this many examples or windows, drawn by the seed", at_least=1
@@ -86,8 +92,17 @@ class ProfileConfig(Config):
             raise ConfigError(
                 f"--new-tokens is for the variants {', '.join(GENERATING)}, which --variants leaves out; name one"
             )
-        if self.graph and "fused" not in names:
-            raise ConfigError("--graph is for the variant fused, which --variants leaves out; leave out one of them")
+        if self.backend == PLAIN and self.variants is not None and "fused" in self._named():
+            raise ConfigError(
+                "--backend plain leaves out the variant fused, which --variants names; leave out one of them"
+            )
+        if "fused" not in names:
+            left_out = f"--backend {PLAIN}" if self.backend == PLAIN else "--variants"
+            for given, asked in (("--graph", self.graph), ("--backend", self.backend not in (None, PLAIN))):
+                if asked:
+                    raise ConfigError(
+                        f"{given} is for the variant fused, which {left_out} leaves out; leave out one of them"
+                    )
 
     def variant_names(self) -> tuple[str, ...]:
         """The variants to measure, in the order of `VARIANTS`.
@@ -95,4 +110,7 @@ class ProfileConfig(Config):
         Raises:
             ConfigError: one of them is not known, or none is named.
         """
+        return tuple(name for name in self._named() if name != "fused" or self.backend != PLAIN)
+
+    def _named(self) -> tuple[str, ...]:
         return VARIANTS if self.variants is None else names_in("variants", self.variants, VARIANTS)

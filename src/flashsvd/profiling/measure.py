@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flashsvd.data.tokenize import Batch
-from flashsvd.errors import described
+from flashsvd.errors import BackendError, described
 from flashsvd.evaluation.loop import EvalJob, Timings, run_eval_job
 from flashsvd.evaluation.measure import MIB, PeakMemory
 from flashsvd.evaluation.subject import Subject
@@ -32,12 +32,17 @@ def measure(
     Args:
         runs: timed passes over the data.
         prompts: what to generate after, where the variant can.
+
+    Raises:
+        BackendError: the backend that was asked for cannot run the model.
     """
     log.info("measuring %s", name)
     settle()
     try:
         return _measure(name, subject, workload, setting, runs, prompts)
     except Exception as error:  # any library's: a variant that cannot run must not take the others with it
+        if isinstance(error, BackendError) and setting.must_fuse:
+            raise
         log.debug("%s failed", name, exc_info=True)
         row = _unmeasured(name, error)
         log.warning("%s was %s: %s", name, row.status, row.reason)

@@ -88,6 +88,7 @@ class ProfileResult:
         metric_name: the task's first metric, the one shown.
         checkpoint: what was profiled; `dense`: what it stands against, None where that was not asked for.
         method: of the compression; `dense` where the checkpoint is not compressed.
+        backend: of the fused variant; `plain` where that was left out.
         runs: timed passes over the data.
         rows: the variants, in the order they were measured.
         definitions: what latency, the two memories, the sizes and generation mean.
@@ -118,6 +119,7 @@ class ProfileResult:
     definitions: Mapping[str, str]
     new_tokens: int | None = None
     seed: int | None = None
+    backend: str = "auto"
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
     module_errors: Mapping[str, float | None] = field(default_factory=dict)
     module_places: Mapping[str, LayerPlace] = field(default_factory=dict)
@@ -190,7 +192,9 @@ class ProfileResult:
         against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
-        options = ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
+        ran_fused = any(row.variant == "fused" and row.status == "ok" for row in self.rows)
+        options = f", fused by {self.backend}" * ran_fused
+        options += ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
         samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (
             f"{self.checkpoint} ({self.method}){against}: {self.task} on {samples}, batches of {self.batch_size} by at "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from flashsvd import runtime
-from flashsvd.common.device import describe_device, resolve_device, resolve_dtype
+from flashsvd.common.device import PLAIN, describe_device, resolve_device, resolve_dtype
 from flashsvd.common.options import read_paths
 from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
@@ -26,6 +27,9 @@ from flashsvd.profiling.measure import measure, rehearse
 from flashsvd.profiling.result import KEYS, ProfileResult, VariantRow
 from flashsvd.profiling.variants import DENSE, Setting, check_offload, why_not
 from flashsvd.storage.result_file import ResultFile, holds_json
+
+if TYPE_CHECKING:
+    from flashsvd.kernels.launch import Backend
 
 log = logging.getLogger("flashsvd")
 
@@ -51,12 +55,19 @@ def profile(config: ProfileConfig) -> ProfileResult:
     dense = _dense(config, task, subject) if set(names) & set(DENSE) else None
     draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
     task, data = load_data(task, config.data, draw, subject)
+    backend = cast("Backend", "auto" if config.backend in (None, PLAIN) else config.backend)
     if config.graph:
-        runtime.check(subject.config, "auto", device, graph=True)
+        runtime.check(subject.config, backend, device, graph=True)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
     workload = Workload.prepare(task, data, subject, shape, draw)
     setting = Setting(
-        device, dtype or own_dtype(subject.source, subject.config), config.micro_batches, config.graph, config.offload
+        device,
+        dtype or own_dtype(subject.source, subject.config),
+        config.micro_batches,
+        backend,
+        config.backend is not None and not config.may_skip,
+        config.graph,
+        config.offload,
     )
     reasons = {name: why_not(name, subject, workload, setting) for name in names}
     _refuse_what_was_asked_for(config, reasons)
@@ -87,6 +98,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         seq_len=workload.longest,
         padding=shape.padding,
         micro_batches=config.micro_batches,
+        backend=config.backend or backend,
         graph=config.graph,
         offload=config.offload,
         runs=config.runs,
@@ -165,11 +177,14 @@ def _dense(config: ProfileConfig, task: Task, subject: Subject) -> Subject:
 def _refuse_what_was_asked_for(config: ProfileConfig, reasons: dict[str, str | None]) -> None:
     """A variant that was named must apply, unless it may be skipped; of all of them by default, some may not.
 
+    Whoever names a backend names the variant that it is for.
+
     Raises:
         BackendError: one that was named does not.
     """
     for name, reason in reasons.items():
-        if config.variants is not None and reason is not None and not config.may_skip:
+        named = config.variants is not None or (name == "fused" and config.backend is not None)
+        if named and reason is not None and not config.may_skip:
             raise BackendError(f"the variant {name} does not apply: {reason}")
 
 

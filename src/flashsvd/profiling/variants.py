@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.memory import make_resident, parameter_count, weight_bytes
+
+if TYPE_CHECKING:
+    from flashsvd.kernels.launch import Backend
 
 # Those that run the dense model; the others run the compressed one.
 DENSE = ("dense", "compiled", "micro-batches")
@@ -26,13 +29,17 @@ class Setting:
     Attributes:
         dtype: None for the checkpoint's own.
         micro_batches: parts of a batch, for the variant of that name.
-        graph: whether fused blocks are replayed as CUDA graphs.
+        backend: of the fused blocks.
+        must_fuse: whether that backend was asked for, so that it is an error where it cannot run the model.
+        graph: whether they are replayed as CUDA graphs.
         offload: whether weights stay on the host.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     micro_batches: int
+    backend: Backend
+    must_fuse: bool
     graph: bool
     offload: bool
 
@@ -68,7 +75,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
     else:
         model = model.to(setting.device)
         if name == "fused":
-            runtime.optimize(model, graph=setting.graph)
+            runtime.optimize(model, setting.backend, setting.graph)
         size = weight_bytes(model)
         make_resident(model)
     call: Any = model
@@ -93,7 +100,7 @@ def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -
         return f"a batch of {workload.shape.batch_size} has no {setting.micro_batches} parts"
     if name == "fused":
         try:
-            runtime.check(subject.config, "auto", setting.device, setting.graph)
+            runtime.check(subject.config, setting.backend, setting.device, setting.graph)
             workload.check_fused(subject)
         except BackendError as error:
             return error.message

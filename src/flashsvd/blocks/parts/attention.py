@@ -74,10 +74,15 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, window: int | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """softmax(scale * Q K^T + B) V within each sequence: Q, K [n, heads, d], V [n, heads, d_v] -> [n, heads, d_v]."""
+    width = v.shape[2]
+    if q.device.type == "cpu":
+        # torch's fast attention of the CPU takes heads of one width only; zeros in the further columns change nothing.
+        widest = max(width, q.shape[2])
+        q, k, v = (F.pad(x, (0, widest - x.shape[2])) for x in (q, k, v))
     q, k, v = (spread(x, chunk).transpose(1, 2) for x in (q, k, v))
     mask = chunk.mask(window)
     if bias is not None:
         mask = score_bias(bias, chunk.columns, mask)
     attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    flat = attended.transpose(1, 2).flatten(0, 1)
+    flat = attended[..., :width].transpose(1, 2).flatten(0, 1)
     return flat if chunk.places is None else flat.index_select(0, chunk.places)

@@ -103,7 +103,10 @@ def check_linear(module: nn.Module, name: str) -> None:
     plain = type(module) is nn.Linear or (isinstance(module, FactoredLayer) and module.is_untouched())
     if not plain:
         kinds = ", ".join(type(part).__name__ for part in (module, *module.children()))
-        raise BackendError(f"{name} ({kinds}) is no plain or low-rank linear layer; optimize before changing its class")
+        raise BackendError(
+            f"{name} ({kinds}, of {type(module).__module__}) is no plain or low-rank linear layer; "
+            "optimize a model whose layers nothing has quantized, adapted or replaced, or run it as it is"
+        )
 
 
 def _bias(module: nn.Module, lift: Tensor) -> Tensor:

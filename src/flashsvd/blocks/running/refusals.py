@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def refuse_config(config: Any) -> None:
     """Refuse a model that is more than an encoder.
@@ -71,7 +69,7 @@ def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_scattered(parameters: Iterable[Tensor]) -> None:
-    """Refuse weights of several dtypes or devices, those of a dtype to store in only, and those that are not there.
+    """Refuse weights of several dtypes or devices.
 
     Raises:
         BackendError: saying where they are.
@@ -80,12 +78,6 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
     if len(kinds) != 1:
         listed = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in kinds))
         raise BackendError(f"the layers' weights are {listed}; load the model in one dtype on one device")
-    ((device, dtype),) = kinds
-    if dtype not in FUSED_DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        raise BackendError(f"the layers' weights are {name}; load them in fp16, bf16, fp32 or fp64 for fused blocks")
-    if device.type == "meta":
-        raise BackendError("the layers' weights are on the meta device; load them before optimize")
 
 
 def refuse_limits(backend: Backend, graph: bool, attention: str, ffn: str) -> None:
