@@ -195,7 +195,7 @@ def test_a_gated_network_computes_the_same_whichever_matrix_is_dense(
     packed = PackedNorm(layer_norm, torch.float64, choices)
     network = PackedGatedFFN(packed, w_a, w_g, w_2, activation, torch.float64, choices)
     torch.testing.assert_close(network(x.clone()), expected, rtol=1e-10, atol=1e-10)
-    assert network.fused == (activated is gate is second is joint and isinstance(activation, str))
+    assert network.walked == (activated is gate is second is joint and isinstance(activation, str))
 
 
 def test_biases_that_add_nothing_are_not_kept() -> None:

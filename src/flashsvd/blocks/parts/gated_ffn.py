@@ -19,6 +19,7 @@ from flashsvd.blocks.parts.read import Activation, Dense, Joint, present
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
+from flashsvd.kernels.gated_linear import gated_linear
 
 CORE = Operation("gated ffn core", "{} and {} to {} to {}")
 
@@ -49,10 +50,13 @@ class PackedGatedFFN(Packed):
     ) -> None:
         super().__init__()
         self.norm, self.activation, self.choices = norm, activation, choices
-        self.fused = False
-        if isinstance(activated, Joint) and isinstance(gate, Joint) and isinstance(second, Joint):
-            self.fused = not why_not_fused(max(activated.rank, gate.rank), second.rank, activation)
-        if self.fused:
+        # Whether both halves have factors, and whether the walk's kernel can take these.
+        self.lifted = self.walked = False
+        if isinstance(activated, Joint) and isinstance(gate, Joint):
+            self.lifted = isinstance(activation, str)
+            if isinstance(second, Joint):
+                self.walked = not why_not_fused(max(activated.rank, gate.rank), second.rank, activation)
+        if self.lifted:
             assert isinstance(activated, Joint)
             assert isinstance(gate, Joint)
             self.keep("u", torch.cat([widen(activated.u, 1), widen(gate.u, 1)], 1), dtype)
@@ -69,13 +73,12 @@ class PackedGatedFFN(Packed):
         self.output = PackedResidual(None, matrix, second.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fused:
+        if not self.lifted:
             for rows in materialised_parts(x, "torch"):
                 self.output(self._plain(self.norm(rows)), rows)
             return x
-        assert self.u2 is not None
         # Meanwhile a token takes its norm, its two ranks, and the second layer's.
-        width = x.shape[1] + self.u.shape[1] + self.u2.shape[1]
+        width = x.shape[1] + self.u.shape[1] + (0 if self.u2 is None else self.u2.shape[1])
         for rows in equal_parts(x, pre_ln_chunk_tokens(x, width)):
             p = self.norm(rows) @ self.u
             picked = self._pick(p)
@@ -84,33 +87,31 @@ class PackedGatedFFN(Packed):
         return x
 
     def _pick(self, p: Tensor) -> Implementation:
-        assert self.u2 is not None
-        (inner, r2), r_a, r_g = self.u2.shape, self.v_a.shape[1], self.v_g.shape[1]
+        inner, r_a, r_g = self.v_a.shape[0], self.v_a.shape[1], self.v_g.shape[1]
         return self.choices.pick(
             CORE,
-            (r_a, r_g, inner, r2),
+            (r_a, r_g, inner, inner if self.u2 is None else self.u2.shape[1]),
             p,
             lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
+            ("torch", "triton", "products") if self.walked else ("torch", "products"),
         )
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
-        assert self.u2 is not None
+        """(act(P_a V_a + b_a) * (P_g V_g + b_g)) U2, without U2 where the second matrix is dense."""
         assert isinstance(self.activation, str)
         p_a, p_g = p.split_with_sizes((self.v_a.shape[1], self.v_g.shape[1]), 1)
+        lifts = (p_a, p_g, self.v_a, self.v_g)
         if implementation == "torch":
-            activated = IN_PLACE[self.activation](F.linear(p_a, self.v_a, self.b_a))
-            return activated.mul_(F.linear(p_g, self.v_g, self.b_g)) @ self.u2
-        return flashsvd_geglu(
-            p_a,
-            p_g,
-            self.v_a,
-            self.v_g,
-            self.u2,
-            self.b_a,
-            self.b_g,
-            activation=self.activation,
-            backend="triton",
-        )
+            h = IN_PLACE[self.activation](F.linear(p_a, self.v_a, self.b_a)).mul_(F.linear(p_g, self.v_g, self.b_g))
+        elif implementation == "products":
+            h = gated_linear(*lifts, self.b_a, self.b_g, activation=self.activation, backend="triton")
+        else:
+            assert self.u2 is not None
+            return self._walk(*lifts, self.u2, self.activation)
+        return h if self.u2 is None else h @ self.u2
+
+    def _walk(self, p_a: Tensor, p_g: Tensor, v_a: Tensor, v_g: Tensor, u2: Tensor, activation: str) -> Tensor:
+        return flashsvd_geglu(p_a, p_g, v_a, v_g, u2, self.b_a, self.b_g, activation=activation, backend="triton")
 
     def _plain(self, n: Tensor) -> Tensor:
         act = IN_PLACE[self.activation] if isinstance(self.activation, str) else self.activation
