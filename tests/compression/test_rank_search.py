@@ -16,7 +16,8 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.data.tokenize import Batch
-from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
+from flashsvd.lowrank.ranks import RANK_STEPS, RankChoice, RankRequest, RankSteps, parameter_budget, plan_ranks
+from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
 from flashsvd.methods.asvd import measure_sensitivity
@@ -32,6 +33,7 @@ class QuadraticProblem:
     weights: Mapping[str, float]
     ratio: float
     size: int = 64
+    steps: RankSteps = "fine"
     seed: int = 0
     batches: int = 2
     calls: int = field(default=0)
@@ -59,9 +61,10 @@ def kept(problem: QuadraticProblem, ranks: Mapping[str, int]) -> int:
     return sum(shape.kept_parameters(ranks[shape.name]) for shape in problem.shapes)
 
 
+@pytest.mark.parametrize("steps", RANK_STEPS)
 @pytest.mark.parametrize("choose", [learn_ranks, search_by_sensitivity])
-def test_ranks_go_where_the_loss_is(choose: Any) -> None:
-    problem = QuadraticProblem({"idle": 0.01, "busy": 3.0, "middling": 0.5}, ratio=0.5)
+def test_ranks_go_where_the_loss_is(choose: Any, steps: RankSteps) -> None:
+    problem = QuadraticProblem({"idle": 0.01, "busy": 3.0, "middling": 0.5}, ratio=0.5, steps=steps)
     ranks = choose(problem)
     assert ranks["busy"] > ranks["middling"] > ranks["idle"]
     assert 0.99 * problem.budget <= kept(problem, ranks) <= problem.budget
@@ -141,7 +144,7 @@ def test_a_masked_model_computes_the_truncated_one(name: str, qkv: Any, with_los
     method = Method("looking", METHODS["standard"].factorize, choose_ranks=look)
     factoring = Factoring(targets, plan, method, qkv, torch.device("cpu"))
     loss = head_loss if with_loss else None
-    ranks = search_ranks(model, factoring, parameter_budget(shapes, request), batches, loss, seed=0)
+    ranks = search_ranks(model, factoring, parameter_budget(shapes, request), request.steps, batches, loss, seed=0)
     assert set(ranks) == {shape.name for shape in shapes}
     # The model is as it was: same modules, same values.
     assert {key: torch.equal(value, before[key]) for key, value in model.state_dict().items()} == dict.fromkeys(
