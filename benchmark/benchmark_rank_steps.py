@@ -14,12 +14,12 @@ import csv
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flashsvd
-from benchmark_methods import UNIFORM, Method, Subject, subjects, value
+from benchmark_methods import UNIFORM, Method, Subject, subjects, value, write_csv
 from flashsvd.lowrank.ranks import RankSteps
 from flashsvd.lowrank.shapes import ROLES
 
@@ -48,9 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Scored:
-    ranks: str
-    kept: float
+    report: flashsvd.CompressReport
     result: flashsvd.EvalResult
+
+    @property
+    def kept(self) -> float:
+        p = self.report.info.parameters
+        return p["target_compressed"] / p["target_dense"]
 
 
 def main() -> None:
@@ -78,25 +82,31 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         statistics = str(Path(scratch) / "statistics")
         # Any calibrated method saves what all of them need.
-        _compress(subject, ("", "drone", {}), str(Path(scratch) / "first"), ratio=0.5, save_stats=statistics)
+        first = {"ratio": 0.5, "save_stats": statistics, "device": options.device}
+        _compress(subject, ("", "drone", {}), str(Path(scratch) / "first"), first)
         for qkv, method in subject.runs:
             if method[0] not in options.methods:
                 continue
             own = {} if method[1] == "standard" else {"stats": statistics}
             for ratio in options.ratios:
                 arguments = {"qkv": qkv, "ratio": ratio, "device": options.device, **own}
-                fine, fast = score(subject, method, "fine", arguments), score(subject, method, "fast", arguments)
+                fine = score(subject, method, "fine", arguments)
+                fast = score(subject, method, "fast", arguments, known=fine)
                 yield _row(subject, method, qkv, ratio, fine, fast)
 
 
-def score(subject: Subject, method: Method, steps: RankSteps, arguments: dict[str, Any]) -> Scored:
+def score(
+    subject: Subject, method: Method, steps: RankSteps, arguments: dict[str, Any], known: Scored | None = None
+) -> Scored:
+    """Compress and score; the same ranks as those of what is known need no second score."""
     with tempfile.TemporaryDirectory() as scratch:
         output = str(Path(scratch) / "compressed")
-        report = _compress(subject, method, output, rank_steps=steps, **arguments)
+        report = _compress(subject, method, output, {"rank_steps": steps, **arguments})
+        if known is not None and known.report.info.module_ranks == report.info.module_ranks:
+            return known
         evaluate = flashsvd.EvalConfig(output, dtype="float32", device=arguments["device"], **subject.evaluate)
         result = flashsvd.run_eval(evaluate)
-    p = report.info.parameters
-    return Scored(ranks(report), p["target_compressed"] / p["target_dense"], result)
+    return Scored(report, result)
 
 
 def ranks(report: flashsvd.CompressReport) -> str:
@@ -112,18 +122,16 @@ def _range(found: set[int | None]) -> str:
     return "+".join(parts)
 
 
-def _compress(subject: Subject, method: Method, output: str, **arguments: Any) -> flashsvd.CompressReport:
-    config = flashsvd.CompressConfig(
-        method=method[1], output=output, **{**subject.compress, **method[2], **arguments}
-    )  # fmt: skip
+def _compress(subject: Subject, method: Method, output: str, arguments: dict[str, Any]) -> flashsvd.CompressReport:
+    config = flashsvd.CompressConfig(method=method[1], output=output, **subject.compress, **method[2], **arguments)
     return flashsvd.run_compress(config)
 
 
 def _row(subject: Subject, method: Method, qkv: str, ratio: float, fine: Scored, fast: Scored) -> Row:
     scores = value(fine.result), value(fast.result)
     return Row(
-        subject.name, method[0], qkv, ratio, fine.ranks, fast.ranks, fine.kept, fast.kept, fine.result.metric_name,
-        *scores, scores[1] - scores[0], fine.result.device,
+        subject.name, method[0], qkv, ratio, ranks(fine.report), ranks(fast.report), fine.kept, fast.kept,
+        fine.result.metric_name, *scores, scores[1] - scores[0], fine.result.device,
     )  # fmt: skip
 
 
@@ -139,13 +147,6 @@ def merge(earlier: Sequence[Row], row: Row) -> list[Row]:
     """The rows with this one in place of that of the same cell."""
     cell = (row.model, row.method, row.qkv, row.ratio)
     return [r for r in earlier if (r.model, r.method, r.qkv, r.ratio) != cell] + [row]
-
-
-def write_csv(rows: Sequence[Row], file: Path) -> None:
-    with file.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def test_half_of_bert_base_is_rank_256_everywhere() -> None:
 
 def test_half_of_bert_base_per_head_fills_the_tiles_of_its_heads() -> None:
     chosen = ranks(MODELS["BERT-base per head"], HALF)
-    assert {chosen[f"{i}.{name}"] for i in range(LAYERS) for name in "qkv"} == {32}
+    by_role = {shape.role: chosen[shape.name] for shape in MODELS["BERT-base per head"]}
+    assert by_role == {"attn": 32, "ffn": 288, "wo": 240}
+    assert set(chosen.values()) == set(by_role.values())
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

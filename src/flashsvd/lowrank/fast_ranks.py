@@ -4,7 +4,7 @@ A kernel computes whole tiles, of several widths within one layer, so that a mat
 
     width(r) = mean of t ceil(r / t) over the tiles t,    t = 16, 32, 64, 128, or 16, 32 where each head has its rank
 
-would without waste. Up to rank 384 this is proportional, to within some 15 %, to the times of the feed-forward core on
+would without waste. Up to rank 384 this is proportional, to within some 10 %, to the times of the feed-forward core on
 an H200, and it says of a head that 24 costs what 32 does, and 40 what 48 does. What stays dense wastes nothing.
 
 The budget may move from the feed-forward matrices to those of attention, which lose more by a lower rank, not back.
