@@ -76,6 +76,7 @@ def main() -> None:
                 flush=True,
             )
             write_csv(merge(read_csv(file), row), file)
+    print(f"\n{markdown(read_csv(file))}")
 
 
 def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
@@ -133,6 +134,20 @@ def _row(subject: Subject, method: Method, qkv: str, ratio: float, fine: Scored,
         subject.name, method[0], qkv, ratio, ranks(fine.report), ranks(fast.report), fine.kept, fast.kept,
         fine.result.metric_name, *scores, scores[1] - scores[0], fine.result.device,
     )  # fmt: skip
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table: a line for each method and layout, a column for each ratio, fine and fast beside each other."""
+    ratios = sorted({row.ratio for row in rows}, reverse=True)
+    lines = [
+        "| fine / fast | " + " | ".join(f"keep {ratio:g}" for ratio in ratios) + " |",
+        "| --- |" + " --- |" * len(ratios),
+    ]
+    for method, qkv in dict.fromkeys((row.method, row.qkv) for row in rows):
+        mine = {row.ratio: row for row in rows if (row.method, row.qkv) == (method, qkv)}
+        cells = [f"{mine[r].fine:.4f} / {mine[r].fast:.4f}" if r in mine else "" for r in ratios]
+        lines.append(f"| {method}, {qkv} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def read_csv(file: Path) -> list[Row]:

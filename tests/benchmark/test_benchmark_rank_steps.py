@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from benchmark_methods import write_csv
-from benchmark_rank_steps import Row, merge, ranks, read_csv
+from benchmark_rank_steps import Row, markdown, merge, ranks, read_csv
 from conftest import MakeModel
 from flashsvd import CompressConfig, run_compress
 
@@ -21,6 +21,14 @@ def test_rows_come_back_from_the_file_and_new_ones_take_the_place_of_their_cell(
     assert read_csv(file) == [ROW, other]
     better = dataclasses.replace(ROW, fast=0.95)
     assert merge(read_csv(file), better) == [other, better]
+
+
+def test_the_table_has_a_column_for_each_ratio_and_an_empty_cell_where_nothing_was_measured() -> None:
+    rows = [ROW, dataclasses.replace(ROW, ratio=0.75), dataclasses.replace(ROW, qkv="per-head")]
+    assert markdown(rows).splitlines()[2:] == [
+        "| drone, joint | 0.8000 / 0.9000 | 0.8000 / 0.9000 |",
+        "| drone, per-head |  | 0.8000 / 0.9000 |",
+    ]
 
 
 def test_ranks_are_shown_by_role_with_what_stayed_dense(make_model: MakeModel, tmp_path: Path) -> None:
