@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import ENCODERS, build_decoder, build_model
+from conftest import ENCODERS, MakeModel, build_decoder, build_model
+from flashsvd import CompressConfig, run_compress
 from flashsvd.calibration.losses import head_loss
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
@@ -112,6 +114,28 @@ def test_sensitivity_is_the_loss_with_one_matrix_truncated() -> None:
         for rank, loss in losses[:-1]:
             expected = problem.weights[name] * (1 / torch.arange(rank + 1, 65)).sum()
             assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", RANK_STEPS)
+def test_a_search_starts_from_the_even_division_and_is_told_the_steps(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: RankSteps
+) -> None:
+    source = make_model()
+    seen: dict[str, Any] = {}
+
+    def search(model: Any, factoring: Factoring, budget: int, given: RankSteps, *_: Any) -> dict[str, int]:
+        shapes = matrix_shapes(model, factoring.targets, factoring.qkv)
+        even, fast = (plan_ranks(shapes, RankRequest(ratio=0.75, steps=s)) for s in ("fine", "fast"))
+        assert even != fast
+        seen.update(steps=given, even=factoring.plan == even)
+        return {shape.name: shape.full_rank for shape in shapes}
+
+    monkeypatch.setattr("flashsvd.compression.run.search_ranks", search)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three\n" * 40)
+    options: dict[str, Any] = {"method": "adasvd", "calib_data": str(text), "calib_samples": 4, "device": "cpu"}
+    run_compress(CompressConfig(str(source), ratio=0.75, rank_steps=steps, output=str(tmp_path / "out"), **options))
+    assert seen == {"steps": steps, "even": True}
 
 
 def batches_for(model: Any) -> list[Batch]:

@@ -198,7 +198,9 @@ class CompressionJob:
         request = self.config.rank_request()
         budget = parameter_budget(self.shapes, request)
         batches, loss = self.calibration.batches, self.calibration.loss
-        ranks = search_ranks(model, factoring, budget, request.steps, batches, loss, self.config.seed)
+        # From the even division a search comes to better ranks than from the fast one.
+        even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
+        ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
         return replace(factoring, plan=plan_given_ranks(self.shapes, ranks))
 
     def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:

@@ -74,7 +74,7 @@ def cost(shape: MatrixShape, rank: int) -> float:
 
 def coarse_step(shape: MatrixShape, rank: float) -> int:
     """The step that a rank found for one matrix is rounded to: a quarter of it or less, of a head's rank a half, and a
-    power of two no larger than the tiles that matter most."""
+    power of two."""
     share, largest = (2, HEAD_TILES[0]) if shape.blocks > 1 else (4, TILES[-2])
     return min(largest, _power_of_two(rank / share))
 

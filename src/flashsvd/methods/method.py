@@ -75,7 +75,7 @@ class RankProblem(Protocol):
 
     @property
     def uniform(self) -> Mapping[str, int]:
-        """Ranks that meet the budget without a choice: about the same fraction of each matrix."""
+        """Ranks that meet the budget by keeping the same fraction of each matrix."""
 
     @property
     def batches(self) -> int:
