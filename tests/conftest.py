@@ -191,7 +191,10 @@ def build(name: str, head: str | None = None) -> Any:
 
 
 def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
-    """Factor a model in place by truncated SVD, at full rank unless a ratio is given."""
+    """Factor a model in place by truncated SVD, at full rank unless a ratio is given.
+
+    The ranks of a ratio are the fine ones, which differ between matrices and fill no tile.
+    """
     from flashsvd.compression.factoring import Factoring
     from flashsvd.compression.factorize import factor_model, matrix_shapes
     from flashsvd.lowrank.ranks import RankChoice, RankRequest, plan_ranks
@@ -202,7 +205,7 @@ def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[F
     shapes = matrix_shapes(model, targets, qkv)
     plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
     if ratio is not None:
-        plan = plan_ranks(shapes, RankRequest(ratio=ratio))
+        plan = plan_ranks(shapes, RankRequest(ratio=ratio, steps="fine"))
     return factor_model(model, Factoring(targets, plan, get_method("standard"), qkv))
 
 

@@ -44,8 +44,8 @@ def test_it_runs_and_gives_what_is_stored(stored: Any, executed: Any) -> None:
     assert outputs(executed) == outputs(stored)
     # Times and memory differ from run to run; parameters and ranks do not.
     for notebook in (stored, executed):
-        assert "17,398,656" in text(notebook, "text/html")
-        assert re.search(r"<td>96</td>", text(notebook, "text/html"))
+        assert "17,404,800" in text(notebook, "text/html")
+        assert re.search(r"<td>128</td>", text(notebook, "text/html"))
 
 
 def test_reports_are_tables_and_curves_are_pictures(stored: Any) -> None:

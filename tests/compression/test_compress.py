@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import EVERY_ENCODER, MakeModel, build_model
 from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
+from flashsvd.info import read_info
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods import adasvd
@@ -122,6 +124,37 @@ def test_checkpoint_is_smaller_by_the_ratio_it_claims(make_model: MakeModel, tmp
     dense_size = (source / "model.safetensors").stat().st_size
     headers = 8192
     assert abs(dense_size - report.bytes_on_disk - 4 * (p["dense"] - p["compressed"])) < headers
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "says"),
+    [
+        ({"ratio": 0.5}, "fast", "keep 0.5 of the factored layers' parameters, ranks in fast steps"),
+        (
+            {"ratio": 0.5, "rank_steps": "fine"},
+            "fine",
+            "keep 0.5 of the factored layers' parameters, ranks in fine steps",
+        ),
+        ({"rank": 2}, None, "attn 2, ffn 8, wo 8"),
+    ],
+)
+def test_the_report_and_the_checkpoint_say_in_which_steps_ranks_were_looked_for(
+    make_model: MakeModel, tmp_path: Path, options: dict[str, Any], steps: str | None, says: str
+) -> None:
+    report = run_compress(CompressConfig(model=str(make_model()), output=str(tmp_path / "out"), **options))
+    assert report.info.rank_steps == steps
+    assert (f"in {steps} steps" in str(report)) == (steps is not None)
+    info = read_info(tmp_path / "out")
+    assert info.compression.rank_steps == steps
+    assert says in str(info)
+    # What transformers' own save_pretrained keeps is the config, which says so too.
+    (tmp_path / "out" / "compression_info.json").unlink()
+    assert read_info(tmp_path / "out").compression.rank_steps == steps
+
+
+def test_ranks_that_are_given_are_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
+    config = CompressConfig(model=str(make_model()), rank_attn=3, rank_ffn=5, rank_wo=7, output=str(tmp_path / "out"))
+    assert {(m.role, m.rank) for m in run_compress(config).matrices} == {("attn", 3), ("ffn", 5), ("wo", 7)}
 
 
 def test_default_output_is_named_after_model_method_and_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import ENCODERS, build_decoder, build_model
+from conftest import ENCODERS, MakeModel, build_decoder, build_model
+from flashsvd import CompressConfig, run_compress
 from flashsvd.calibration.losses import head_loss
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.data.tokenize import Batch
-from flashsvd.lowrank.ranks import MatrixShape, RankChoice, RankRequest, parameter_budget, plan_ranks
+from flashsvd.lowrank.ranks import RANK_STEPS, RankChoice, RankRequest, RankSteps, parameter_budget, plan_ranks
+from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods.adasvd import choose_ranks as learn_ranks
 from flashsvd.methods.asvd import choose_ranks as search_by_sensitivity
 from flashsvd.methods.asvd import measure_sensitivity
@@ -32,6 +35,7 @@ class QuadraticProblem:
     weights: Mapping[str, float]
     ratio: float
     size: int = 64
+    steps: RankSteps = "fine"
     seed: int = 0
     batches: int = 2
     calls: int = field(default=0)
@@ -59,9 +63,10 @@ def kept(problem: QuadraticProblem, ranks: Mapping[str, int]) -> int:
     return sum(shape.kept_parameters(ranks[shape.name]) for shape in problem.shapes)
 
 
+@pytest.mark.parametrize("steps", RANK_STEPS)
 @pytest.mark.parametrize("choose", [learn_ranks, search_by_sensitivity])
-def test_ranks_go_where_the_loss_is(choose: Any) -> None:
-    problem = QuadraticProblem({"idle": 0.01, "busy": 3.0, "middling": 0.5}, ratio=0.5)
+def test_ranks_go_where_the_loss_is(choose: Any, steps: RankSteps) -> None:
+    problem = QuadraticProblem({"idle": 0.01, "busy": 3.0, "middling": 0.5}, ratio=0.5, steps=steps)
     ranks = choose(problem)
     assert ranks["busy"] > ranks["middling"] > ranks["idle"]
     assert 0.99 * problem.budget <= kept(problem, ranks) <= problem.budget
@@ -111,6 +116,28 @@ def test_sensitivity_is_the_loss_with_one_matrix_truncated() -> None:
             assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", RANK_STEPS)
+def test_a_search_starts_from_the_even_division_and_is_told_the_steps(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: RankSteps
+) -> None:
+    source = make_model()
+    seen: dict[str, Any] = {}
+
+    def search(model: Any, factoring: Factoring, budget: int, given: RankSteps, *_: Any) -> dict[str, int]:
+        shapes = matrix_shapes(model, factoring.targets, factoring.qkv)
+        even, fast = (plan_ranks(shapes, RankRequest(ratio=0.75, steps=s)) for s in ("fine", "fast"))
+        assert even != fast
+        seen.update(steps=given, even=factoring.plan == even)
+        return {shape.name: shape.full_rank for shape in shapes}
+
+    monkeypatch.setattr("flashsvd.compression.run.search_ranks", search)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three\n" * 40)
+    options: dict[str, Any] = {"method": "adasvd", "calib_data": str(text), "calib_samples": 4, "device": "cpu"}
+    run_compress(CompressConfig(str(source), ratio=0.75, rank_steps=steps, output=str(tmp_path / "out"), **options))
+    assert seen == {"steps": steps, "even": True}
+
+
 def batches_for(model: Any) -> list[Batch]:
     ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -141,7 +168,7 @@ def test_a_masked_model_computes_the_truncated_one(name: str, qkv: Any, with_los
     method = Method("looking", METHODS["standard"].factorize, choose_ranks=look)
     factoring = Factoring(targets, plan, method, qkv, torch.device("cpu"))
     loss = head_loss if with_loss else None
-    ranks = search_ranks(model, factoring, parameter_budget(shapes, request), batches, loss, seed=0)
+    ranks = search_ranks(model, factoring, parameter_budget(shapes, request), request.steps, batches, loss, seed=0)
     assert set(ranks) == {shape.name for shape in shapes}
     # The model is as it was: same modules, same values.
     assert {key: torch.equal(value, before[key]) for key, value in model.state_dict().items()} == dict.fromkeys(

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import (
-    MatrixShape,
+    RANK_STEPS,
     RankChoice,
     RankRequest,
+    RankSteps,
     fit_to_budget,
     kept_parameters,
     parameter_budget,
@@ -22,6 +23,7 @@ from flashsvd.lowrank.ranks import (
     plan_ranks,
     rank_for_ratio,
 )
+from flashsvd.lowrank.shapes import MatrixShape
 
 
 def bert_base(heads: int = 1, layers: int = 2) -> list[MatrixShape]:
@@ -43,26 +45,31 @@ def any_shapes(draw: st.DrawFn) -> list[MatrixShape]:
     return shapes
 
 
-def plan_for_ratio(shapes: list[MatrixShape], ratio: float) -> dict[str, RankChoice]:
+STEPS = st.sampled_from(RANK_STEPS)
+
+
+def plan_for_ratio(shapes: list[MatrixShape], ratio: float, steps: RankSteps) -> dict[str, RankChoice]:
     try:
-        return plan_ranks(shapes, RankRequest(ratio=ratio))
+        return plan_ranks(shapes, RankRequest(ratio=ratio, steps=steps))
     except ConfigError as error:
         assert "less than rank 1" in str(error)  # noqa: PT017 - the other outcome is a plan, which the caller checks
         assume(False)
         raise
 
 
-@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
-def test_a_ratio_is_a_budget_that_is_never_exceeded(shapes: list[MatrixShape], ratio: float) -> None:
-    plan = plan_for_ratio(shapes, ratio)
+@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99), steps=STEPS)
+def test_a_ratio_is_a_budget_that_is_never_exceeded(shapes: list[MatrixShape], ratio: float, steps: RankSteps) -> None:
+    plan = plan_for_ratio(shapes, ratio, steps)
     # Matrices that rank 1 would not make smaller stay dense and are no part of the budget.
     factorable = [shape for shape in shapes if shape.saves(1)]
     assert kept_parameters(factorable, plan) <= ratio * sum(shape.dense_parameters for shape in factorable)
 
 
-@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99))
-def test_every_rank_fits_its_matrix_and_makes_it_smaller(shapes: list[MatrixShape], ratio: float) -> None:
-    plan = plan_for_ratio(shapes, ratio)
+@given(shapes=any_shapes(), ratio=st.floats(0.01, 0.99), steps=STEPS)
+def test_every_rank_fits_its_matrix_and_makes_it_smaller(
+    shapes: list[MatrixShape], ratio: float, steps: RankSteps
+) -> None:
+    plan = plan_for_ratio(shapes, ratio, steps)
     for shape in shapes:
         choice = plan[shape.name]
         if choice.rank is None:
@@ -80,15 +87,16 @@ def test_a_ratio_below_rank_one_is_refused_with_one_that_is_enough() -> None:
 
 @pytest.mark.parametrize("heads", [1, 12])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
-def test_real_shapes_use_their_budget_within_one_percent(heads: int, ratio: float) -> None:
+@pytest.mark.parametrize("steps", RANK_STEPS)
+def test_real_shapes_use_their_budget_within_one_percent(heads: int, ratio: float, steps: RankSteps) -> None:
     shapes = bert_base(heads, layers=12)
-    kept = kept_parameters(shapes, plan_ranks(shapes, RankRequest(ratio=ratio)))
+    kept = kept_parameters(shapes, plan_ranks(shapes, RankRequest(ratio=ratio, steps=steps)))
     dense = sum(shape.dense_parameters for shape in shapes)
     assert 0.99 * ratio < kept / dense <= ratio
 
 
-def test_ranks_from_a_ratio_are_multiples_of_eight_where_they_are_large() -> None:
-    plan = plan_ranks(bert_base(), RankRequest(ratio=0.5))
+def test_fine_ranks_are_multiples_of_eight_where_they_are_large() -> None:
+    plan = plan_ranks(bert_base(), RankRequest(ratio=0.5, steps="fine"))
     assert all(choice.rank is not None and choice.rank % 8 == 0 for choice in plan.values())
     assert plan["0.q"].rank == 192
 
@@ -153,14 +161,14 @@ def wanted_ranks(draw: st.DrawFn) -> tuple[list[MatrixShape], dict[str, int]]:
     return shapes, {shape.name: draw(st.integers(1, shape.full_rank)) for shape in shapes}
 
 
-@given(case=wanted_ranks(), ratio=st.floats(0.1, 0.95))
+@given(case=wanted_ranks(), ratio=st.floats(0.1, 0.95), steps=STEPS)
 def test_wanted_ranks_are_fitted_to_the_budget_in_their_proportions(
-    case: tuple[list[MatrixShape], dict[str, int]], ratio: float
+    case: tuple[list[MatrixShape], dict[str, int]], ratio: float, steps: RankSteps
 ) -> None:
     shapes, wanted = case
     budget = parameter_budget(shapes, RankRequest(ratio=ratio))
     try:
-        ranks = fit_to_budget(shapes, wanted, budget)
+        ranks = fit_to_budget(shapes, wanted, budget, steps)
     except ConfigError:
         assert sum(shape.kept_parameters(1) for shape in shapes) > budget
         return
@@ -174,11 +182,13 @@ def test_wanted_ranks_are_fitted_to_the_budget_in_their_proportions(
     assert spare <= max(cheapest, max(shape.dense_parameters for shape in shapes))
 
 
-def test_real_shapes_meet_the_budget_of_learned_ranks_within_one_percent() -> None:
-    shapes = bert_base(layers=12)
-    wanted = {shape.name: 40 + 17 * (i % 13) for i, shape in enumerate(shapes)}
+@pytest.mark.parametrize("heads", [1, 12])
+@pytest.mark.parametrize("steps", RANK_STEPS)
+def test_real_shapes_meet_the_budget_of_learned_ranks_within_one_percent(heads: int, steps: RankSteps) -> None:
+    shapes = bert_base(heads, layers=12)
+    wanted = {shape.name: shape.full_rank * (3 + i % 7) // 10 for i, shape in enumerate(shapes)}
     budget = parameter_budget(shapes, RankRequest(ratio=0.5))
-    ranks = fit_to_budget(shapes, wanted, budget)
+    ranks = fit_to_budget(shapes, wanted, budget, steps)
     assert 0.99 * budget <= sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes) <= budget
 
 
@@ -196,12 +206,11 @@ def test_the_rank_of_a_ratio_keeps_no_more_than_it(shape: list[MatrixShape], rat
 
 def test_ranks_raised_by_what_rounding_leaves_are_spread_over_the_layers() -> None:
     shapes = [MatrixShape(f"{i}.up", "ffn", 768, 3072) for i in range(12)]
-    plan = plan_ranks(shapes, RankRequest(ratio=0.495))
+    plan = plan_ranks(shapes, RankRequest(ratio=0.495, steps="fine"))
     # Exactly 304.1: one rank in some eight layers is raised; of 0.4975, 305.7: one in four or five.
     assert sorted({choice.rank for choice in plan.values()}) == [304]
-    raised = [
-        i for i, choice in enumerate(plan_ranks(shapes, RankRequest(ratio=0.4975)).values()) if choice.rank == 312
-    ]
+    plan = plan_ranks(shapes, RankRequest(ratio=0.4975, steps="fine"))
+    raised = [i for i, choice in enumerate(plan.values()) if choice.rank == 312]
     assert len(raised) == 2
     assert raised[1] - raised[0] > 3
 

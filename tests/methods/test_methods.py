@@ -283,6 +283,10 @@ def test_zero_gradients_are_reported(make_model: MakeModel, sentences: Path, tmp
         ({"method": "standard", "stats": "a"}, "stats is not used: standard needs no statistics"),
         ({"method": "standard", "save_stats": "a"}, "save_stats is not used: standard needs no statistics"),
         ({"method": "asvd", "asvd_search": True, "ratio": None, "ranks_json": "a"}, "leave out one of them"),
+        (
+            {"method": "drone", "rank_steps": "fine", "ratio": None, "rank": 4},
+            "rank_steps fine is for ranks that are",
+        ),
         ({"method": "drone", "calib_seq_len": 2}, "calib_seq_len 2 is below 3"),
         ({"method": "drone", "stats": "/no/where"}, r"holds no statistics\.json"),
         ({"method": "drone", "ranks_json": "/no/where"}, "ranks_json gives the rank of each matrix; leave out"),

@@ -11,7 +11,7 @@ from flashsvd.common.options import option
 from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
-from flashsvd.lowrank.ranks import RankRequest
+from flashsvd.lowrank.ranks import RANK_STEPS, RankRequest, RankSteps
 
 OUTPUT_ROOT = "compressed_models"
 # Those of `flashsvd.methods.registry`, which needs torch.
@@ -48,6 +48,12 @@ class CompressConfig(Config):
     rank_wo: int | None = option(None, help="rank of the attention output projection", at_least=1)
     ratio: float | None = option(
         None, help="fraction of the factored layers' parameters to keep; finds the ranks", above=0, below=1
+    )
+    rank_steps: str = option(
+        "fast",
+        help="which ranks are looked for: those that kernels run fastest at among the ways to divide the budget of "
+        "--ratio, or multiples of 8 that keep the same fraction of each matrix",
+        choices=RANK_STEPS,
     )
     ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")
     qkv: str = option(
@@ -126,7 +132,8 @@ class CompressConfig(Config):
             if any(value is not None for value in options):
                 raise ConfigError("--ranks-json gives the rank of each matrix; leave out --rank... and --ratio")
             return RankRequest()
-        return RankRequest.from_options(*options)
+        steps: RankSteps = "fine" if self.rank_steps == "fine" else "fast"
+        return RankRequest.from_options(*options, steps=steps)
 
     def output_directory(self, method: str) -> Path:
         """Where the checkpoint goes."""

@@ -13,7 +13,7 @@ from flashsvd.errors import ModelError
 from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.joined import JoinedProjections, dense_share
 from flashsvd.lowrank.layers import layer_from_factors, weight_matrix
-from flashsvd.lowrank.ranks import MatrixShape, Role
+from flashsvd.lowrank.shapes import MatrixShape, Role
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import check_finite
 

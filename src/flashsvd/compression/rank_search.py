@@ -17,7 +17,8 @@ from flashsvd.compression.factorize import dense_layer, factor_layers, install, 
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
 from flashsvd.lowrank.base import FactoredLayer
-from flashsvd.lowrank.ranks import MatrixShape, RankChoice
+from flashsvd.lowrank.ranks import RankChoice, RankSteps
+from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import working_on
 
@@ -45,6 +46,7 @@ def search_ranks(
     model: Any,
     factoring: Factoring,
     budget: int,
+    steps: RankSteps,
     batches: Sequence[Batch],
     loss: Loss | None,
     seed: int,
@@ -57,6 +59,7 @@ def search_ranks(
         factoring: its plan is what a method that does not choose would do; the method may start from it. Weights are
             read from the model, and the factors are in float32.
         budget: parameters that all matrices together may keep.
+        steps: those that ranks are rounded to.
         loss: None takes the distance of the outputs from the dense model's.
 
     Raises:
@@ -76,6 +79,7 @@ def search_ranks(
                 shapes=shapes,
                 uniform={shape.name: factoring.plan[shape.name].rank or shape.full_rank for shape in shapes},
                 budget=budget,
+                steps=steps,
                 seed=seed,
                 model=model,
                 layers=layers,
@@ -93,6 +97,7 @@ class _MaskedModel:
     shapes: Sequence[MatrixShape]
     uniform: Mapping[str, int]
     budget: int
+    steps: RankSteps
     seed: int
     model: Any
     layers: Mapping[Target, MaskedLinear]

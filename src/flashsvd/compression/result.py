@@ -19,6 +19,12 @@ log = logging.getLogger("flashsvd")
 
 # A share of the parameters that was asked for and not kept, from which on it is said why.
 NOTABLE = 0.005
+_WHY_LESS: dict[str | None, str] = {
+    "fine": f"ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step matrices would hold more "
+    "than that, or no fewer parameters than dense ones",
+    "fast": "no ranks that kernels run as fast come closer, or matrices would hold no fewer parameters than dense "
+    f"ones; --rank-steps fine divides in steps of {ALIGNED}",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,12 +78,11 @@ class CompressReport:
             f"({p['compressed'] / p['dense']:.1%} kept), weights "
             f"{self.info.dense_bytes / 1e6:.1f} -> {self.bytes_on_disk / 1e6:.1f} MB",
         ]
+        if self.info.rank_steps is not None:
+            lines.append(f"ranks:           in {self.info.rank_steps} steps")
         ratio, kept = self.info.ratio, p["target_compressed"] / p["target_dense"]
         if ratio is not None and kept < ratio - NOTABLE:
-            lines.append(
-                f"asked was {ratio:.1%}: ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step "
-                "matrices would hold more than that, or no fewer parameters than dense ones"
-            )
+            lines.append(f"asked was {ratio:.1%}: {_WHY_LESS[self.info.rank_steps]}")
         if dense:
             lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
         if noted := [m for m in self.matrices if m.note]:

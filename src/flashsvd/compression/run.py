@@ -33,14 +33,8 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
 from flashsvd.io import save_compressed
-from flashsvd.lowrank.ranks import (
-    ROLES,
-    MatrixShape,
-    kept_parameters,
-    parameter_budget,
-    plan_given_ranks,
-    plan_ranks,
-)
+from flashsvd.lowrank.ranks import kept_parameters, parameter_budget, plan_given_ranks, plan_ranks
+from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
@@ -201,9 +195,12 @@ class CompressionJob:
         if not self._chooses:
             return factoring
         assert self.calibration is not None, "prepared for every method that chooses ranks"
-        budget = parameter_budget(self.shapes, self.config.rank_request())
+        request = self.config.rank_request()
+        budget = parameter_budget(self.shapes, request)
         batches, loss = self.calibration.batches, self.calibration.loss
-        ranks = search_ranks(model, factoring, budget, batches, loss, self.config.seed)
+        # From the even division a search comes to better ranks than from the fast one.
+        even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
+        ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
         return replace(factoring, plan=plan_given_ranks(self.shapes, ranks))
 
     def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
@@ -238,6 +235,7 @@ class CompressionJob:
             task=config.task,
             calibration=calibration,
             ranks_json=config.ranks_json,
+            rank_steps=config.rank_steps if _looks_for_ranks(config, method) else None,
             model_type=str(model.config.model_type),
             architecture=type(model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -274,6 +272,11 @@ def _chooses_ranks(config: CompressConfig, method: Method) -> bool:
     return method.choose_ranks is not None and not config.ranks_json
 
 
+def _looks_for_ranks(config: CompressConfig, method: Method) -> bool:
+    """Whether there are ranks to find: for a ratio, or by the method."""
+    return config.ratio is not None or _chooses_ranks(config, method)
+
+
 def _check_options(config: CompressConfig, method: Method, output: Path) -> None:
     """Refuse options that would do nothing or undo each other, and say which calibration data is not read.
 
@@ -282,6 +285,8 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
     """
     if config.ranks_json and config.asvd_search:
         raise ConfigError("--ranks-json gives the ranks that --asvd-search would look for; leave out one of them")
+    if config.rank_steps == "fine" and not _looks_for_ranks(config, method):
+        raise ConfigError("--rank-steps fine is for ranks that are looked for, and these are given; leave it out")
     for name in ("stats", "save_stats"):
         if getattr(config, name) and not method.needs:
             raise ConfigError(f"{flag(name)} is not used: {method.name} needs no statistics; leave it out")

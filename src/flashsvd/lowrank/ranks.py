@@ -1,22 +1,24 @@
 """Every rule about ranks: what `--rank` and `--ratio` mean, which ranks are refused, and what stays dense.
 
-A matrix W [in, out] of h blocks (h heads of Q, K or V in the per-head layout, else 1) and rank r keeps
-U [in, r] and V [r, out/h] for each block, so it holds h r (in + out/h) parameters against in * out.
+`--rank-steps fine` divides a ratio evenly, in multiples of 8; `fast` asks `fast_ranks` for a division of the same
+budget that kernels run faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from flashsvd.common.options import check_count, check_fraction, flag
 from flashsvd.errors import ConfigError
+from flashsvd.lowrank.fast_ranks import TOLERANCE, coarse_step, fast_ranks
+from flashsvd.lowrank.shapes import ROLES, MatrixShape, Role
 
-Role = Literal["attn", "wo", "ffn"]
-ROLES: tuple[Role, ...] = ("attn", "ffn", "wo")
+RankSteps = Literal["fast", "fine"]
+RANK_STEPS: tuple[RankSteps, ...] = ("fast", "fine")
 
 ALIGNED = 8
 FFN_PER_RANK = 4
@@ -24,47 +26,15 @@ WO_PER_RANK = 4
 
 
 @dataclass(frozen=True)
-class MatrixShape:
-    """The shape of one matrix to factor: W [in_features, out_features] in `blocks` equal column blocks."""
-
-    name: str
-    role: Role
-    in_features: int
-    out_features: int
-    blocks: int = 1
-
-    @property
-    def dense_parameters(self) -> int:
-        return self.in_features * self.out_features
-
-    @property
-    def parameters_per_rank(self) -> int:
-        return self.blocks * self.in_features + self.out_features
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank one block can have."""
-        return min(self.in_features, self.out_features // self.blocks)
-
-    def factored_parameters(self, rank: int) -> int:
-        return rank * self.parameters_per_rank
-
-    def saves(self, rank: int) -> bool:
-        return self.factored_parameters(rank) < self.dense_parameters
-
-    def kept_parameters(self, rank: int) -> int:
-        """What is kept at a rank: the factors, or the dense matrix where they would be no smaller."""
-        return min(self.factored_parameters(rank), self.dense_parameters)
-
-
-@dataclass(frozen=True)
 class RankRequest:
-    """What was asked for: a rank for each role, or the fraction of the factored layers' parameters to keep."""
+    """What was asked for: a rank for each role, or the fraction of the factored layers' parameters to keep, and which
+    ranks to look for then."""
 
     attn: int | None = None
     ffn: int | None = None
     wo: int | None = None
     ratio: float | None = None
+    steps: RankSteps = "fast"
 
     @classmethod
     def from_options(
@@ -74,6 +44,7 @@ class RankRequest:
         rank_ffn: int | None = None,
         rank_wo: int | None = None,
         ratio: float | None = None,
+        steps: RankSteps = "fast",
     ) -> RankRequest:
         """Combine the user's options; `rank` r means attn = r, ffn = 4r, wo = 4r, and the others override it.
 
@@ -88,13 +59,14 @@ class RankRequest:
         if ratio is not None:
             if given:
                 raise ConfigError(f"--ratio finds the ranks itself; leave out {' and '.join(given)}")
-            return cls(ratio=float(ratio))
+            return cls(ratio=float(ratio), steps=steps)
         if not given:
             raise ConfigError("no ranks given; pass --ratio 0.5, --rank 64, or --rank-attn, --rank-ffn and --rank-wo")
         request = cls(
             attn=rank if rank_attn is None else rank_attn,
             ffn=FFN_PER_RANK * rank if rank_ffn is None and rank is not None else rank_ffn,
             wo=WO_PER_RANK * rank if rank_wo is None and rank is not None else rank_wo,
+            steps=steps,
         )
         missing = [f"--rank-{role}" for role in ROLES if request.of(role) is None]
         if missing:
@@ -129,7 +101,7 @@ def plan_ranks(shapes: Sequence[MatrixShape], request: RankRequest) -> dict[str,
         ConfigError: a rank asked for is larger than a matrix allows, or the ratio too small for rank 1 everywhere.
     """
     if request.ratio is not None:
-        ranks = _ranks_for_ratio(shapes, request.ratio)
+        ranks = _ranks_for_ratio(shapes, request.ratio, request.steps)
     else:
         ranks = {shape.name: _requested_rank(shape, request) for shape in shapes}
     return {shape.name: _dense_unless_smaller(shape, ranks[shape.name]) for shape in shapes}
@@ -171,17 +143,22 @@ def parameter_budget(shapes: Sequence[MatrixShape], request: RankRequest) -> int
     return kept_parameters(shapes, plan_ranks(shapes, request))
 
 
-def fit_to_budget(shapes: Sequence[MatrixShape], wanted: Mapping[str, float], budget: int) -> dict[str, int]:
-    """Aligned ranks in the proportions of `wanted` that together keep as much of the budget as they can.
+def fit_to_budget(
+    shapes: Sequence[MatrixShape], wanted: Mapping[str, float], budget: int, steps: RankSteps
+) -> dict[str, int]:
+    """Ranks in the proportions of `wanted` that together keep as much of the budget as they can.
 
-    A matrix whose factors would be no smaller than its dense form counts as dense and gets its full rank.
+    They are rounded down to `fine` steps; or to the nearest of `fast` ones, and where those leave more than `TOLERANCE`
+    of the budget over, some are raised by fine steps. A matrix whose factors would be no smaller than its dense form
+    counts as dense and gets its full rank.
 
     Raises:
         ConfigError: the budget is less than rank 1 everywhere.
     """
+    rounding = _ROUNDING[steps]
 
     def scaled(scale: float) -> dict[str, int]:
-        return {shape.name: _scaled_rank(shape, wanted[shape.name] * scale) for shape in shapes}
+        return {shape.name: _scaled_rank(shape, rounding(shape, wanted[shape.name] * scale)) for shape in shapes}
 
     def kept(ranks: Mapping[str, int]) -> int:
         return sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes)
@@ -193,19 +170,35 @@ def fit_to_budget(shapes: Sequence[MatrixShape], wanted: Mapping[str, float], bu
         middle = (low + high) / 2
         low, high = (middle, high) if kept(scaled(middle)) <= budget else (low, middle)
     ranks = scaled(low)
-    spare = budget - kept(ranks)
-    for shape in sorted(shapes, key=lambda s: wanted[s.name] * low - ranks[s.name], reverse=True):
-        raised = _scaled_rank(shape, ranks[shape.name] + _alignment(ranks[shape.name]))
-        cost = shape.kept_parameters(raised) - shape.kept_parameters(ranks[shape.name])
-        if 0 < cost <= spare:
-            ranks[shape.name] = raised
-            spare -= cost
+    exact = {shape.name: wanted[shape.name] * low for shape in shapes}
+    if steps == "fast":
+        ranks = _raised(shapes, ranks, exact, budget - kept(ranks), coarse_step)
+    if steps == "fine" or kept(ranks) < (1 - TOLERANCE) * budget:
+        ranks = _raised(shapes, ranks, exact, budget - kept(ranks), lambda _, rank: _alignment(rank))
     return ranks
 
 
-def _scaled_rank(shape: MatrixShape, rank: float) -> int:
-    aligned = max(1, _round_down(rank))
-    return aligned if shape.saves(aligned) else shape.full_rank
+def _raised(
+    shapes: Sequence[MatrixShape],
+    ranks: Mapping[str, int],
+    exact: Mapping[str, float],
+    spare: int,
+    step: Callable[[MatrixShape, int], int],
+) -> dict[str, int]:
+    """The ranks, those that rounding took most from one step higher as far as the spare parameters go."""
+    raised = dict(ranks)
+    for shape in sorted(shapes, key=lambda s: exact[s.name] - ranks[s.name], reverse=True):
+        rank = ranks[shape.name]
+        higher = _scaled_rank(shape, rank + step(shape, rank))
+        cost = shape.kept_parameters(higher) - shape.kept_parameters(rank)
+        if 0 < cost <= spare:
+            raised[shape.name] = higher
+            spare -= cost
+    return raised
+
+
+def _scaled_rank(shape: MatrixShape, rank: int) -> int:
+    return max(1, rank) if shape.saves(max(1, rank)) else shape.full_rank
 
 
 def kept_parameters(shapes: Iterable[MatrixShape], plan: Mapping[str, RankChoice]) -> int:
@@ -248,16 +241,32 @@ def _round_down(rank: float) -> int:
     return int(rank) // step * step
 
 
-def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, int]:
+def _round_coarsely(shape: MatrixShape, rank: float) -> int:
+    step = coarse_step(shape, rank)
+    return int(rank / step + 0.5) * step
+
+
+_ROUNDING: Mapping[RankSteps, Callable[[MatrixShape, float], int]] = {
+    "fast": _round_coarsely,
+    "fine": lambda _, rank: _round_down(rank),
+}
+
+
+def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float, steps: RankSteps) -> dict[str, int]:
+    """Matrices that even rank 1 would not make smaller stay dense and do not count in the budget."""
+    rigid = {shape.name: 1 for shape in shapes if not shape.saves(1)}
+    shapes = [shape for shape in shapes if shape.saves(1)]
+    ranks = _even_ranks(shapes, ratio)
+    return (fast_ranks(shapes, ratio, ranks) if steps == "fast" and shapes else ranks) | rigid
+
+
+def _even_ranks(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, int]:
     """Keep the same fraction of each matrix, r = ratio * in * out / (parameters per rank), rounded to an aligned rank.
 
     Matrices of one kind pass on what rounding down leaves over, until it pays for rounding one of them up, so that
     each kind keeps its fraction and the raised ones are spread over the layers. What is left at the end raises
-    others while the budget allows it. Matrices that even rank 1 would not make smaller stay dense and do not count in
-    the budget.
+    others while the budget allows it.
     """
-    rigid = {shape.name: 1 for shape in shapes if not shape.saves(1)}
-    shapes = [shape for shape in shapes if shape.saves(1)]
     exact = {s.name: ratio * s.dense_parameters / s.parameters_per_rank for s in shapes}
     ranks = {name: max(1, _round_down(rank)) for name, rank in exact.items()}
     spare = ratio * sum(s.dense_parameters for s in shapes) - sum(s.factored_parameters(ranks[s.name]) for s in shapes)
@@ -282,7 +291,7 @@ def _ranks_for_ratio(shapes: Sequence[MatrixShape], ratio: float) -> dict[str, i
         if rounded_down and shape.saves(ranks[shape.name] + step) and _pays(shape, step, spare):
             ranks[shape.name] += step
             spare -= shape.factored_parameters(step)
-    return ranks | rigid
+    return ranks
 
 
 def _pays(shape: MatrixShape, step: int, spare: float) -> bool:

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from flashsvd.common.making_modules import making_modules
 from flashsvd.errors import ConfigError
-from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget
+from flashsvd.lowrank.ranks import fit_to_budget
+from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods import drone, fwsvd, standard_svd
 from flashsvd.methods.method import Method, RankProblem
 
@@ -94,7 +95,7 @@ def choose_ranks(problem: RankProblem) -> dict[str, int]:
         progress.set_postfix(loss=f"{task.item():.4f}", kept=f"{kept.item() / problem.budget:.3f}")
     with torch.no_grad():
         learned = {shape.name: max(1, int((logits > 0).sum())) for shape, logits in zip(shapes, network(), strict=True)}
-    learned = fit_to_budget(shapes, learned, problem.budget)
+    learned, uniform = (fit_to_budget(shapes, ranks, problem.budget, problem.steps) for ranks in (learned, uniform))
     losses = {"learned": _mean_loss(problem, learned), "uniform": _mean_loss(problem, uniform)}
     log.info("calibration loss %.4g with the learned ranks, %.4g with uniform ones", *losses.values())
     return learned if losses["learned"] < losses["uniform"] else uniform

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flashsvd.errors import ConfigError
-from flashsvd.lowrank.ranks import MatrixShape, fit_to_budget, rank_for_ratio
+from flashsvd.lowrank.ranks import fit_to_budget, rank_for_ratio
+from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods.method import Factors, Method, RankProblem, Statistics
 from flashsvd.methods.weighted import weighted_svd
 
@@ -48,7 +49,8 @@ def choose_ranks(problem: RankProblem) -> dict[str, int]:
             high = middle
         else:
             low = middle + 1
-    return fit_to_budget(problem.shapes, _under(sensitivity, tolerances[high]), problem.budget)
+    wanted = _under(sensitivity, tolerances[high])
+    return fit_to_budget(problem.shapes, wanted, problem.budget, problem.steps)
 
 
 def measure_sensitivity(problem: RankProblem) -> dict[str, list[tuple[int, float]]]:

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flashsvd.lowrank.ranks import MatrixShape
+from flashsvd.lowrank.ranks import RankSteps
+from flashsvd.lowrank.shapes import MatrixShape
 
 Need = Literal["covariance", "mean_abs", "row_gradients"]
 
@@ -67,6 +68,10 @@ class RankProblem(Protocol):
     @property
     def budget(self) -> int:
         """Parameters that all of them together may keep."""
+
+    @property
+    def steps(self) -> RankSteps:
+        """The steps that ranks are rounded to."""
 
     @property
     def uniform(self) -> Mapping[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashsvd.lowrank.columns import Columns
 from flashsvd.lowrank.joined import share_of_columns
-from flashsvd.lowrank.ranks import Role
+from flashsvd.lowrank.shapes import Role
 from flashsvd.storage.layer_places import LayerPlace
 
 

@@ -37,6 +37,11 @@ def describe(c: CompressionInfo, weight_bytes: int) -> list[tuple[str, str]]:
 
 
 def _asked(c: CompressionInfo) -> str:
+    steps = f", ranks in {c.rank_steps} steps" if c.rank_steps else ""
+    return _asked_size(c) + steps
+
+
+def _asked_size(c: CompressionInfo) -> str:
     if c.ratio is not None:
         return f"keep {c.ratio:g} of the factored layers' parameters"
     if c.ranks_json is not None:

@@ -19,8 +19,8 @@ FORMAT_VERSION = 1
 
 # The fields that nobody can tell from a model and its config.
 ABOUT = (
-    "method", "method_options", "ranks", "ratio", "ranks_json", "base_model", "task", "calibration", "untrained",
-    "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
+    "method", "method_options", "ranks", "ratio", "ranks_json", "rank_steps", "base_model", "task", "calibration",
+    "untrained", "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
 )  # fmt: skip
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
@@ -34,6 +34,8 @@ class CompressionInfo:
         method_options: the method's own options as they were used.
         ranks: the rank asked for each role, None for all where a ratio was asked.
         ratio: the fraction of the factored layers' parameters to keep, None where ranks were asked.
+        rank_steps: `fast` or `fine`, the steps of ranks that were looked for; None where all were given. Files written
+            before lack it, and then it is None.
         ranks_json: the file that gave the rank of each matrix, None where none did.
         module_ranks: the rank each target really has, by module path; None where it stayed dense.
         module_errors: the relative error of each target's weights as they were compressed, ||W - U V||_F / ||W||_F, by
@@ -75,6 +77,7 @@ class CompressionInfo:
     module_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rank_steps: str | None = None
     format_version: int = FORMAT_VERSION
 
     def about(self) -> dict[str, Any]:
@@ -100,7 +103,7 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({described(error)}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
-        data = {"trainings": [], "module_errors": {}, "module_places": {}, "digests": {}} | data
+        data = {"trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None} | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
@@ -158,7 +161,7 @@ def _map_of(fits: Check, *required: str) -> Check:
 
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("method", "qkv", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text),
-    **dict.fromkeys(("task", "git_commit", "ranks_json"), _or_null(_text)),
+    **dict.fromkeys(("task", "git_commit", "ranks_json", "rank_steps"), _or_null(_text)),
     "method_options": _map_of(lambda value: True),
     "ranks": _map_of(_or_null(_count)),
     "ratio": _or_null(_ratio),
