@@ -22,7 +22,7 @@ from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs
 from flashsvd.blocks.running.shape import Shape, columns, round_up
 from flashsvd.blocks.running.stage import SMALL_RESULT, Landing, Stage, UnknownOutputError
 from flashsvd.blocks.running.tokens import Padding, Tokens
-from flashsvd.blocks.running.watch import fingerprint, is_watched
+from flashsvd.blocks.running.watch import Watch
 from flashsvd.blocks.running.whole import WholeModel, add_graphs
 from flashsvd.errors import BackendError
 
@@ -325,6 +325,7 @@ def test_shapes_that_came_once_are_not_remembered_without_end(monkeypatch: pytes
 @pytest.mark.parametrize("change", ["a module", "a weight", "a weight's memory", "a buffer", "nothing"])
 def test_graphs_of_what_was_replaced_are_dropped(change: str) -> None:
     graphs, model = Graphs(always=True), model_of(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    watch = graphs._watched(model)
     assert ask(graphs, model, forward=lambda _: "before") == "before"
     if change == "a module":
         model[0] = nn.Linear(2, 2)
@@ -334,30 +335,42 @@ def test_graphs_of_what_was_replaced_are_dropped(change: str) -> None:
         model[0].weight.data = torch.ones(2, 2)
     elif change == "a buffer":
         model[1].running_mean = torch.ones(2)
+    assert (graphs._watched(model) is watch) == (change == "nothing")
     assert ask(graphs, model, forward=lambda _: "after") == ("before" if change == "nothing" else "after")
 
 
-def test_weights_inside_of_blocks_that_move_change_the_fingerprint() -> None:
+def test_weights_inside_of_blocks_that_move_are_seen() -> None:
     model: Any = optimize(build_model("bert", "base"))
-    before = fingerprint(model)
-    assert fingerprint(model) == before
+    before = Watch(model)
+    assert before.holds()
     model.encoder.layer[1].block.to(torch.float64)
-    assert fingerprint(model) != before
+    assert not before.holds()
 
 
 def test_hooks_on_any_module_but_the_model_itself_are_seen() -> None:
     model: Any = optimize(build_model("bert"))
-    assert not is_watched(model)
+    watch = Watch(model)
+    assert not watch.is_hooked()
     model.register_forward_hook(lambda *_: None)
-    assert not is_watched(model)
+    assert not watch.is_hooked()
     for module in (model.bert.pooler, model.bert.embeddings.word_embeddings, model.bert.encoder.layer[0]):
         handle = module.register_forward_pre_hook(lambda *_: None)
-        assert is_watched(model)
+        assert watch.is_hooked()
         handle.remove()
+        module.forward = module.forward
+        assert watch.is_hooked()
+        del module.forward
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert is_watched(model)
+    assert watch.is_hooked()
     handle.remove()
-    assert not is_watched(model)
+    assert not watch.is_hooked()
+
+
+def test_recorders_of_hidden_states_are_no_hooks_of_somebody() -> None:
+    model: Any = optimize(build_model("bert"))
+    with torch.inference_mode():
+        model(IDS, output_hidden_states=True)
+    assert not Watch(model).is_hooked()
 
 
 @pytest.mark.usefixtures("faked")

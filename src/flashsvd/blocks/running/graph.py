@@ -19,7 +19,7 @@ from flashsvd.blocks.running.call import Call
 from flashsvd.blocks.running.shape import Shape
 from flashsvd.blocks.running.stage import Landing, Stage, UnknownOutputError
 from flashsvd.blocks.running.tokens import Padding
-from flashsvd.blocks.running.watch import fingerprint, is_watched
+from flashsvd.blocks.running.watch import Watch
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import precision, why_not_triton
 
@@ -56,7 +56,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
-        self._fingerprint: list[Any] = []
+        self._watch: Watch | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
@@ -77,14 +77,15 @@ class Graphs:
         Raises:
             BackendError: graphs were asked for, and the model was moved to where there are none.
         """
-        weight = next(model.parameters())
+        watch = self._watched(model)
+        weight = watch.weight
         if not weight.is_cuda or call.device != weight.device or why_not_triton(weight):
             if self.always and (
                 reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device.type}"
             ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
-        if padding.count == 0 or is_watched(model):
+        if padding.count == 0 or watch.is_hooked():
             return None
         positions = getattr(model.config, "max_position_embeddings", None)
         shape = Shape.of(call, padding, positions, precision(weight))
@@ -93,10 +94,6 @@ class Graphs:
     def run(self, model: nn.Module, forward: Forward, call: Call, padding: Padding, shape: Shape) -> Any:
         """What `forward`, the model's own, makes of a call; None where it is to run without a graph."""
         with self._lock:
-            if (now := fingerprint(model)) != self._fingerprint:
-                # Modules or weights are not what they were.
-                self.forget()
-                self._fingerprint = now
             captured = self._captured.get(shape)
             if captured is None:
                 if not self._is_wanted(shape):
@@ -107,6 +104,15 @@ class Graphs:
             self._captured.move_to_end(shape)
             self._follow(torch.cuda.current_stream(call.device))
             return captured.replay(call, padding)
+
+    def _watched(self, model: nn.Module) -> Watch:
+        """The model as it is now; graphs of what it was before are dropped."""
+        watch = self._watch
+        if watch is None or not watch.holds():
+            with self._lock:
+                self.forget()
+                self._watch = watch = Watch(model)
+        return watch
 
     def _is_wanted(self, shape: Shape) -> bool:
         if self.always or shape in self._seen:

@@ -93,12 +93,15 @@ def spread(x: Tensor, chunk: Chunk) -> Tensor:
     return x.view(chunk.sequences, chunk.max_seqlen, *x.shape[1:])
 
 
+SMALL_MASK = 4096
+
+
 @dataclass(frozen=True, eq=False)
 class Padding:
     """What the host knows of a batch's padding.
 
     Attributes:
-        mask: bool [batch, length], whether a token is real; None where all are.
+        mask: [batch, length], not zero where a token is real; None where all are.
         lengths: the number of real tokens of each row.
         counted: whether they stand in its first columns, all padding behind them.
     """
@@ -123,13 +126,13 @@ class Padding:
                 f"an optimised model takes an attention mask [batch, length], here [{batch}, {length}], "
                 f"not {given}; load the checkpoint without optimize for other masks"
             )
-        mask = mask.to(device=x.device, dtype=torch.bool)
-        # The one place where the host waits for the device; and it counts faster than that launches.
-        real = mask.cpu().numpy()
+        # The one place where the host waits for the device, and it counts faster than that launches. What is small is
+        # fetched as it is.
+        real = (mask if mask.numel() <= SMALL_MASK else mask.bool()).cpu().bool().numpy()
         lengths = real.sum(1)
         full = bool((lengths == length).all())
         counted = not bool((real[:, 1:] > real[:, :-1]).any())
-        return cls(None if full else mask, tuple(lengths.tolist()), counted)
+        return cls(None if full else mask.to(x.device), tuple(lengths.tolist()), counted)
 
     @property
     def count(self) -> int:
@@ -176,7 +179,7 @@ class Tokens:
         if padding.mask is None:
             return _full(x.shape[0], x.shape[1], x.device)
         longest = max(padding.lengths)
-        return cls.masked(padding.mask, padding.count, longest, padding.counted, padding.lengths)
+        return cls.masked(padding.mask.bool(), padding.count, longest, padding.counted, padding.lengths)
 
     @classmethod
     def masked(cls, mask: Tensor, count: int, max_seqlen: int, counted: bool, lengths: tuple[int, ...] = ()) -> Tokens:

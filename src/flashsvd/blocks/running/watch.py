@@ -1,15 +1,55 @@
-"""What would make a captured graph wrong: other modules or weights in the model, and hooks that it would not run."""
+"""What would make a captured graph wrong: other modules or weights in the model, and hooks that it would not run.
+
+Asked at every call, so what is looked at is written down once, as the dictionaries that torch's modules keep.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from operator import is_
 
-from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from flashsvd.blocks.running.quick import QuickModule, moves
-from flashsvd.blocks.running.refusals import any_foreign_hooks
+from flashsvd.blocks.running.refusals import HOOKS, any_foreign_hooks
+
+_EVERYWHERE = [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and "hook" in name]
+
+
+class Watch:
+    """A model as it is now.
+
+    Attributes:
+        weight: one of its weights, which says where it is and in which dtype.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(outside(model))
+        # The model's own hooks and wrappers run around its forward, whatever they do.
+        self._inside = [module for module in modules if module is not model]
+        self._attributes = [vars(module) for module in self._inside]
+        self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
+        kept = [vars(module)[name] for module in modules for name in ("_modules", "_parameters", "_buffers")]
+        self._kept = [(each, tuple(each.values())) for each in kept if each]
+        self._tensors = [x for _, values in self._kept for x in values if isinstance(x, Tensor)]
+        self._places = [x.data_ptr() for x in self._tensors]
+        self._moves = moves()
+        self.weight = next(model.parameters())
+
+    def holds(self) -> bool:
+        """Whether the model's modules are the same, and its weights lie where they did."""
+        for each, values in self._kept:
+            if len(each) != len(values) or not all(map(is_, each.values(), values)):
+                return False
+        return self._moves == moves() and [x.data_ptr() for x in self._tensors] == self._places
+
+    def is_hooked(self) -> bool:
+        """Whether somebody has hooks on a module inside of the model, or wrapped one."""
+        if any(_EVERYWHERE) or any("forward" in attributes for attributes in self._attributes):
+            return True
+        # Recorders of transformers' own stay in place for good, and do nothing unless they are asked.
+        return any(self._hooks) and any_foreign_hooks(self._inside)
 
 
 def outside(model: nn.Module) -> Iterator[nn.Module]:
@@ -18,22 +58,4 @@ def outside(model: nn.Module) -> Iterator[nn.Module]:
     while todo:
         module = todo.pop()
         yield module
-        # Read as they lie: `children()` takes longer than a small batch can spare.
-        todo += [m for m in module._modules.values() if m is not None and not isinstance(m, QuickModule)]
-
-
-def is_watched(model: nn.Module) -> bool:
-    """Whether somebody has hooks on a module, or wrapped one."""
-    everywhere: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    # The model's own run around its forward, whatever that does.
-    return everywhere or any_foreign_hooks(module for module in outside(model) if module is not model)
-
-
-def fingerprint(model: nn.Module) -> list[Any]:
-    """The model's modules, and where their weights lie; equal as long as a graph that reads them is right."""
-    found: list[Any] = [moves()]
-    for module in outside(model):
-        found += module._modules.values()
-        found += [None if x is None else x.data_ptr() for x in module._parameters.values()]
-        found += [None if x is None else x.data_ptr() for x in module._buffers.values()]
-    return found
+        todo += [m for m in module.children() if not isinstance(m, QuickModule)]
