@@ -17,7 +17,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashsvd.kernels import flash_attn_triton, flashsvdffnv1, flashsvdffnv2, flashsvdgeglu, flashsvdropeattn
+from flashsvd.kernels import (
+    activated_linear,
+    flash_attn_triton,
+    flashsvdffnv1,
+    flashsvdffnv2,
+    flashsvdgeglu,
+    flashsvdropeattn,
+    gated_linear,
+)
 from flashsvd.kernels.launch import precision
 from flashsvd.kernels.triton_import import TensorDescriptor
 
@@ -97,6 +105,34 @@ def ffn_v1(dtype: torch.dtype, rank: int) -> dict[str, int]:
     return {"v1": of(1), "v1 of more tokens": of(1000), "v1 of many tokens": of(5000)}
 
 
+def geglu(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """For numbers of tokens that its table tells apart."""
+    lift, bias = torch.zeros(64, rank, dtype=dtype), torch.zeros(64, dtype=dtype)
+
+    def of(tokens: int) -> int:
+        p, q = (torch.zeros(tokens, rank, dtype=dtype) for _ in range(2))
+        return shared_memory(flashsvdgeglu, "_geglu", p, q, lift, lift, lift, bias, bias, "gelu", 1)
+
+    return {"geglu": of(1), "geglu of many tokens": of(5000)}
+
+
+def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """Lifts with an activation or a gate in their epilogue, for numbers of tokens that their tables tell apart."""
+    lift, bias = torch.zeros(64, rank, dtype=dtype), torch.zeros(64, dtype=dtype)
+
+    def of(tokens: int) -> dict[str, int]:
+        p = torch.zeros(tokens, rank, dtype=dtype)
+        gated = shared_memory(gated_linear, "_gated_linear", p, p, lift, lift, bias, bias, "gelu")
+        plain = shared_memory(activated_linear, "_activated_linear", p, lift, bias, "gelu")
+        return {f"activated lift of {tokens}": plain, f"gated lift of {tokens}": gated}
+
+    return of(1) | of(1000) | of(5000)
+
+
+# What `KIND:RANK` compiles, for a rank that only some kernels have a row for.
+KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts}
+
+
 def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor) -> int:
     """At the widest rank of values, queries and keys stay at the widest that the kernel takes of them."""
     lifted = min(rank, flashsvdropeattn.LARGEST_LIFTED_RANK)
@@ -110,7 +146,6 @@ if __name__ == "__main__":
     dtype = getattr(torch, dtype_name)
     found = {}
     for rank in ranks:
-        # `v1:RANK` is for a rank that only v1 has a row for.
-        kernels = ffn_v1 if rank.startswith("v1:") else main
-        found[rank] = kernels(dtype, int(rank.removeprefix("v1:")))
+        which, _, number = rank.rpartition(":")
+        found[rank] = (KINDS[which] if which else main)(dtype, int(number))
     print(json.dumps(found))
