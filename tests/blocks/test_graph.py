@@ -373,26 +373,34 @@ def test_recorders_of_hidden_states_are_no_hooks_of_somebody() -> None:
     assert not Watch(model).is_hooked()
 
 
+@pytest.mark.parametrize(
+    ("error", "says", "others"),
+    [
+        (
+            RuntimeError("not permitted when capturing\nmore"),
+            "the model runs without CUDA graphs: not permitted",
+            False,
+        ),
+        (torch.OutOfMemoryError("out of memory"), "batches [2, 16] run without a CUDA graph: out of memory", True),
+        (UnknownOutputError("odd output"), "batches [2, 16] run without a CUDA graph: odd output", True),
+    ],
+    ids=["captured", "memory", "output"],
+)
 @pytest.mark.usefixtures("faked")
-def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
+    error: Exception, says: str, others: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    attempts = []
-
     def fail(*_: Any) -> None:
-        attempts.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise error
 
-    monkeypatch.setattr(Graphs, "_capture", fail)
     graphs, model = Graphs(always=False), model_of()
-    call = call_of(torch.ones(2, 16))
-    shape = Shape.of(call, padding_of(call), None, "ieee")
+    monkeypatch.setattr(Graphs, "_capture", fail)
     assert [ask(graphs, model) for _ in range(2)] == [None, None]
-    assert caplog.messages == [
-        "batches [2, 16] run without a CUDA graph: operation not permitted when stream is capturing"
-    ]
-    assert shape in graphs._refused
-    with pytest.raises(BackendError, match="cannot run as a CUDA graph: operation not permitted"):
+    assert [message[: len(says)] for message in caplog.messages] == [says]
+    call = call_of(torch.ones(2, 16))
+    assert graphs._off or Shape.of(call, padding_of(call), None, "ieee") in graphs._refused
+    assert graphs._off != others
+    with pytest.raises(BackendError, match="cannot run as a CUDA graph"):
         ask(Graphs(always=True), model)
 
 

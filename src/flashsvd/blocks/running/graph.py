@@ -51,6 +51,7 @@ class Graphs:
         self._captured: OrderedDict[Shape, _Captured] = OrderedDict()
         self._seen: OrderedDict[Shape, None] = OrderedDict()
         self._refused: set[Shape] = set()
+        self._off = False
         self._landing = Landing()
         self._pool: Any = None
         self._lock = threading.Lock()
@@ -85,7 +86,7 @@ class Graphs:
             ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
-        if padding.count == 0 or watch.is_hooked():
+        if self._off or padding.count == 0 or watch.is_hooked():
             return None
         positions = getattr(model.config, "max_position_embeddings", None)
         shape = Shape.of(call, padding, positions, precision(weight))
@@ -136,12 +137,16 @@ class Graphs:
         except BackendError:
             raise
         except (RuntimeError, UnknownOutputError) as error:
-            # What a head does may not be captured, or memory does not suffice.
             reason = str(error).splitlines()[0]
             if self.always:
                 raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
-            log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
-            self._refused.add(shape)
+            if isinstance(error, torch.OutOfMemoryError | UnknownOutputError):
+                self._refused.add(shape)
+                log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
+            else:
+                # What the model does cannot be captured, and so neither at another shape.
+                self._off = True
+                log.warning("the model runs without CUDA graphs: %s", reason)
             return None
         return captured
 
