@@ -229,7 +229,7 @@ def finish(rows: list[Row]) -> None:
 
 def run_case(case: Case, settings: Settings) -> list[Row]:
     """The rows of a case, printed as they come."""
-    print(f"\n{case.name}, {case.sizes}, {_short(settings.dtype)}", flush=True)
+    print(f"\n{case.name}, {case.sizes}, {short(settings.dtype)}", flush=True)
     settle()
     rows: list[Row] = []
     try:
@@ -239,8 +239,8 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
             rows.append(_attempt(variant, case, settings))
             _show(rows[-1])
     except Exception as error:
-        status, note = _failure(error)
-        rows.append(Row(case.name, case.sizes, "set-up", status, _short(settings.dtype), note=note))
+        status, note = failure(error)
+        rows.append(Row(case.name, case.sizes, "set-up", status, short(settings.dtype), note=note))
         _show(rows[-1])
     rows = [dataclasses.replace(row, speedups=_speedups(row, rows, case.baselines)) for row in rows]
     for row in rows:
@@ -253,21 +253,24 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
 
 def _attempt(variant: Variant, case: Case, settings: Settings) -> Row:
     """The variant's row, whatever becomes of it: one that fails must not cost the others their measurement."""
-    row = Row(case.name, case.sizes, variant.name, "failed", _short(settings.dtype))
+    row = Row(case.name, case.sizes, variant.name, "failed", short(settings.dtype))
     try:
         return _measure(variant, case, settings, row)
     except Exception as error:
-        status, note = _failure(error)
+        status, note = failure(error)
         return dataclasses.replace(row, status=status, note=note)
     finally:
         settle()
 
 
-def _failure(error: Exception) -> tuple[Status, str]:
+def failure(error: Exception) -> tuple[Status, str]:
+    """What became of a variant that raised this, and why."""
     if isinstance(error, BackendError):
         return "skipped", str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "failed", "out of memory"
+    if type(error).__name__ == "OutOfResources":  # Triton's, which may not be installed
+        return "failed", "its tiles do not fit on this GPU"
     traceback.print_exc()
     lines = str(error).strip().splitlines() or [""]
     return "failed", f"{type(error).__name__}: {lines[-1][:200]}"
@@ -374,5 +377,6 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype as `--dtype` names it."""
     return next(name for name, known in DTYPES.items() if known == dtype)

@@ -113,11 +113,14 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def write_rows(rows: list[Row], file: Path) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS)
-    writer.writeheader()
-    writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
-    write_text(file, text.getvalue())
+    write_text(file, _lines(rows, header=True))
+
+
+def append_rows(rows: list[Row], file: Path) -> None:
+    """Rows behind those that a file has, in one write: whoever is killed after it has lost none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="") as handle:
+        handle.write(_lines(rows, header=handle.tell() == 0))
 
 
 def merge(earlier: list[Row], rows: list[Row]) -> list[Row]:
@@ -140,6 +143,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def _lines(rows: list[Row], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
+    return text.getvalue()
 
 
 def _text(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-# A graph of short calls repeats them until they take about this long together.
-GRAPH_MS = 4.0
+# A graph of short calls repeats them until they take about this long together; in a sweep of thousands, this long.
+GRAPH_MS, SWEEP_MS = 4.0, 2.0
 MOST_REPEATS = 100
 
 
@@ -21,11 +21,17 @@ def time_events(call: Callable[[], Any], runs: int) -> float:
 
 def time_graph(call: Callable[[], Any], runs: int) -> float:
     """Runs replayed as one CUDA graph, so that launching costs nothing; operands stay in cache where they fit."""
-    repeats = max(1, min(MOST_REPEATS, int(GRAPH_MS / max(_between_events(call), 1e-3))))
-    graph = Graphed(lambda: _last(call, repeats))
+    graph, repeats = _repeated(call, GRAPH_MS)
     for _ in range(3):
         graph()
     return statistics.median(_between_events(graph) for _ in range(runs)) / repeats
+
+
+def time_least(call: Callable[[], Any], groups: int) -> float:
+    """The least of a few groups, each a CUDA graph of many runs: for a sweep, whose cells are too many for medians."""
+    graph, repeats = _repeated(call, SWEEP_MS)
+    graph()
+    return min(_between_events(graph) for _ in range(groups)) / repeats
 
 
 def time_wall(call: Callable[[], Any], runs: int) -> float:
@@ -69,6 +75,12 @@ class Graphed:
         with torch.cuda.graph(graph, stream=side):
             self._result = self._call()
         self._graph = graph
+
+
+def _repeated(call: Callable[[], Any], milliseconds: float) -> tuple[Graphed, int]:
+    """A graph that takes about so long, and how many calls it has; the call was warmed up before."""
+    repeats = max(1, min(MOST_REPEATS, int(milliseconds / max(_between_events(call), 1e-3))))
+    return Graphed(lambda: _last(call, repeats)), repeats
 
 
 def _last(call: Callable[[], Any], repeats: int) -> Any:

@@ -129,4 +129,4 @@ def test_a_feed_forward_network_computes_the_same_whichever_matrix_is_dense(
     expected = layer_norm(act(x @ w1.matrix + w1.bias) @ w2.matrix + w2.bias + x)
     network = PackedFFN(w1, w2, activation, layer_norm, torch.float64, Choices("torch"))
     torch.testing.assert_close(network(x.clone()), expected, rtol=1e-10, atol=1e-10)
-    assert network.fused == (first is second is joint and isinstance(activation, str))
+    assert network.walked == (first is second is joint and isinstance(activation, str))

@@ -114,6 +114,6 @@ def test_a_layer_that_another_library_changed_is_not_fused(layer: FactoredLayer)
 
 def test_nor_is_one_of_a_subclass() -> None:
     with pytest.raises(
-        BackendError, match=r"x \(Adapted, Linear, Linear, of test_factored\) is no plain or low-rank linear layer"
+        BackendError, match=r"x \(Adapted, Linear, Linear, of test_base\) is no plain or low-rank linear layer"
     ):
         check_linear(Adapted(4, 6, 2), "x")

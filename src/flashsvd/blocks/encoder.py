@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from flashsvd.blocks.embeddings import EmbeddingParts, fuse_embeddings
 from flashsvd.blocks.parts.attention import why_no_attention
-from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.ffn import why_no_kernel
 from flashsvd.blocks.parts.qkv import attended_width
 from flashsvd.blocks.parts.read import Activation, check_linear, joint_rank, read_activation, read_matrices, read_whole
 from flashsvd.blocks.parts.relative_bias import RelativeBias
@@ -236,8 +236,7 @@ class Family:
         return why_no_attention(*(attended_width(part, attention.attention_head_size) for part in (k, v)))
 
     def _ffn_limit(self, layer: nn.Module, config: Any) -> str:
-        first, second = (joint_rank(linear) for linear in self._linears(layer)[4:])
-        if first is None or second is None:
+        if any(joint_rank(linear) is None for linear in self._linears(layer)[4:]):
             # Plain products serve here, whatever the backend.
             return ""
-        return why_not_fused(first, second, self._activation(layer, config))
+        return why_no_kernel(self._activation(layer, config))

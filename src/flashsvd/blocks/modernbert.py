@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from flashsvd.blocks.embeddings import EmbeddingParts, fuse_embeddings
 from flashsvd.blocks.parts.attention import why_no_attention
-from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.ffn import why_no_kernel
 from flashsvd.blocks.parts.norm import NormBlock, PackedNorm
 from flashsvd.blocks.parts.qkv import attended_width
 from flashsvd.blocks.parts.read import check_linear, joint_rank, read_activation, read_matrices, read_whole
@@ -208,11 +208,10 @@ def _attention_limit(layer: Any) -> str:
 
 def _ffn_limit(layer: Any) -> str:
     linears = [*separate(layer.mlp.Wi, GLU).values(), layer.mlp.Wo]
-    ranks = [rank for linear in linears if (rank := joint_rank(linear)) is not None]
-    if len(ranks) < len(linears):
+    if any(joint_rank(linear) is None for linear in linears):
         # Plain products serve here, whatever the backend.
         return ""
-    return why_not_fused(max(ranks[:2]), ranks[2], read_activation(layer.mlp.config.hidden_activation, layer.mlp.act))
+    return why_no_kernel(read_activation(layer.mlp.config.hidden_activation, layer.mlp.act))
 
 
 def _check_layer(layer: Any, path: str) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, numerics, settle
 from flashsvd.kernels.checks import check_fit, has_dims
+from flashsvd.kernels.feed_forward_steps import product
 from flashsvd.kernels.launch import Backend, aligned
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, tile
-from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
@@ -54,15 +54,10 @@ def _activated_linear(
     column_tiles = tl.cdiv(width, COLUMNS)
     i_row = tl.program_id(0) // column_tiles * ROWS
     i_column = tl.program_id(0) % column_tiles * COLUMNS
-    h = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(0, rank, STEP):
-        p = nearest(p_desc.load([i_row, i]), PRECISION)
-        h = tl.dot(p, nearest(v_desc.load([i_column, i]), PRECISION).T, h, input_precision=PRECISION)
+    h = product(p_desc, v_desc, b_ptr, i_row, i_column, rank, width, ROWS, COLUMNS, STEP, BIAS, PRECISION)
     o_row = i_row + tl.arange(0, ROWS)
     o_column = i_column + tl.arange(0, COLUMNS)
     m_column = o_column < width
-    if BIAS:
-        h += tl.load(b_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     h = settle(apply(h, ACTIVATION, FAST), ACTIVATION, FAST).to(DTYPE)
     place = out_ptr + o_row.to(tl.int64)[:, None] * out_row + o_column[None, :]
     tl.store(place, h, mask=(o_row < tokens)[:, None] & m_column[None, :])

@@ -36,6 +36,21 @@ def add_product(h, u0_desc, u1_desc, acc0, acc1, i, R0: tl.constexpr, R1: tl.con
 
 
 @triton.jit
+def product(
+    p_desc, v_desc, b_ptr, i_row, i_column, rank, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The tile [ROWS, COLUMNS] of P V^T + b, of P [T, rank] and V [width, rank], whatever the rank.
+    h = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(0, rank, STEP):
+        p = nearest(p_desc.load([i_row, i]), PRECISION)
+        h = tl.dot(p, nearest(v_desc.load([i_column, i]), PRECISION).T, h, input_precision=PRECISION)
+    if BIAS:
+        h += bias_tile(b_ptr, i_column + tl.arange(0, COLUMNS), width).to(tl.float32)[None, :]
+    return h
+
+
+@triton.jit
 def bias_tile(b_ptr, o_inner, inner):
     return tl.load(b_ptr + o_inner, mask=o_inner < inner, other=0.0)
 

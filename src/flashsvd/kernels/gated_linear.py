@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashsvd.kernels.activated_linear import FEW_TOKENS
 from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, numerics, settle
 from flashsvd.kernels.checks import check_fit, has_dims
+from flashsvd.kernels.feed_forward_steps import product
 from flashsvd.kernels.launch import Backend, aligned
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, tile
-from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
-from flashsvd.kernels.triton_import import kernel, tl, triton
+from flashsvd.kernels.triton_import import kernel, tl
 
 __all__ = ["gated_linear", "gated_linear_reference"]
-
-FEW_TOKENS = 2048
 
 
 class GatedLinear(NamedTuple):
@@ -49,21 +48,6 @@ def gated_linear_reference(
     return activation_function(activation)(F.linear(p_a, v_a, b_a)) * F.linear(p_g, v_g, b_g)
 
 
-@triton.jit
-def _product(
-    p_desc, v_desc, b_ptr, i_row, i_column, rank, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    h = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(0, rank, STEP):
-        p = nearest(p_desc.load([i_row, i]), PRECISION)
-        h = tl.dot(p, nearest(v_desc.load([i_column, i]), PRECISION).T, h, input_precision=PRECISION)
-    if BIAS:
-        o_column = i_column + tl.arange(0, COLUMNS)
-        h += tl.load(b_ptr + o_column, mask=o_column < width, other=0.0).to(tl.float32)[None, :]
-    return h
-
-
 @kernel("tokens")
 def _gated_linear(
     pa_desc, pg_desc, va_desc, vg_desc, ba_ptr, bg_ptr, out_ptr, tokens, rank_a, rank_g, width, out_row,
@@ -74,9 +58,9 @@ def _gated_linear(
     column_tiles = tl.cdiv(width, COLUMNS)
     i_row = tl.program_id(0) // column_tiles * ROWS
     i_column = tl.program_id(0) % column_tiles * COLUMNS
-    h = _product(pa_desc, va_desc, ba_ptr, i_row, i_column, rank_a, width, ROWS, COLUMNS, STEP, BIAS_A, PRECISION)
+    h = product(pa_desc, va_desc, ba_ptr, i_row, i_column, rank_a, width, ROWS, COLUMNS, STEP, BIAS_A, PRECISION)
     h = settle(apply(h, ACTIVATION, FAST), ACTIVATION, FAST)
-    h *= _product(pg_desc, vg_desc, bg_ptr, i_row, i_column, rank_g, width, ROWS, COLUMNS, STEP, BIAS_G, PRECISION)
+    h *= product(pg_desc, vg_desc, bg_ptr, i_row, i_column, rank_g, width, ROWS, COLUMNS, STEP, BIAS_G, PRECISION)
     o_row = i_row + tl.arange(0, ROWS)
     o_column = i_column + tl.arange(0, COLUMNS)
     place = out_ptr + o_row.to(tl.int64)[:, None] * out_row + o_column[None, :]
@@ -157,9 +141,7 @@ def gated_linear(
         v_g: lift of the gate, transposed likewise, [I, r_g].
         b_a: bias of the activated half, [I].
         b_g: bias of the gate, [I].
-        activation: one of `flashsvd.kernels.activations.ACTIVATIONS`.
-        backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
-        tiles: `rows` tokens and `columns` of the result; None takes the table's.
+        activation, backend, tiles: as `activated_linear` takes them.
 
     Returns:
         [T, I].

@@ -43,10 +43,8 @@ class PackedFFN(Packed):
         super().__init__()
         self.choices = choices
         self.activation = activation
-        self.fused = (
-            isinstance(first, Joint)
-            and isinstance(second, Joint)
-            and not why_not_fused(first.u.shape[1], second.u.shape[1], activation)
+        self.walked = (
+            isinstance(first, Joint) and isinstance(second, Joint) and can_walk(activation, first.rank, second.rank)
         )
         # As `nn.Linear` stores it, which is how the core takes V1.
         if isinstance(first, Joint):
@@ -78,7 +76,7 @@ class PackedFFN(Packed):
             (r1, inner, inner if self.u2 is None else self.u2.shape[1]),
             p,
             lambda name: [self._core(part, name) for part in materialised_parts(p, name)],
-            ("torch", "triton", "products") if self.fused else ("torch", "products"),
+            ("torch", "triton", "products") if self.walked else ("torch", "products"),
         )
 
     def _core(self, p: Tensor, implementation: Implementation) -> Tensor:
@@ -98,9 +96,11 @@ class PackedFFN(Packed):
         return IN_PLACE[self.activation](torch.addmm(self.b1, p, self.w1.T))
 
 
-def why_not_fused(first_rank: int, second_rank: int, activation: Activation) -> str:
-    """Why the core's kernel cannot take a low-rank network; empty where it can."""
-    if not isinstance(activation, str):
-        return "it has no such activation"
-    largest = max(first_rank, second_rank)
-    return f"a feed-forward rank, {largest}, is above {LARGEST_RANK}" if largest > LARGEST_RANK else ""
+def can_walk(activation: Activation, *ranks: int) -> bool:
+    """Whether a kernel that keeps both ranks on chip can take a low-rank network."""
+    return isinstance(activation, str) and max(ranks) <= LARGEST_RANK
+
+
+def why_no_kernel(activation: Activation) -> str:
+    """Why no kernel can take a low-rank network, whatever its ranks; empty where one can."""
+    return "" if isinstance(activation, str) else "it has no such activation"

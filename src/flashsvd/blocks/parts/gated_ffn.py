@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed, widen
 from flashsvd.blocks.parts.chunks import equal_parts, materialised_parts, pre_ln_chunk_tokens
-from flashsvd.blocks.parts.ffn import why_not_fused
+from flashsvd.blocks.parts.ffn import can_walk
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
@@ -55,7 +55,7 @@ class PackedGatedFFN(Packed):
         if isinstance(activated, Joint) and isinstance(gate, Joint):
             self.lifted = isinstance(activation, str)
             if isinstance(second, Joint):
-                self.walked = not why_not_fused(max(activated.rank, gate.rank), second.rank, activation)
+                self.walked = can_walk(activation, activated.rank, gate.rank, second.rank)
         if self.lifted:
             assert isinstance(activated, Joint)
             assert isinstance(gate, Joint)
