@@ -1,4 +1,4 @@
-"""The README's table, from the CSVs of `benchmark_encoder.py` and `benchmark_flashsvdffn.py`.
+"""The README's table, from the CSVs of `benchmark_classifier.py` and `benchmark_flashsvdffn.py`.
 
     python benchmark/table.py [--results DIR]
 
@@ -8,47 +8,14 @@ A table for each GPU that the directory has results of.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from support.results import RESULTS, Row, read_rows
 
-Quantity = Literal["ms", "mib"]
-UNITS: dict[Quantity, str] = {"ms": "ms", "mib": "MiB"}
-MICRO = "dense compiled, 4 micro-batches of 16"
-
-
-@dataclass(frozen=True)
-class Line:
-    """What is compared: a variant of a case, run plainly and in CUDA graphs, with another one of the same case."""
-
-    title: str
-    case: str
-    ours: str
-    baseline: str
-    quantity: Quantity = "ms"
-
-
-LINES = (
-    Line("B 64, S 512, ranks 40/240/240", "bert-512", "flashsvd 40/240/240", "dense compiled"),
-    Line("the same at 16/128/128", "bert-512", "flashsvd 16/128/128", "dense compiled"),
-    Line("peak memory, 40/240/240", "bert-512", "flashsvd 40/240/240", "dense compiled", "mib"),
-    Line("peak memory, 40/240/240", "bert-512", "flashsvd 40/240/240", MICRO, "mib"),
-    Line("time, 40/240/240", "bert-512", "flashsvd 40/240/240", MICRO),
-    Line("B 64, S 128, 40/240/240", "bert-128", "flashsvd 40/240/240", "dense compiled"),
-    Line("B 1, S 128, 40/240/240", "bert-1", "flashsvd 40/240/240", "dense, graph"),
-    Line("B 1, S 128, 40/240/240", "bert-1", "flashsvd 40/240/240", "dense compiled, reduce-overhead"),
-    Line("SST-2 padded to 128, B 64, 40/240/240", "sst2", "flashsvd 40/240/240", "dense compiled"),
-    Line("the same", "sst2", "flashsvd 40/240/240", "dense unpadded, graph"),
-    Line("ModernBERT, B 32, S 1024, half, per-head", "modernbert", "flashsvd per-head", "dense compiled"),
-    Line("the same", "modernbert", "flashsvd per-head", "dense unpadded"),
-    Line("ModernBERT, B 32, S 1024, half, joint", "modernbert", "flashsvd joint", "dense compiled"),
-    Line("the same", "modernbert", "flashsvd joint", "dense unpadded"),
-    Line("B 64, S 512, 40/240/240", "bert-512", "flashsvd 40/240/240", "published FlashSVD v1 40/240/240"),
-    Line("B 64, S 512, 16/128/128", "bert-512", "flashsvd 16/128/128", "published FlashSVD v1 16/128/128"),
-)
+HEAD = "| | what is kept | best dense | takes | flashsvd | | memory, least dense | flashsvd |"
+MODELS = {"bert": "BERT-base", "sst2": "BERT-base, SST-2's sentences", "modernbert": "ModernBERT-base"}
+OURS, DENSE, QUOTED = "flashsvd ", "dense", "published FlashSVD v1 "
 CORE_RANKS = ("128", "256")
 
 
@@ -56,56 +23,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: benchmark/results")
     directory = parser.parse_args(arguments).results
-    found = sorted(directory.glob("encoder_*.csv"))
+    found = sorted(directory.glob("classifier_*.csv"))
     if not found:
-        raise SystemExit(f"{directory} has no encoder_<gpu>.csv; run benchmark/benchmark_encoder.py on a GPU")
+        raise SystemExit(f"{directory} has no classifier_<gpu>.csv; run benchmark/benchmark_classifier.py on a GPU")
     for file in found:
-        kernels = directory / file.name.replace("encoder_", "flashsvdffn_", 1)
+        kernels = directory / file.name.replace("classifier_", "flashsvdffn_", 1)
         print(table(read_rows(file), read_rows(kernels) if kernels.is_file() else []) + "\n")
 
 
-def table(encoders: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
-    """Markdown: a line for each comparison that both sides were measured for."""
-    measured = {(row.case, row.variant): row for row in encoders if row.ms is not None}
-    lines = [written for line in LINES if (written := _line(line, measured))]
+def table(classifiers: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
+    """Markdown: a line for each low-rank form of each case."""
+    timed = [row for row in classifiers if row.ms is not None]
+    lines = [line for case in dict.fromkeys(row.case for row in timed) for line in _lines(case, timed)]
     core = [row for row in kernels if row.case == "core" and row.variant == "flashsvd v1" and row.tflops is not None]
     core = [row for row in core if row.sizes["r"] in CORE_RANKS and row.sizes["T"] == "32768"]
     for row in core:
-        lines.append(f"| FFN core, {row.sizes['T']} tokens, rank {row.sizes['r']} | | | {row.tflops:.0f} TFLOP/s | |")
-    head = "| | against | which takes | flashsvd (in a CUDA graph) | |"
-    return "\n".join([_measured_on(encoders), "", head, "| --- | --- | --- | --- | --- |", *lines])
+        lines.append(
+            f"| FFN core, {row.sizes['T']} tokens | rank {row.sizes['r']} | | | {row.tflops:.0f} TFLOP/s | | | |"
+        )
+    return "\n".join([_measured_on(classifiers), "", HEAD, "|" + " --- |" * (HEAD.count("|") - 1), *lines])
 
 
-def _line(line: Line, measured: dict[tuple[str, str], Row]) -> str:
-    baseline = measured.get((line.case, line.baseline))
-    ours = [measured.get((line.case, line.ours + suffix)) for suffix in ("", ", graph")]
-    values = [None if row is None else _value(row, line.quantity) for row in ours]
-    if baseline is None or (reference := _value(baseline, line.quantity)) is None or values == [None, None]:
-        return ""
-    unit = UNITS[line.quantity]
-    name = line.baseline + ", not measured here" * (baseline.status == "quoted")
-    figures = _beside([None if v is None else f"{v:.{_digits(v)}f}" for v in values])
-    if line.quantity == "ms":
-        shares = _beside([None if v is None else f"{reference / v:.2f}" for v in values]) + " x faster"
-    else:
-        shares = _beside([None if v is None else f"{100 * v / reference:.0f}" for v in values]) + " %"
-    return f"| {line.title} | {name} | {reference:.{_digits(reference)}f} {unit} | {figures} {unit} | {shares} |"
+def _lines(case: str, rows: Sequence[Row]) -> Iterator[str]:
+    mine = [row for row in rows if row.case == case]
+    dense = [row for row in mine if row.variant.startswith(DENSE)]
+    for row in mine:
+        if dense and row.variant.startswith(OURS):
+            ratio, layout = row.variant.removeprefix(OURS).split()
+            named = f"{'ranks' if '/' in ratio else 'ratio'} {ratio}, {layout}"
+            yield _line(row, named, min(dense, key=lambda other: other.ms or 0.0), _memory(row, dense))
+            for quoted in mine:
+                # The published blocks have factors for each head.
+                if quoted.variant == QUOTED + ratio and layout == "per-head":
+                    yield _line(row, named, quoted, "| |")
 
 
-def _value(row: Row, quantity: Quantity) -> float | None:
-    value: float | None = getattr(row, quantity)
-    return value
+def _line(row: Row, kept: str, against: Row, memory: str) -> str:
+    assert row.ms is not None
+    assert against.ms is not None
+    name = against.variant + ", not measured here" * (against.status == "quoted")
+    times = f"{_ms(against.ms)} | {_ms(row.ms)} | {against.ms / row.ms:.2f} x faster"
+    return f"| {_title(row)} | {kept} | {name} | {times} | {memory}"
 
 
-def _beside(values: Sequence[str | None]) -> str:
-    plain, graph = values
-    if plain is None or graph is None:
-        return plain or f"({graph})"
-    return f"{plain} ({graph})"
+def _memory(row: Row, dense: Sequence[Row]) -> str:
+    """Peaks of a row and of the dense variant that takes least; nothing where they were not measured."""
+    least = min((other.mib for other in dense if other.mib is not None), default=None)
+    return "| |" if row.mib is None or least is None else f"{least:.0f} MiB | {row.mib:.0f} MiB |"
 
 
-def _digits(value: float) -> int:
-    return 0 if value >= 100 else 1 if value >= 20 else 2
+def _title(row: Row) -> str:
+    model = MODELS[row.case.split("-")[0]]
+    return f"{model}, B {row.sizes['B']}" + ("" if row.case == "sst2" else f", S {row.sizes['S']}")
+
+
+def _ms(value: float) -> str:
+    return f"{value:.{1 if value >= 20 else 2}f} ms"
 
 
 def _measured_on(rows: Sequence[Row]) -> str:

@@ -90,7 +90,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def csv_file(script: str, gpu: str, directory: Path = RESULTS) -> Path:
-    """Where a script's rows on a GPU go: `benchmark_encoder.py` on an H200 writes `encoder_nvidia-h200.csv`."""
+    """Where a script's rows on a GPU go: `benchmark_classifier.py` on an H200 writes `classifier_nvidia-h200.csv`."""
     return directory / f"{script.removeprefix('benchmark_')}_{slug(gpu)}.csv"
 
 

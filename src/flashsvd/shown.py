@@ -11,9 +11,7 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 # An option as a shell names it, which begins a word; what follows tells whether it stands for its name or for being on.
 _OPTION = re.compile(r"(?<![^\s(])--([a-z][a-z0-9-]*)(?P<name_only>(?= (?:is|must) ))?")
 # Those that a shell gives without a value. A test holds them against the configs, which are not to be imported here.
-SWITCHES = frozenset(
-    {"asvd_search", "bf16", "graph", "new_head", "offload", "overwrite", "resume", "may_skip", "state_dict"}
-)
+SWITCHES = frozenset({"asvd_search", "bf16", "new_head", "offload", "overwrite", "resume", "may_skip", "state_dict"})
 _UNSEEN_BUT_LINES = re.compile(_UNSEEN.pattern.replace("\x00-\x1f", "\x00-\x09\x0b-\x1f"))
 
 

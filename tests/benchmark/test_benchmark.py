@@ -10,21 +10,25 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import table
+from flashsvd import runtime
+from flashsvd.blocks.running.graph import Graphs
 from flashsvd.errors import BackendError
 from support import harness, results, timing
+from support.classifiers import call_in_parts, optimized
 from support.harness import Case, Check, Prepared, Settings, Variant
 from support.memory import Held
 from support.results import Row
 
 # Compiling takes most of a dry run's time, and some cases are alike.
 SCRIPTS = {
-    "encoder": ["--only", "bert-512,sst2,modernbert", "--without", "compiled"],
+    "classifier": ["--only", "bert-4x16,sst2,modernbert", "--without", "compiled", "--ratios", "0.5"],
     "flashsvdattn_ranks": ["--without", "compiled"],
     "flashsvdffn": ["--without", "compiled"],
     "long_context_attn": ["--only", "full,rope-window", "--without", "compiled"],
@@ -263,31 +267,58 @@ def test_every_script_runs(script: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_readmes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def row(variant: str, ms: float, mib: float | None = None, status: results.Status = "ok") -> Row:
-        return Row("bert-512", "B=64 S=512", variant, status, "bf16", ms, mib=mib, runs=50, gpu="NVIDIA H200")
+        return Row("bert-64x512", "B=64 S=512", variant, status, "bf16", ms, mib=mib, runs=50, gpu="NVIDIA H200")
 
-    encoders = [
+    classifiers = [
+        row("dense", 13.0, 300.0),
         row("dense compiled", 12.0, 400.0),
-        row("flashsvd 40/240/240", 6.0, 100.0),
-        row("flashsvd 40/240/240, graph", 5.0, 200.0),
+        row("plain low-rank 0.5 joint", 9.0, 200.0),
+        row("flashsvd 0.5 joint", 6.0, 100.0),
+        row("flashsvd 40/240/240 per-head", 5.0),
         row("published FlashSVD v1 40/240/240", 60.0, status="quoted"),
+        row("published FlashSVD v1 16/128/128", 40.0, status="quoted"),
     ]
     core = Row("core", "T=32768 I=3072 r=128", "flashsvd v1", "ok", ms=1.0, tflops=512.4)
-    results.write_rows(encoders, tmp_path / "encoder_nvidia-h200.csv")
+    results.write_rows(classifiers, tmp_path / "classifier_nvidia-h200.csv")
     results.write_rows([core], tmp_path / "flashsvdffn_nvidia-h200.csv")
     table.main(["--results", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "| dense compiled | 12.00 ms | 6.00 (5.00) ms | 2.00 (2.40) x faster |" in printed
-    assert "| dense compiled | 400 MiB | 100 (200) MiB | 25 (50) % |" in printed
-    assert "published FlashSVD v1 40/240/240, not measured here" in printed
-    assert "512 TFLOP/s" in printed
-    assert "16/128/128" not in printed
+    head, rule, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    case, ranks = "| BERT-base, B 64, S 512 |", "ranks 40/240/240, per-head |"
+    published = "published FlashSVD v1 40/240/240, not measured here"
+    assert lines == [
+        f"{case} ratio 0.5, joint | dense compiled | 12.00 ms | 6.00 ms | 2.00 x faster | 300 MiB | 100 MiB |",
+        f"{case} {ranks} dense compiled | 12.00 ms | 5.00 ms | 2.40 x faster | | |",
+        f"{case} {ranks} {published} | 60.0 ms | 5.00 ms | 12.00 x faster | | |",
+        "| FFN core, 32768 tokens | rank 128 | | | 512 TFLOP/s | | | |",
+    ]
+    assert {line.count("|") for line in (head, rule, *lines)} == {9}
 
 
-def test_the_table_names_variants_that_the_script_measures(settings: Settings) -> None:
-    encoder = importlib.import_module("benchmark_encoder")
+def test_the_table_knows_the_cases_and_variants_of_the_script(settings: Settings) -> None:
+    classifier = importlib.import_module("benchmark_classifier")
     full = dataclasses.replace(settings, sizes="full")
-    cases = {case.name: case for case in encoder.cases(full)}
-    assert {line.case for line in table.LINES} == set(cases)
-    for line in table.LINES:
-        quoted = [row.variant for row in cases[line.case].quoted]
-        assert line.baseline in (*cases[line.case].baselines, *quoted, "dense unpadded, graph"), line
+    cases = {case.name: case for case in classifier.cases(full, ["0.5"], ["joint"])}
+    assert {name.split("-")[0] for name in cases} == set(table.MODELS)
+    assert all(name.startswith(table.DENSE) for case in cases.values() for name in case.baselines)
+    quoted = {name: [row.variant for row in case.quoted] for name, case in cases.items() if case.quoted}
+    assert list(quoted) == ["bert-64x512"]
+    assert all(name.startswith(table.QUOTED) for name in quoted["bert-64x512"])
+
+
+def test_graphs_are_forgotten_even_where_none_is_captured_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs(always=False)
+    monkeypatch.setattr(runtime, "optimize", lambda model: SimpleNamespace(graphs=graphs))
+    assert len(graphs) == 0
+    assert optimized(object(), lambda model: torch.ones(1)).forget == graphs.forget
+
+
+def test_micro_batches_give_the_whole_batch() -> None:
+    ids = torch.arange(12).view(6, 2)
+
+    def model(input_ids: Tensor, attention_mask: Tensor | None) -> SimpleNamespace:
+        assert len(input_ids) == 2
+        return SimpleNamespace(logits=input_ids if attention_mask is None else input_ids * attention_mask)
+
+    assert torch.equal(call_in_parts((ids, None), 3, model), ids)
+    mask = torch.tensor([[1, 0]]).expand(6, 2)
+    assert torch.equal(call_in_parts((ids, mask), 3, model), ids * mask)

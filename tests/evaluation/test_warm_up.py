@@ -15,7 +15,7 @@ from conftest import MakeModel
 from flashsvd import EvalConfig, run_eval
 from flashsvd.data.tokenize import Batch
 from flashsvd.evaluation import loop, run
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, about, compiles, run_eval_job, size_of
+from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, WARMUP_FORWARDS, about, compiles, run_eval_job, size_of
 from flashsvd.evaluation.measure import MIB, PeakMemory
 
 CPU = torch.device("cpu")
@@ -75,10 +75,10 @@ def inputs(lengths: list[int], columns: int | None = None) -> dict[str, Tensor]:
     return {"input_ids": torch.zeros(mask.shape, dtype=torch.long), "attention_mask": mask.long()}
 
 
-def test_each_size_is_run_once_and_nothing_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_size_is_run_until_its_graph_is_captured_and_nothing_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     model, work = Compiling(Clock(monkeypatch)), Job()
     loop.warm_up(work, model, CPU)
-    assert model.sizes == [(4, 9), (4, 200), (2, 9)]
+    assert model.sizes == [size for size in [(4, 9), (4, 200), (2, 9)] for _ in range(FORWARDS_OF_EACH_SIZE)]
     assert work.consumed == 0
 
 
@@ -143,7 +143,8 @@ def test_only_a_gpu_has_something_to_compile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "somewhere_to_compile", "warmed"), [("auto", True, 2), ("auto", False, 0), (None, True, 0)]
+    ("backend", "somewhere_to_compile", "warmed"),
+    [("auto", True, 2 * FORWARDS_OF_EACH_SIZE), ("auto", False, 0), (None, True, 0)],
 )
 def test_an_evaluation_warms_up_where_fused_blocks_compile(
     make_model: MakeModel,
@@ -164,7 +165,7 @@ def test_an_evaluation_warms_up_where_fused_blocks_compile(
         EvalConfig(str(make_model()), "sst2", str(tmp_path / "data.tsv"), batch_size=1, device="cpu", backend=backend)
     )
     assert len(forwards) == warmed + WARMUP_FORWARDS + 3
-    assert ("one forward for each size of batch" in result.latency_definition) == (warmed > 0)
+    assert (f"{FORWARDS_OF_EACH_SIZE} forwards for each size of batch" in result.latency_definition) == (warmed > 0)
     assert ("compiling and measuring kernels is not counted" in result.memory_definition) == (warmed > 0)
 
 

@@ -22,7 +22,7 @@ def row(variant: str, latency: float = 2.0, parameters: int = 1000, score: float
 def result(*rows: VariantRow, checkpoint: str = "models/small", **changes: Any) -> ProfileResult:
     made = ProfileResult(
         task="sst2", metric_name="accuracy", checkpoint=checkpoint, dense="large", method="drone", ratio=0.5,
-        device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
+        device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph="auto", offload=False, runs=1,
         num_eval_samples=6, data="x.tsv", timestamp="now", git_commit=None, versions={}, rows=rows, definitions={},
     )  # fmt: skip
     return dataclasses.replace(made, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -32,6 +33,7 @@ from flashsvd.profiling import variants
 from flashsvd.profiling.config import VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.figures import png
+from flashsvd.profiling.measure import untimed_passes
 from flashsvd.profiling.memory import freed_at_once, in_own_arena
 from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import MicroBatches, offloaded
@@ -156,6 +158,40 @@ def test_the_fused_variant_runs_on_the_backend_that_is_named(
         assert f"fused by {runs}" in result.title()
 
 
+@pytest.mark.parametrize(("options", "graph"), [({}, "auto"), ({"graph": "never"}, False)])
+def test_the_fused_variant_has_the_graphs_of_optimize_unless_told_otherwise(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], graph: object
+) -> None:
+    asked: list[Any] = []
+    optimize = runtime.optimize
+    monkeypatch.setattr(runtime, "optimize", lambda model, *how: asked.append(how[1]) or optimize(model, *how))
+    result = run_profile(config(variants="fused", **options))
+    assert asked == [graph]
+    assert inspect.signature(optimize).parameters["graph"].default == "auto"
+    # There are none on a CPU.
+    assert (result["fused"].cuda_graphs, "CUDA graph" in result.title()) == (0, False)
+
+
+def test_a_result_says_how_many_graphs_were_captured() -> None:
+    result = a_result(VariantRow("fused", "ok", cuda_graphs=3))
+    assert result.title().endswith(", fused by auto in 3 CUDA graphs (auto)")
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, "always"), (False, "never"), ("auto", "auto")])
+def test_earlier_profiles_say_whether_graphs_were_asked_for(written: object, read: str, tmp_path: Path) -> None:
+    data = a_result(VariantRow("fused", "ok")).to_json() | {"graph": written}
+    (tmp_path / "profile.json").write_text(json.dumps(data))
+    assert ProfileResult.read(tmp_path / "profile.json").graph == read
+
+
+@pytest.mark.parametrize(
+    ("variant", "device", "passes"),
+    [("dense", "cpu", 0), ("compiled", "cpu", 1), ("dense", "cuda", 1), ("fused", "cuda", 2)],
+)
+def test_a_variant_is_not_timed_before_it_has_what_it_makes_for_a_size(variant: str, device: str, passes: int) -> None:
+    assert untimed_passes(variant, torch.device(device)) == passes
+
+
 def test_plain_leaves_the_fused_variant_out(config: MakeConfig) -> None:
     assert config(variants=None, backend="plain").variant_names() == tuple(n for n in VARIANTS if n != "fused")
     result = run_profile(config(variants="low-rank", backend="plain"))
@@ -222,10 +258,11 @@ def test_models_run_in_the_dtype_of_the_checkpoint_unless_another_is_asked_for(
         ({"variants": ["dense"]}, "variants must be names with commas between them"),
         ({"runs": 0}, "runs must be at least 1"),
         ({"micro_batches": 0}, "micro_batches must be at least 1"),
-        ({"variants": "dense", "graph": True}, "graph is for the variant fused"),
+        ({"variants": "dense", "graph": "never"}, "graph is for the variant fused"),
         ({"variants": "dense", "backend": "torch"}, "backend is for the variant fused, which variants leaves out"),
         ({"variants": "dense,fused", "backend": "plain"}, "backend plain leaves out the variant fused, which var"),
-        ({"graph": True, "backend": "plain"}, "graph.* is for the variant fused, which backend plain leaves out"),
+        ({"graph": "always", "backend": "plain"}, "graph.* is for the variant fused, which backend plain leaves out"),
+        ({"graph": "yes"}, "graph 'yes' is not known; choose from auto, always, never"),
         ({"backend": "cuda"}, "backend 'cuda' is not known; choose from plain, auto, torch, triton"),
     ],
 )
@@ -239,7 +276,7 @@ def test_options_that_cannot_be_used_are_refused_at_once(options: dict[str, Any]
     ("options", "says"),
     [
         ({"offload": True}, "offload=True keeps weights off a GPU, and this runs on cpu; leave it out"),
-        ({"graph": True}, "CUDA graphs cannot run here"),
+        ({"graph": "always"}, "CUDA graphs cannot run here"),
         ({"micro_batches": 5}, "micro-batches does not apply: a batch of 4 has no 5 parts"),
         ({"dense": "./nowhere"}, "there is no directory"),
         ({"task": "mnli"}, "mnli|premise"),
@@ -338,7 +375,7 @@ def test_the_command_prints_the_table_or_json(config: MakeConfig, capsys: pytest
 def a_result(*rows: VariantRow) -> ProfileResult:
     return ProfileResult(
         task="sst2", metric_name="accuracy", checkpoint="small", dense="large", method="drone", ratio=0.5,
-        device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
+        device="cpu", batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph="auto", offload=False, runs=1,
         num_eval_samples=6, data="x.tsv", timestamp="now", git_commit=None, versions={}, rows=rows,
         definitions={"latency": "how <long>"},
     )  # fmt: skip

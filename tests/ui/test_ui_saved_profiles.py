@@ -27,7 +27,7 @@ def saved(root: Root, name: str, parameters: int) -> SavedProfile:
     ]
     result = ProfileResult(
         task="sst2", metric_name="accuracy", checkpoint=name, dense="large", method="drone", ratio=0.5, device="cpu",
-        batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph=False, offload=False, runs=1,
+        batch_size=4, seq_len=16, padding="longest", micro_batches=2, graph="auto", offload=False, runs=1,
         num_eval_samples=6, data="x.tsv", timestamp="now", git_commit=None, versions={}, rows=tuple(rows),
         definitions={},
     )  # fmt: skip

@@ -18,6 +18,8 @@ from flashsvd.evaluation.measure import timed
 from flashsvd.models.precision import is_finite
 
 WARMUP_FORWARDS = 2
+# A shape that comes again is captured as a CUDA graph, which a later forward replays.
+FORWARDS_OF_EACH_SIZE = 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def compiles(device: torch.device) -> bool:
 
 
 def warm_up(job: EvalJob, model: Any, device: torch.device) -> None:
-    """One forward of the first batch of each size that the job has, whose outputs go nowhere."""
+    """Forwards of the first batch of each size that the job has, whose outputs go nowhere."""
     from tqdm.auto import tqdm
 
     seen = set()
@@ -146,7 +148,9 @@ def warm_up(job: EvalJob, model: Any, device: torch.device) -> None:
                 size = size_of(inputs)
                 if size not in seen:
                     seen.add(size)
-                    model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **job.forward_options)
+                    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+                    for _ in range(FORWARDS_OF_EACH_SIZE):
+                        model(**moved, **job.forward_options)
 
 
 def size_of(inputs: Mapping[str, Tensor]) -> tuple[object, ...]:

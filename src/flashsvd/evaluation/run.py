@@ -14,7 +14,7 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import get_task
 from flashsvd.evaluation.blocks import Blocks
 from flashsvd.evaluation.config import EvalConfig
-from flashsvd.evaluation.loop import WARMUP_FORWARDS, compiles, run_eval_job, warm_up
+from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, WARMUP_FORWARDS, compiles, run_eval_job, warm_up
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.result import KEYS, EvalResult
 from flashsvd.evaluation.subject import Subject, task_of
@@ -54,7 +54,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     blocks = blocks.fuse(model)
     warmed = ""
     if blocks.backend is not None and compiles(device):
-        warmed = "one forward for each size of batch and "
+        warmed = f"{FORWARDS_OF_EACH_SIZE} forwards for each size of batch and "
         with memory.paused():
             warm_up(job, model, device)
     timings = run_eval_job(job, model, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from flashsvd.common.config import Config
 from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, PLAIN
@@ -13,6 +14,8 @@ from flashsvd.evaluation.config import BATCH_SIZE_HELP, SEQ_LEN_HELP
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")
+# What `optimize` is told of CUDA graphs, by its name on the command line.
+GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "always": True, "never": False}
 # Those that can generate.
 GENERATING = ("dense", "low-rank", "fused")
 
@@ -58,7 +61,12 @@ class ProfileConfig(Config):
         "variant out",
         choices=(PLAIN, *BACKENDS),
     )
-    graph: bool = option(False, help="replay the fused variant's batches as CUDA graphs")
+    graph: str = option(
+        "auto",
+        help="when the fused variant's batches run as CUDA graphs: auto, where their shape has come before; always, "
+        "which is an error where they cannot; never",
+        choices=tuple(GRAPHS),
+    )
     max_eval_samples: int | None = option(
         None, help="read only this many examples or windows, drawn by the seed", at_least=1
     )
@@ -98,7 +106,7 @@ class ProfileConfig(Config):
             )
         if "fused" not in names:
             left_out = f"--backend {PLAIN}" if self.backend == PLAIN else "--variants"
-            for given, asked in (("--graph", self.graph), ("--backend", self.backend not in (None, PLAIN))):
+            for given, asked in (("--graph", self.graph != "auto"), ("--backend", self.backend not in (None, PLAIN))):
                 if asked:
                     raise ConfigError(
                         f"{given} is for the variant fused, which {left_out} leaves out; leave out one of them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashsvd.evaluation.loop import WARMUP_FORWARDS
+from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, WARMUP_FORWARDS
 from flashsvd.evaluation.measure import peak_resident_bytes
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
@@ -26,7 +26,10 @@ def definitions(
     cuda = setting.device.type == "cuda"
     compiled = any(row.variant == "compiled" and row.status == "ok" for row in rows)
     warmed = "after a pass over the data and " if cuda else "after "
+    fused = any(row.variant == "fused" and row.status == "ok" for row in rows)
     also = " (the compiled variant: a pass over the data)" if compiled and not cuda else ""
+    if fused and cuda:
+        also = f" (the fused variant: {FORWARDS_OF_EACH_SIZE} passes, so that CUDA graphs are captured)"
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
     return {
         "latency": (

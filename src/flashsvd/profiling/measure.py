@@ -12,12 +12,12 @@ import torch
 
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import BackendError, described
-from flashsvd.evaluation.loop import EvalJob, Timings, run_eval_job
-from flashsvd.evaluation.measure import MIB, PeakMemory
+from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, EvalJob, Timings, run_eval_job
+from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
-from flashsvd.profiling.memory import freed_at_once, graph_pool_bytes, in_own_arena, settle
+from flashsvd.profiling.memory import freed_at_once, in_own_arena, settle
 from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import Ready, Setting, prepare
 
@@ -94,6 +94,7 @@ def _measure(
         parameters=loaded.ready.parameters,
         weight_bytes=loaded.ready.weight_bytes,
         dtype=loaded.ready.dtype,
+        cuda_graphs=len(getattr(call, "graphs", ())),
         generation=generation,
         no_generation=no_generation,
     )
@@ -115,19 +116,21 @@ def _load(name: str, subject: Subject, workload: Workload, setting: Setting, pro
     ready = prepare(name, subject, setting)
     with peak.paused():
         transient = PeakMemory(device)
-        if _needs_a_pass(name, device):
+        if passes := untimed_passes(name, device):
             with transient.paused():
-                _run_untimed(workload.job(subject), ready, device)
+                for _ in range(passes):
+                    _run_untimed(workload.job(subject), ready, device)
     _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
-    pools = graph_pool_bytes(device) / MIB
-    peak_mib, transient_mib = peak.mib() + pools, transient.mib() + pools
+    peak_mib, transient_mib = peak.mib(), transient.mib()
     generation_mib = memory_of_generation(ready.call, prompts, device) if prompts else (0.0, 0.0)
     return _Loaded(ready, peak_mib, transient_mib, generation_mib)
 
 
-def _needs_a_pass(name: str, device: torch.device) -> bool:
-    """Whether kernels are compiled or chosen for the size of a batch when it first comes."""
-    return name == "compiled" or device.type == "cuda"
+def untimed_passes(name: str, device: torch.device) -> int:
+    """How often a variant has to see the size of a batch until it has its kernels and, fused, its CUDA graph."""
+    if device.type != "cuda":
+        return int(name == "compiled")
+    return FORWARDS_OF_EACH_SIZE if name == "fused" else 1
 
 
 def _run_untimed(job: EvalJob, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:

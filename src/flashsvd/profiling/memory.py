@@ -75,18 +75,6 @@ def in_own_arena(call: Callable[[], T]) -> T:
     return outcome.result()
 
 
-def graph_pool_bytes(device: torch.device) -> int:
-    """What captured CUDA graphs hold that does not count as allocated: a replay writes there, and allocates nothing."""
-    if device.type != "cuda":
-        return 0
-    pools = [
-        s
-        for s in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch has no types for it
-        if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
-    ]
-    return sum(int(s["total_size"]) - int(s["allocated_size"]) for s in pools)
-
-
 def parameter_count(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

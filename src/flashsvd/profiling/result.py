@@ -56,6 +56,7 @@ class VariantRow:
         transient_memory_mib: most memory while running, above the loaded model.
         parameters: of the checkpoint.
         weight_bytes: of the weights as they are in memory.
+        cuda_graphs: how many it had captured in the end.
         speed_up: the dense variant's median latency over this one's.
         generation: None where it was not asked for, or where this variant cannot; `no_generation` then says why.
     """
@@ -75,6 +76,7 @@ class VariantRow:
     parameters: int | None = None
     weight_bytes: int | None = None
     dtype: str | None = None
+    cuda_graphs: int = 0
     speed_up: float | None = None
     generation: Generation | None = None
     no_generation: str = ""
@@ -89,6 +91,7 @@ class ProfileResult:
         checkpoint: what was profiled; `dense`: what it stands against, None where that was not asked for.
         method: of the compression; `dense` where the checkpoint is not compressed.
         backend: of the fused variant; `plain` where that was left out.
+        graph: when that ran as CUDA graphs: `auto`, `always` or `never`.
         runs: timed passes over the data.
         rows: the variants, in the order they were measured.
         definitions: what latency, the two memories, the sizes and generation mean.
@@ -107,7 +110,7 @@ class ProfileResult:
     seq_len: int
     padding: str
     micro_batches: int
-    graph: bool
+    graph: str
     offload: bool
     runs: int
     num_eval_samples: int
@@ -148,6 +151,9 @@ class ProfileResult:
             data: Any = read_json(file)
             definitions = {key[1:-11]: data.pop(key) for key in list(data) if key.endswith("_definition")}
             rows = tuple(_row(row) for row in data.pop("rows"))
+            if isinstance(data["graph"], bool):
+                # As files have it that were written when graphs were asked for or not.
+                data["graph"] = "always" if data["graph"] else "never"
             data["module_places"] = read_places(data.get("module_places", {}))
             return _checked(cls(rows=rows, definitions=definitions, **data))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -192,9 +198,9 @@ class ProfileResult:
         against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
-        ran_fused = any(row.variant == "fused" and row.status == "ok" for row in self.rows)
-        options = f", fused by {self.backend}" * ran_fused
-        options += ", fused in CUDA graphs" * self.graph + ", weights offloaded" * self.offload
+        fused = [row for row in self.rows if row.variant == "fused" and row.status == "ok"]
+        options = "".join(f", fused by {self.backend}{_graphs_of(row, self.graph)}" for row in fused)
+        options += ", weights offloaded" * self.offload
         samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (
             f"{self.checkpoint} ({self.method}){against}: {self.task} on {samples}, batches of {self.batch_size} by at "
@@ -229,6 +235,10 @@ def _generation_cells(found: Generation | None) -> list[str]:
         f"{found.prefill_memory_mib:.1f}",
         f"{found.decode_memory_mib:.1f}",
     ]
+
+
+def _graphs_of(row: VariantRow, asked: str) -> str:
+    return f" in {counted(row.cuda_graphs, 'CUDA graph')} ({asked})" if row.cuda_graphs else ""
 
 
 _Read = TypeVar("_Read", Generation, VariantRow, ProfileResult)

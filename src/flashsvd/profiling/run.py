@@ -19,7 +19,7 @@ from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import own_dtype
-from flashsvd.profiling.config import ProfileConfig
+from flashsvd.profiling.config import GRAPHS, ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import is_plot, png
 from flashsvd.profiling.generation import Prompts
@@ -56,8 +56,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
     draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
     task, data = load_data(task, config.data, draw, subject)
     backend = cast("Backend", "auto" if config.backend in (None, PLAIN) else config.backend)
-    if config.graph:
-        runtime.check(subject.config, backend, device, graph=True)
+    graph = GRAPHS[config.graph]
+    if graph is True:
+        runtime.check(subject.config, backend, device, graph)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
     workload = Workload.prepare(task, data, subject, shape, draw)
     setting = Setting(
@@ -66,7 +67,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         config.micro_batches,
         backend,
         config.backend is not None and not config.may_skip,
-        config.graph,
+        graph,
         config.offload,
     )
     reasons = {name: why_not(name, subject, workload, setting) for name in names}

@@ -16,6 +16,7 @@ from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.memory import make_resident, parameter_count, weight_bytes
 
 if TYPE_CHECKING:
+    from flashsvd.blocks.running.graph import GraphOption
     from flashsvd.kernels.launch import Backend
 
 # Those that run the dense model; the others run the compressed one.
@@ -31,7 +32,7 @@ class Setting:
         micro_batches: parts of a batch, for the variant of that name.
         backend: of the fused blocks.
         must_fuse: whether that backend was asked for, so that it is an error where it cannot run the model.
-        graph: whether they are replayed as CUDA graphs.
+        graph: whether they run as CUDA graphs, as `optimize` takes it.
         offload: whether weights stay on the host.
     """
 
@@ -40,7 +41,7 @@ class Setting:
     micro_batches: int
     backend: Backend
     must_fuse: bool
-    graph: bool
+    graph: GraphOption
     offload: bool
 
 
