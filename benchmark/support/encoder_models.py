@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, ModernBertConfig
 
 from flashsvd import runtime
+from flashsvd.blocks.running.graph import GraphOption
 from flashsvd.compression.factoring import Factoring, QKVLayout
 from flashsvd.compression.factorize import factor_model, matrix_shapes
+from flashsvd.errors import BackendError
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models.registry import find_targets
@@ -22,6 +26,8 @@ from support.timing import Graphed
 CompileMode = Literal["default", "reduce-overhead"]
 # (hidden states, mask [batch, length] or None) -> hidden states
 Forward = Callable[[Tensor, Tensor | None], Tensor]
+# A forward of whatever arguments.
+F = TypeVar("F")
 
 # Of a unit: what each factor leaves of its input's size.
 GAIN = 0.7
@@ -93,7 +99,7 @@ def graphed(forward: Forward, run: Callable[[Forward], Tensor]) -> Callable[[], 
 
 
 def compiled(
-    forward_of: Callable[[Any], Forward], module: nn.Module, run: Callable[[Forward], Tensor], settings: Settings,
+    forward_of: Callable[[Any], F], module: nn.Module, run: Callable[[F], Tensor], settings: Settings,
     mode: CompileMode = "default",
 ) -> Callable[[], Prepared]:  # fmt: skip
     """By torch.compile, for the one shape that `run` calls it with."""
@@ -101,9 +107,12 @@ def compiled(
     def make() -> Prepared:
         # Without what was compiled for other shapes, of which it would only take so many.
         torch._dynamo.reset()
-        # Inductor needs a C++ compiler on a CPU, where this is only tried out.
-        backend = "inductor" if settings.cuda else "eager"
-        options: dict[str, Any] = {"mode": mode} if settings.cuda else {}
+        # Inductor compiles for a minute, which is too long for trying a script out.
+        tiny = settings.sizes == "tiny" and not settings.cuda
+        backend = "eager" if tiny else "inductor"
+        options: dict[str, Any] = {} if tiny else {"mode": mode}
+        if backend == "inductor" and not settings.cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise BackendError("torch.compile needs a C++ compiler and finds none here; install g++")
         forward = forward_of(torch.compile(module, backend=backend, dynamic=False, **options))
         return Prepared(lambda: run(forward))
 
@@ -111,7 +120,7 @@ def compiled(
 
 
 def optimized(
-    model: Any, forward_of: Callable[[Any], Forward], run: Callable[[Forward], Tensor], *, graph: bool
+    model: Any, forward_of: Callable[[Any], F], run: Callable[[F], Tensor], *, graph: GraphOption
 ) -> Callable[[], Prepared]:
     """On fused blocks, each implementation by measurement."""
 
