@@ -152,9 +152,10 @@ def measure(
     timed: list[Timed] = []
     for model in models:
         directory = model.find()
-        scored = [score(directory, None, checkpoints.stsb, settings)]
+        scored = [score(model.name, directory, None, checkpoints.stsb, settings)]
         for how in hows:
-            scored.append(score(checkpoints.find(model.name, directory, how), how, checkpoints.stsb, settings))
+            checkpoint = checkpoints.find(model.name, directory, how)
+            scored.append(score(model.name, checkpoint, how, checkpoints.stsb, settings))
         batch = sentences(scored[0].subject, checkpoints.stsb)
         cases = [case(model.name, inputs, scored, checkpoints.directory) for inputs in (batch, middle_sentence(batch))]
         found = [harness.run_case(one, settings) for one in cases]
@@ -166,14 +167,17 @@ def measure(
     return timed
 
 
-def score(checkpoint: Path, how: Compression | None, stsb: Path, settings: Settings) -> Scored:
+def score(name: str, checkpoint: Path, how: Compression | None, stsb: Path, settings: Settings) -> Scored:
     """A checkpoint's score on the whole validation split, on the layers that `flashsvd eval` takes by default."""
     config = flashsvd.EvalConfig(
         str(checkpoint), TASK.name, str(stsb), device=str(settings.device),
         dtype=str(settings.dtype).removeprefix("torch."),
     )  # fmt: skip
     result = flashsvd.run_eval(config)
-    print(f"{checkpoint.name:<44} {result.metric_name} {result.metric_value:.4f}, {result.backend}", flush=True)
+    print(
+        f"{name + ' ' + str(how or DENSE):<44} {result.metric_name} {result.metric_value:.4f}, {result.backend}",
+        flush=True,
+    )
     return Scored(Subject.find(str(checkpoint), TASK), how, result)
 
 
