@@ -46,12 +46,12 @@ from support.onnx_runtime import exported
 from support.real_models import MINILM, MPNET, minilm, mpnet
 from support.results import Environment, csv_file, read_rows, write_rows
 from support.results import Row as Timed
-from support.sentence_rows import Row, markdown, merge
+from support.sentence_rows import DENSE, Row, markdown, merge
 from support.tiny_sentences import write_models, write_pairs
 
 TASK = get_task("similarity")
 BATCH = 64
-DENSE, COMPILED, REDUCED = "dense", "dense compiled", "dense compiled, reduce-overhead"
+COMPILED, REDUCED = "dense compiled", "dense compiled, reduce-overhead"
 ONNX = "dense, ONNX Runtime"
 BASELINES = (DENSE, COMPILED, REDUCED, ONNX)
 # The last to be timed: where it differs from the first, so did the machine.
@@ -152,20 +152,19 @@ def measure(
     earlier = read_rows(file, Row) if file.is_file() else []
     rows: list[Row] = []
     timed: list[Timed] = []
-    for model in models:
-        directory = model.find()
-        scored = [score(model.name, directory, None, checkpoints.stsb, settings)]
+    # All of them before any is measured, since one may be missing.
+    for name, directory in [(model.name, model.find()) for model in models]:
+        scored = [score(name, directory, None, checkpoints.stsb, settings)]
         for how in hows:
-            checkpoint = checkpoints.find(model.name, directory, how)
-            scored.append(score(model.name, checkpoint, how, checkpoints.stsb, settings))
+            scored.append(score(name, checkpoints.find(name, directory, how), how, checkpoints.stsb, settings))
         batch = sentences(scored[0].subject, checkpoints.stsb)
-        cases = [case(model.name, inputs, scored, checkpoints.directory) for inputs in (batch, middle_sentence(batch))]
+        cases = [case(name, inputs, scored, checkpoints.directory) for inputs in (batch, middle_sentence(batch))]
         found = [harness.run_case(one, settings) for one in cases]
         timed += itertools.chain(*found)
-        rows += joined(model.name, scored, found, environment)
+        rows += joined(name, scored, found, environment)
         if rows:
             write_rows(merge(earlier, rows), file)
-    print(f"\n{markdown(rows)}\n\n{file}: {len(rows)} rows of this run")
+    print(f"\n{markdown(merge(earlier, rows))}\n\n{file}: {len(rows)} rows of this run")
     return timed
 
 
@@ -275,7 +274,7 @@ def joined(
 
 
 def row_of(name: str, scored: Scored, batch: Timed, one: Timed, environment: Environment) -> Row:
-    how = scored.how or Compression("dense", 1.0, "")
+    how = scored.how or Compression(DENSE, 1.0, "")
     result = scored.result
     assert result.metric_value is not None, "embeddings of different sentences are not constant"
     return Row(

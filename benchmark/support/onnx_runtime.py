@@ -20,12 +20,12 @@ def exported(model: Any, inputs: Mapping[str, Tensor], file: Path) -> Callable[[
     """The token states of a model for inputs of this shape.
 
     Args:
-        model: of transformers, in fp32 on the CPU.
+        model: of transformers, on the CPU.
         file: the exported model, which is written where it is not there yet.
     """
 
     def make() -> Prepared:
-        _check(file)
+        _check(model.dtype, file)
         if not file.is_file():
             _export(model, inputs, file)
         session = _Session(file, inputs)
@@ -34,7 +34,9 @@ def exported(model: Any, inputs: Mapping[str, Tensor], file: Path) -> Callable[[
     return make
 
 
-def _check(file: Path) -> None:
+def _check(dtype: torch.dtype, file: Path) -> None:
+    if dtype != torch.float32:
+        raise BackendError(f"ONNX Runtime is measured in fp32 only, not in {dtype}; choose that dtype")
     wanted = ["onnxruntime"] if file.is_file() else ["onnxruntime", "onnxscript"]
     if missing := [package for package in wanted if find_spec(package) is None]:
         raise BackendError(f"ONNX Runtime is left out without {' and '.join(missing)}; pip install {' '.join(missing)}")

