@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import flashsvd
-from flashsvd.common.device import resolve_device
+from flashsvd.common.device import DEVICES, resolve_device
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import get_task
 from flashsvd.data.tokenize import Inputs
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", type=harness.names, default="drone,adasvd", help="default: drone,adasvd")
     parser.add_argument("--ratios", type=fractions, default="0.75,0.5,0.25", help="to keep; default: 0.75,0.5,0.25")
     parser.add_argument("--layouts", type=harness.names, default="joint,per-head", help="default: joint,per-head")
-    parser.add_argument("--device", help="cuda or cpu; the default is cuda where there is one")
+    parser.add_argument("--device", choices=DEVICES, help="the default is cuda where there is one")
     given = parser.parse_args(arguments)
     if given.stsb is None and not given.dry_run:
         parser.error("--stsb is missing, the directory of STS-B; --dry-run tries the script without it")

@@ -118,6 +118,7 @@ def test_kept_checkpoints_are_measured_again_and_new_rows_join_the_others(
         (("--dry-run", "--ratios", "0.5,half"), "invalid fractions value: '0.5,half'"),
         (("--dry-run", "--ratios", "1.5"), "--ratio"),
         (("--dry-run", "--layouts", "round"), "--qkv"),
+        (("--stsb", "x", "--device", "cuda:1"), "invalid choice: 'cuda:1'"),
         (("--dry-run", "--only", "gpt"), "--only gpt begins the name of no case; there are tiny-bert, tiny-mpnet"),
     ],
 )
