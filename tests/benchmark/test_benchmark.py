@@ -21,10 +21,11 @@ from flashsvd import runtime
 from flashsvd.blocks.running.graph import Graphs
 from flashsvd.errors import BackendError
 from support import harness, results, timing
-from support.classifiers import call_in_parts, optimized
+from support.classifiers import call_in_parts
 from support.harness import Case, Check, Prepared, Settings, Variant
 from support.memory import Held
 from support.results import Row
+from support.ways import optimized
 
 # Compiling takes most of a dry run's time, and some cases are alike.
 SCRIPTS = {
@@ -123,13 +124,25 @@ def test_times_are_of_one_unit_and_compared_with_the_baselines(
     assert [row.speedups for row in rows] == ["", "variant 0=4.00"]
 
 
-def test_graphs_are_captured_again_only_on_a_gpu(settings: Settings) -> None:
-    forgotten: list[bool] = []
+def test_on_a_cpu_what_calls_keep_counts_as_their_memory(settings: Settings) -> None:
+    kept: list[Tensor] = []
+    mib = 64
+
+    def keeping() -> Tensor:
+        if not kept:
+            kept.append(torch.ones(mib << 18))
+        return right()
+
     check = Check(torch.ones(5, dtype=torch.float64), torch.ones(5), lambda result: result)
-    variant = Variant("v", lambda: Prepared(right, lambda: forgotten.append(True), lambda: "picked"), check)
-    (row,) = harness.run_case(Case("case", {}, lambda settings: [variant]), settings)
-    assert not forgotten
-    assert row.note == "picked"
+    variants = [
+        Variant("forgetting", lambda: Prepared(keeping, kept.clear, lambda: "picked"), check),
+        Variant("keeping", lambda: Prepared(keeping), check),
+    ]
+    rows = harness.run_case(Case("case", {}, lambda settings: variants), settings)
+    assert rows[0].mib == pytest.approx(mib, rel=0.1)
+    assert rows[1].mib < mib / 10
+    assert [row.note for row in rows] == ["picked", ""]
+    assert [row.capture_s for row in rows] == [None, None]
 
 
 def test_only_and_without_leave_out_cases_and_variants(settings: Settings) -> None:
