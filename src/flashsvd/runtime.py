@@ -22,7 +22,7 @@ from flashsvd.common.device import BACKENDS
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.inside import model_inside
-from flashsvd.models.registry import base_prefix
+from flashsvd.models.registry import architecture_of, base_prefix
 
 __all__ = ["check", "choices", "optimize"]
 
@@ -67,7 +67,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     _check_device(weight, backend, graph)
     graphs = None
     if graph is True or (graph and _may_capture(model, architecture, backend)):
-        graphs = Graphs(always=graph is True)
+        graphs = Graphs(architecture_of(model.config).max_length(model.config), always=graph is True)
     choices = Choices(backend, queued=graphs is not None)
     try:
         with ordinary_tensors():
@@ -124,8 +124,8 @@ def _may_capture(model: Any, architecture: FusedArchitecture, backend: Backend) 
         architecture.check(base, backend, graph=True)
     except BackendError:
         return False
-    # What a class of the user's own does may differ from batch to batch.
-    return type(model).__module__.startswith("transformers.models.")
+    # What a class of the user's own does may differ from batch to batch, and a wrapper knows the forward that it wraps.
+    return type(model).__module__.startswith("transformers.models.") and "forward" not in vars(model)
 
 
 def _check_options(backend: str, graph: object) -> None:

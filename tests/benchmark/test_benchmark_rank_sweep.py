@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

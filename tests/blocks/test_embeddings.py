@@ -53,6 +53,27 @@ def test_embeddings_that_the_caller_brings_go_through_transformers_own(family: s
     assert_alike(family, launched, 0, **({"input_ids": None} | named if family == "distilbert" else named))
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_more_columns_than_positions_are_refused_as_by_transformers(family: str) -> None:
+    """40 positions; 80 columns are no two sequences of 40."""
+    plain, embeddings = both(family)
+    ids = torch.full((2, 80), 5)
+    with torch.inference_mode():
+        for each in (plain, embeddings):
+            with pytest.raises(RuntimeError, match=r"must match the (existing )?size"):
+                each(ids)
+
+
+def test_positions_and_types_that_are_spread_out_count_as_in_transformers() -> None:
+    plain, embeddings = both("bert")
+    with torch.inference_mode():
+        row = {"position_ids": torch.tensor([[3, 2, 9, 5]]), "token_type_ids": torch.tensor([[0, 1, 1, 0]])}
+        torch.testing.assert_close(embeddings(IDS, **row), plain(IDS, **row), rtol=1e-5, atol=1e-5)
+        for each in (plain, embeddings):
+            with pytest.raises(RuntimeError, match=r"must match the (existing )?size"):
+                each(IDS, position_ids=torch.tensor([[3, 2]]))
+
+
 def test_distilberts_arguments_come_in_its_own_order(launched: list[str]) -> None:
     plain, embeddings = both("distilbert")
     positions = torch.tensor([[3, 2, 9, 5]])

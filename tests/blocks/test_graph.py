@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from conftest import build_model, factor
 from flashsvd import optimize
 from flashsvd.blocks.running import graph as graph_module
+from flashsvd.blocks.running import stage as stage_module
 from flashsvd.blocks.running import tokens as tokens_module
 from flashsvd.blocks.running.call import Call
-from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs
-from flashsvd.blocks.running.shape import Shape, columns, round_up
-from flashsvd.blocks.running.stage import SMALL_RESULT, Landing, Stage, UnknownOutputError
+from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs, _Captured
+from flashsvd.blocks.running.shape import Shape, columns, round_up, rounded
+from flashsvd.blocks.running.stage import SMALL_RESULT, Landing, Stage, UnsuitableOutputError
 from flashsvd.blocks.running.tokens import Padding, Tokens
 from flashsvd.blocks.running.watch import Watch
 from flashsvd.blocks.running.whole import WholeModel, add_graphs
@@ -41,7 +42,7 @@ def padding_of(call: Call) -> Padding:
     return Padding.of(call.first, call.mask)
 
 
-def shape_of(mask: Tensor | None, shape: tuple[int, int] | None = None, positions: int | None = None) -> Shape:
+def shape_of(mask: Tensor | None, shape: tuple[int, int] | None = None, positions: int = 512) -> Shape:
     call = call_of(mask, shape)
     return Shape.of(call, padding_of(call), positions, "ieee")
 
@@ -55,10 +56,14 @@ def test_token_counts_are_rounded_up_to_few_sizes() -> None:
     assert [round_up(tokens) for tokens in (4097, 16_000, 16_385, MOST_TOKENS)] == [5120, 16_384, 20_480, MOST_TOKENS]
 
 
+def test_sizes_are_rounded_up_by_half_at_the_most() -> None:
+    assert [rounded(size) for size in (1, 2, 3, 4, 5, 6, 7, 12, 13, 33)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 48]
+    assert all(size <= rounded(size) < 1.5 * size + 1 for size in range(1, 3000))
+
+
 def test_columns_are_never_more_than_the_model_has_positions_for() -> None:
-    assert [columns(length, 512) for length in (1, 16, 17, 300, 512)] == [16, 16, 32, 512, 512]
-    assert columns(300, 400) == 300
-    assert columns(300, None) == 512
+    assert [columns(length, 512) for length in (1, 16, 17, 48, 300, 385)] == [16, 16, 24, 48, 384, 512]
+    assert columns(385, 510) == 385
 
 
 def test_calls_of_one_shape_share_a_graph() -> None:
@@ -66,7 +71,7 @@ def test_calls_of_one_shape_share_a_graph() -> None:
         return shape_of((torch.arange(longest) >= torch.tensor([0, longest - length])[:, None]).long())
 
     assert shape_of(rows_of([20, 33])) == shape_of(rows_of([22, 40])) == shape_of(rows_of([34, 1]))
-    assert shape_of(rows_of([20, 33, 1])) == shape_of(rows_of([2, 40, 1, 7]))
+    assert shape_of(rows_of([20, 33, 1, 1, 1])) == shape_of(rows_of([2, 40, 1, 7, 2, 1]))
     # Positions are then read, and may be as large as the batch is long.
     assert left_padded(20, 33) == left_padded(20, 40) != shape_of(rows_of([20, 40]))
     assert left_padded(20, 33) != left_padded(20, 70)
@@ -93,7 +98,7 @@ def test_constants_and_other_tensors_make_other_shapes() -> None:
         call_of(mask, token_type_ids=torch.zeros_like(mask)),
         call_of(mask.bool()),
     ]
-    assert len({Shape.of(call, padding_of(call), None, "ieee") for call in calls}) == len(calls)
+    assert len({Shape.of(call, padding_of(call), 512, "ieee") for call in calls}) == len(calls)
 
 
 IDS = torch.ones(2, 8, dtype=torch.long)
@@ -156,10 +161,10 @@ def test_what_a_graph_runs_gives_what_the_model_gives(family: str, head: str, pa
     factor(model, ratio=0.6)
     optimize(model, backend="triton")
     order = {"right": slice(None), "left": slice(None, None, -1), "anywhere": [9, 1, 3, 0, 2, 5, 8, 7, 6, 4]}
-    batches = [rows_of([10, 9, 3, 1], 10), rows_of([10, 7, 2], 10)]
+    batches = [rows_of([10, 9, 3, 1, 2, 4], 10), rows_of([10, 7, 2, 1, 5], 10)]
     masks = [torch.ones(4, 16)] * 2 if padding == "full" else [mask.numpy()[:, order[padding]] for mask in batches]
     calls = [call_of(torch.as_tensor(mask.copy() if padding != "full" else mask).long()) for mask in masks]
-    shapes = {Shape.of(call, padding_of(call), None, "ieee") for call in calls}
+    shapes = {Shape.of(call, padding_of(call), 512, "ieee") for call in calls}
     assert len(shapes) == 1
     stage = Stage(shapes.pop(), Landing())
     for call in calls:
@@ -189,10 +194,17 @@ def test_results_are_copies_which_the_next_batch_leaves_alone() -> None:
 
 def run_stage(output: Any, shape: tuple[int, int] = (2, 16), full: bool = True) -> Any:
     call = call_of(torch.ones(*shape) if full else rows_of([3, 9], 16))
-    stage = Stage(Shape.of(call, padding_of(call), None, "ieee"), Landing())
+    stage = Stage(Shape.of(call, padding_of(call), 512, "ieee"), Landing())
     stage.load(call, padding_of(call))
     stage.run(lambda **_: output)
     return stage.result(call)
+
+
+def test_results_that_a_graph_would_hold_too_much_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "LARGEST_RESULT", 100)
+    assert run_stage(torch.zeros(2, 12)).shape == (2, 12)
+    with pytest.raises(UnsuitableOutputError, match="too large to keep"):
+        run_stage(torch.zeros(2, 13))
 
 
 def test_outputs_of_any_form_come_back_in_it() -> None:
@@ -220,7 +232,7 @@ def test_as_many_labels_as_columns_are_not_cut_to_fewer_columns() -> None:
 
     scores = torch.randn(2, 16)
     assert run_stage(Output(logits=scores), full=False)["logits"].shape == (2, 16)
-    with pytest.raises(UnknownOutputError, match="may have rows for columns or not"):
+    with pytest.raises(UnsuitableOutputError, match="may have rows for columns or not"):
         run_stage(Output(strange=scores), full=False)
     assert run_stage(Output(start_logits=scores), full=False)["start_logits"].shape == (2, 16)
 
@@ -230,7 +242,7 @@ def test_as_many_labels_as_columns_are_not_cut_to_fewer_columns() -> None:
     [(torch.tensor(1.0), "no row for each"), (torch.ones(3, 16), "no row for each"), (((torch.ones(2),),), "not a")],
 )
 def test_outputs_that_cannot_be_cut_are_refused(output: Any, reason: str) -> None:
-    with pytest.raises(UnknownOutputError, match=reason):
+    with pytest.raises(UnsuitableOutputError, match=reason):
         run_stage(output)
 
 
@@ -238,7 +250,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.Monke
     """A batch without padding has tokens that are known by its shape, but only until other shapes push them out."""
     monkeypatch.setattr(tokens_module, "_known", known := {})
     call = call_of(torch.ones(2, 16))
-    stage = Stage(Shape.of(call, padding_of(call), None, "ieee"), Landing())
+    stage = Stage(Shape.of(call, padding_of(call), 512, "ieee"), Landing())
     read: list[Any] = []
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -268,45 +280,42 @@ def test_surplus_tokens_come_from_within_the_batch_and_go_nowhere() -> None:
 # When graphs are captured, and for how long they are kept.
 
 
-class Fake:
-    """Stands in for a captured graph."""
-
-    def __init__(self, forward: Any) -> None:
-        self.forward = forward
-
-    def replay(self, call: Call, _: Padding) -> Any:
-        return self.forward(call)
-
-
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    monkeypatch.setattr(Graphs, "_capture", lambda _, forward, call, padding, shape: Fake(forward))
+
+    def capture(self: _Captured, forward: Any, *_: Any) -> None:
+        monkeypatch.setattr(self, "replay", lambda call, _: forward(call), raising=False)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(_Captured, "capture", capture)
 
 
 def model_of(*children: nn.Module) -> Any:
     model: Any = nn.Sequential(*(children or (nn.Linear(2, 2),)))
-    model.config = SimpleNamespace()
+    model.config = SimpleNamespace(return_dict=True)
     return model
 
 
 def ask(graphs: Graphs, model: Any, length: int = 16, forward: Any = lambda _: "replayed") -> Any:
     call = call_of(torch.ones(2, length))
-    return graphs.run(model, forward, call, padding_of(call), Shape.of(call, padding_of(call), None, "ieee"))
+    return graphs.run(model, forward, call, padding_of(call), Shape.of(call, padding_of(call), 512, "ieee"))
 
 
 @pytest.mark.usefixtures("faked")
 def test_a_shape_is_captured_when_it_comes_again_or_at_once() -> None:
-    graphs, model = Graphs(always=False), model_of()
+    graphs, model = Graphs(512), model_of()
     assert [ask(graphs, model) for _ in range(3)] == [None, "replayed", "replayed"]
     assert ask(graphs, model, 32) is None
-    assert ask(Graphs(always=True), model) == "replayed"
+    assert ask(Graphs(512, always=True), model) == "replayed"
 
 
 @pytest.mark.usefixtures("faked")
 def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_GRAPHS", 2)
-    graphs, model = Graphs(always=True), model_of()
+    graphs, model = Graphs(512, always=True), model_of()
     for length in (16, 32, 16, 64):
         ask(graphs, model, length)
     assert len(graphs) == 2
@@ -316,19 +325,25 @@ def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("faked")
 def test_shapes_that_came_once_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_SEEN", 2)
-    graphs, model = Graphs(always=False), model_of()
+    graphs, model = Graphs(512), model_of()
     assert [ask(graphs, model, length) for length in (16, 32, 64, 16)] == [None] * 4
     assert len(graphs._seen) == 2
 
 
 @pytest.mark.usefixtures("faked")
-@pytest.mark.parametrize("change", ["a module", "a weight", "a weight's memory", "a buffer", "nothing"])
+@pytest.mark.parametrize(
+    "change", ["a module", "a further module", "a weight", "a weight's memory", "a buffer", "the config", "nothing"]
+)
 def test_graphs_of_what_was_replaced_are_dropped(change: str) -> None:
-    graphs, model = Graphs(always=True), model_of(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    graphs, model = Graphs(512, always=True), model_of(nn.Linear(2, 2), nn.BatchNorm1d(2))
     watch = graphs._watched(model)
     assert ask(graphs, model, forward=lambda _: "before") == "before"
     if change == "a module":
         model[0] = nn.Linear(2, 2)
+    elif change == "a further module":
+        model[0].further = nn.Identity()
+    elif change == "the config":
+        model.config.return_dict = False
     elif change == "a weight":
         model[0].weight = nn.Parameter(torch.ones(2, 2))
     elif change == "a weight's memory":
@@ -350,58 +365,72 @@ def test_weights_inside_of_blocks_that_move_are_seen() -> None:
 def test_hooks_on_any_module_but_the_model_itself_are_seen() -> None:
     model: Any = optimize(build_model("bert"))
     watch = Watch(model)
-    assert not watch.is_hooked()
+    assert not watch.is_tampered()
     model.register_forward_hook(lambda *_: None)
-    assert not watch.is_hooked()
+    assert not watch.is_tampered()
     for module in (model.bert.pooler, model.bert.embeddings.word_embeddings, model.bert.encoder.layer[0]):
         handle = module.register_forward_pre_hook(lambda *_: None)
-        assert watch.is_hooked()
+        assert watch.is_tampered()
         handle.remove()
         module.forward = module.forward
-        assert watch.is_hooked()
+        assert watch.is_tampered()
         del module.forward
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert watch.is_hooked()
+    assert watch.is_tampered()
     handle.remove()
-    assert not watch.is_hooked()
+    assert not watch.is_tampered()
+
+
+def test_dropout_that_draws_is_seen() -> None:
+    model: Any = optimize(build_model("bert"))
+    watch = Watch(model)
+    model.dropout.train()
+    assert watch.is_tampered()
 
 
 def test_recorders_of_hidden_states_are_no_hooks_of_somebody() -> None:
     model: Any = optimize(build_model("bert"))
     with torch.inference_mode():
         model(IDS, output_hidden_states=True)
-    assert not Watch(model).is_hooked()
+    assert not Watch(model).is_tampered()
 
 
 @pytest.mark.parametrize(
-    ("error", "says", "others"),
-    [
-        (
-            RuntimeError("not permitted when capturing\nmore"),
-            "the model runs without CUDA graphs: not permitted",
-            False,
-        ),
-        (torch.OutOfMemoryError("out of memory"), "batches [2, 16] run without a CUDA graph: out of memory", True),
-        (UnknownOutputError("odd output"), "batches [2, 16] run without a CUDA graph: odd output", True),
-    ],
-    ids=["captured", "memory", "output"],
+    "error", [RuntimeError("not permitted\nmore"), torch.OutOfMemoryError("no memory"), UnsuitableOutputError("odd")]
 )
 @pytest.mark.usefixtures("faked")
-def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
-    error: Exception, says: str, others: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
-    graphs, model = Graphs(always=False), model_of()
-    monkeypatch.setattr(Graphs, "_capture", fail)
-    assert [ask(graphs, model) for _ in range(2)] == [None, None]
-    assert [message[: len(says)] for message in caplog.messages] == [says]
+    def plain(**_: Any) -> str:
+        return "plain"
+
+    monkeypatch.setattr(_Captured, "capture", fail)
+    graphs, model = Graphs(512), model_of()
+    assert [ask(graphs, model, forward=plain) for _ in range(2)] == [None, "plain"]
+    assert caplog.messages == [f"batches [2, 16] run without a CUDA graph: {str(error).splitlines()[0]}"]
     call = call_of(torch.ones(2, 16))
-    assert graphs._off or Shape.of(call, padding_of(call), None, "ieee") in graphs._refused
-    assert graphs._off != others
+    assert Shape.of(call, padding_of(call), 512, "ieee") in graphs._refused
     with pytest.raises(BackendError, match="cannot run as a CUDA graph"):
-        ask(Graphs(always=True), model)
+        ask(Graphs(512, always=True), model, forward=plain)
+    graphs.forget()
+    assert not graphs._refused
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_call_that_the_model_itself_refuses_is_not_held_against_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("more columns than positions")
+
+    monkeypatch.setattr(_Captured, "capture", fail)
+    graphs, model = Graphs(512), model_of()
+    ask(graphs, model)
+    with pytest.raises(RuntimeError, match="more columns than positions"):
+        ask(graphs, model, forward=fail)
+    assert not graphs._refused
 
 
 class Stream:
@@ -419,7 +448,7 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
     """All replays write to one memory, which the host's lock guards only until they are queued."""
     notes: list[Any] = []
     one, other = Stream(notes), Stream(notes)
-    graphs, model = Graphs(always=True), model_of()
+    graphs, model = Graphs(512, always=True), model_of()
     for stream in (one, one, other, one):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
         ask(graphs, model, forward=lambda _: notes.append("replay") or "replayed")
@@ -428,14 +457,14 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
 
 def test_a_model_off_the_gpu_has_no_graphs() -> None:
     model, call = model_of(), call_of(torch.ones(2, 16))
-    assert Graphs(always=False).shape_of(model, call, padding_of(call)) is None
+    assert Graphs(512).shape_of(model, call, padding_of(call)) is None
     with pytest.raises(BackendError, match="graph=True cannot run here: the model is on cpu"):
-        Graphs(always=True).shape_of(model, call, padding_of(call))
+        Graphs(512, always=True).shape_of(model, call, padding_of(call))
 
 
 def test_a_copy_of_a_model_captures_its_own() -> None:
-    graphs = Graphs(always=True)
-    graphs._captured = {"any": "graph"}  # type: ignore[assignment]  # stands in for one
+    graphs = Graphs(512, always=True)
+    graphs._captured["any"] = "graph"  # type: ignore[index,assignment]  # stand in for a shape and its graph
     twin = copy.deepcopy(graphs)
     assert len(twin) == 0
     assert twin.always
@@ -451,7 +480,7 @@ class Recorded(Graphs):
     """Notes the shapes that it is asked for, and has no graph."""
 
     def __init__(self) -> None:
-        super().__init__(always=False)
+        super().__init__(512)
         self.asked: list[Call] = []
 
     def shape_of(self, model: nn.Module, call: Call, padding: Padding) -> None:

@@ -259,7 +259,7 @@ def test_a_copy_and_another_dtype_compute_the_same() -> None:
 
 def test_a_copy_shares_nothing_and_a_shallow_one_its_modules() -> None:
     model, batch = optimised(compressed("bert", "classifier")), inputs()
-    add_graphs(model, Graphs(always=False))
+    add_graphs(model, Graphs(40))
     deep, shallow = copy.deepcopy(model), copy.copy(model)
     tensors = [{t.data_ptr() for t in (*each.parameters(), *each.buffers())} for each in (model, deep, shallow)]
     assert tensors[0].isdisjoint(tensors[1])

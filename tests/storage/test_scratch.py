@@ -128,6 +128,7 @@ def test_of_an_earlier_start_a_lock_tells_where_no_other_machine_can_be(
     here = tmp_path / "a place"
     left = here / ".out.writing-01234567-abcdefgh"
     left.mkdir(parents=True)
+    os.utime(left, (1, 1))
     places = [(here.parent / name.replace("here", here.name), kind) for name, kind in mounts]
     mounted(monkeypatch, tmp_path / "mounts", *places)
     if sole:
@@ -136,6 +137,25 @@ def test_of_an_earlier_start_a_lock_tells_where_no_other_machine_can_be(
             assert left.exists()
     take_away_leftovers(here / "out")
     assert left.exists() != sole
+
+
+def test_what_was_changed_since_this_start_is_anothers_whatever_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This system may lend its disk to another one, whose locks do not show here."""
+    mounted(monkeypatch, tmp_path / "mounts", (Path("/"), "ext4"))
+    theirs = tmp_path / ".out.writing-01234567-abcdefgh"
+    (theirs / "inside").mkdir(parents=True)
+    for place in (theirs / "inside", theirs):
+        os.utime(place, (1, 1))
+    half = theirs / "inside" / "half"
+    half.touch()
+    os.utime(theirs / "inside", (1, 1))
+    take_away_leftovers(tmp_path / "out")
+    assert half.exists()
+    os.utime(half, (1, 1))
+    take_away_leftovers(tmp_path / "out")
+    assert not theirs.exists()
 
 
 def test_of_another_machine_nobody_knows_whether_its_process_is_gone(

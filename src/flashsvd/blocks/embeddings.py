@@ -71,6 +71,10 @@ class FusedEmbeddings(PackedModule):
         parts, norm = self.parts, getattr(self, self.parts.norm)
         if positions is None and parts.positions is not None:
             positions = parts.positions(self, ids)
+        if not _fits(positions, ids, 1) or not _fits(types, ids, len(ids)):
+            # transformers spreads out what it can, and refuses what it cannot, such as more columns than positions.
+            unfused: Tensor = super().forward(*arguments, **options)
+            return unfused
         y = fused_embeddings(
             getattr(self, parts.words).weight,
             ids.flatten(),
@@ -92,8 +96,17 @@ class FusedEmbeddings(PackedModule):
         words = getattr(self, self.parts.words).weight
         if words.device != ids.device or not use_triton(self.choices.backend, words):
             return False
+        if any(module.training for module in self.children() if isinstance(module, nn.Dropout)):
+            return False
         gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         return not (gradients or any_foreign_hooks(self.children()) or torch.is_autocast_enabled(ids.device.type))
+
+
+def _fits(indices: Tensor | None, ids: Tensor, fewest: int) -> bool:
+    """Whether there is an index for each id [batch, length]: `fewest` or `batch` rows of them."""
+    if indices is None:
+        return True
+    return indices.ndim == 2 and indices.shape[1] == ids.shape[1] and len(indices) in (fewest, len(ids))
 
 
 def fuse_embeddings(module: Any, parts: EmbeddingParts, choices: Choices) -> None:

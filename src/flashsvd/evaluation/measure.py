@@ -60,7 +60,7 @@ class PeakMemory:
     def _peak(self) -> float:
         if self._device.type != "cuda":
             return peak_resident_bytes()
-        return float(torch.cuda.max_memory_allocated(self._device) + _idle_bytes_of_graphs())
+        return float(torch.cuda.max_memory_allocated(self._device) + _idle_bytes_of_graphs(self._device))
 
     def _forget(self) -> bool:
         if self._device.type != "cuda":
@@ -85,12 +85,13 @@ class PeakMemory:
         return f"{text}; memory that the process had freed before is used again uncounted, so compare fresh processes"
 
 
-def _idle_bytes_of_graphs() -> int:
+def _idle_bytes_of_graphs(device: torch.device) -> int:
     """What captured CUDA graphs hold that does not count as allocated: a replay writes there, and allocates nothing."""
+    here = torch.cuda.current_device() if device.index is None else device.index
     pools = [
         s
         for s in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch has no types for it
-        if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
+        if s["device"] == here and tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
     ]
     return sum(int(s["total_size"]) - int(s["allocated_size"]) for s in pools)
 

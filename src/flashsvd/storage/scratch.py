@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -150,7 +151,7 @@ def leftover(path: Path) -> Leftover | None:
     named = _NAME.fullmatch(path.name)
     if named is None or path.is_symlink():
         return None
-    if named["boot"] != _boot() and not _is_of_this_system(path):
+    if named["boot"] != _boot() and not (_is_of_this_system(path) and _is_older_than_this_system(path)):
         return Leftover(path, "it was made on another machine, or before this one was started")
     held = _is_held(path)
     if held is None:
@@ -192,6 +193,21 @@ def _is_of_this_system(path: Path) -> bool:
         if place.is_relative_to(point) and len(point.parts) >= len(best.parts):
             best, kind = point, fields[fields.index("-") + 1]
     return kind in _OF_ONE_SYSTEM
+
+
+def _is_older_than_this_system(path: Path) -> bool:
+    """Whether nothing at a path was changed since this system was started.
+
+    A disk of this system's own may be lent to others, which change it without holding a lock that could be seen here.
+    """
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return False
+    started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    below = (Path(parent, name) for parent, *names in os.walk(path) for name in itertools.chain(*names))
+    try:
+        return max(place.lstat().st_mtime for place in itertools.chain([path], below)) < started
+    except OSError:
+        return False
 
 
 def leftovers_below(directory: Path) -> Iterator[Leftover]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 MASK = "attention_mask"
-# What encoders take of [batch, length]; `inputs_embeds` have a third dimension.
-INPUTS = ("input_ids", MASK, "token_type_ids", "position_ids", "inputs_embeds")
+# What encoders take of [batch, length]; `inputs_embeds` have a third dimension. Positions of the caller's own, which
+# surplus columns would need too, are left to the model as it is.
+INPUTS = ("input_ids", MASK, "token_type_ids", "inputs_embeds")
 # Whoever asks for these watches the layers, which a graph does not show.
 WATCHED = ("output_hidden_states", "output_attentions")
 

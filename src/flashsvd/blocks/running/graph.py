@@ -17,7 +17,7 @@ from torch import nn
 
 from flashsvd.blocks.running.call import Call
 from flashsvd.blocks.running.shape import Shape
-from flashsvd.blocks.running.stage import Landing, Stage, UnknownOutputError
+from flashsvd.blocks.running.stage import Landing, Stage, UnsuitableOutputError
 from flashsvd.blocks.running.tokens import Padding
 from flashsvd.blocks.running.watch import Watch
 from flashsvd.errors import BackendError
@@ -31,6 +31,8 @@ MOST_TOKENS = 65_536
 MOST_GRAPHS = 64
 # How many shapes are remembered that came once.
 MOST_SEEN = 1024
+# After so many shapes that could not be captured, no other is tried.
+MOST_REFUSED = 8
 WARMUP_RUNS = 3
 
 # `auto`: where a shape comes again.
@@ -38,20 +40,23 @@ GraphOption = bool | Literal["auto"]
 # The model's own forward, with all arguments by name.
 Forward = Callable[..., Any]
 
+# torch waits for all of the device when a capture begins, which must not be in the middle of another one.
+_one_at_a_time = threading.Lock()
+
 
 class Graphs:
     """The graphs of one model, which share their memory: only one of them runs at a time.
 
     Args:
+        longest: the most columns that the model has positions for.
         always: capture a shape when it first comes; otherwise when it comes again.
     """
 
-    def __init__(self, always: bool) -> None:
-        self.always = always
+    def __init__(self, longest: int, always: bool = False) -> None:
+        self.longest, self.always = longest, always
         self._captured: OrderedDict[Shape, _Captured] = OrderedDict()
         self._seen: OrderedDict[Shape, None] = OrderedDict()
         self._refused: set[Shape] = set()
-        self._off = False
         self._landing = Landing()
         self._pool: Any = None
         self._lock = threading.Lock()
@@ -61,16 +66,27 @@ class Graphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         # Graphs read the weights of the model that they were captured from.
-        return Graphs(self.always)
+        return Graphs(self.longest, self.always)
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def forget(self) -> None:
         """Drop all graphs, whose weights are about to move."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._finish()
         self._captured.clear()
+        self._refused.clear()
         self._landing = Landing()
         self._pool = self._stream = None
+
+    def _finish(self) -> None:
+        """Wait for the last replay, whose memory is about to be another's."""
+        if self._captured and self._last is not None:
+            self._last.synchronize()
 
     def shape_of(self, model: nn.Module, call: Call, padding: Padding) -> Shape | None:
         """The shape of the graph that may serve a call; None where none does.
@@ -86,10 +102,9 @@ class Graphs:
             ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
-        if self._off or padding.count == 0 or watch.is_hooked():
+        if padding.count == 0 or watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
             return None
-        positions = getattr(model.config, "max_position_embeddings", None)
-        shape = Shape.of(call, padding, positions, precision(weight))
+        shape = Shape.of(call, padding, self.longest, precision(weight))
         return shape if shape.places <= MOST_TOKENS and shape not in self._refused else None
 
     def run(self, model: nn.Module, forward: Forward, call: Call, padding: Padding, shape: Shape) -> Any:
@@ -99,9 +114,10 @@ class Graphs:
             if captured is None:
                 if not self._is_wanted(shape):
                     return None
-                captured = self._try_to_capture(forward, call, padding, shape)
-                if captured is None:
-                    return None
+                try:
+                    captured = self._capture(forward, call, padding, shape)
+                except (RuntimeError, UnsuitableOutputError) as error:
+                    return self._run_without(error, forward, call, shape)
             self._captured.move_to_end(shape)
             self._follow(torch.cuda.current_stream(call.device))
             return captured.replay(call, padding)
@@ -111,7 +127,7 @@ class Graphs:
         watch = self._watch
         if watch is None or not watch.holds():
             with self._lock:
-                self.forget()
+                self._forget()
                 self._watch = watch = Watch(model)
         return watch
 
@@ -129,28 +145,28 @@ class Graphs:
             stream.wait_stream(self._last)
         self._last = stream
 
-    def _try_to_capture(self, forward: Forward, call: Call, padding: Padding, shape: Shape) -> _Captured | None:
-        while len(self._captured) >= MOST_GRAPHS:
-            self._captured.popitem(last=False)
-        try:
-            self._captured[shape] = captured = self._capture(forward, call, padding, shape)
-        except BackendError:
-            raise
-        except (RuntimeError, UnknownOutputError) as error:
-            reason = str(error).splitlines()[0]
-            if self.always:
-                raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
-            if isinstance(error, torch.OutOfMemoryError | UnknownOutputError):
-                self._refused.add(shape)
-                log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
-            else:
-                # What the model does cannot be captured, and so neither at another shape.
-                self._off = True
-                log.warning("the model runs without CUDA graphs: %s", reason)
-            return None
-        return captured
+    def _run_without(self, error: Exception, forward: Forward, call: Call, shape: Shape) -> Any:
+        """What the model makes of a call whose capture failed, which is remembered of its shape.
+
+        Raises:
+            BackendError: graphs were asked for.
+            Exception: whatever the model has against the call itself.
+        """
+        # A capture that failed in the middle leaves them in use.
+        self._pool = self._stream = None
+        result = forward(**call.tensors, **dict(call.constants))
+        # torch tells of the end of the capture, and in its context of what ended it.
+        reason = str(error.__context__ or error).splitlines()[0]
+        if self.always:
+            raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
+        self._refused.add(shape)
+        log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
+        return result
 
     def _capture(self, forward: Forward, call: Call, padding: Padding, shape: Shape) -> _Captured:
+        if len(self._captured) >= MOST_GRAPHS:
+            self._finish()
+            self._captured.popitem(last=False)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if self._stream is None:
@@ -158,7 +174,9 @@ class Graphs:
             self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._follow(torch.cuda.current_stream(call.device))
         captured = _Captured(Stage(shape, self._landing))
-        captured.capture(forward, call, padding, self._pool, self._stream)
+        with _one_at_a_time:
+            captured.capture(forward, call, padding, self._pool, self._stream)
+        self._captured[shape] = captured
         return captured
 
 
@@ -178,8 +196,9 @@ class _Captured:
             for _ in range(WARMUP_RUNS):
                 self._stage.run(forward)
         current.wait_stream(stream)
-        # Other threads of a server may allocate meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        # Other threads of a server may allocate meanwhile. A capture that fails leaves its stream in place.
+        graph = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), graph:
             self._stage.run(forward)
 
     def replay(self, call: Call, padding: Padding) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from flashsvd.blocks.running.call import MASK, Call
-from flashsvd.blocks.running.choice import bucket
 from flashsvd.blocks.running.tokens import Padding
 
 SHORTEST_BUCKET = 16
@@ -52,22 +51,22 @@ class Shape:
     precision: str
 
     @classmethod
-    def of(cls, call: Call, padding: Padding, positions: int | None, precision: str) -> Shape:
+    def of(cls, call: Call, padding: Padding, positions: int, precision: str) -> Shape:
         """The shape of the graph that serves a call.
 
         Args:
-            positions: the most columns that the model's position table has room for; None where it has no such table.
+            positions: the most columns that the model has positions for.
         """
         batch, length = call.batch, call.length
         inputs = tuple((name, x.dtype, tuple(x.shape[2:])) for name, x in call.tensors.items())
         kind = (call.constants, call.device, precision)
-        even = (batch, length) == (bucket(batch), bucket(length))
+        even = (batch, length) == (rounded(batch), rounded(length))
         if padding.mask is None and (even or batch * length >= LARGE):
             return cls(batch, length, batch * length, length, True, True, inputs, *kind)
         if call.mask is None:
             # Its surplus rows and columns are padding.
             inputs = (*inputs, (MASK, torch.int64, ()))
-        batch, length, longest = bucket(batch), columns(length, positions), columns(max(padding.lengths), positions)
+        batch, length, longest = rounded(batch), columns(length, positions), columns(max(padding.lengths), positions)
         return cls(batch, length, round_up(padding.count), longest, False, padding.counted, inputs, *kind)
 
     @property
@@ -82,7 +81,13 @@ def round_up(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def columns(length: int, positions: int | None) -> int:
+def rounded(size: int) -> int:
+    """A power of two, or three quarters of one, that is no less: few shapes, none much larger than what it serves."""
+    power = 1 << max(0, size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+def columns(length: int, positions: int) -> int:
     """The number of columns of the graph that rows of this length run in."""
-    rounded = max(SHORTEST_BUCKET, bucket(length))
-    return length if positions is not None and rounded > positions else rounded
+    wide = max(SHORTEST_BUCKET, rounded(length))
+    return length if wide > positions else wide

@@ -14,6 +14,8 @@ from flashsvd.blocks.running.known import Known, knowing
 from flashsvd.blocks.running.shape import Shape
 from flashsvd.blocks.running.tokens import Padding, Tokens
 
+# A graph holds its results for good, and while one is larger than this, launches take no time to speak of.
+LARGEST_RESULT = 2**27
 # Larger results lie in memory that all graphs of about their size share.
 SMALL_RESULT = 65_536
 
@@ -23,8 +25,8 @@ BY_COLUMN = ("start_logits", "end_logits")
 BY_ROW = ("logits", "pooler_output")
 
 
-class UnknownOutputError(Exception):
-    """A model's output of which it is not known which part belongs to which row."""
+class UnsuitableOutputError(Exception):
+    """A model's output that is too large for a graph to hold, or of which nobody knows what belongs to which row."""
 
 
 class Landing:
@@ -79,7 +81,7 @@ class Stage:
         """All of it on the device, without the host waiting.
 
         Raises:
-            UnknownOutputError: the output is none that can be cut to a smaller batch.
+            UnsuitableOutputError: the output is none that can be cut to a smaller batch.
         """
         shape, mask = self._shape, self._inputs.get(MASK)
         batch = Known(mask, (shape.batch, shape.length), self._tokens, owned="inputs_embeds" not in self._inputs)
@@ -87,6 +89,8 @@ class Stage:
             output = forward(**self._inputs, **dict(shape.constants))
             self._results = {}
             for i, (name, x) in enumerate(_items(output)):
+                if x.nbytes > LARGEST_RESULT:
+                    raise UnsuitableOutputError(f"the model's output {name} {list(x.shape)} is too large to keep")
                 along = _along(name, x, shape)
                 self._results[name] = (x if x.numel() <= SMALL_RESULT else self._landing.like(x, i).copy_(x), along)
         self._output = type(output)
@@ -120,16 +124,16 @@ def _items(output: Any) -> list[tuple[str, Tensor]]:
     named = output.items() if isinstance(output, dict) else [(str(i), x) for i, x in enumerate(output)]
     found = [(name, x) for name, x in named if x is not None]
     if other := [name for name, x in found if not isinstance(x, Tensor)]:
-        raise UnknownOutputError(f"the model's output {other[0]} is not a tensor")
+        raise UnsuitableOutputError(f"the model's output {other[0]} is not a tensor")
     return found
 
 
 def _along(name: str, x: Tensor, shape: Shape) -> Along:
     """How a result is cut to a smaller batch."""
     if x.ndim == 0 or x.shape[0] != shape.batch:
-        raise UnknownOutputError(f"the model's output {name} {list(x.shape)} has no row for each of the batch")
+        raise UnsuitableOutputError(f"the model's output {name} {list(x.shape)} has no row for each of the batch")
     if x.ndim == 1 or x.shape[1] != shape.length or (x.ndim == 2 and (name in BY_ROW or shape.full)):
         return "rows"
     if x.ndim == 2 and name not in BY_COLUMN:
-        raise UnknownOutputError(f"the model's output {name} {list(x.shape)} may have rows for columns or not")
+        raise UnsuitableOutputError(f"the model's output {name} {list(x.shape)} may have rows for columns or not")
     return "columns"

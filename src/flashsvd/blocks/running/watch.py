@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -24,28 +25,34 @@ class Watch:
         weight: one of its weights, which says where it is and in which dtype.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         modules = list(outside(model))
         # The model's own hooks and wrappers run around its forward, whatever they do.
         self._inside = [module for module in modules if module is not model]
         self._attributes = [vars(module) for module in self._inside]
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         kept = [vars(module)[name] for module in modules for name in ("_modules", "_parameters", "_buffers")]
-        self._kept = [(each, tuple(each.values())) for each in kept if each]
+        self._empty = [each for each in kept if not each]
+        self._kept = [(each, tuple(each.values())) for each in (*kept, vars(model.config)) if each]
+        self._dropouts = [vars(module) for module in modules if isinstance(module, nn.Dropout)]
         self._tensors = [x for _, values in self._kept for x in values if isinstance(x, Tensor)]
         self._places = [x.data_ptr() for x in self._tensors]
         self._moves = moves()
         self.weight = next(model.parameters())
 
     def holds(self) -> bool:
-        """Whether the model's modules are the same, and its weights lie where they did."""
+        """Whether the model's modules and its config are the same, and its weights lie where they did."""
+        if any(self._empty):
+            return False
         for each, values in self._kept:
             if len(each) != len(values) or not all(map(is_, each.values(), values)):
                 return False
         return self._moves == moves() and [x.data_ptr() for x in self._tensors] == self._places
 
-    def is_hooked(self) -> bool:
-        """Whether somebody has hooks on a module inside of the model, or wrapped one."""
+    def is_tampered(self) -> bool:
+        """Whether somebody has hooks on a module inside of the model, wrapped one, or lets its dropout draw."""
+        if any(attributes["training"] and attributes["p"] > 0 for attributes in self._dropouts):
+            return True
         if any(_EVERYWHERE) or any("forward" in attributes for attributes in self._attributes):
             return True
         # Recorders of transformers' own stay in place for good, and do nothing unless they are asked.
