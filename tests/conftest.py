@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 
@@ -19,7 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -275,6 +276,15 @@ def checkpoint(compressed_once: Path, tmp_path: Path) -> Path:
     for name in ("dense", "out"):
         shutil.copytree(compressed_once / name, tmp_path / name)
     return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def log_level_as_before() -> Iterator[None]:
+    """Benchmarks turn warnings off for their process, which here is everybody's."""
+    log = logging.getLogger("flashsvd")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture

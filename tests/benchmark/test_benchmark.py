@@ -319,7 +319,7 @@ def test_the_table_knows_the_cases_and_variants_of_the_script(settings: Settings
 
 
 def test_graphs_are_forgotten_even_where_none_is_captured_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = Graphs(always=False)
+    graphs = Graphs(64)
     monkeypatch.setattr(runtime, "optimize", lambda model: SimpleNamespace(graphs=graphs))
     assert len(graphs) == 0
     assert optimized(object(), lambda model: torch.ones(1)).forget == graphs.forget
