@@ -96,6 +96,10 @@ class FusedEmbeddings(PackedModule):
         words = getattr(self, self.parts.words).weight
         if words.device != ids.device or not use_triton(self.choices.backend, words):
             return False
+        # Some families count from behind their padding's position on.
+        first = getattr(self, "padding_idx", -1) + 1
+        if self.parts.places and ids.shape[1] > len(getattr(self, self.parts.places).weight) - first:
+            return False
         if any(module.training for module in self.children() if isinstance(module, nn.Dropout)):
             return False
         gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
