@@ -102,7 +102,9 @@ class Graphs:
             ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
-        if padding.count == 0 or watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
+        if padding.count == 0 or call.length > self.longest:
+            return None
+        if watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
             return None
         shape = Shape.of(call, padding, self.longest, precision(weight))
         return shape if shape.places <= MOST_TOKENS and shape not in self._refused else None
