@@ -144,6 +144,7 @@ def test_a_wrapper_that_is_not_known_is_refused_and_its_model_left_alone(wrap: C
     assert not is_packed(model)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_is_not_imported_for_it() -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests'); from conftest import build_model; import flashsvd; "
