@@ -9,7 +9,7 @@ import torch
 
 from flashsvd import runtime
 from flashsvd.common.device import PLAIN
-from flashsvd.errors import BackendError
+from flashsvd.errors import BackendError, one_line
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 
@@ -51,7 +51,7 @@ class Blocks:
         except BackendError as error:
             if asked is not None:
                 raise
-            return cls._plain(str(error))
+            return cls._plain(one_line(error))
         return cls(backend, asked is not None)
 
     def fuse(self, model: Any) -> Blocks:
@@ -67,7 +67,7 @@ class Blocks:
         except BackendError as error:
             if self.asked:
                 raise
-            return self._plain(str(error))
+            return self._plain(one_line(error))
         return self
 
     @classmethod

@@ -119,7 +119,7 @@ class Choices:
         if self._capturing():
             raise BackendError(
                 f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
-                "run the model on such a batch first, or optimize with graph=True or a backend of torch or triton"
+                "run the model on such a batch first, leave graphs to optimize, or choose a backend of torch or triton"
             )
         times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)

@@ -20,7 +20,7 @@ from flashsvd.blocks.running.shape import Shape
 from flashsvd.blocks.running.stage import Landing, Stage, UnsuitableOutputError
 from flashsvd.blocks.running.tokens import Padding
 from flashsvd.blocks.running.watch import Watch
-from flashsvd.errors import BackendError
+from flashsvd.errors import BackendError, first_line
 from flashsvd.kernels.launch import precision, why_not_triton
 
 log = logging.getLogger("flashsvd")
@@ -158,7 +158,7 @@ class Graphs:
         self._pool = self._stream = None
         result = forward(**call.tensors, **dict(call.constants))
         # torch tells of the end of the capture, and in its context of what ended it.
-        reason = str(error.__context__ or error).splitlines()[0]
+        reason = first_line(error.__context__ or error)
         if self.always:
             raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
         self._refused.add(shape)
