@@ -6,7 +6,8 @@ Random weights, random factors of the ranks that `--ratio` finds. A call is time
 included, after the calls in which graphs are captured. Cases: bert-64x512, bert-64x128, bert-8x128, bert-1x128, sst2
 (batches of 64 sentences, each cut to its longest) and modernbert-32x1024. Baselines: dense eager, compiled, and
 compiled with reduce-overhead, each with the mask of ones and without one, and flex_attention for ModernBERT; the
-compiled one on micro-batches, for memory; and the plain low-rank layers, as they are and compiled.
+compiled one on micro-batches, for memory. For the ratios of `--plain` also the plain low-rank layers, as they are and
+compiled, and ours without graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import copy
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -43,15 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ratios", default="0.5,0.25", help="fractions kept, or ranks such as 40/240/240")
     own.add_argument("--layouts", default="joint,per-head")
+    own.add_argument("--plain", default="0.5", help="the ratios that other ways to run them are measured for")
     chosen, others = own.parse_known_args(given)
     settings = parse(__doc__, others)
     layouts = cast("list[QKVLayout]", chosen.layouts.split(","))
-    file, rows = run("benchmark_classifier", cases(settings, chosen.ratios.split(","), layouts), settings)
+    ratios = {ratio: ratio in chosen.plain.split(",") for ratio in chosen.ratios.split(",")}
+    file, rows = run("benchmark_classifier", cases(settings, ratios, layouts), settings)
     bars(file)
     finish(rows)
 
 
-def cases(settings: Settings, ratios: Sequence[str], layouts: Sequence[QKVLayout]) -> Iterator[Case]:
+def cases(settings: Settings, ratios: Mapping[str, bool], layouts: Sequence[QKVLayout]) -> Iterator[Case]:
+    """All cases.
+
+    Args:
+        ratios: each with whether other ways to run it are measured too.
+    """
     tiny = settings.sizes == "tiny"
     sizes = ((4, 16), (1, 8)) if tiny else ((64, 512), (64, 128), (8, 128), (1, 128))
     for batch, length in sizes:
@@ -63,7 +71,7 @@ def cases(settings: Settings, ratios: Sequence[str], layouts: Sequence[QKVLayout
 def classifier_case(
     family: str,
     masks: Sequence[Tensor],
-    ratios: Sequence[str],
+    ratios: Mapping[str, bool],
     layouts: Sequence[QKVLayout],
     name: str = "",
     quoted: tuple[Row, ...] = (),
@@ -92,16 +100,20 @@ def classifier_case(
             yield Variant(FLEX, partial(compiled, flexible, whole, settings, one_shape=one_shape), held_to)
             del flexible
         for layout in layouts:
-            for ratio in ratios:
+            for ratio, in_all_ways in ratios.items():
                 model, kept = low_rank(dense, request_of(ratio), layout)
                 print(f"  ratio {ratio}, {layout}: {kept:.3f} of the parameters, ranks {ranks_of(model)}")
                 held_to = check(model, batches[-1])
-                plain = f"plain low-rank {ratio} {layout}"
-                yield Variant(plain, partial(eager, model, whole), held_to)
-                compiling = partial(compiled, model, whole, settings, one_shape=one_shape)
-                yield Variant(f"{plain} compiled", compiling, held_to)
                 yield Variant(f"flashsvd {ratio} {layout}", partial(optimized, model, whole), held_to)
-                del model, compiling
+                if in_all_ways:
+                    plain = f"plain low-rank {ratio} {layout}"
+                    yield Variant(plain, partial(eager, model, whole), held_to)
+                    compiling = partial(compiled, model, whole, settings, one_shape=one_shape)
+                    yield Variant(f"{plain} compiled", compiling, held_to)
+                    without_graphs = partial(optimized, model, whole, graph=False)
+                    yield Variant(f"no graphs, flashsvd {ratio} {layout}", without_graphs, held_to)
+                    del compiling, without_graphs
+                del model
 
     batch, length = masks[0].shape
     shapes = {"B": batch, "S": length, "batches": len(masks)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashsvd import runtime
+from flashsvd.blocks.running.graph import GraphOption
 from flashsvd.errors import BackendError
 from support.harness import Prepared, Settings
 
@@ -40,9 +41,9 @@ def compiled(
     return Prepared(partial(run, torch.compile(model, dynamic=False if one_shape else None, **how)))
 
 
-def optimized(model: Any, run: Run) -> Prepared:
-    """On fused blocks, with all defaults."""
-    fused = runtime.optimize(copy.deepcopy(model))
+def optimized(model: Any, run: Run, graph: GraphOption = "auto") -> Prepared:
+    """On fused blocks, with all defaults, or without graphs."""
+    fused = runtime.optimize(copy.deepcopy(model), graph=graph)
 
     def describe() -> str:
         return " | ".join(f"{case}: {choice}" for case, choice in runtime.choices(fused).items())

@@ -310,7 +310,7 @@ def test_the_readmes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_table_knows_the_cases_and_variants_of_the_script(settings: Settings) -> None:
     classifier = importlib.import_module("benchmark_classifier")
     full = dataclasses.replace(settings, sizes="full")
-    cases = {case.name: case for case in classifier.cases(full, ["0.5"], ["joint"])}
+    cases = {case.name: case for case in classifier.cases(full, {"0.5": True}, ["joint"])}
     assert {name.split("-")[0] for name in cases} == set(table.MODELS)
     assert all(name.startswith(table.DENSE) for case in cases.values() for name in case.baselines)
     quoted = {name: [row.variant for row in case.quoted] for name, case in cases.items() if case.quoted}
@@ -320,7 +320,7 @@ def test_the_table_knows_the_cases_and_variants_of_the_script(settings: Settings
 
 def test_graphs_are_forgotten_even_where_none_is_captured_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = Graphs(64)
-    monkeypatch.setattr(runtime, "optimize", lambda model: SimpleNamespace(graphs=graphs))
+    monkeypatch.setattr(runtime, "optimize", lambda model, graph: SimpleNamespace(graphs=graphs))
     assert len(graphs) == 0
     assert optimized(object(), lambda model: torch.ones(1)).forget == graphs.forget
 
