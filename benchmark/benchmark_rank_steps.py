@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--stsb", type=Path, required=True, help="directory with STS-B as train.tsv and validation.tsv")
     parser.add_argument("--methods", nargs="+", default=[name for name, *_ in UNIFORM], help="as the table names them")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--layouts", nargs="+", default=["joint", "per-head"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--output", type=Path, default=Path("benchmark/results"), help="where the CSV goes")
     options = parser.parse_args()
@@ -86,7 +87,7 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
         first = {"ratio": 0.5, "save_stats": statistics, "device": options.device}
         _compress(subject, ("", "drone", {}), str(Path(scratch) / "first"), first)
         for qkv, method in subject.runs:
-            if method[0] not in options.methods:
+            if method[0] not in options.methods or qkv not in options.layouts:
                 continue
             own = {} if method[1] == "standard" else {"stats": statistics}
             for ratio in options.ratios:

@@ -10,7 +10,7 @@ cell are alike.
 
 A rank is measured as a model has it, at the width that it is stored in: ranks 289 to 320 are one cell, r=320, and
 TFLOP/s count that width. The forms are those that the packed sublayers offer, and the row `default` is the one that
-they took by their own measurement, `queued` as in a CUDA graph; it repeats that form's time. At every 64th rank other
+they took by their own measurement, `queued` as in a CUDA graph; it repeats that form's time. At every 32nd rank other
 tiles of the same kernels stand beside these, as `triton 128x64/8/2`: rows, columns, warps, stages. Each result is held
 against fp64 before it is timed, as in the other benchmarks; a form that is wrong or cannot run leaves a row with the
 reason and no time. A time is the least of 3 groups of calls, each a CUDA graph.
@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 
-from flashsvd.blocks.parts.buffers import padded
+from flashsvd.blocks.parts.widths import core_width, gated_width, head_width
 from flashsvd.kernels.launch import LARGEST_RANK
 from flashsvd.kernels.tiles import Tiles
 from support.attention_operands import HEAD_DIM
-from support.harness import DTYPES, Settings, error, failure, short
+from support.harness import DTYPES, Settings, failure, short
 from support.kernel_cache import fill, jobs
 from support.rank_forms import KERNELS, OPS, Cell, Work, whole
 from support.rank_rules import DEFAULT, latest, violations
@@ -50,8 +50,10 @@ STEP, SMALLEST_RANK = 8, 16
 TOKENS = tuple(2**n for n in range(6, 17))
 LENGTHS = (128, 512)
 # At multiples of this rank all tiles are measured that a kernel might take.
-EVERY_TILE = 64
+EVERY_TILE = 32
 GROUPS = 3
+# What the packed sublayers store a rank in; others take factors as they are.
+WIDTHS = {"ffn": core_width, "gated": gated_width, "attention": head_width}
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def stored(op: str, ranks: Sequence[int] | None = None) -> list[int]:
     largest = HEAD_DIM if op == "attention" else LARGEST_RANK
     if ranks is None:
         ranks = range(STEP if op == "attention" else SMALLEST_RANK, largest + 1, STEP)
-    return sorted({padded(rank) for rank in ranks if rank <= largest})
+    return sorted({WIDTHS.get(op, int)(rank) for rank in ranks if rank <= largest})
 
 
 def measure(cell: Cell, settings: Settings, every: bool) -> list[Row]:
@@ -160,7 +162,7 @@ def timed(blank: Row, variant: str, call: Callable[[], Any], work: Work, setting
     """The form's row, whatever becomes of it."""
     row = dataclasses.replace(blank, variant=variant)
     try:
-        found, allowed = error(work.check.pick(whole(call())), work.check.exact), work.check.allowed
+        found, allowed = work.check.error(whole(call())), work.check.allowed
         row = dataclasses.replace(row, error=found, plain_error=work.check.plain_error)
         # Written so that a NaN fails.
         if not found <= allowed:

@@ -69,15 +69,25 @@ class Check:
         exact: the right answer in fp64, on some of the rows.
         plain: what plain torch makes of them in the variants' dtype, one operation after the other.
         pick: those rows of a variant's result.
+        exact_of_plain: the right answer to what `plain` answers, where that is more; it then is the scale of errors.
     """
 
     exact: Tensor
     plain: Tensor
     pick: Callable[[Tensor], Tensor]
+    exact_of_plain: Tensor | None = None
 
     @property
     def plain_error(self) -> float:
-        return error(self.plain, self.exact)
+        return error(self.plain, self._all)
+
+    def error(self, result: Tensor) -> float:
+        """That of a variant's result."""
+        return error(self.pick(result), self.exact, self._all)
+
+    @property
+    def _all(self) -> Tensor:
+        return self.exact if self.exact_of_plain is None else self.exact_of_plain
 
     @property
     def allowed(self) -> float:
@@ -154,9 +164,9 @@ class Named(Protocol):
 C = TypeVar("C", bound=Named)
 
 
-def error(result: Tensor, exact: Tensor) -> float:
-    """The largest, as a share of the largest number."""
-    return float((result.double() - exact).abs().max() / exact.abs().max())
+def error(result: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
+    """The largest, as a share of the largest number, of `scale` where that is another tensor."""
+    return float((result.double() - exact).abs().max() / (exact if scale is None else scale).abs().max())
 
 
 def parse(description: str | None, arguments: Sequence[str] | None = None) -> Settings:
@@ -322,7 +332,7 @@ def _measure(variant: Variant, case: Case, settings: Settings, row: Row) -> Row:
     for _ in range(settings.warmup - 1):
         prepared.call()
     # What is checked is what the timed calls will do, replays included.
-    found = error(variant.check.pick(prepared.call()), variant.check.exact)
+    found = variant.check.error(prepared.call())
     row = dataclasses.replace(
         row, setup_s=setup, first_s=first, capture_s=capture, error=found, plain_error=variant.check.plain_error
     )

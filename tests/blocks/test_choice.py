@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
 
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.errors import BackendError
 
@@ -54,6 +56,23 @@ def test_the_fastest_is_measured_once_for_an_operation_its_sizes_and_a_bucket_of
     assert choices.table()[said] == "triton (torch 3.000 ms, triton 1.000 ms)"
     assert caplog.messages[0] == f"{said}: {choices.table()[said]}"
     assert len(caplog.messages) == 3
+
+
+def test_measuring_waits_for_a_capture_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture is broken by whoever waits for the device meanwhile, and spoils what is measured."""
+    monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: False))
+    measured = threading.Event()
+    monkeypatch.setattr(Choices, "_time", lambda *_: measured.set() or 1.0)
+    measuring = threading.Thread(target=Choices("auto").pick, args=(LIFT, (8, 32), torch.zeros(33, 4), never))
+    with one_at_a_time:
+        measuring.start()
+        assert not measured.wait(0.2)
+        # A capture measures, too, what nobody has before.
+        assert Choices("auto").pick(LIFT, (8, 32), torch.zeros(33, 4), never) == "torch"
+        measured.clear()
+    measuring.join(10)
+    assert measured.is_set()
 
 
 def test_while_someone_captures_a_graph_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_a_batch_without_padding_needs_no_mask_where_its_shape_is_one_of_few_or_
     assert shape_of(torch.ones(4, 64)) != shape_of(None, (4, 64))
 
 
+def test_where_nobody_looks_into_the_mask_any_token_may_be_real() -> None:
+    call = call_of(rows_of([20, 33]))
+    shape = Shape.of(call, None, 512, "ieee")
+    assert (shape.batch, shape.length, shape.tokens, shape.max_seqlen) == (2, 48, 128, 48)
+    assert not shape.full
+    assert not shape.counted
+    assert shape == Shape.of(call_of(torch.ones(2, 40).long()), None, 512, "ieee")
+
+
 def test_constants_and_other_tensors_make_other_shapes() -> None:
     mask = rows_of([20, 33])
     calls = [
@@ -149,6 +158,9 @@ CASES = [
     ("modernbert", "classifier", "anywhere"),
     ("modernbert", "base", "full"),
     ("mpnet", "base", "left"),
+    ("bert", "classifier", "unread"),
+    ("modernbert", "classifier", "unread"),
+    ("mpnet", "base", "unread"),
 ]
 
 
@@ -161,14 +173,15 @@ def test_what_a_graph_runs_gives_what_the_model_gives(family: str, head: str, pa
     factor(model, ratio=0.6)
     optimize(model, backend="triton")
     order = {"right": slice(None), "left": slice(None, None, -1), "anywhere": [9, 1, 3, 0, 2, 5, 8, 7, 6, 4]}
+    order["unread"] = order["anywhere"]
     batches = [rows_of([10, 9, 3, 1, 2, 4], 10), rows_of([10, 7, 2, 1, 5], 10)]
     masks = [torch.ones(4, 16)] * 2 if padding == "full" else [mask.numpy()[:, order[padding]] for mask in batches]
     calls = [call_of(torch.as_tensor(mask.copy() if padding != "full" else mask).long()) for mask in masks]
-    shapes = {Shape.of(call, padding_of(call), 512, "ieee") for call in calls}
+    shapes = {Shape.of(call, None if padding == "unread" else padding_of(call), 512, "ieee") for call in calls}
     assert len(shapes) == 1
     stage = Stage(shapes.pop(), Landing())
     for call in calls:
-        stage.load(call, padding_of(call))
+        stage.load(call)
         stage.run(model.forward)
         with torch.inference_mode():
             found, expected = stage.result(call), model(**call.tensors)
@@ -183,11 +196,11 @@ def test_results_are_copies_which_the_next_batch_leaves_alone() -> None:
     model: Any = optimize(build_model("bert", "base", **SMALL), backend="triton")
     first, second = call_of(rows_of([3, 9], 16)), call_of(rows_of([9, 3], 16))
     stage = Stage(shape_of(rows_of([3, 9], 16)), Landing())
-    stage.load(first, padding_of(first))
+    stage.load(first)
     stage.run(model.forward)
     result = stage.result(first).last_hidden_state
     kept = result.clone()
-    stage.load(second, padding_of(second))
+    stage.load(second)
     stage.run(model.forward)
     assert torch.equal(result, kept)
 
@@ -195,7 +208,7 @@ def test_results_are_copies_which_the_next_batch_leaves_alone() -> None:
 def run_stage(output: Any, shape: tuple[int, int] = (2, 16), full: bool = True) -> Any:
     call = call_of(torch.ones(*shape) if full else rows_of([3, 9], 16))
     stage = Stage(Shape.of(call, padding_of(call), 512, "ieee"), Landing())
-    stage.load(call, padding_of(call))
+    stage.load(call)
     stage.run(lambda **_: output)
     return stage.result(call)
 
@@ -259,7 +272,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.Monke
         return input_ids
 
     for _ in range(2):
-        stage.load(call, padding_of(call))
+        stage.load(call)
         stage.run(forward)
     known.clear()
     gc.collect()
@@ -285,7 +298,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
 
     def capture(self: _Captured, forward: Any, *_: Any) -> None:
-        monkeypatch.setattr(self, "replay", lambda call, _: forward(call), raising=False)
+        monkeypatch.setattr(self, "replay", lambda call: forward(call), raising=False)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
@@ -299,25 +312,25 @@ def model_of(*children: nn.Module) -> Any:
     return model
 
 
-def ask(graphs: Graphs, model: Any, length: int = 16, forward: Any = lambda _: "replayed") -> Any:
+def ask(graphs: Graphs, length: int = 16, forward: Any = lambda _: "replayed") -> Any:
     call = call_of(torch.ones(2, length))
-    return graphs.run(model, forward, call, padding_of(call), Shape.of(call, padding_of(call), 512, "ieee"))
+    return graphs.run(forward, call, Shape.of(call, padding_of(call), 512, "ieee"))
 
 
 @pytest.mark.usefixtures("faked")
 def test_a_shape_is_captured_when_it_comes_again_or_at_once() -> None:
-    graphs, model = Graphs(512), model_of()
-    assert [ask(graphs, model) for _ in range(3)] == [None, "replayed", "replayed"]
-    assert ask(graphs, model, 32) is None
-    assert ask(Graphs(512, always=True), model) == "replayed"
+    graphs = Graphs(512)
+    assert [ask(graphs) for _ in range(3)] == [None, "replayed", "replayed"]
+    assert ask(graphs, 32) is None
+    assert ask(Graphs(512, always=True)) == "replayed"
 
 
 @pytest.mark.usefixtures("faked")
 def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_GRAPHS", 2)
-    graphs, model = Graphs(512, always=True), model_of()
+    graphs = Graphs(512, always=True)
     for length in (16, 32, 16, 64):
-        ask(graphs, model, length)
+        ask(graphs, length)
     assert len(graphs) == 2
     assert sorted(shape.length for shape in graphs._captured) == [16, 64]
 
@@ -325,8 +338,8 @@ def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("faked")
 def test_shapes_that_came_once_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MOST_SEEN", 2)
-    graphs, model = Graphs(512), model_of()
-    assert [ask(graphs, model, length) for length in (16, 32, 64, 16)] == [None] * 4
+    graphs = Graphs(512)
+    assert [ask(graphs, length) for length in (16, 32, 64, 16)] == [None] * 4
     assert len(graphs._seen) == 2
 
 
@@ -337,7 +350,7 @@ def test_shapes_that_came_once_are_not_remembered_without_end(monkeypatch: pytes
 def test_graphs_of_what_was_replaced_are_dropped(change: str) -> None:
     graphs, model = Graphs(512, always=True), model_of(nn.Linear(2, 2), nn.BatchNorm1d(2))
     watch = graphs._watched(model)
-    assert ask(graphs, model, forward=lambda _: "before") == "before"
+    assert ask(graphs, forward=lambda _: "before") == "before"
     if change == "a module":
         model[0] = nn.Linear(2, 2)
     elif change == "a further module":
@@ -351,7 +364,7 @@ def test_graphs_of_what_was_replaced_are_dropped(change: str) -> None:
     elif change == "a buffer":
         model[1].running_mean = torch.ones(2)
     assert (graphs._watched(model) is watch) == (change == "nothing")
-    assert ask(graphs, model, forward=lambda _: "after") == ("before" if change == "nothing" else "after")
+    assert ask(graphs, forward=lambda _: "after") == ("before" if change == "nothing" else "after")
 
 
 def test_weights_inside_of_blocks_that_move_are_seen() -> None:
@@ -415,13 +428,13 @@ def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(
         return "plain"
 
     monkeypatch.setattr(_Captured, "capture", fail)
-    graphs, model = Graphs(512), model_of()
-    assert [ask(graphs, model, forward=plain) for _ in range(2)] == [None, "plain"]
+    graphs = Graphs(512)
+    assert [ask(graphs, forward=plain) for _ in range(2)] == [None, "plain"]
     assert caplog.messages == [f"batches [2, 16] run without a CUDA graph: {says}"]
     call = call_of(torch.ones(2, 16))
     assert Shape.of(call, padding_of(call), 512, "ieee") in graphs._refused
     with pytest.raises(BackendError, match="cannot run as a CUDA graph"):
-        ask(Graphs(512, always=True), model, forward=plain)
+        ask(Graphs(512, always=True), forward=plain)
     graphs.forget()
     assert not graphs._refused
 
@@ -432,10 +445,10 @@ def test_a_call_that_the_model_itself_refuses_is_not_held_against_graphs(monkeyp
         raise RuntimeError("more columns than positions")
 
     monkeypatch.setattr(_Captured, "capture", fail)
-    graphs, model = Graphs(512), model_of()
-    ask(graphs, model)
+    graphs = Graphs(512)
+    ask(graphs)
     with pytest.raises(RuntimeError, match="more columns than positions"):
-        ask(graphs, model, forward=fail)
+        ask(graphs, forward=fail)
     assert not graphs._refused
 
 
@@ -454,10 +467,10 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
     """All replays write to one memory, which the host's lock guards only until they are queued."""
     notes: list[Any] = []
     one, other = Stream(notes), Stream(notes)
-    graphs, model = Graphs(512, always=True), model_of()
+    graphs = Graphs(512, always=True)
     for stream in (one, one, other, one):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
-        ask(graphs, model, forward=lambda _: notes.append("replay") or "replayed")
+        ask(graphs, forward=lambda _: notes.append("replay") or "replayed")
     assert notes == ["replay", "replay", (other, one), "replay", (one, other), "replay"]
 
 
@@ -524,6 +537,16 @@ def test_the_padding_is_found_out_once(whole: tuple[Any, Recorded], monkeypatch:
     with torch.inference_mode():
         model(**call_of(rows_of([10, 4], 10)).tensors)
     assert len(looked) == 1
+
+
+def test_the_mask_of_few_tokens_is_not_waited_for(whole: tuple[Any, Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recorded = whole
+    monkeypatch.setattr(Padding, "of", classmethod(lambda *_: pytest.fail("the mask was read")))
+    monkeypatch.setattr(recorded, "shape_of", lambda *_: "shape")
+    monkeypatch.setattr(recorded, "run", lambda *_: "replayed", raising=False)
+    assert model(input_ids=torch.ones(4, 128).long(), attention_mask=torch.ones(4, 128)) == "replayed"
+    with pytest.raises(pytest.fail.Exception, match="the mask was read"):
+        model(input_ids=torch.ones(5, 128).long(), attention_mask=torch.ones(5, 128))
 
 
 def test_who_asks_for_hidden_states_gets_them(whole: tuple[Any, Recorded]) -> None:

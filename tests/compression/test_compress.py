@@ -152,6 +152,18 @@ def test_the_report_and_the_checkpoint_say_in_which_steps_ranks_were_looked_for(
     assert read_info(tmp_path / "out").compression.rank_steps == steps
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoders_budget_is_divided_evenly_whatever_the_steps(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
+    model = str(make_model(family))
+    found = [
+        run_compress(CompressConfig(model=model, ratio=0.5, rank_steps=steps, output=str(tmp_path / steps))).info
+        for steps in ("fast", "fine")
+    ]
+    assert found[0].module_ranks == found[1].module_ranks
+
+
 def test_ranks_that_are_given_are_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
     config = CompressConfig(model=str(make_model()), rank_attn=3, rank_ffn=5, rank_wo=7, output=str(tmp_path / "out"))
     assert {(m.role, m.rank) for m in run_compress(config).matrices} == {("attn", 3), ("ffn", 5), ("wo", 7)}

@@ -132,7 +132,7 @@ def test_a_head_that_waits_for_the_device_runs_without_a_graph(caplog: pytest.Lo
         inputs = batch(4, 32)
         assert_same(logits(model, inputs), logits(plain, inputs))
     assert len(model.graphs) == 0
-    assert "the model runs without CUDA graphs" in caplog.text
+    assert "batches [4, 32] run without a CUDA graph: " in caplog.text
 
 
 def test_a_weight_that_is_changed_or_replaced_counts_at_once() -> None:

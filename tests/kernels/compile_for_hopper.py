@@ -102,7 +102,7 @@ def ffn_v1(dtype: torch.dtype, rank: int) -> dict[str, int]:
         p = torch.zeros(tokens, rank, dtype=dtype)
         return shared_memory(flashsvdffnv1, "_ffn_v1", p, lift, bias, lift, "gelu", 1)
 
-    return {"v1": of(1), "v1 of more tokens": of(1000), "v1 of many tokens": of(5000)}
+    return {"v1": of(1), "v1 of more tokens": of(1000), "v1 of some tokens": of(5000), "v1 of many tokens": of(20_000)}
 
 
 def geglu(dtype: torch.dtype, rank: int) -> dict[str, int]:
@@ -113,7 +113,7 @@ def geglu(dtype: torch.dtype, rank: int) -> dict[str, int]:
         p, q = (torch.zeros(tokens, rank, dtype=dtype) for _ in range(2))
         return shared_memory(flashsvdgeglu, "_geglu", p, q, lift, lift, lift, bias, bias, "gelu", 1)
 
-    return {"geglu": of(1), "geglu of many tokens": of(5000)}
+    return {"geglu": of(1), "geglu of some tokens": of(10_000), "geglu of many tokens": of(20_000)}
 
 
 def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:

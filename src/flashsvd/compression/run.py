@@ -33,7 +33,7 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
 from flashsvd.io import save_compressed
-from flashsvd.lowrank.ranks import kept_parameters, parameter_budget, plan_given_ranks, plan_ranks
+from flashsvd.lowrank.ranks import RankRequest, kept_parameters, parameter_budget, plan_given_ranks, plan_ranks
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
@@ -98,7 +98,7 @@ class CompressionJob:
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
         else:
-            plan = plan_ranks(shapes, config.rank_request())
+            plan = plan_ranks(shapes, _division(config.rank_request(), model_config))
         calibration = _calibration(config, method, task, model_class, model_config, source)
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
         factoring = Factoring(targets, plan, method, _layout(config), device, dtype)
@@ -300,6 +300,11 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
         raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
     if config.calib_data and (config.stats or not method.needs) and not _chooses_ranks(config, method):
         log.warning("the calibration data are not read: %s needs none here", method.name)
+
+
+def _division(request: RankRequest, model_config: Any) -> RankRequest:
+    """How a budget is divided; of what a decoder reads for a token, no division makes less."""
+    return replace(request, steps="fine") if architecture_of(model_config).generates else request
 
 
 def _layout(config: CompressConfig) -> QKVLayout:

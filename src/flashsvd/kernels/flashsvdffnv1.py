@@ -32,8 +32,8 @@ from flashsvd.kernels.triton_import import kernel, tl
 __all__ = ["flashsvd_ffn_v1", "flashsvd_ffn_v1_reference"]
 
 FEW_TOKENS = 4096
-# Likewise for ranks above 256.
-FEW_WIDE_TOKENS = 1024
+# Likewise for ranks above 256, and for the few that are best served by the tiles of others.
+FEW_WIDE_TOKENS, SOME_TOKENS = 1024, 8192
 
 
 class FFN(NamedTuple):
@@ -100,13 +100,13 @@ def default_tiles(c: FFN) -> Tiles:
         # Few tokens take short tiles, which leave room for more loads in flight.
         if tokens <= FEW_TOKENS:
             return Tiles(16 if tokens <= 256 else 64, 128 if widest <= 128 else 64, warps=4, stages=3)
-        if widest == 144:
-            return Tiles(128, 32, warps=8, stages=3)
-        if widest == 160:
-            return Tiles(64, 64, warps=4, stages=2)
         if widest <= 96:
             return Tiles(64, 128, warps=4, stages=2)
-        return Tiles(128, 64, warps=8, stages=3 if widest == 192 else 2)
+        if widest <= 128 and tokens <= 2 * SOME_TOKENS:
+            return Tiles(64, 64, warps=4, stages=2)
+        if widest in (144, 160) and tokens > SOME_TOKENS:
+            return Tiles(64, 64, warps=4, stages=2)
+        return Tiles(128, 64, warps=8, stages=3 if 128 < widest <= 192 else 2)
     if widest <= 128:
         return Tiles(64, 64, warps=4, stages=2)
     return Tiles(64 if widest <= 256 else 32, 32, warps=8, stages=2)
@@ -116,6 +116,8 @@ def _hoppers_wide_tiles(tokens: int, widest: int) -> Tiles:
     """For ranks above 256, whose sums and factors leave room for few columns, and above 384 for short tiles only."""
     if widest > 384:
         return Tiles(64, 32, warps=8, stages=2)
+    if tokens <= SOME_TOKENS and widest <= 320:
+        return Tiles(64, 64, warps=4, stages=2)
     if tokens <= FEW_WIDE_TOKENS:
         return Tiles(64, 32, warps=4, stages=3)
     return Tiles(128, 64 if widest <= 288 else 32, warps=8, stages=3 if widest == 320 else 2)

@@ -37,7 +37,8 @@ from flashsvd.kernels.triton_import import kernel, tl
 __all__ = ["flashsvd_geglu", "flashsvd_geglu_reference"]
 
 
-FEW_TOKENS = 4096
+# Up to here short tiles, of which there are more; of the least rank up to the second.
+FEW_TOKENS, FEW_THIN_TOKENS = 8192, 16_384
 
 
 class GatedFFN(NamedTuple):
@@ -120,8 +121,7 @@ def default_tiles(c: GatedFFN) -> Tiles:
     if generation(c.p_a.device) == "hopper":
         if widest > 320:
             return Tiles(64, 16, warps=8, stages=2)
-        # Few tokens take short tiles, so that there are more of them.
-        if c.p_a.shape[0] <= FEW_TOKENS:
+        if c.p_a.shape[0] <= (FEW_THIN_TOKENS if widest <= 64 else FEW_TOKENS):
             return Tiles(64, 64 if widest <= 192 else 32, warps=4, stages=3 if 192 < widest <= 256 else 2)
         if widest > 256:
             return Tiles(64, 32, warps=4, stages=2)

@@ -79,7 +79,7 @@ def default_tiles(c: GatedLinear) -> Tiles:
         return Tiles(64, 64, warps=4, stages=2)
     if generation(c.p_a.device) != "hopper" or c.p_a.shape[0] <= FEW_TOKENS:
         return Tiles(64, 64, warps=4, stages=3)
-    return Tiles(128, 128, warps=8, stages=3)
+    return Tiles(64, 64 if max(c.v_a.shape[1], c.v_g.shape[1]) <= 256 else 128, warps=4, stages=3)
 
 
 def _sizes(c: GatedLinear) -> Hashable:

@@ -2,12 +2,14 @@
 
 A kernel computes whole tiles, of several widths within one layer, so that a matrix of rank r costs about what one of
 
-    width(r) = mean of t ceil(r / t) over the tiles t,    t = 16, 32, 64, 128, or 16, 32 where each head has its rank
+    width(r) = mean of t ceil(r / t) over the tiles t,    t = 32, 64, 128, or 16, 32 where each head has its rank
 
 would without waste. Up to rank 384 this is proportional, to within some 10 %, to the times of the feed-forward core on
-an H200, and it says of a head that 24 costs what 32 does, and 40 what 48 does. What stays dense wastes nothing.
+an H200, and it says of a head that 24 costs what 32 does, and 40 what 48 does. What stays dense wastes nothing. The
+attention output is a product of its own on each side, which is soon as fast as a single dense one.
 
-The budget may move from the feed-forward matrices to those of attention, which lose more by a lower rank, not back.
+So the budget moves from the feed-forward matrices to those of attention, which lose more by a lower rank, not back, and
+most of all to its output.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from dataclasses import dataclass
 
 from flashsvd.lowrank.shapes import ROLES, MatrixShape, Role
 
-TILES, HEAD_TILES = (16, 32, 64, 128), (16, 32)
+TILES, HEAD_TILES = (32, 64, 128), (16, 32)
+# The attention output is a product of its own each way: narrower ones take as long, since they move more than they
+# compute, and as a single one it may do so much more work in the same time.
+NARROW, MORE_WORK_AS_ONE = 256, 1.6
 # The share of the budget that a division may leave over.
 TOLERANCE = 0.01
 # How far a rank may go from the even one, which keeps the same fraction of each matrix.
-LEAST: Mapping[Role, float] = {"attn": 0.97, "wo": 0.97, "ffn": 5 / 6}
-MOST = 4 / 3
+LEAST: Mapping[Role, float] = {"attn": 0.9, "wo": 0.97, "ffn": 5 / 6}
+MOST: Mapping[Role, float] = {"attn": 4 / 3, "wo": math.inf, "ffn": 4 / 3}
 # What unevenness counts for against waste: ranks that are 20 % off, root mean square, must save 4 % of the cost.
 UNEVENNESS = 1.0
 # Ranks are tried in steps of a power of two, an eighth of the even rank or less, but at least 8.
@@ -65,11 +70,15 @@ def fast_ranks(shapes: Sequence[MatrixShape], ratio: float, fine: Mapping[str, i
 
 def cost(shape: MatrixShape, rank: int) -> float:
     """Parameters that would cost as much if nothing of a tile were computed in vain."""
-    if not shape.saves(rank):
-        return shape.dense_parameters
+    if shape.role == "wo":
+        multiplied_out = shape.dense_parameters / MORE_WORK_AS_ONE
+        return min(max(_width(shape, rank), NARROW) * shape.parameters_per_rank, multiplied_out)
+    return _width(shape, rank) * shape.parameters_per_rank if shape.saves(rank) else shape.dense_parameters
+
+
+def _width(shape: MatrixShape, rank: int) -> float:
     tiles = HEAD_TILES if shape.blocks > 1 else TILES
-    width = sum(math.ceil(rank / tile) * tile for tile in tiles) / len(tiles)
-    return width * shape.parameters_per_rank
+    return sum(math.ceil(rank / tile) * tile for tile in tiles) / len(tiles)
 
 
 def coarse_step(shape: MatrixShape, rank: float) -> int:
@@ -120,7 +129,8 @@ def _shares(
     largest = max(role, key=lambda kind: kinds[kind] * kind.dense_parameters)
     step = max(1, max(SMALLEST_STEP, _power_of_two(even[largest] / STEPS_IN_A_RANK)) // refinement)
     first = math.ceil(LEAST[largest.role] * even[largest] / step)
-    for multiple in range(max(1, first), math.floor(MOST * even[largest] / step) + 1):
+    last = math.floor(min(MOST[largest.role] * even[largest], largest.full_rank) / step)
+    for multiple in range(max(1, first), last + 1):
         scale = multiple * step / even[largest]
         ranks = {kind: max(1, round(scale * even[kind] / step)) * step for kind in role}
         if all(rank <= kind.full_rank for kind, rank in ranks.items()):

@@ -101,12 +101,14 @@ class Architecture:
         model_type: `config.model_type` in transformers.
         targets: yields the projections to factor of a base model (one without its head), in forward order.
         max_length: the longest sequence a config of this family has positions for.
+        generates: whether it reads all its weights for each token that it writes.
         shared_head: modules that the heads of this family have in common: trained under one, they serve another.
     """
 
     model_type: str
     targets: Callable[[nn.Module], Iterator[Target]]
     max_length: Callable[[Any], int]
+    generates: bool = False
     shared_head: tuple[str, ...] = ()
 
 

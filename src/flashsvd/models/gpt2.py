@@ -24,4 +24,4 @@ def decoder_targets(base: nn.Module) -> Iterator[Target]:
         yield Target(f"{path}.mlp.c_proj", "ffn", i)
 
 
-ARCHITECTURE = Architecture("gpt2", decoder_targets, position_count)
+ARCHITECTURE = Architecture("gpt2", decoder_targets, position_count, generates=True)

@@ -29,5 +29,6 @@ def decoder_targets(base: nn.Module) -> Iterator[Target]:
 
 
 LLAMA_LIKE = tuple(
-    Architecture(model_type, decoder_targets, position_count) for model_type in ("llama", "mistral", "qwen2", "qwen3")
+    Architecture(model_type, decoder_targets, position_count, generates=True)
+    for model_type in ("llama", "mistral", "qwen2", "qwen3")
 )

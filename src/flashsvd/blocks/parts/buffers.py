@@ -9,12 +9,6 @@ from torch import Tensor
 
 from flashsvd.blocks.running.quick import QuickModule, count_move
 
-# Columns of 16 bytes in half precision: what tensor cores, and the descriptors of tiles, want rows to start at.
-STEP = 8
-# Wider rows that end within a tile take a tenth longer than those that fill it.
-WIDE, WIDE_STEP = 64, 16
-WIDEST, WIDEST_STEP = 288, 32
-
 
 class Packed(QuickModule):
     """A module whose tensors are non-persistent buffers, and attributes as quickly read as any other."""
@@ -36,19 +30,3 @@ class Packed(QuickModule):
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.__dict__.update(self._buffers)
         return self
-
-
-def padded(size: int) -> int:
-    """The size to store a rank in."""
-    step = STEP if size <= WIDE else WIDE_STEP if size <= WIDEST else WIDEST_STEP
-    return -(-size // step) * step
-
-
-def widen(tensor: Tensor, dim: int) -> Tensor:
-    """The tensor with zeros behind it, so that its size along `dim` is a stored one; products stay as they are."""
-    missing = padded(tensor.shape[dim]) - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

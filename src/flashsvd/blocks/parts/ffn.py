@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.chunks import materialised_parts
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
 from flashsvd.blocks.parts.read import Activation, Dense, Joint
+from flashsvd.blocks.parts.widths import core_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.activated_linear import activated_linear
 from flashsvd.kernels.activations import IN_PLACE
@@ -48,14 +49,14 @@ class PackedFFN(Packed):
         )
         # As `nn.Linear` stores it, which is how the core takes V1.
         if isinstance(first, Joint):
-            self.keep("u1", widen(first.u, 1), dtype)
-            self.keep("w1", widen(first.v, 0).T, dtype)
+            self.keep("u1", widen(first.u, 1, core_width), dtype)
+            self.keep("w1", widen(first.v, 0, core_width).T, dtype)
         else:
             self.keep("u1", None, dtype)
             self.keep("w1", first.matrix.T, dtype)
         self.keep("b1", first.bias, dtype)
-        self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
-        matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
+        self.keep("u2", widen(second.u, 1, core_width) if isinstance(second, Joint) else None, dtype)
+        matrix = widen(second.v, 0, core_width) if isinstance(second, Joint) else second.matrix
         self.output = PackedResidual(None, matrix, None, dtype)
         self.norm = PackedNorm(norm, dtype, choices, shift=second.bias)
 

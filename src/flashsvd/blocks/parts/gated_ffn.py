@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.chunks import equal_parts, materialised_parts, pre_ln_chunk_tokens
 from flashsvd.blocks.parts.ffn import can_walk
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, present
+from flashsvd.blocks.parts.widths import gated_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.activations import IN_PLACE
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
@@ -59,17 +60,17 @@ class PackedGatedFFN(Packed):
         if self.lifted:
             assert isinstance(activated, Joint)
             assert isinstance(gate, Joint)
-            self.keep("u", torch.cat([widen(activated.u, 1), widen(gate.u, 1)], 1), dtype)
+            self.keep("u", torch.cat([widen(part.u, 1, gated_width) for part in (activated, gate)], 1), dtype)
             # As `nn.Linear` stores them, which is how the core takes them.
-            self.keep("v_a", widen(activated.v, 0).T, dtype)
-            self.keep("v_g", widen(gate.v, 0).T, dtype)
+            self.keep("v_a", widen(activated.v, 0, gated_width).T, dtype)
+            self.keep("v_g", widen(gate.v, 0, gated_width).T, dtype)
             self.keep("b_a", present(activated.bias), dtype)
             self.keep("b_g", present(gate.bias), dtype)
         else:
             parts = [Projection.of(part, present(part.bias)) for part in (activated, gate)]
             self.first = PackedProjections(parts, dtype)
-        self.keep("u2", widen(second.u, 1) if isinstance(second, Joint) else None, dtype)
-        matrix = widen(second.v, 0) if isinstance(second, Joint) else second.matrix
+        self.keep("u2", widen(second.u, 1, gated_width) if isinstance(second, Joint) else None, dtype)
+        matrix = widen(second.v, 0, gated_width) if isinstance(second, Joint) else second.matrix
         self.output = PackedResidual(None, matrix, second.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.projections import faster_as_one
 from flashsvd.blocks.parts.qkv import ValueLift
 from flashsvd.blocks.parts.read import Dense, Joint, present
+from flashsvd.blocks.parts.widths import widen
 
 
 class PackedResidual(Packed):

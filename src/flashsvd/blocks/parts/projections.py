@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.parts.buffers import Packed, padded, widen
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Joint
+from flashsvd.blocks.parts.widths import product_width, widen
 
 # How much more work one product may take than two: it reads and writes less, and is launched once.
 MORE_WORK = 1.3
@@ -66,10 +67,18 @@ class PackedProjections(Packed):
             self._keep_batched(parts, dtype)
             return
         # A direct one among the lifted goes its own way from x.
-        self.ranks = tuple(0 if part.u is None else padded(part.u.shape[1]) for part in parts)
-        self.keep("matrix", torch.cat([widen(part.u, 1) for part in parts if part.u is not None], 1), dtype)
+        self.ranks = tuple(0 if part.u is None else product_width(part.u.shape[1]) for part in parts)
+        self.keep(
+            "matrix",
+            torch.cat([widen(part.u, 1) for part in parts if part.u is not None], 1),
+            dtype,
+        )
         for i, part in enumerate(parts):
-            self.keep(f"lift_{i}", part.matrix if part.u is None else widen(part.matrix, 0), dtype)
+            self.keep(
+                f"lift_{i}",
+                part.matrix if part.u is None else widen(part.matrix, 0),
+                dtype,
+            )
             self.keep(f"bias_{i}", part.bias, dtype)
 
     def _keep_batched(self, parts: Sequence[Projection], dtype: torch.dtype) -> None:

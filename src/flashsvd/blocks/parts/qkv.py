@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashsvd.blocks.parts.buffers import padded, widen
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
 from flashsvd.blocks.parts.read import Dense, Matrices, PerHead, head_rank, present
+from flashsvd.blocks.parts.widths import head_width, widen
 from flashsvd.kernels.flashsvdattn import fold_query
 from flashsvd.lowrank.base import beside
 
@@ -61,7 +61,7 @@ def split_value(v: Matrices) -> tuple[Projection, ValueLift]:
     """What is computed of V before attention, and what after it."""
     if stays_in_rank_space(v):
         assert isinstance(v, PerHead)
-        return rank_space(v), ValueLift(widen(v.v, 1), v.bias)
+        return rank_space(v), ValueLift(widen(v.v, 1, head_width), v.bias)
     return head_space(v), ValueLift(None, v.bias)
 
 
@@ -73,7 +73,7 @@ def stays_in_rank_space(factors: Matrices) -> bool:
 def attended_width(module: nn.Module, head_dim: int) -> int:
     """How wide a head of keys or values will be when it attends, of a linear layer that is not packed yet."""
     rank = head_rank(module)
-    return padded(rank) if rank is not None and _is_thin(rank, head_dim) else head_dim
+    return head_width(rank) if rank is not None and _is_thin(rank, head_dim) else head_dim
 
 
 def _is_thin(rank: int, head_dim: int) -> bool:
@@ -85,13 +85,13 @@ def _folded_query(q: Matrices, k: PerHead, heads: int) -> Projection:
     matrices = q.matrix.reshape(len(q.matrix), heads, -1).transpose(0, 1)
     matrix, offset = fold_query(matrices, q.bias.reshape(heads, -1), k.v)
     assert offset is not None
-    matrix, offset = widen(matrix, 2), widen(offset, 1)
+    matrix, offset = widen(matrix, 2, head_width), widen(offset, 1, head_width)
     return Projection(beside(matrix), bias=offset.flatten())
 
 
 def rank_space(factors: PerHead) -> Projection:
     """x -> P, each head's in a stored width."""
-    return Projection(beside(widen(factors.u, 2)))
+    return Projection(beside(widen(factors.u, 2, head_width)))
 
 
 def head_space(factors: Matrices, bias: bool = False) -> Projection:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.attention import attend
-from flashsvd.blocks.parts.buffers import Packed, widen
+from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.projections import Projection
 from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
 from flashsvd.blocks.parts.read import Matrices, PerHead, present
 from flashsvd.blocks.parts.rotary_tables import Tables
+from flashsvd.blocks.parts.widths import head_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_on_chip, flashsvd_rope_attention
@@ -84,7 +85,7 @@ class StreamedRotary(Packed):
         self.rotary, self.choices = rotary, choices
         self.qkv = PackedQKV(rank_space(q), rank_space(k), value, rotary.heads, dtype)
         for name, part in (("q", q), ("k", k)):
-            self.keep(f"lift_{name}", widen(part.v, 1), dtype)
+            self.keep(f"lift_{name}", widen(part.v, 1, head_width), dtype)
             bias = present(part.bias)
             self.keep(f"bias_{name}", None if bias is None else bias.view(rotary.heads, -1), dtype)
         self.head_dim = q.v.shape[2]

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 
@@ -121,7 +122,8 @@ class Choices:
                 f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
                 "run the model on such a batch first, leave graphs to optimize, or choose a backend of torch or triton"
             )
-        times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
+        with one_at_a_time:
+            times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case.describe(), choice)
         return choice
@@ -150,7 +152,8 @@ class Choices:
     def _run_once(self, run: Callable[[Implementation], object], name: Implementation, queued: bool) -> float:
         event = torch.cuda.Event
         start, end = (event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        torch.cuda.synchronize()
+        # Of the whole device nobody may wait while another thread captures a graph.
+        torch.cuda.current_stream().synchronize()
         if queued:
             torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         start.record()

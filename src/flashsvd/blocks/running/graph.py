@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.call import Call
 from flashsvd.blocks.running.shape import Shape
 from flashsvd.blocks.running.stage import Landing, Stage, UnsuitableOutputError
@@ -39,9 +40,6 @@ WARMUP_RUNS = 3
 GraphOption = bool | Literal["auto"]
 # The model's own forward, with all arguments by name.
 Forward = Callable[..., Any]
-
-# torch waits for all of the device when a capture begins, which must not be in the middle of another one.
-_one_at_a_time = threading.Lock()
 
 
 class Graphs:
@@ -88,8 +86,11 @@ class Graphs:
         if self._captured and self._last is not None:
             self._last.synchronize()
 
-    def shape_of(self, model: nn.Module, call: Call, padding: Padding) -> Shape | None:
+    def shape_of(self, model: nn.Module, call: Call, padding: Padding | None) -> Shape | None:
         """The shape of the graph that may serve a call; None where none does.
+
+        Args:
+            padding: None where the host does not wait for the mask.
 
         Raises:
             BackendError: graphs were asked for, and the model was moved to where there are none.
@@ -102,14 +103,14 @@ class Graphs:
             ):
                 raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
             return None
-        if padding.count == 0 or call.length > self.longest:
+        if (padding is not None and padding.count == 0) or call.length > self.longest:
             return None
         if watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
             return None
         shape = Shape.of(call, padding, self.longest, precision(weight))
         return shape if shape.places <= MOST_TOKENS and shape not in self._refused else None
 
-    def run(self, model: nn.Module, forward: Forward, call: Call, padding: Padding, shape: Shape) -> Any:
+    def run(self, forward: Forward, call: Call, shape: Shape) -> Any:
         """What `forward`, the model's own, makes of a call; None where it is to run without a graph."""
         with self._lock:
             captured = self._captured.get(shape)
@@ -117,12 +118,12 @@ class Graphs:
                 if not self._is_wanted(shape):
                     return None
                 try:
-                    captured = self._capture(forward, call, padding, shape)
+                    captured = self._capture(forward, call, shape)
                 except (RuntimeError, UnsuitableOutputError) as error:
                     return self._run_without(error, forward, call, shape)
             self._captured.move_to_end(shape)
             self._follow(torch.cuda.current_stream(call.device))
-            return captured.replay(call, padding)
+            return captured.replay(call)
 
     def _watched(self, model: nn.Module) -> Watch:
         """The model as it is now; graphs of what it was before are dropped."""
@@ -165,7 +166,7 @@ class Graphs:
         log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
         return result
 
-    def _capture(self, forward: Forward, call: Call, padding: Padding, shape: Shape) -> _Captured:
+    def _capture(self, forward: Forward, call: Call, shape: Shape) -> _Captured:
         if len(self._captured) >= MOST_GRAPHS:
             self._finish()
             self._captured.popitem(last=False)
@@ -176,8 +177,8 @@ class Graphs:
             self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._follow(torch.cuda.current_stream(call.device))
         captured = _Captured(Stage(shape, self._landing))
-        with _one_at_a_time:
-            captured.capture(forward, call, padding, self._pool, self._stream)
+        with one_at_a_time:
+            captured.capture(forward, call, self._pool, self._stream)
         self._captured[shape] = captured
         return captured
 
@@ -188,13 +189,13 @@ class _Captured:
     def __init__(self, stage: Stage) -> None:
         self._stage, self._graph = stage, torch.cuda.CUDAGraph()
 
-    def capture(self, forward: Forward, call: Call, padding: Padding, pool: Any, stream: torch.cuda.Stream) -> None:
+    def capture(self, forward: Forward, call: Call, pool: Any, stream: torch.cuda.Stream) -> None:
         """Record what `forward` does with a call of the stage's shape."""
         current = torch.cuda.current_stream(call.device)
         stream.wait_stream(current)
         # What is compiled, measured or allocated once must be so before the capture.
         with torch.cuda.stream(stream):
-            self._stage.load(call, padding)
+            self._stage.load(call)
             for _ in range(WARMUP_RUNS):
                 self._stage.run(forward)
         current.wait_stream(stream)
@@ -203,7 +204,7 @@ class _Captured:
         with torch.cuda.stream(current), graph:
             self._stage.run(forward)
 
-    def replay(self, call: Call, padding: Padding) -> Any:
-        self._stage.load(call, padding)
+    def replay(self, call: Call) -> Any:
+        self._stage.load(call)
         self._graph.replay()
         return self._stage.result(call)

@@ -51,23 +51,29 @@ class Shape:
     precision: str
 
     @classmethod
-    def of(cls, call: Call, padding: Padding, positions: int, precision: str) -> Shape:
+    def of(cls, call: Call, padding: Padding | None, positions: int, precision: str) -> Shape:
         """The shape of the graph that serves a call.
 
         Args:
+            padding: None where nobody looks into the mask; any of the call's tokens may then be real.
             positions: the most columns that the model has positions for.
         """
         batch, length = call.batch, call.length
         inputs = tuple((name, x.dtype, tuple(x.shape[2:])) for name, x in call.tensors.items())
         kind = (call.constants, call.device, precision)
+        if padding is None:
+            wide = columns(length, positions)
+            return cls(rounded(batch), wide, round_up(batch * length), wide, False, False, inputs, *kind)
         even = (batch, length) == (rounded(batch), rounded(length))
         if padding.mask is None and (even or batch * length >= LARGE):
             return cls(batch, length, batch * length, length, True, True, inputs, *kind)
         if call.mask is None:
             # Its surplus rows and columns are padding.
             inputs = (*inputs, (MASK, torch.int64, ()))
-        batch, length, longest = rounded(batch), columns(length, positions), columns(max(padding.lengths), positions)
-        return cls(batch, length, round_up(padding.count), longest, False, padding.counted, inputs, *kind)
+        return cls(
+            rounded(batch), columns(length, positions), round_up(padding.count),
+            columns(max(padding.lengths), positions), False, padding.counted, inputs, *kind,
+        )  # fmt: skip
 
     @property
     def places(self) -> int:

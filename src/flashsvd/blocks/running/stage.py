@@ -12,7 +12,7 @@ from flashsvd.blocks.running.call import MASK, Call
 from flashsvd.blocks.running.choice import bucket
 from flashsvd.blocks.running.known import Known, knowing
 from flashsvd.blocks.running.shape import Shape
-from flashsvd.blocks.running.tokens import Padding, Tokens
+from flashsvd.blocks.running.tokens import Tokens
 
 # A graph holds its results for good, and while one is larger than this, launches take no time to speak of.
 LARGEST_RESULT = 2**27
@@ -62,7 +62,7 @@ class Stage:
             full = torch.empty(shape.batch, shape.length, 0, device=shape.device)
             self._full = Tokens.of(full, None) if shape.full else None
 
-    def load(self, call: Call, padding: Padding) -> None:
+    def load(self, call: Call) -> None:
         """Put a batch into the stage's memory; what stands beside it there is padding, and so of no matter."""
         for name, place in self._inputs.items():
             if name != MASK:

@@ -17,6 +17,9 @@ from flashsvd.blocks.running.packed import PackedModule, mix_in
 from flashsvd.blocks.running.stack import on_device
 from flashsvd.blocks.running.tokens import Padding, Tokens
 
+# Computing so much padding takes no longer than waiting for the mask.
+FEW_PLACES = 512
+
 
 class WholeModel(PackedModule):
     """Mixed into the class of a model that has graphs."""
@@ -54,10 +57,14 @@ def run(model: Any, forward: Callable[..., Any], named: Mapping[str, Any]) -> An
     if call is None or (call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return forward(**named)
     with on_device(call.first):
-        padding = Padding.of(call.first, call.mask)
-        shape = model.graphs.shape_of(model, call, padding)
-        if shape is not None and (found := model.graphs.run(model, forward, call, padding, shape)) is not None:
+        graphs: Graphs = model.graphs
+        few = call.mask is not None and call.batch * call.length <= FEW_PLACES
+        padding = None if few else Padding.of(call.first, call.mask)
+        shape = graphs.shape_of(model, call, padding)
+        if shape is not None and (found := graphs.run(forward, call, shape)) is not None:
             return found
+        if padding is None:
+            padding = Padding.of(call.first, call.mask)
 
         def tokens(hidden_states: Tensor) -> Tokens:
             return Tokens.behind(hidden_states, padding)

@@ -1,0 +1,62 @@
+"""The widths that ranks are stored in, zeros behind them.
+
+On a GPU what is within a tile costs as much as all of it, and some tiles cost more than larger ones. These were found
+on an H200, by `benchmark/benchmark_rank_sweep.py`: no rank takes longer than a larger one of the same tokens. A CPU
+computes what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashsvd.kernels.launch import LARGEST_RANK
+
+# Columns of 16 bytes in half precision: what tensor cores, and the descriptors of tiles, want rows to start at.
+STEP = 8
+# Wider rows that end within a tile take a tenth longer than those that fill it.
+WIDE, WIDE_STEP = 64, 16
+WIDEST, WIDEST_STEP = 288, 32
+
+HEAD_STEP = 16
+CORE_STEP = 32
+WIDE_CORE, WIDE_CORE_STEP = 320, 64
+
+
+def product_width(rank: int) -> int:
+    """Of a rank between two plain products; on a CPU, of any."""
+    return _up(rank, STEP if rank <= WIDE else WIDE_STEP if rank <= WIDEST else WIDEST_STEP)
+
+
+def head_width(rank: int) -> int:
+    """Of a head that attends in its rank space."""
+    return _up(rank, HEAD_STEP)
+
+
+def core_width(rank: int) -> int:
+    """Of a rank before or behind the intermediate dimension of a feed-forward network."""
+    if rank > LARGEST_RANK:
+        return product_width(rank)
+    return _up(rank, CORE_STEP if rank <= WIDE_CORE else WIDE_CORE_STEP)
+
+
+def gated_width(rank: int) -> int:
+    """The same of a gated network, where tiles of 64 and 32 take longer than one of 128 does."""
+    return 128 if 64 < rank <= 128 else core_width(rank)
+
+
+def widen(tensor: Tensor, dim: int, of_a_gpu: Callable[[int], int] = product_width) -> Tensor:
+    """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
+    size = tensor.shape[dim]
+    missing = (of_a_gpu if tensor.is_cuda else product_width)(size) - size
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _up(rank: int, step: int) -> int:
+    return -(-rank // step) * step

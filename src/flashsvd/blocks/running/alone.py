@@ -1,0 +1,9 @@
+"""What one thread of a process does on its GPUs at a time."""
+
+from __future__ import annotations
+
+import threading
+
+# Measuring, whose times would be others' too, and capturing a graph, at whose beginning torch waits for the whole
+# device, which nobody may do in the middle of another capture. A capture measures what it comes upon first.
+one_at_a_time = threading.RLock()
