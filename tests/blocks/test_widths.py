@@ -28,8 +28,10 @@ def test_what_a_kernel_holds_on_chip_it_also_holds_as_it_is_stored(rule: Callabl
 
 def test_ranks_fill_the_tiles_of_their_kernels() -> None:
     assert [head_width(rank) for rank in (8, 24, 40, 64)] == [16, 32, 48, 64]
-    assert [core_width(rank) for rank in (16, 40, 80, 144, 304, 336, 552)] == [32, 64, 96, 160, 320, 384, 576]
-    assert [gated_width(rank) for rank in (40, 72, 128, 136)] == [64, 128, 128, 160]
+    assert [core_width(rank) for rank in (16, 40, 80, 144, 200, 264, 304, 336, 552)] == [
+        32, 64, 96, 160, 256, 288, 320, 384, 576,
+    ]  # fmt: skip
+    assert [gated_width(rank) for rank in (40, 72, 128, 136, 264)] == [64, 128, 128, 160, 320]
 
 
 def test_a_cpu_stores_what_products_like() -> None:

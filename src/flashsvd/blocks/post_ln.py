@@ -69,8 +69,8 @@ class PostLNBlock(QuickModule):
         return result
 
     def _chunk_tokens(self, hidden: Tensor) -> int:
-        context = self.qkv.widths[2]
-        return chunk_tokens(hidden, self.qkv.width + context)
+        # What attention gives takes the place of what was in rank space.
+        return chunk_tokens(hidden, sum(self.qkv.widths) + max(sum(self.qkv.ranks), self.qkv.widths[2]))
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """[n, hidden] -> [n, heads * width of a value]."""

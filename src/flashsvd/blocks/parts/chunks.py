@@ -9,7 +9,7 @@ from flashsvd.blocks.running.choice import Implementation
 # Fewer tokens than this do not fill a GPU.
 SMALLEST_CHUNK = 8192
 # In hidden states. A pre-LN layer holds more of a token (its norm, lifted queries and keys), a dense one by far more.
-ROOM = 1.7
+ROOM = 2.0
 PRE_LN_ROOM = 3.0
 # Where the [tokens, intermediate] activation does exist, it exists of so many tokens at a time.
 MATERIALISED_TOKENS = 8192

@@ -109,13 +109,19 @@ class PackedProjections(Packed):
         """Numbers that a token takes meanwhile."""
         return sum(self.widths) + sum(self.ranks)
 
-    def project(self, x: Tensor) -> Tensor:
-        """All of them, [T, in] -> [T, sum of widths]."""
+    def project(self, x: Tensor, room: int = 0) -> Tensor:
+        """All of them, [T, in] -> [T, sum of widths].
+
+        Args:
+            room: numbers of a token that will be wanted next; the memory in between is then enough to hold them.
+        """
         if self.direct:
             return product(x, self.matrix, self._buffers["bias"])
         out = x.new_empty(x.shape[0], sum(self.widths))
         if self.batched:
-            thin = product(x, self.matrix, self._buffers["ones"]).view(len(x), len(self.ranks), self.ranks[0])
+            thin = _within(x, sum(self.ranks), room)
+            product(x, self.matrix, self._buffers["ones"], out=thin)
+            thin = thin.view(len(x), len(self.ranks), self.ranks[0])
             torch.bmm(thin.transpose(0, 1), self.lifts, out=out.view(len(x), *self.lifts.shape[::2]).transpose(0, 1))
             return out
         each = (x @ self.matrix).split_with_sizes(self.ranks, 1)
@@ -124,6 +130,11 @@ class PackedProjections(Packed):
             assert lift is not None
             product(p if self.ranks[i] else x, lift, self._buffers[f"bias_{i}"], out=y)
         return out
+
+
+def _within(x: Tensor, width: int, room: int) -> Tensor:
+    """Memory for [T, width], in a block of at least [T, room], which is free for that afterwards."""
+    return x.new_empty(len(x) * max(width, room))[: len(x) * width].view(len(x), width)
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -38,7 +38,9 @@ class PackedQKV(PackedProjections):
         self.heads = heads
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self.heads_of(part) for part in self.project(x).split_with_sizes(self.widths, 1))
+        q, k, v = (
+            self.heads_of(part) for part in self.project(x, room=self.widths[2]).split_with_sizes(self.widths, 1)
+        )
         return q, k, v
 
     def heads_of(self, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ WIDEST, WIDEST_STEP = 288, 32
 
 HEAD_STEP = 16
 CORE_STEP = 32
+# Between full tiles: 224, and in gated networks 96 and 288.
 WIDE_CORE, WIDE_CORE_STEP = 320, 64
 
 
@@ -39,12 +40,14 @@ def core_width(rank: int) -> int:
     """Of a rank before or behind the intermediate dimension of a feed-forward network."""
     if rank > LARGEST_RANK:
         return product_width(rank)
-    return _up(rank, CORE_STEP if rank <= WIDE_CORE else WIDE_CORE_STEP)
+    return _up(rank, WIDE_CORE_STEP if rank > WIDE_CORE or 192 < rank <= 256 else CORE_STEP)
 
 
 def gated_width(rank: int) -> int:
     """The same of a gated network, where tiles of 64 and 32 take longer than one of 128 does."""
-    return 128 if 64 < rank <= 128 else core_width(rank)
+    if 64 < rank <= 128:
+        return 128
+    return WIDE_CORE if 256 < rank <= WIDE_CORE else core_width(rank)
 
 
 def widen(tensor: Tensor, dim: int, of_a_gpu: Callable[[int], int] = product_width) -> Tensor:
