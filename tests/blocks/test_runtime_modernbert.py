@@ -542,17 +542,13 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
     plain = compressed(name, qkv=qkv)
     model = optimised(plain, "triton")
     assert_same_states(plain, model, inputs(padding))
-    # Lifts of one rank, which a layer has by chance here, rotate what they make.
-    lifted = sum(module.qkv.batched for module in model.modules() if isinstance(module, RotaryAttention))
-    turned = {"_rotary_linear": 2 * lifted, "_rotate_heads": 0 if qkv == "per-head" else 3 - lifted}
-    turned = {kernel: count for kernel, count in turned.items() if count}
+    streams = qkv == "per-head"
     assert {kernel: launched.count(kernel) for kernel in set(launched)} == {
         # Of seven norms, the first layer has none before its attention, and the last one is the model's.
         "_fused_ln": 6,
         "_fused_embeddings": 1,
         **({} if qkv == "dense" else {"_geglu": 3}),
-        **({"_rope_attention": 3} if qkv == "per-head" else {"_attention": 3}),
-        **turned,
+        **({"_rope_attention": 3} if streams else {"_attention": 3, "_rotate_heads": 3}),
     }
     assert set(runtime.choices(model).values()) == {"triton"}
 

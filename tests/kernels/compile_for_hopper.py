@@ -25,7 +25,6 @@ from flashsvd.kernels import (
     flashsvdgeglu,
     flashsvdropeattn,
     gated_linear,
-    rotary_linear,
 )
 from flashsvd.kernels.launch import precision
 from flashsvd.kernels.triton_import import TensorDescriptor
@@ -117,9 +116,6 @@ def geglu(dtype: torch.dtype, rank: int) -> dict[str, int]:
     return {"geglu": of(1), "geglu of some tokens": of(10_000), "geglu of many tokens": of(20_000)}
 
 
-KINDS_OF_LIFT = ("activated", "gated", "rotary")
-
-
 def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """Lifts with an activation or a gate in their epilogue, for numbers of tokens that their tables tell apart."""
     lift, bias = torch.zeros(64, rank, dtype=dtype), torch.zeros(64, dtype=dtype)
@@ -128,11 +124,7 @@ def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
         p = torch.zeros(tokens, rank, dtype=dtype)
         gated = shared_memory(gated_linear, "_gated_linear", p, p, lift, lift, bias, bias, "gelu")
         plain = shared_memory(activated_linear, "_activated_linear", p, lift, bias, "gelu")
-        table, positions = torch.zeros(1000, 32), torch.zeros(tokens, dtype=torch.int32)
-        turned = shared_memory(rotary_linear, "_rotary_linear", p, lift, table, table, positions)
-        return {
-            f"{kind} lift of {tokens}": size for kind, size in zip(KINDS_OF_LIFT, (plain, gated, turned), strict=True)
-        }
+        return {f"activated lift of {tokens}": plain, f"gated lift of {tokens}": gated}
 
     return of(1) | of(1000) | of(5000)
 

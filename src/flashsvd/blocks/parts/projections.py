@@ -54,8 +54,6 @@ class PackedProjections(Packed):
         super().__init__()
         self.widths = tuple(part.width for part in parts)
         self.direct = all(part.u is None for part in parts)
-        # Whether all lifts are one batch of products.
-        self.batched = False
         if self.direct:
             # One product for all, so one bias for all.
             self.ranks: tuple[int, ...] = (0,) * len(parts)
@@ -121,7 +119,9 @@ class PackedProjections(Packed):
             return product(x, self.matrix, self._buffers["bias"])
         out = x.new_empty(x.shape[0], sum(self.widths))
         if self.batched:
-            thin = self.thin(x, room)
+            thin = _within(x, sum(self.ranks), room)
+            product(x, self.matrix, self._buffers["ones"], out=thin)
+            thin = thin.view(len(x), len(self.ranks), self.ranks[0])
             torch.bmm(thin.transpose(0, 1), self.lifts, out=out.view(len(x), *self.lifts.shape[::2]).transpose(0, 1))
             return out
         each = (x @ self.matrix).split_with_sizes(self.ranks, 1)
@@ -130,12 +130,6 @@ class PackedProjections(Packed):
             assert lift is not None
             product(p if self.ranks[i] else x, lift, self._buffers[f"bias_{i}"], out=y)
         return out
-
-    def thin(self, x: Tensor, room: int = 0) -> Tensor:
-        """x in the rank spaces of batched lifts, [T, parts, stored rank]."""
-        thin = _within(x, sum(self.ranks), room)
-        product(x, self.matrix, self._buffers["ones"], out=thin)
-        return thin.view(len(x), len(self.ranks), self.ranks[0])
 
 
 def _within(x: Tensor, width: int, room: int) -> Tensor:

@@ -27,12 +27,8 @@ from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_on_chip, flashsvd_rope_attention
 from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.rotary import rotate_heads
-from flashsvd.kernels.rotary_linear import halves_first, rotary_linear
-
-Tensors = tuple[Tensor, Tensor, Tensor]
 
 GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
-LIFTS = Operation("rotary lifts", "rank {} to {} and {}")
 LOCAL = Operation(GLOBAL.name, GLOBAL.sizes + ", {} to each side")
 
 
@@ -53,13 +49,7 @@ class Rotary:
 
 
 class RotaryAttention(Packed):
-    """x [n, hidden] -> [n, heads * width of a value], with Q, K and V in memory.
-
-    Whether Q and K are rotated after their lifts, or by them, is measured.
-    """
-
-    lift_q: Tensor
-    lift_k: Tensor
+    """x [n, hidden] -> [n, heads * width of a value], with Q, K and V in memory."""
 
     def __init__(
         self, q: Matrices, k: Matrices, value: Projection, rotary: Rotary, dtype: torch.dtype, choices: Choices
@@ -67,9 +57,6 @@ class RotaryAttention(Packed):
         super().__init__()
         self.rotary, self.choices = rotary, choices
         self.qkv = PackedQKV(head_space(q, bias=True), head_space(k, bias=True), value, rotary.heads, dtype)
-        if self.qkv.batched:
-            for i, name in enumerate(("q", "k")):
-                self.keep(f"lift_{name}", halves_first(self.qkv.lifts[i], self.qkv.widths[i] // rotary.heads), dtype)
 
     @property
     def width(self) -> int:
@@ -77,32 +64,10 @@ class RotaryAttention(Packed):
         return self.qkv.width + self.qkv.widths[2]
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        if not self.qkv.batched:
-            return self._attend(*self._lift(x, chunk, "torch"), chunk)
-
-        def run(implementation: Implementation) -> Tensors:
-            return self._lift(x, chunk, implementation)
-
-        sizes = (self.qkv.ranks[0], *self.qkv.widths[1:])
-        return self._attend(*run(self.choices.pick(LIFTS, sizes, x, run)), chunk)
-
-    def _lift(self, x: Tensor, chunk: Chunk, implementation: Implementation) -> Tensors:
-        """Q and K, rotated, and V, [n, heads, width] each."""
-        if implementation == "torch":
-            width_q, width_k, width_v = self.qkv.widths
-            both, v = self.qkv.project(x, room=width_v).split_with_sizes((width_q + width_k, width_v), 1)
-            turning = both.view(len(x), 2 * self.rotary.heads, -1)
-            return *rotated(turning, chunk, self), self.qkv.heads_of(v)
-        thin = self.qkv.thin(x, room=self.qkv.widths[2])
-        cos, sin = self.rotary.tables(chunk.span, x)
-        q, k = (
-            rotary_linear(thin[:, i], lift, cos, sin, chunk.positions, backend="triton")
-            for i, lift in enumerate((self.lift_q, self.lift_k))
-        )
-        return q, k, self.qkv.heads_of(thin[:, 2] @ self.qkv.lifts[2])
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
-        return attend(q, k, v, chunk, self.rotary.scale, self.choices, self.rotary.window).flatten(1)
+        width_q, width_k, width_v = self.qkv.widths
+        turning, v = self.qkv.project(x).split_with_sizes((width_q + width_k, width_v), 1)
+        heads = self.rotary.heads
+        return rotate_and_attend(turning.view(len(x), 2 * heads, -1), self.qkv.heads_of(v), chunk, self)
 
 
 class StreamedRotary(Packed):
@@ -136,8 +101,7 @@ class StreamedRotary(Packed):
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "torch":
-                q, k = rotated(self._lifted(p_q, p_k), chunk, self)
-                return attend(q, k, v, chunk, self.rotary.scale, self.choices, self.rotary.window).flatten(1)
+                return rotate_and_attend(self._lifted(p_q, p_k), v, chunk, self)
             return self._stream(p_q, p_k, v, chunk)
 
         if not self.streams:
@@ -202,8 +166,9 @@ def pack_rotary(
     return RotaryAttention(q, k, value, rotary, dtype, choices), lift
 
 
-def rotated(turning: Tensor, chunk: Chunk, layer: RotaryAttention | StreamedRotary) -> tuple[Tensor, Tensor]:
-    """Q and K side by side, [n, 2 heads, head_dim], which are overwritten."""
-    cos, sin = layer.rotary.tables(chunk.span, turning)
-    q, k = rotate_heads(turning, cos, sin, chunk.positions, backend=layer.choices.backend).chunk(2, dim=1)
-    return q, k
+def rotate_and_attend(turning: Tensor, v: Tensor, chunk: Chunk, layer: RotaryAttention | StreamedRotary) -> Tensor:
+    """Q and K [n, 2 heads, head_dim], which are overwritten, V [n, heads, d] -> [n, heads * d]."""
+    rotary, choices = layer.rotary, layer.choices
+    cos, sin = rotary.tables(chunk.span, v)
+    q, k = rotate_heads(turning, cos, sin, chunk.positions, backend=choices.backend).chunk(2, dim=1)
+    return attend(q, k, v, chunk, rotary.scale, choices, rotary.window).flatten(1)
