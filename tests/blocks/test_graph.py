@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -547,6 +548,26 @@ def test_the_mask_of_few_tokens_is_not_waited_for(whole: tuple[Any, Recorded], m
     assert model(input_ids=torch.ones(4, 128).long(), attention_mask=torch.ones(4, 128)) == "replayed"
     with pytest.raises(pytest.fail.Exception, match="the mask was read"):
         model(input_ids=torch.ones(5, 128).long(), attention_mask=torch.ones(5, 128))
+
+
+def test_embeddings_are_overwritten_only_where_nobody_sees_them(whole: tuple[Any, Recorded]) -> None:
+    model, _ = whole
+    seen: list[Tensor] = []
+    embeddings, ids = model.embeddings, torch.randint(4, 30, (2, 10))
+    original = embeddings.forward
+    with torch.inference_mode():
+        expected = original(ids).clone()
+        embedded = expected.clone()
+        model(inputs_embeds=embeddings.word_embeddings(ids))
+        hook = embeddings.register_forward_hook(lambda _, __, output: seen.append(output))
+        result = model(ids).last_hidden_state
+        hook.remove()
+        assert torch.equal(seen[0], embedded)
+        # Without anybody to see it, no copy is made.
+        owned = patch.object(type(embeddings), "forward", lambda *_, **__: embedded)
+        with owned:
+            assert torch.equal(model(ids).last_hidden_state, result)
+        assert not torch.equal(embedded, expected)
 
 
 def test_who_asks_for_hidden_states_gets_them(whole: tuple[Any, Recorded]) -> None:

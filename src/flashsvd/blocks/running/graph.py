@@ -125,6 +125,10 @@ class Graphs:
             self._follow(torch.cuda.current_stream(call.device))
             return captured.replay(call)
 
+    def is_observed(self, model: nn.Module) -> bool:
+        """Whether somebody may see what the model's parts hand each other."""
+        return self._watched(model).is_tampered()
+
     def _watched(self, model: nn.Module) -> Watch:
         """The model as it is now; graphs of what it was before are dropped."""
         watch = self._watch

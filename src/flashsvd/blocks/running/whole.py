@@ -69,7 +69,8 @@ def run(model: Any, forward: Callable[..., Any], named: Mapping[str, Any]) -> An
         def tokens(hidden_states: Tensor) -> Tokens:
             return Tokens.behind(hidden_states, padding)
 
-        with knowing(Known(call.mask, (call.batch, call.length), tokens)):
+        owned = "inputs_embeds" not in call.tensors and not graphs.is_observed(model)
+        with knowing(Known(call.mask, (call.batch, call.length), tokens, owned)):
             return forward(**named)
 
 
