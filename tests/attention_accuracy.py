@@ -36,6 +36,16 @@ def packed(make: Operands, lengths: Sequence[int], heads: int, width: int) -> Te
     return x.unflatten(1, (heads, width))
 
 
+def cached(x: Tensor, firsts: Sequence[int], ends: Sequence[int], capacity: int) -> Tensor:
+    """Packed keys or values [T, heads, width] in a cache [B, heads, capacity, width], NaN where no sequence's lie."""
+    cache = x.new_full((len(ends), x.shape[1], capacity, x.shape[2]), torch.nan)
+    start = 0
+    for row, first, end in zip(cache, firsts, ends, strict=True):
+        row[:, first:end] = x[start : start + end - first].transpose(0, 1)
+        start += end - first
+    return cache
+
+
 def with_holes(lengths: Sequence[int], first: int = 0) -> Tensor:
     """Ascending positions of which about half are missing; some that no token has for the tokens of no sequence."""
     generator = torch.Generator().manual_seed(1)
@@ -76,22 +86,32 @@ def attend(
     positions: Tensor | None = None,
     lengths_k: Sequence[int] | None = None,
     bias: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
-    """Attention one sequence and one head at a time, by its definition."""
+    """Attention one sequence and one head at a time, by its definition.
+
+    The last query is at the place of the last key, and a query that sees no key gets zeros.
+    """
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     ends, ends_k = (cumulative(n).tolist() for n in (lengths, lengths if lengths_k is None else lengths_k))
     spans = zip(itertools.pairwise(ends), itertools.pairwise(ends_k), strict=True)
     for (start, end), (start_k, end_k) in spans:
         if start_k == end_k:
             continue
-        place = torch.arange(end - start, device=q.device) if positions is None else positions[start:end]
+        key_place = torch.arange(end_k - start_k, device=q.device) if positions is None else positions[start:end]
+        last = torch.arange(start - end, 0, device=q.device) + end_k - start_k
+        place = last if positions is None else key_place
+        distance = key_place - place[:, None]
         for head in range(q.shape[1]):
             i_kv = head * k.shape[1] // q.shape[1]
             scores = scale * q[start:end, head] @ k[start_k:end_k, i_kv].T
             if window is not None:
-                scores[(place[:, None] - place).abs() > window] = -torch.inf
+                scores[distance.abs() > window] = -torch.inf
+            if causal:
+                scores[distance > 0] = -torch.inf
             if bias is not None:
                 reach = bias.shape[1] // 2
-                scores += bias[head, (place - place[:, None]).clamp(-reach, reach) + reach]
-            out[start:end, head] = scores.softmax(-1) @ v[start_k:end_k, i_kv]
+                scores += bias[head, distance.clamp(-reach, reach) + reach]
+            keyless = scores.isneginf().all(-1, keepdim=True)
+            out[start:end, head] = scores.softmax(-1).masked_fill(keyless, 0.0) @ v[start_k:end_k, i_kv]
     return out

@@ -287,7 +287,7 @@ def _whole_call(cell: Cell, settings: Settings, make: Callable[..., Tensor]) -> 
 def _attention_call(cell: Cell, settings: Settings, make: Callable[..., Tensor]) -> attention.Attention:
     heads, starts = make(cell.tokens, HEADS, cell.rank), make(cell.tokens // cell.length + 1)
     lengths = (cell.length, cell.length)
-    return attention.Attention(heads, heads, heads, None, starts, None, None, None, *lengths, HEAD_DIM**-0.5, -1)
+    return attention.Attention(heads, heads, heads, None, starts, *[None] * 5, *lengths, HEAD_DIM**-0.5, -1, False)
 
 
 KERNELS: dict[tuple[str, str], Kernel] = {

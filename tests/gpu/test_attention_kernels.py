@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attention_accuracy import assert_attends_accurately, cumulative, packed, with_holes
-from flashsvd.kernels.flash_attn_triton import flash_attention
+from attention_accuracy import assert_attends_accurately, cached, cumulative, packed, with_holes
+from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_with_kvcache
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
-from flashsvd.kernels.flashsvdropeattn import LARGEST_LIFTED_RANK, flashsvd_rope_attention
+from flashsvd.kernels.flashsvdropeattn import LARGEST_LIFTED_RANK, flashsvd_rope_attention, largest_rank
 from flashsvd.kernels.packed import both_sides
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import Operands, assert_accurate
@@ -22,6 +23,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = (431, 1, 0, 100, 65)
 HEADS, HEAD_DIM = 12, 64
 PLACES = 1000
+
+MASKS: list[dict[str, Any]] = [{}, {"causal": True}, {"causal": True, "window_size": (64, 0)}]
 
 Operation = tuple[Any, list[Tensor], dict[str, Any]]
 
@@ -53,8 +56,18 @@ def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, hea
     return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, angles.cos(), angles.sin()], options
 
 
-KERNELS = pytest.mark.parametrize("operands", [dense, biased, rank_space, rotary])
-BY_POSITIONS = pytest.mark.parametrize("operands", [dense, biased, rotary])
+def causal(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    op, given, options = dense(make, lengths, rank, joint)
+    return op, given, options | {"causal": True}
+
+
+def causal_rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    op, given, options = rotary(make, lengths, rank, joint)
+    return op, given, options | {"causal": True}
+
+
+KERNELS = pytest.mark.parametrize("operands", [dense, biased, rank_space, rotary, causal, causal_rotary])
+BY_POSITIONS = pytest.mark.parametrize("operands", [dense, biased, rotary, causal, causal_rotary])
 
 
 @KERNELS
@@ -74,11 +87,13 @@ def test_the_tables_tiles_fit_at_every_rank(operands: Any, rank: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("rank", [40, 192])
-def test_every_head_dim_of_rotary_models(rank: int, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("rank", [40, 96, 128, 192])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_head_dim_of_rotary_models(causal: bool, rank: int, head_dim: int, dtype: torch.dtype) -> None:
+    rank = min(rank, largest_rank(head_dim, dtype))
     op, given, options = rotary(Operands(dtype), LENGTHS, rank, True, head_dim)
-    assert_attends_accurately(op, *given, lengths=LENGTHS, **options)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, causal=causal, **options)
 
 
 @pytest.mark.parametrize("holes", [False, True])
@@ -101,11 +116,12 @@ def test_a_window_with_and_without_holes(operands: Any, window: int, holes: bool
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [24, 64, 160])
-def test_keys_of_other_lengths_than_the_queries(rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mask", MASKS)
+def test_keys_of_other_lengths_than_the_queries(mask: dict[str, Any], rank: int, dtype: torch.dtype) -> None:
     make, lengths, lengths_k = Operands(dtype), (100, 65, 3, 20), (431, 0, 64, 1)
     q, k, v = (packed(make, n, HEADS, rank) for n in (lengths, lengths_k, lengths_k))
     options: dict[str, Any] = {"cu_seqlens_q": cumulative(lengths), "cu_seqlens_k": cumulative(lengths_k)}
-    options |= {"max_seqlen_q": 100, "max_seqlen_k": 431, "softmax_scale": rank**-0.5}
+    options |= {"max_seqlen_q": 100, "max_seqlen_k": 431, "softmax_scale": rank**-0.5, **mask}
     tokens = sum(lengths)
     exact = flash_attention(q.double(), k.double(), v.double(), backend="torch", **options)[:tokens]
     plain = flash_attention(q, k, v, backend="torch", **options)[:tokens]
@@ -113,6 +129,45 @@ def test_keys_of_other_lengths_than_the_queries(rank: int, dtype: torch.dtype) -
     assert_accurate(result, plain, exact)
     # Queries of the sequence without keys.
     assert result[100:165].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 64, 128, 160, 256])
+@pytest.mark.parametrize("mask", MASKS)
+def test_keys_in_a_cache(mask: dict[str, Any], width: int, dtype: torch.dtype) -> None:
+    given, ranges, options = in_a_cache(Operands(dtype), width)
+    options |= mask
+    exact = flash_attention_with_kvcache(*(x.double() for x in given), *ranges, backend="torch", **options)[:178]
+    plain = flash_attention_with_kvcache(*given, *ranges, backend="torch", **options)[:178]
+    result = flash_attention_with_kvcache(*given, *ranges, backend="triton", **options)[:178]
+    assert_accurate(result, plain, exact)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_cuda_graph_over_a_cache_serves_all_lengths(mask: dict[str, Any]) -> None:
+    given, ranges, options = in_a_cache(Operands(torch.bfloat16), 128)
+    options |= mask
+    call = partial(flash_attention_with_kvcache, *given, *ranges, backend="triton", **options)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    # A shorter range in each row, all of which lies in the one that is filled.
+    ranges[0] -= torch.tensor([1, 60, 0, 10], dtype=torch.int32, device="cuda")
+    options["cache_leftpad"] += torch.tensor([300, 3, 1, 0], dtype=torch.int32, device="cuda")
+    result.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(result[:178], call()[:178])
+
+
+def in_a_cache(make: Operands, width: int) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
+    """Of rows with many queries and few, queries and caches, the ranges of these and the lengths of those, options."""
+    lengths, firsts, ends = (100, 5, 1, 72), (0, 31, 500, 0), (431, 512, 505, 72)
+    q = packed(make, lengths, HEADS, width)
+    keys = [end - first for first, end in zip(firsts, ends, strict=True)]
+    caches = [cached(packed(make, keys, 4, width), firsts, ends, 512) for _ in range(2)]
+    first, end = (torch.tensor(numbers, dtype=torch.int32, device="cuda") for numbers in (firsts, ends))
+    return [q, *caches], [end, cumulative(lengths), 100], {"cache_leftpad": first, "softmax_scale": width**-0.5}
 
 
 @KERNELS

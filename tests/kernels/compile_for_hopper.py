@@ -26,6 +26,7 @@ from flashsvd.kernels import (
     flashsvdropeattn,
     gated_linear,
 )
+from flashsvd.kernels.flashsvdropeattn import largest_rank
 from flashsvd.kernels.launch import precision
 from flashsvd.kernels.triton_import import TensorDescriptor
 
@@ -78,19 +79,34 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
     ffn, options = [lift, bias, down], ["gelu", 1]
     gated = [lift, lift, down, bias, bias]
     sequences = torch.zeros(2, dtype=torch.int32)
-    heads, rest = [zeros(1, 1, rank)] * 3, [None, None, 1000, 1000, 1.0, -1]
     return ffn_v1(dtype, rank) | {
         "geglu": shared_memory(flashsvdgeglu, "_geglu", p, q, *gated, *options),
         "geglu of one factor": shared_memory(flashsvdgeglu, "_geglu", p, None, *gated, *options),
         "v2": shared_memory(flashsvdffnv2, "_ffn_v2", x, narrow, *ffn, wide, bias, "gelu"),
-        "attention": shared_memory(flash_attn_triton, "_attention", *heads, None, sequences, None, *rest),
-        "attention with a bias": shared_memory(
-            flash_attn_triton, "_attention", *heads, zeros(1, 257), sequences, None, *rest
-        ),
-        "attention to other keys": shared_memory(
-            flash_attn_triton, "_attention", *heads, None, sequences, sequences.clone(), *rest
-        ),
+        **attention(zeros, rank, sequences),
         "rotary attention": rotary(zeros, rank, 128, sequences),
+        "rotary attention, causal": rotary(zeros, rank, 128, sequences, causal=True),
+        "rotary attention of wide heads": rotary(zeros, rank, 256, sequences),
+    }
+
+
+def attention(zeros: Callable[..., Tensor], rank: int, sequences: Tensor) -> dict[str, int]:
+    q, cache, ends = zeros(1, 1, rank), zeros(1, 1, 1000, rank), torch.zeros(1, dtype=torch.int32)
+
+    def of(
+        kv: Tensor, *lengths: Tensor | None, bias: Tensor | None = None, causal: bool = False, queries: int = 1000
+    ) -> int:
+        operands = (q, kv, kv, bias, sequences, *lengths, None, None)
+        return shared_memory(flash_attn_triton, "_attention", *operands, queries, 1000, 1.0, -1, causal)
+
+    alike, other, cached = (None, None, None), (sequences.clone(), None, None), (None, ends, ends.clone())
+    return {
+        "attention": of(q, *alike),
+        "attention with a bias": of(q, *alike, bias=zeros(1, 257)),
+        "attention to other keys": of(q, *other),
+        "causal attention": of(q, *alike, causal=True),
+        "causal attention to a cache": of(cache, *cached, causal=True),
+        "causal attention of few queries to a cache": of(cache, None, ends, None, causal=True, queries=5),
     }
 
 
@@ -133,12 +149,12 @@ def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
 KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts}
 
 
-def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor) -> int:
+def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor, causal: bool = False) -> int:
     """At the widest rank of values, queries and keys stay at the widest that the kernel takes of them."""
-    lifted = min(rank, flashsvdropeattn.LARGEST_LIFTED_RANK)
+    lifted = min(rank, largest_rank(head_dim, zeros(0).dtype))
     p, v, table = zeros(1, 1, lifted), zeros(1, lifted, head_dim), torch.zeros(1000, head_dim // 2)
-    operands = [p, v, p, v, zeros(1, 1, rank), table, table, sequences, None, None, None, None]
-    return shared_memory(flashsvdropeattn, "_rope_attention", *operands, 1000, 1.0, -1)
+    operands = [p, v, p, v, zeros(1, 1, rank), table, table, None, None, sequences, None, None]
+    return shared_memory(flashsvdropeattn, "_rope_attention", *operands, 1000, 1.0, -1, causal)
 
 
 if __name__ == "__main__":

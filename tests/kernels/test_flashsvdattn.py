@@ -37,15 +37,18 @@ def factors(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, bi
 @pytest.mark.parametrize("joint", [False, True], ids=["per head", "joint"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_rank_space_attention_is_attention_on_lifted_heads(lengths: tuple[int, ...], bias: bool, joint: bool) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_rank_space_attention_is_attention_on_lifted_heads(
+    causal: bool, lengths: tuple[int, ...], bias: bool, joint: bool
+) -> None:
     make = Operands(torch.float64)
     q, k, v = (factors(make, lengths, rank, joint, bias) for rank in (5, 4, 6))
-    expected = attend(lift(*q), lift(*k), lift(*v), lengths, SCALE)
+    expected = attend(lift(*q), lift(*k), lift(*v), lengths, SCALE, causal=causal)
     (p_q, v_q, b_q), (p_k, v_k, _), (p_v, v_v, b_v) = q, k, v
     matrix, offset = fold_query(v_q, b_q, v_k)
     assert matrix.shape == (HEADS, 5, 4)
     attended = flashsvd_attention_reference(
-        lift(p_q, matrix, offset), p_k, p_v, *sequences(lengths), softmax_scale=SCALE
+        lift(p_q, matrix, offset), p_k, p_v, *sequences(lengths), softmax_scale=SCALE, causal=causal
     )
     torch.testing.assert_close(lift(attended, v_v, b_v), expected)
 

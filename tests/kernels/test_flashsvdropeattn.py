@@ -81,7 +81,7 @@ def test_any_three_ranks(ranks: tuple[int, int, int], shared: bool, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
 def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     Case(head_dim=head_dim).assert_accurate(dtype)
 
@@ -107,6 +107,48 @@ def test_a_window_with_and_without_holes(window: int, holes: bool, dtype: torch.
     Case(lengths).assert_accurate(
         dtype, window_size=both_sides(window), positions=with_holes(lengths) if holes else None
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True], ids=["per head", "joint"])
+@pytest.mark.parametrize("lengths", [(1,), (3, 0, 1), (63,), (64,), (65, 3), (100, 1)])
+def test_a_causal_mask(lengths: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
+    Case(lengths, heads=4, shared=shared).assert_accurate(dtype, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(8, 24, 40), (160, 40, 8), (24, 160, 40), (128, 128, 128)])
+@pytest.mark.parametrize("head_dim", [16, 128, 256])
+def test_a_causal_mask_at_any_ranks_of_any_heads(
+    head_dim: int, ranks: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    if dtype == torch.float32 and head_dim == 256:
+        ranks = (min(ranks[0], 96), min(ranks[1], 96), ranks[2])
+    Case((20, 33), head_dim=head_dim, ranks=ranks).assert_accurate(dtype, causal=True)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("window_size", [(-1, -1), (0, 0), (7, 7), (40, 0)])
+def test_a_causal_mask_with_a_window_and_holes(window_size: tuple[int, int], holes: bool) -> None:
+    lengths = (65, 1, 0, 20)
+    Case(lengths, heads=4, kv_heads=2).assert_accurate(
+        causal=True, window_size=window_size, positions=with_holes(lengths) if holes else None
+    )
+
+
+@pytest.mark.parametrize("tiles", [Tiles(16, 16), Tiles(16, 64), Tiles(64, 16)])
+def test_a_causal_mask_by_tiles_of_other_sizes(tiles: Tiles) -> None:
+    Case((65, 3)).assert_accurate(tuning={"tiles": tiles}, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_later_keys_are_never_read(causal: bool) -> None:
+    (*given, p_v, cos, sin), options = Case((64,)).operands()
+    p_v[40:] = torch.nan
+    options |= {"causal": causal, "backend": "triton", "tiles": Tiles(16, 16)}
+    found = flashsvd_rope_attention(*given, p_v, cos, sin, *sequences((64,)), **options)
+    assert found[:32].isfinite().all() == causal
+    assert found[48:64].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +178,8 @@ def test_operands_that_no_descriptor_can_describe() -> None:
     assert_attends_accurately(flashsvd_rope_attention, *given, *tables, lengths=case.lengths, **options)
 
 
-def test_the_reference_is_attention_on_heads_that_transformers_rotates() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_reference_is_attention_on_heads_that_transformers_rotates(causal: bool) -> None:
     case = Case(heads=4, kv_heads=2)
     operands, options = case.operands()
     p_q, v_q, p_k, v_k, p_v, cos, sin = (in_fp64(x[:-SURPLUS] if x.shape[0] == 58 else x) for x in operands)
@@ -146,10 +189,10 @@ def test_the_reference_is_attention_on_heads_that_transformers_rotates() -> None
     place = torch.cat([torch.arange(n, device=DEVICE) for n in case.lengths])
     wide = [torch.cat([table, table], 1)[place] for table in (cos, sin)]
     q, k = apply_rotary_pos_emb(q, k, *wide)
-    expected = attend(q, k, p_v, case.lengths, options["softmax_scale"], window=7)
+    expected = attend(q, k, p_v, case.lengths, options["softmax_scale"], window=7, causal=causal)
     result = flashsvd_rope_attention_reference(
         p_q, v_q, p_k, v_k, p_v, cos, sin, *sequences(case.lengths),
-        softmax_scale=options["softmax_scale"], b_q=b_q, b_k=b_k, window_size=(7, 7),
+        softmax_scale=options["softmax_scale"], b_q=b_q, b_k=b_k, window_size=(7, 7), causal=causal,
     )  # fmt: skip
     # transformers rotates in fp32 whatever it is given.
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
@@ -222,10 +265,10 @@ def test_in_a_compiled_graph(window: int | None) -> None:
     torch.testing.assert_close(out[:53], expected[:53], atol=1e-5, rtol=1e-5)
     # Tokens of no sequence are not written, so no two calls agree on them.
     within = [x[:53] if x.shape[0] == 58 else x for x in operands]
-    more = (options["b_q"], options["b_k"], with_holes(case.lengths)[:53], torch.empty_like(expected[:53]))
+    biases, rest = (options["b_q"], options["b_k"]), (with_holes(case.lengths)[:53], torch.empty_like(expected[:53]))
     torch.library.opcheck(
         torch.ops.flashsvd.rope_attention.default,
-        (*within, lengths[0], *more, 33, options["softmax_scale"], window_size[0]),
+        (*within, *biases, lengths[0], *rest, 33, options["softmax_scale"], window_size[0], False),
     )
 
 
@@ -258,8 +301,7 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes(wrong: str, shap
     [
         ({"softmax_scale": -1.0}, "softmax_scale is a positive number, not -1.0"),
         ({"window_size": (-2, -2)}, "window_size is a number of positions, or -1 for no window, not -2"),
-        ({"window_size": (3, 4)}, r"window_size is the same number of positions .* not \(3, 4\)"),
-        ({"causal": True}, "causal=True is not supported yet"),
+        ({"window_size": (3, 4)}, r"window_size is the same number .* not \(3, 4\)"),
         ({"cu_seqlens_k": torch.tensor([0, 20, 53])}, "pass the same cu_seqlens and max_seqlen for both"),
         ({"max_seqlen_k": 34}, "pass the same cu_seqlens and max_seqlen for both"),
         ({"cu_seqlens_q": torch.tensor([0, 53])}, "cu_seqlens_q is int32"),
@@ -289,8 +331,8 @@ def test_tiles_are_not_timed_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("case", "why"),
     [
-        (Case(head_dim=48), "heads of 32, 64 or 128, not 48; use backend torch"),
-        (Case(head_dim=16), "not 16; use backend torch"),
+        (Case(head_dim=48), "heads of 16, 32, 64, 128 or 256, not 48; use backend torch"),
+        (Case(head_dim=8), "not 8; use backend torch"),
         (Case(ranks=(264, 8, 8)), "rank 264 of queries or keys is above 256, .*; use backend torch"),
         (Case(ranks=(8, 264, 8)), "rank 264 of queries or keys"),
         (Case(head_dim=128, ranks=(8, 200, 8)), "rank 200 of queries or keys is above 192, .* heads of 128"),

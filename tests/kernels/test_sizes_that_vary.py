@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_accuracy import cumulative, packed, with_holes
-from flashsvd.kernels.flash_attn_triton import flash_attention
+from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_with_kvcache
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
@@ -52,6 +52,27 @@ def rank_space(backend: Backend) -> Operation:
         return flashsvd_attention(q, p_k, p_v, cu_seqlens, cu_seqlens, 9, 9, softmax_scale=0.2, backend=backend)
 
     return call, [tokens(4, 24), tokens(1, 24), tokens(1, 40), cumulative(LENGTHS)]
+
+
+def causal(backend: Backend) -> Operation:
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return flash_attention(
+            q, k, v, cu_seqlens, cu_seqlens, 9, 9,
+            softmax_scale=0.2, causal=True, window_size=(5, 0), backend=backend,
+        )  # fmt: skip
+
+    return call, [tokens(4, 24), tokens(2, 24), tokens(2, 40), cumulative(LENGTHS)]
+
+
+def from_a_cache(backend: Backend) -> Operation:
+    def call(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, firsts: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return flash_attention_with_kvcache(
+            q, k, v, ends, cu_seqlens, 9, cache_leftpad=firsts, softmax_scale=0.2, causal=True, backend=backend
+        )
+
+    ranges = [torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in ((17, 20), (3, 0))]
+    caches = [Operands()(2, 2, 24, width).contiguous() for width in (24, 40)]
+    return call, [tokens(4, 24), *caches, *ranges, cumulative(LENGTHS)]
 
 
 def rotary(backend: Backend) -> Operation:
@@ -102,7 +123,7 @@ def rotation(backend: Backend) -> Operation:
 
 
 OPERATIONS = pytest.mark.parametrize(
-    "operation", [dense, rank_space, rotary, ffn_v1, geglu, ffn_v2, layer_norm, rotation]
+    "operation", [dense, rank_space, causal, from_a_cache, rotary, ffn_v1, geglu, ffn_v2, layer_norm, rotation]
 )
 
 

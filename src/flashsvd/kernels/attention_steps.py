@@ -5,15 +5,20 @@ from __future__ import annotations
 from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.triton_import import tl, triton
 
-# Further from every position than any window reaches.
+# Further from every position than any window reaches, and behind all that a causal mask lets see.
 NOWHERE = tl.constexpr(-(2**30))
+BEHIND = tl.constexpr(2**30)
 
 
 @triton.jit
-def program_rows(cu_ptr, row_tiles, heads, group, ROWS: tl.constexpr):
+def program_rows(cu_ptr, row_tiles, heads, group, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
     # A program's first row in its sequence, its head, that of its keys, and where the sequence begins and its length.
     i_program = tl.program_id(0)
-    i_row = (i_program % row_tiles) * ROWS
+    i_tile = i_program % row_tiles
+    if CAUSAL:
+        # The later the rows, the more keys they see: the longest programs begin first, and the short ones fill up.
+        i_tile = row_tiles - 1 - i_tile
+    i_row = i_tile * ROWS
     i_head = (i_program // row_tiles) % heads
     i_sequence = i_program // row_tiles // heads
     i_kv = i_head // group
@@ -23,18 +28,41 @@ def program_rows(cu_ptr, row_tiles, heads, group, ROWS: tl.constexpr):
 
 
 @triton.jit
-def keys_in_reach(i_row, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr):
-    # The keys that ROWS queries from i_row on attend to: the first, the end of the whole tiles, the end. The rest, one
-    # tile at the most, takes a loop of its own, even where a window's mask is for every tile: in the last loop that
-    # reads Q the ptxas of CUDA 12.8 to 13.0 may lend Q's registers to the probabilities. Then a second step is wrong,
-    # or products wait for each other.
-    if WINDOWED:
-        # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
-        low = tl.maximum(i_row - window, 0)
-        end = tl.minimum(length, i_row + ROWS + window)
-        return low, low + (end - low) // COLUMNS * COLUMNS, end
+def other_keys(cu_ptr, ends_ptr, firsts_ptr, i_sequence, i_kv, kv_heads, capacity, CACHED: tl.constexpr):
+    # Where a sequence's keys begin, and how many there are: packed, or in a cache, of which each head of a sequence has
+    # so many rows.
+    if CACHED:
+        first = tl.load(firsts_ptr + i_sequence) if firsts_ptr is not None else 0
+        return (i_sequence * kv_heads + i_kv) * capacity + first, tl.load(ends_ptr + i_sequence) - first
     else:
-        return 0, length // COLUMNS * COLUMNS, length
+        start = tl.load(cu_ptr + i_sequence)
+        return start, tl.load(cu_ptr + i_sequence + 1) - start
+
+
+@triton.jit
+def keys_in_reach(
+    place, length, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    # The keys that ROWS queries attend to, the first of which is at this place among the keys: the first, the end of
+    # the tiles that lie before all the queries (without a causal mask, of the whole tiles), the end of the whole tiles,
+    # the end. The rest, one tile at the most, takes a loop of its own, even where a mask is for every tile: in the last
+    # loop that reads Q the ptxas of CUDA 12.8 to 13.0 may lend Q's registers to the probabilities. Then a second step
+    # is wrong, or products wait for each other.
+    # Where no query sees a key, the end may be negative; Triton divides towards zero, so that nothing is walked.
+    # With holes, tokens lie further apart than their indices: the window in indices still holds all of it.
+    if CAUSAL:
+        low = tl.maximum(place - window, 0) if WINDOWED else 0
+        end = tl.minimum(length, place + ROWS)
+        before = low + tl.maximum(place + 1 - low, 0) // COLUMNS * COLUMNS
+        return low, before, before + (end - before) // COLUMNS * COLUMNS, end
+    elif WINDOWED:
+        low = tl.maximum(place - window, 0)
+        end = tl.minimum(length, place + ROWS + window)
+        whole = low + (end - low) // COLUMNS * COLUMNS
+        return low, whole, whole, end
+    else:
+        whole = length // COLUMNS * COLUMNS
+        return 0, whole, whole, length
 
 
 @triton.jit
@@ -63,17 +91,24 @@ def no_keys(ROWS: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
 @triton.jit
 def attention_step(
     s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window,
-    V1: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    V1: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One step of the online softmax: scores s [ROWS, COLUMNS] against values v0 | v1 [COLUMNS, V0 | V1].
-    if WINDOWED:
+    if CAUSAL:
+        if MASKED:
+            key_place = tl.where(m_key, key_place, BEHIND)
+        seen = key_place[None, :] <= place[:, None]
+        if WINDOWED:
+            seen = seen & (place[:, None] - key_place[None, :] <= window)
+        s = tl.where(seen, s, float("-inf"))
+    elif WINDOWED:
         key_place = tl.where(m_key, key_place, NOWHERE)
         s = tl.where(tl.abs(place[:, None] - key_place[None, :]) <= window, s, float("-inf"))
     elif MASKED:
         s = tl.where(m_key[None, :], s, float("-inf"))
     new = tl.maximum(high, tl.max(s, 1) * qk_scale)
-    # In a window's tiles a row may have no key.
-    base = tl.where(new == float("-inf"), 0.0, new) if WINDOWED else new
+    # In tiles with such a mask a row may have no key.
+    base = tl.where(new == float("-inf"), 0.0, new) if WINDOWED or CAUSAL else new
     p = tl.exp2(s * qk_scale - base[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)

@@ -9,7 +9,10 @@ Q' [T, heads, r_k] is what `fold_query` makes of the query's factors; P_k [T, kv
 are the rank-space activations of keys and values; V_v and b_v are left to the output projection. In the joint layout
 the heads share one factor, `kv_heads` is 1, and each head's Q' has the whole rank.
 
-What runs is attention with keys and values of the ranks' widths, so the kernel is that of `flash_attn_triton`.
+Which keys a mask lets a query see changes nothing of this: a decoder's cache holds P_k and P_v.
+
+What runs is attention with keys and values of the ranks' widths, so the kernel is that of `flash_attn_triton`, and
+`flash_attention_with_kvcache` there takes a cache of P_k and P_v.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ def fold_query(v_q: Tensor, b_q: Tensor | None, v_k: Tensor) -> tuple[Tensor, Te
 def flashsvd_attention_reference(
     q: Tensor, p_k: Tensor, p_v: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    softmax_scale: float, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
-    bias: Tensor | None = None,
+    softmax_scale: float, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    positions: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flashsvd_attention` in plain torch."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options: dict[str, Any] = {"softmax_scale": softmax_scale, "window_size": window_size, "positions": positions}
-    return flash_attention_reference(q, p_k, p_v, *lengths, bias=bias, **options)
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
+    return flash_attention_reference(q, p_k, p_v, *lengths, positions=positions, bias=bias, **options)
 
 
 def flashsvd_attention(

@@ -30,7 +30,7 @@ from flashsvd.kernels.checks import check_fit, has_dims
 from flashsvd.kernels.flash_attn_triton import flash_attention_reference
 from flashsvd.kernels.launch import Backend, aligned
 from flashsvd.kernels.op import Op, operand_names
-from flashsvd.kernels.packed import as_matrix, check_packed, out_strides, refuse_mask, side_by_side, width_tiles
+from flashsvd.kernels.packed import as_matrix, check_packed, mask_options, out_strides, side_by_side, width_tiles
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles, tile
 from flashsvd.kernels.rotary import check_tables, rotate
 from flashsvd.kernels.tf32 import nearest
@@ -39,7 +39,7 @@ from flashsvd.kernels.triton_import import kernel, tl, triton
 
 __all__ = ["flashsvd_rope_attention", "flashsvd_rope_attention_reference"]
 
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128, 256)
 # Of queries and keys, whose lifts of a head lie on chip side by side, each at most so many bytes.
 LARGEST_LIFTED_RANK = 256
 LARGEST_LIFT = 96 * 1024
@@ -57,21 +57,22 @@ class RopeAttention(NamedTuple):
     p_v: Tensor
     cos: Tensor
     sin: Tensor
-    cu_seqlens: Tensor
     b_q: Tensor | None
     b_k: Tensor | None
+    cu_seqlens: Tensor
     positions: Tensor | None
     out: Tensor | None
     max_seqlen: int
     softmax_scale: float
     window: int
+    causal: bool
 
 
 def flashsvd_rope_attention_reference(
     p_q: Tensor, v_q: Tensor, p_k: Tensor, v_k: Tensor, p_v: Tensor, cos: Tensor, sin: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     softmax_scale: float, b_q: Tensor | None = None, b_k: Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flashsvd_rope_attention` in plain torch, with Q and K in memory."""
     steps = torch.arange(p_q.shape[0], device=p_q.device)
@@ -87,7 +88,7 @@ def flashsvd_rope_attention_reference(
     q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
     return flash_attention_reference(
         q, k, p_v.expand(-1, v_k.shape[0], -1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale=softmax_scale, window_size=window_size,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size,
         # Without a window, positions only turn.
         positions=None if window_size[0] < 0 else positions,
     )  # fmt: skip
@@ -155,7 +156,8 @@ def _keys_and_step(
     acc0, acc1, high, total, place, pos_ptr, start, end, j, column_k, column_v, qk_scale, window,
     COLUMNS: tl.constexpr, D: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BIAS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAUSAL: tl.constexpr, POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, m_key, key_place = key_tile(j, end, start, pos_ptr, COLUMNS, MASKED, POSITIONS)
     p0 = k0_desc.load([start + first, column_k])
@@ -172,8 +174,9 @@ def _keys_and_step(
     v0 = v0_desc.load([start + first, column_v])
     v1 = v1_desc.load([start + first, column_v + V0]) if V1 > 0 else v0
     return attention_step(
-        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window, V1, MASKED, WINDOWED, PRECISION
-    )
+        s, v0, v1, acc0, acc1, high, total, m_key, place, key_place, qk_scale, window,
+        V1, MASKED, WINDOWED, CAUSAL, PRECISION,
+    )  # fmt: skip
 
 
 @kernel("row_tiles")
@@ -184,9 +187,9 @@ def _rope_attention(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
     Q0: tl.constexpr, Q1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BIAS_Q: tl.constexpr, BIAS_K: tl.constexpr,
-    WINDOWED: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWED: tl.constexpr, CAUSAL: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_row, i_head, i_kv, start, length = program_rows(cu_ptr, row_tiles, heads, group, ROWS)
+    i_row, i_head, i_kv, start, length = program_rows(cu_ptr, row_tiles, heads, group, ROWS, CAUSAL)
     if i_row >= length:
         return
     o_row = i_row + tl.arange(0, ROWS)
@@ -206,18 +209,25 @@ def _rope_attention(
     q = nearest(_rotate(q, cos, sin, ROWS, D, p0.dtype), PRECISION)
     b = _bias(b_k_ptr, i_kv, D, BIAS_K)
     high, total, acc0, acc1 = no_keys(ROWS, V0, V1)
-    low, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED)
-    for j in range(low, whole, COLUMNS):
+    low, before, whole, end = keys_in_reach(i_row, length, window, ROWS, COLUMNS, WINDOWED, CAUSAL)
+    for j in range(low, before, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
             acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
-            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, POSITIONS, PRECISION,
+            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, False, POSITIONS, PRECISION,
         )  # fmt: skip
+    if CAUSAL:
+        for j in range(before, whole, COLUMNS):
+            acc0, acc1, high, total = _keys_and_step(
+                q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
+                acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
+                qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, False, WINDOWED, True, POSITIONS, PRECISION,
+            )  # fmt: skip
     for j in range(whole, end, COLUMNS):
         acc0, acc1, high, total = _keys_and_step(
             q, lift_k0, lift_k1, b, k0_desc, k1_desc, v0_desc, v1_desc, cos_desc, sin_desc, cos_ptr, sin_ptr,
             acc0, acc1, high, total, place, pos_ptr, start, end, j, i_kv * pitch_k, i_kv * pitch_v,
-            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, POSITIONS, PRECISION,
+            qk_scale, window, COLUMNS, D, K0, K1, V0, V1, BIAS_K, True, WINDOWED, CAUSAL, POSITIONS, PRECISION,
         )  # fmt: skip
     store_rows(out_ptr, acc0, acc1, total, o_row, m_row, i_head, start, rank_v, out_token, out_head, V0, V1, False)
 
@@ -251,7 +261,8 @@ def default_tiles(c: RopeAttention) -> Tiles:
 
 
 def _sizes(c: RopeAttention) -> Hashable:
-    return c.p_q.shape[0].bit_length(), c.max_seqlen.bit_length(), c.v_q.shape, c.v_k.shape, c.p_v.shape[2], c.window
+    kind = (c.window, c.causal)
+    return c.p_q.shape[0].bit_length(), c.max_seqlen.bit_length(), c.v_q.shape, c.v_k.shape, c.p_v.shape[2], kind
 
 
 def check_rope_attention(c: RopeAttention) -> None:
@@ -274,11 +285,16 @@ def _for_each_or_all(p: Tensor, heads: int) -> bool:
     return p.shape[1] == 1 or p.shape[1] == heads
 
 
+def largest_rank(head_dim: int, dtype: torch.dtype) -> int:
+    """The largest rank of queries and keys whose lift of such a head the kernel keeps on chip."""
+    return min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
+
+
 def check_on_chip(head_dim: int, rank: int, dtype: torch.dtype) -> None:
     """Raises ValueError where the kernel takes no such heads, or no such rank of queries or keys."""
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"the kernel takes heads of 32, 64 or 128, not {head_dim}; use backend torch")
-    largest = min(LARGEST_LIFTED_RANK, LARGEST_LIFT // (head_dim * dtype.itemsize))
+        raise ValueError(f"the kernel takes heads of 16, 32, 64, 128 or 256, not {head_dim}; use backend torch")
+    largest = largest_rank(head_dim, dtype)
     if rank > largest:
         raise ValueError(
             f"rank {rank} of queries or keys is above {largest}, the largest whose lift of heads of {head_dim} stays "
@@ -289,7 +305,7 @@ def check_on_chip(head_dim: int, rank: int, dtype: torch.dtype) -> None:
 def _reference(c: RopeAttention) -> Tensor:
     return flashsvd_rope_attention_reference(
         *c[:7], c.cu_seqlens, c.cu_seqlens, c.max_seqlen, c.max_seqlen, softmax_scale=c.softmax_scale,
-        b_q=c.b_q, b_k=c.b_k, window_size=(c.window, c.window), positions=c.positions,
+        b_q=c.b_q, b_k=c.b_k, causal=c.causal, window_size=(c.window, c.window), positions=c.positions,
     )  # fmt: skip
 
 
@@ -306,7 +322,7 @@ def _prepare(c: RopeAttention, exact: str) -> RopeAttention:
     p_q, p_k, p_v = (side_by_side(p) for p in (c.p_q, c.p_k, c.p_v))
     v_q, v_k, cos, sin = (aligned(x.contiguous()) for x in (c.v_q, c.v_k, c.cos, c.sin))
     b_q, b_k, positions = (None if x is None else x.contiguous() for x in (c.b_q, c.b_k, c.positions))
-    return RopeAttention(p_q, v_q, p_k, v_k, p_v, cos, sin, c.cu_seqlens.contiguous(), b_q, b_k, positions, *c[11:])
+    return RopeAttention(p_q, v_q, p_k, v_k, p_v, cos, sin, b_q, b_k, c.cu_seqlens.contiguous(), positions, *c[11:])
 
 
 def _plan(c: RopeAttention, exact: str, t: Tiles) -> Plan:
@@ -330,7 +346,7 @@ def _plan(c: RopeAttention, exact: str, t: Tiles) -> Plan:
     launch = Launch(
         _rope_attention, (tiles_of_rows * heads * sequences,), operand_names(RopeAttention), arguments, t,
         D=head_dim, Q0=q0, Q1=q1, K0=k0, K1=k1, V0=v0, V1=v1, BIAS_Q=c.b_q is not None, BIAS_K=c.b_k is not None,
-        WINDOWED=c.window >= 0, POSITIONS=c.positions is not None, PRECISION=exact,
+        WINDOWED=c.window >= 0, CAUSAL=c.causal, POSITIONS=c.positions is not None, PRECISION=exact,
     )  # fmt: skip
     return into_last(launch, _shape(c))
 
@@ -352,8 +368,8 @@ def flashsvd_rope_attention(
 
     Args:
         p_q: rank-space queries, [T, heads, r_q], or [T, 1, r_q] where the heads share them.
-        v_q: lift of the queries, [heads, r_q, D]; for the kernel D is 32, 64 or 128, and r_q and r_k at most 256 (in
-            fp32 with D = 128, 192).
+        v_q: lift of the queries, [heads, r_q, D]; for the kernel D is a power of two from 16 to 256, and r_q and r_k
+            are at most 256 (with D = 256, or in fp32 with D = 128, 192; in fp32 with D = 256, 96).
         p_k: rank-space keys, [T, kv_heads, r_k] or [T, 1, r_k]; `heads` is a multiple of `kv_heads`.
         v_k: lift of the keys, [kv_heads, r_k, D].
         p_v: rank-space values, [T, kv_heads, r_v] or [T, 1, r_v].
@@ -368,9 +384,8 @@ def flashsvd_rope_attention(
         softmax_scale: the model's own factor of the scores, 1 / sqrt(D) as a rule.
         b_q: bias of the queries, [heads, D].
         b_k: bias of the keys, [kv_heads, D].
-        causal: has to be False; a causal mask is not supported yet.
-        window_size: how many positions to the left and to the right a token attends to, two equal numbers; (-1, -1)
-            for no window.
+        causal: whether a token attends only to those up to its own place.
+        window_size: as `flash_attention` takes it.
         positions: the position of each token, int32 [T], ascending in each sequence, where they are not simply counted
             from 0 on.
         backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
@@ -385,10 +400,8 @@ def flashsvd_rope_attention(
             the kernel takes no such heads or ranks.
         BackendError: `backend="triton"` cannot run here.
     """
-    window, right = window_size
-    if causal or right != window:
-        refuse_mask(causal, window_size)
+    window, causal = mask_options(causal, window_size)
     if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q:
         raise ValueError("keys lie as the queries do here: pass the same cu_seqlens and max_seqlen for both")
-    operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, cu_seqlens_q, b_q, b_k, positions, out)
-    return _op(operands, (max_seqlen_q, softmax_scale, window), backend, tiles)
+    operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, b_q, b_k, cu_seqlens_q, positions, out)
+    return _op(operands, (max_seqlen_q, softmax_scale, window, causal), backend, tiles)

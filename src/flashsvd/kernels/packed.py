@@ -1,4 +1,4 @@
-"""Packed sequences and their heads: what attention refuses of them, and how they are laid out for its kernels."""
+"""Packed sequences and caches: what attention refuses of them, and how their heads are laid out for its kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ def both_sides(window: int | None) -> tuple[int, int]:
     return (-1, -1) if window is None else (window, window)
 
 
-def refuse_mask(causal: bool, window_size: tuple[int, int]) -> None:
-    """Raises ValueError for what no kernel does yet, a causal mask and a window of two different sides."""
-    if causal:
-        raise ValueError("causal=True is not supported yet; leave it out")
-    raise ValueError(f"window_size is the same number of positions to the left and to the right, not {window_size}")
+def mask_options(causal: bool, window_size: tuple[int, int]) -> tuple[int, bool]:
+    """How far a token attends, -1 for any distance, and whether only to what lies before it.
+
+    A window without a right side is a causal one; with a causal mask, the right side counts for nothing.
+
+    Raises:
+        ValueError: the window has two different sides.
+    """
+    left, right = window_size
+    if causal or left == right:
+        return left, causal
+    if right == 0:
+        return left, True
+    raise ValueError(
+        f"window_size is the same number to the left and to the right, or 0 to the right, not {window_size}"
+    )
 
 
 def check_packed(
@@ -51,10 +62,19 @@ def check_packed(
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             lengths = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
             raise ValueError(f"cu_seqlens_q and cu_seqlens_k are of equally many sequences, not {lengths}")
-        if window >= 0 or positions is not None:
-            raise ValueError("a window and positions need keys that lie as the queries do: pass cu_seqlens_q twice")
+        if positions is not None:
+            raise ValueError("positions need keys that lie as the queries do: pass cu_seqlens_q twice")
     if out is not None and (out.shape != shape or out.stride(-1) != 1):
         raise ValueError(f"out is {shape} with whole rows, not {tuple(out.shape)} with strides {out.stride()}")
+
+
+def check_cache(cache_seqlens: Tensor, cache_leftpad: Tensor | None, cu_seqlens_q: Tensor, sequences: int) -> None:
+    """Raises ValueError where these are not ranges of a cache of so many sequences, or the queries are of others."""
+    for name, x in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
+        if x is not None and (x.shape != (sequences,) or x.dtype != torch.int32):
+            raise ValueError(f"{name} is int32 {[sequences]}, not {x.dtype} {list(x.shape)}")
+    if cu_seqlens_q.shape[0] != sequences + 1:
+        raise ValueError(f"a cache of {sequences} sequences has no queries of {cu_seqlens_q.shape[0] - 1}")
 
 
 def check_positions(positions: Tensor | None, tokens: int) -> None:
@@ -87,7 +107,14 @@ def side_by_side(x: Tensor) -> Tensor:
     return matrix.as_strided((tokens, heads, width), (matrix.stride(0), width + missing, 1))
 
 
+def aligned_rows(x: Tensor) -> Tensor:
+    """A cache [B, H, L, D], copied where its rows do not lie equally far apart or not as a descriptor wants them."""
+    return aligned(x.flatten(0, 2)).view(x.shape)
+
+
 def as_matrix(x: Tensor) -> Tensor:
-    """What `side_by_side` made of heads, as a matrix of tokens and columns."""
+    """What `side_by_side` made of heads, as a matrix of tokens and columns; a cache as one of its rows."""
+    if x.ndim == 4:
+        return x.flatten(0, 2)
     tokens, heads, width = x.shape
     return x.as_strided((tokens, (heads - 1) * x.stride(1) + width), (x.stride(0), 1))
