@@ -17,6 +17,8 @@ OPERATORS = (
     "flashsvdffnv1",
     "flashsvdffnv2",
     "flashsvdgeglu",
+    "flashsvddecode",
+    "decode_attention",
     "fused_ln",
     "rotary",
 )

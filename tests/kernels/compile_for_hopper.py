@@ -19,7 +19,9 @@ from triton.compiler import ASTSource
 
 from flashsvd.kernels import (
     activated_linear,
+    decode_attention,
     flash_attn_triton,
+    flashsvddecode,
     flashsvdffnv1,
     flashsvdffnv2,
     flashsvdgeglu,
@@ -30,7 +32,7 @@ from flashsvd.kernels.flashsvdropeattn import largest_rank
 from flashsvd.kernels.launch import precision
 from flashsvd.kernels.triton_import import TensorDescriptor
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int8: "i8"}
 
 
 class Compiler:
@@ -43,11 +45,13 @@ class Compiler:
     def __getitem__(self, grid: object) -> Compiler:
         return self
 
-    def __call__(self, *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+    def __call__(
+        self, *arguments: Any, num_warps: int, num_stages: int = 1, launch_pdl: bool = False, **constants: Any
+    ) -> None:
         named = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
         signature = {name: "constexpr" if name in constants else kind(value) for name, value in named.items()}
         fixed = {name: named[name] for name, type_name in signature.items() if type_name == "constexpr"}
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
         source = ASTSource(self.kernel, signature, fixed)
         self.shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
@@ -65,7 +69,8 @@ def kind(argument: Any) -> str:
 
 def shared_memory(module: Any, kernel: str, *call: Any) -> int:
     op, compiler = module._op, Compiler(getattr(module, kernel))
-    with patch.object(module, kernel, compiler), patch.object(module, "generation", return_value="hopper"):
+    hopper = patch.object(module, "generation", return_value="hopper", create=True)
+    with patch.object(module, kernel, compiler), hopper:
         op.launch(op.call(*call), precision(call[0]))
     return compiler.shared
 
@@ -145,8 +150,48 @@ def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
     return of(1) | of(1000) | of(5000)
 
 
+def decode(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """The products of a decoding step and its attention, of heads of at most 256, as a Hopper starts them early."""
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    m, scale = zeros(width, width), zeros(2 * width, dtype=torch.float32)
+    norm, integers = zeros(width), zeros(width, width, dtype=torch.int8)
+
+    def linear(*call: Any) -> int:
+        with patch.object(flashsvddecode, "early_start", return_value=EARLY):
+            return shared_memory(flashsvddecode, "_decode_linear", *call)
+
+    def of(n: int) -> dict[str, int]:
+        x = zeros(n, width)
+        normed = [x, norm, norm, m, m, m, None, None, None, None, "layer", 1e-5, "none", False]
+        pair = [zeros(n, 2 * width), None, None, integers, integers, None]
+        gated = [*pair, scale, None, None, None, "none", 0.0, "silu", True]
+        return {
+            f"{n} rows, normed": linear(*normed),
+            f"{n} rows, gated int8": linear(*gated),
+            f"{n} rows, attention": decoded(n, zeros, min(width, decode_attention.LARGEST_HEAD)),
+        }
+
+    return of(1) | of(4) | of(16)
+
+
+def decoded(n: int, zeros: Callable[..., Tensor], width: int) -> int:
+    q, k, cache = zeros(n, 2, width), zeros(n, 1, width), zeros(n, 1, 512, width)
+    table, place = zeros(n, width // 2), torch.zeros(1, dtype=torch.int32)
+    weight, rest = zeros(width), [place, None, None, 1.0, 1e-5, -1, 2]
+    operands = [q, weight, k, weight, k, table, table, cache, cache.clone(), *rest]
+    with (
+        patch.object(decode_attention, "early_start", return_value=EARLY),
+        patch.object(decode_attention, "_join_splits", Compiler(decode_attention._join_splits)),
+    ):
+        return shared_memory(decode_attention, "_decode_attention", *operands)
+
+
+EARLY = {"PDL": True, "launch_pdl": True}
 # What `KIND:RANK` compiles, for a rank that only some kernels have a row for.
-KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts}
+KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode}
 
 
 def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor, causal: bool = False) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 SHARED_MEMORY_OF_HOPPER = 227 * 1024
 WIDEST_OF_V1 = (96, 192, 288, 320, 384)
 WIDEST_OF_GEGLU = (192, 320)
+WIDTHS_OF_DECODING = (4096,)
 
 
 def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> None:
@@ -26,9 +27,10 @@ def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> No
         *(f"v1:{rank}" for rank in WIDEST_OF_V1),
         *(f"geglu:{rank}" for rank in WIDEST_OF_GEGLU),
         "lifts:128",
+        *(f"decode:{width}" for width in WIDTHS_OF_DECODING),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     taken = {(kernel, rank): size for rank, sizes in json.loads(printed).items() for kernel, size in sizes.items()}
-    assert len(taken) == 4 * 16 + len(WIDEST_OF_V1) * 4 + len(WIDEST_OF_GEGLU) * 3 + 6
+    assert len(taken) == 4 * 16 + len(WIDEST_OF_V1) * 4 + len(WIDEST_OF_GEGLU) * 3 + 6 + len(WIDTHS_OF_DECODING) * 9
     assert {case: size for case, size in taken.items() if not 0 < size <= SHARED_MEMORY_OF_HOPPER} == {}

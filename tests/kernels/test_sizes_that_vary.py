@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from attention_accuracy import cumulative, packed, with_holes
+from flashsvd.kernels.decode_attention import decode_attention
 from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_with_kvcache
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
+from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
@@ -122,8 +124,43 @@ def rotation(backend: Backend) -> Operation:
     return call, [tokens(4, 32), *tables(), torch.arange(TOKENS, device=DEVICE).int()]
 
 
+def decoding(backend: Backend) -> Operation:
+    def call(x: Tensor, q_v: Tensor, k_v: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return decode_linear(x, [q_v, k_v], bias, residual=residual, activation="silu", backend=backend)
+
+    make = Operands()
+    return call, [make(3, 40), make.weight(20, 24), make.weight(9, 16), make(29), make(3, 29)]
+
+
+def decoding_attention(backend: Backend) -> Operation:
+    def call(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> Tensor:
+        position, first, cos, sin = others
+        caches = k_cache.clone(), v_cache.clone()
+        options = {"softmax_scale": 0.2, "first": first, "cos": cos, "sin": sin, "splits": 2}
+        return decode_attention(q, k, v, *caches, position, **options, backend=backend)
+
+    make = Operands()
+    new, caches = [make(3, 4, 32), make(3, 2, 32), make(3, 2, 20)], [make(3, 2, 40, 32), make(3, 2, 40, 20)]
+    places = [torch.tensor([33], device=DEVICE), torch.tensor([0, 4, 20], device=DEVICE)]
+    return call, [*new, *caches, *places, make(3, 16), make(3, 16)]
+
+
 OPERATIONS = pytest.mark.parametrize(
-    "operation", [dense, rank_space, causal, from_a_cache, rotary, ffn_v1, geglu, ffn_v2, layer_norm, rotation]
+    "operation",
+    [
+        dense,
+        rank_space,
+        causal,
+        from_a_cache,
+        rotary,
+        ffn_v1,
+        geglu,
+        ffn_v2,
+        layer_norm,
+        rotation,
+        decoding,
+        decoding_attention,
+    ],  # fmt: skip
 )
 
 

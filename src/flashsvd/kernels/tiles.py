@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 
@@ -26,11 +26,20 @@ class Tiles:
     warps: int = 4
     stages: int = 2
 
+    fewest: ClassVar[dict[str, int]] = {"rows": 16, "columns": 16}
+
     def __post_init__(self) -> None:
-        for name in ("rows", "columns"):
+        for name, fewest in self.fewest.items():
             size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"a tile's {name} are a power of two from 16 on, not {size}")
+            if size < fewest or size & (size - 1):
+                raise ValueError(f"a tile's {name} are a power of two from {fewest} on, not {size}")
+
+
+@dataclass(frozen=True)
+class ThinTiles(Tiles):
+    """Tiles that no tensor core takes, of few rows."""
+
+    fewest: ClassVar[dict[str, int]] = {"rows": 1, "columns": 16}
 
 
 TilesOption = Tiles | Literal["autotune"] | None

@@ -1,0 +1,463 @@
+"""The products of one decoding step, of 1 to 16 rows: bound by the bytes of the matrices, each of which is read once.
+
+    Y = f((norm(X) M^T) * s + b) + R
+
+    X [n, K], M [N, K] as `nn.Linear` stores it, s [N], b [N], R [n, N], Y [n, N]
+
+Up to three matrices are multiplied in one launch, whose results lie side by side. Either all of them read the same X
+(first factors of Q, K and V), or each reads its own columns of it (second factors, whose X is P_q | P_k | P_v); their
+ranks and widths may differ. Two of them may be gate and lift of a gated network, Y = f(X_g M_g^T) * (X_u M_u^T).
+
+- The norm, RMSNorm or LayerNorm, is applied as X is read; every program takes its statistics by itself.
+- M may be int8 with a scale s for each row; the activations stay as they are.
+- With `splits` the columns are shared among several programs, whose sums Y [splits, n, N] are fp32. They take the place
+  of X in the next product, which adds them in their order as it reads them; s, b and R are in them.
+
+A program owns a few rows of M and walks their columns. It asks for the first tile of M before it waits for the kernel
+before it (`programmatic`), and for each other one a step ahead. Up to four rows of X are multiplied and added in fp32
+without tensor cores, more of them with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsvd.kernels.activations import activation as activation_function
+from flashsvd.kernels.activations import apply, kernel_name, settle
+from flashsvd.kernels.checks import check_fit, has_dims
+from flashsvd.kernels.decode_steps import scaled_and_shifted, statistics, walk, weight_tile
+from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh
+from flashsvd.kernels.op import Op, operand_names
+from flashsvd.kernels.partial_sums import check_splits
+from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
+from flashsvd.kernels.programmatic import await_inputs, early_start
+from flashsvd.kernels.tiles import Table, ThinTiles, Tiles, TilesOption
+from flashsvd.kernels.triton_import import kernel, tl
+
+__all__ = ["decode_gated", "decode_linear", "decode_linear_reference", "decode_partials"]
+
+Norm = Literal["none", "rms", "layer"]
+
+MOST_ROWS = 16
+# Up to here rows are multiplied one by one, from there on by tensor cores.
+FEW_ROWS = 4
+MOST_MATRICES = 3
+
+
+class DecodeLinear(NamedTuple):
+    """Operands and options of a call; `out` [splits, n, N] takes partial sums."""
+
+    x: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    m0: Tensor
+    m1: Tensor | None
+    m2: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    out: Tensor | None
+    norm: str
+    eps: float
+    activation: str
+    gated: bool
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        return [m for m in (self.m0, self.m1, self.m2) if m is not None]
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return len(self.m0) if self.gated else sum(map(len, self.matrices))
+
+    @property
+    def starts(self) -> list[int] | None:
+        """The first column of X that each matrix reads; None where the columns of X are no matrices'."""
+        columns, given = self.x.shape[-1], [m.shape[1] for m in self.matrices]
+        if all(k == columns for k in given):
+            return [0] * len(given)
+        return [sum(given[:i]) for i in range(len(given))] if sum(given) == columns else None
+
+    @property
+    def parts(self) -> int:
+        """Of how many sums X is made."""
+        return self.x.shape[0] if self.x.ndim == 3 else 1
+
+    @property
+    def splits(self) -> int | None:
+        """Into how many sums the result is divided; None for whole ones."""
+        return self.out.shape[0] if self.out is not None and self.out.ndim == 3 else None
+
+    @property
+    def like(self) -> Tensor:
+        """An operand of the dtype of numbers that are neither sums nor integers."""
+        given = (self.m0, self.bias, self.residual, self.norm_weight, None if self.splits else self.out, self.x)
+        return next(x for x in given if x is not None and x.is_floating_point())
+
+
+def decode_linear_reference(
+    x: Tensor, matrices: Sequence[Tensor], scale: Tensor | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None, norm: Norm = "none", norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, eps: float = 0.0, activation: str = "none", gated: bool = False,
+) -> Tensor:  # fmt: skip
+    """`decode_linear`, or where `gated` is true `decode_gated`, in plain torch."""
+    weights = (norm_weight, norm_bias, *_three(matrices))
+    c = DecodeLinear(x, *weights, scale, bias, residual, None, norm, eps, activation, gated)
+    return _reference(c)
+
+
+def _reference(c: DecodeLinear) -> Tensor:
+    x = c.x if c.x.ndim == 2 else c.x.sum(0).to(c.like.dtype)
+    if c.norm == "rms":
+        x = F.rms_norm(x, x.shape[-1:], c.norm_weight, c.eps)
+    elif c.norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], c.norm_weight, c.norm_bias, c.eps)
+    starts = c.starts or [0]
+    y = torch.cat([
+        F.linear(x[:, start : start + m.shape[1]], m.to(x.dtype))
+        for start, m in zip(starts, c.matrices, strict=True)
+    ], 1)  # fmt: skip
+    y = y if c.scale is None else (y * c.scale).to(x.dtype)
+    y = y if c.bias is None else y + c.bias
+    first, gate = y.chunk(2, 1) if c.gated else (y, None)
+    if c.activation != "none":
+        first = activation_function(c.activation)(first)
+    y = first if gate is None else first * gate
+    y = y if c.residual is None else y + c.residual
+    if c.splits is None:
+        return y
+    # How a sum is divided is left open.
+    return torch.cat([y[None].float(), y.new_zeros(c.splits - 1, *y.shape, dtype=torch.float32)])
+
+
+@kernel("n")
+def _decode_linear(
+    x_ptr, weight_ptr, shift_ptr, m0_ptr, m1_ptr, m2_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr,
+    n, eps, x_row, x_part, residual_row, out_row, out_part,
+    rows0, rows1, rows2, width0, width1, width2, pitch0, pitch1, pitch2, start1, start2,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+    SPLITS: tl.constexpr, MATRICES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
+    LATE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.program_id(0)
+    m_ptr = m0_ptr
+    rows = rows0
+    width = width0
+    pitch = pitch0
+    start = 0
+    i_out = 0
+    if MATRICES > 1 and not GATED:
+        tiles = tl.cdiv(rows0, ROWS)
+        if i_tile >= tiles:
+            i_tile -= tiles
+            m_ptr = m1_ptr
+            rows = rows1
+            width = width1
+            pitch = pitch1
+            start = start1
+            i_out = rows0
+        if MATRICES > 2:
+            tiles_of_both = tiles + tl.cdiv(rows1, ROWS)
+            if tl.program_id(0) >= tiles_of_both:
+                i_tile = tl.program_id(0) - tiles_of_both
+                m_ptr = m2_ptr
+                rows = rows2
+                width = width2
+                pitch = pitch2
+                start = start2
+                i_out = rows0 + rows1
+    i_row = i_tile * ROWS
+    m_ptr += i_row.to(tl.int64) * pitch
+    rows_left = rows - i_row
+    o_row = tl.arange(0, ROWS)
+    share = tl.cdiv(tl.cdiv(width, SPLITS), COLUMNS) * COLUMNS
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, width)
+    w = weight_tile(m_ptr, o_row, first + tl.arange(0, COLUMNS), rows_left, pitch, last)
+    if GATED:
+        m1_ptr += i_row.to(tl.int64) * pitch1
+        w1 = weight_tile(m1_ptr, o_row, tl.arange(0, COLUMNS), rows_left, pitch1, width1)
+    await_inputs(PDL)
+    mean = tl.zeros([N], tl.float32)
+    factor = tl.full([N], 1.0, tl.float32)
+    if NORM != "none" and not LATE:
+        mean, factor = statistics(x_ptr, n, x_row, x_part, width, eps, N, COLUMNS, PARTS, NORM)
+    y = walk(
+        w, x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, width,
+        x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, PRECISION, DTYPE,
+    )  # fmt: skip
+    o_column = i_out + i_row + o_row
+    m_column = o_row < rows_left
+    # Where a sum has several parts, the first has the bias and the residual.
+    m_first = o_row < tl.where(tl.program_id(1) == 0, rows_left, 0)
+    y = scaled_and_shifted(y, scale_ptr, bias_ptr, o_column, m_column, m_first, SCALE, BIAS)
+    if ACTIVATION != "none":
+        y = settle(apply(y, ACTIVATION, FAST), ACTIVATION, FAST)
+    if GATED:
+        lift = walk(
+            w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
+            width1, x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, PRECISION, DTYPE,
+        )  # fmt: skip
+        y *= scaled_and_shifted(lift, scale_ptr, bias_ptr, rows0 + o_column, m_column, m_first, SCALE, BIAS)
+    o_n = tl.arange(0, N)
+    m_n = (o_n < n)[:, None]
+    if RESIDUAL:
+        place = residual_ptr + o_n[:, None] * residual_row + o_column[None, :]
+        y += tl.load(place, mask=m_n & m_first[None, :], other=0.0).to(tl.float32)
+    place = out_ptr + tl.program_id(1) * out_part + o_n[:, None] * out_row + o_column[None, :]
+    tl.store(place, y.to(out_ptr.dtype.element_ty), mask=m_n & m_column[None, :])
+
+
+CANDIDATES = (
+    ThinTiles(2, 4096, warps=4), ThinTiles(2, 2048, warps=4), ThinTiles(4, 2048, warps=4), ThinTiles(4, 1024, warps=4),
+    ThinTiles(4, 4096, warps=8), ThinTiles(8, 1024, warps=4), ThinTiles(8, 512, warps=4),
+    ThinTiles(16, 256, warps=2), ThinTiles(16, 512, warps=4), ThinTiles(16, 128, warps=1), ThinTiles(32, 128, warps=4),
+)  # fmt: skip
+# Columns of a tile for tensor cores, which read it from shared memory.
+WIDEST_PRODUCT = 512
+# Numbers of M that a program holds at once for one row of X.
+TILE = 8192
+
+
+def default_tiles(c: DecodeLinear) -> Tiles:
+    """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits."""
+    n, widest = c.x.shape[-2], max(m.shape[1] for m in c.matrices)
+    if n > FEW_ROWS:
+        return ThinTiles(16, min(256, _power_above(widest)), warps=2, stages=1)
+    rows = 2 if c.width <= 2048 else 4 if c.width <= 8192 or c.gated or n > 1 else 8
+    most = max(128, TILE // (rows * _held_rows(n)))
+    # Of the tiles that fit, the one whose walk goes the least beyond the last column.
+    steps = [most, most // 2, most // 4]
+    columns = min((step for step in steps if step >= 128), key=lambda step: -(-widest // step) * step)
+    return ThinTiles(rows, min(columns, _power_above(widest)), warps=4, stages=1)
+
+
+def _power_above(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _held_rows(n: int) -> int:
+    """The rows of X that a program computes, some of which may be of nobody."""
+    return MOST_ROWS if n > FEW_ROWS else 1 << (n - 1).bit_length()
+
+
+def _sizes(c: DecodeLinear) -> Hashable:
+    shapes = tuple((m.shape, m.dtype) for m in c.matrices)
+    return _held_rows(c.x.shape[-2]), shapes, c.norm, c.activation, c.gated, c.parts, c.splits
+
+
+def check_decode_linear(c: DecodeLinear) -> None:
+    """Raises ValueError where the operands do not fit together."""
+    n, width = c.x.shape[-2] if c.x.ndim > 1 else 0, c.width
+    both = 2 * width if c.gated else width
+    fits = c.x.ndim in (2, 3) and has_dims(2, *c.matrices) and c.starts is not None
+    fits = fits and all(x is None or x.shape == (both,) for x in (c.scale, c.bias))
+    fits = fits and (c.residual is None or c.residual.shape == (n, width))
+    fits = fits and all(x is None or x.shape == c.x.shape[-1:] for x in (c.norm_weight, c.norm_bias))
+    fits = fits and (c.out is None or (c.out.ndim in (2, 3) and c.out.shape[-2:] == (n, width)))
+    fits = fits and not (c.gated and (len(c.matrices) != 2 or len(c.matrices[0]) != len(c.matrices[1])))
+    named = {f"M_{i}": m for i, m in enumerate(c.matrices)}
+    exact = {name: m for name, m in named.items() if m.is_floating_point()}
+    others = {"bias": c.bias, "residual": c.residual, "norm_weight": c.norm_weight, "norm_bias": c.norm_bias}
+    if not fits:
+        check_fit(False, x=c.x, **named, scale=c.scale, **others, out=c.out)
+    plain = {"x": c.x if c.x.ndim == 2 else None, "out": None if c.splits else c.out}
+    check_fit(True, **plain, **exact, **others)
+    _check_kinds(c, n)
+
+
+def _check_kinds(c: DecodeLinear, n: int) -> None:
+    if n > MOST_ROWS:
+        raise ValueError(f"a decoding step has at most {MOST_ROWS} rows, not {n}")
+    if len({m.dtype for m in c.matrices}) > 1 or not (c.m0.is_floating_point() or c.m0.dtype == torch.int8):
+        raise ValueError(f"matrices are all int8 or all of one floating dtype, not {[m.dtype for m in c.matrices]}")
+    if c.m0.dtype == torch.int8 and c.scale is None:
+        raise ValueError("int8 matrices need the scale of each row")
+    if c.norm not in ("none", "rms", "layer"):
+        raise ValueError(f"norm is none, rms or layer, not {c.norm!r}")
+    if (c.norm == "none") != (c.norm_weight is None) or (c.norm_bias is not None and c.norm != "layer"):
+        raise ValueError(f"norm {c.norm!r} does not go with the norm's weight and bias that are given")
+    if c.norm != "none" and c.starts != [0] * len(c.matrices):
+        raise ValueError("a normed input is read whole by every matrix, not by columns of its own")
+    if c.splits is not None and (c.activation != "none" or c.gated):
+        raise ValueError("an activation is of whole sums, not of partial ones")
+    if c.activation != "none":
+        activation_function(c.activation)
+    # A copy would be made by a kernel that this one does not wait for before it reads its weights.
+    for name, x in (*((f"M_{i}", m) for i, m in enumerate(c.matrices)), ("out", c.out)):
+        if x is not None and x.stride(-1) != 1:
+            raise ValueError(f"rows of {name} are not contiguous: strides {x.stride()}")
+
+
+def _prepare(c: DecodeLinear, exact: str) -> DecodeLinear:
+    x, residual = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (c.x, c.residual))
+    scale, bias, weight, shift = (
+        x if x is None else x.contiguous() for x in (c.scale, c.bias, c.norm_weight, c.norm_bias)
+    )
+    assert x is not None
+    return c._replace(x=x, residual=residual, scale=scale, bias=bias, norm_weight=weight, norm_bias=shift)
+
+
+def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
+    n, matrices, width = c.x.shape[-2], c.matrices, c.width
+    if n > FEW_ROWS:
+        t = Tiles(max(t.rows, 16), min(t.columns, WIDEST_PRODUCT), t.warps, t.stages)
+    absent = [0] * (MOST_MATRICES - len(matrices))
+    starts = c.starts or []
+    x_part, out_part = (0 if x is None or x.ndim == 2 else x.stride(0) for x in (c.x, c.out))
+    arguments = [
+        *addresses(*operand_names(DecodeLinear)),
+        *(n, c.eps, c.x.stride(-2), x_part, 0 if c.residual is None else c.residual.stride(0)),
+        *(width if c.out is None else c.out.stride(-2), out_part),
+        *(*map(len, matrices), *absent),
+        *(*(m.shape[1] for m in matrices), *absent),
+        *(*(m.stride(0) for m in matrices), *absent),
+        *(*starts, *absent)[1:],
+    ]
+    programs = -(-width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in matrices)
+    activation = "none" if c.activation == "none" else kernel_name(c.activation)
+    numbers = {"ACTIVATION": activation, "FAST": has_fast_tanh(c.like), "PRECISION": exact}
+    # An RMSNorm's factor comes out of a walk over all columns, unless tensor cores first round what it is applied to.
+    late = c.norm == "rms" and c.splits is None and n <= FEW_ROWS
+    given = {"BIAS": c.bias is not None, "SCALE": c.scale is not None, "RESIDUAL": c.residual is not None}
+    launch = Launch(
+        _decode_linear, (programs, c.splits or 1), operand_names(DecodeLinear), arguments, t,
+        N=_held_rows(n), DOT=n > FEW_ROWS, PARTS=c.parts, SPLITS=c.splits or 1, MATRICES=len(matrices), GATED=c.gated,
+        NORM=c.norm, SHIFT=c.norm_bias is not None, LATE=late, DTYPE=element_type(c.like),
+        **given, **numbers, **early_start(c.x),
+    )  # fmt: skip
+    return into_last(launch, (n, width))
+
+
+def _with_place(x: Tensor, matrices: tuple[Tensor | None, ...], columns: int, out: Tensor | None) -> Tensor | None:
+    """`out`, or new memory for the product of partial sums, which are of another dtype than it."""
+    if out is not None or x.ndim == 2:
+        return out
+    m = matrices[0]
+    if m is None or not m.is_floating_point():
+        raise ValueError("partial sums times int8 matrices could be of any dtype; pass out")
+    return x.new_empty(x.shape[-2], columns, dtype=m.dtype)
+
+
+def _three(matrices: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    given = [matrices] if isinstance(matrices, Tensor) else list(matrices)
+    if not 1 <= len(given) <= MOST_MATRICES:
+        raise ValueError(f"a launch takes 1 to {MOST_MATRICES} matrices, not {len(given)}")
+    m0, m1, m2 = (*given, None, None)[:MOST_MATRICES]
+    assert m0 is not None
+    return m0, m1, m2
+
+
+_op = Op(
+    "decode_linear", DecodeLinear, check=check_decode_linear, reference=_reference,
+    shape=lambda c: (c.x.shape[-2], c.width), idle=lambda c: c.x.shape[-2] == 0,
+    prepare=_prepare, plan=_plan, table=Table(default_tiles, CANDIDATES, _sizes), writes=("out",),
+)  # fmt: skip
+
+
+def decode_linear(
+    x: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None = None, *,
+    scale: Tensor | None = None, residual: Tensor | None = None, activation: str = "none",
+    norm: Norm = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6,
+    backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """f((norm(x) M^T) * scale + bias) + residual, for each of the matrices M, side by side.
+
+    Matrices are not written by the kernel just before this one on the stream: it may still run when they are read.
+
+    Args:
+        x: [n, K] of at most 16 rows; or the sums of `decode_partials`, [splits, n, K].
+        matrices: one to three, [N_i, K] each, which all read x; or [N_i, K_i], which read their own columns of it, one
+            after the other. In the dtype of x, or all int8.
+        bias: [N], the N_i side by side.
+        scale: of each row of the matrices, [N]; fp32 as a rule.
+        residual: what is added, [n, N].
+        activation: one of `flashsvd.kernels.activations.ACTIVATIONS`, or `none`.
+        norm: of x: `rms` for RMSNorm, `layer` for LayerNorm, `none`.
+        norm_weight: [K], where there is a norm.
+        norm_bias: [K], of a LayerNorm that has one.
+        eps: what is added to the mean square or the variance.
+        backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
+        tiles: `rows` of M and `columns` of them at a time, a `ThinTiles`; None takes the table's.
+        out: where to write, [n, N]; may be the residual itself, but not x. Partial sums times int8 matrices need it.
+
+    Returns:
+        [n, N]; `out` where it is given.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or there are too many rows or matrices.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    if out is x:
+        raise ValueError("out is x itself, which every program reads")
+    three = _three(matrices)
+    out = _with_place(x, three, sum(len(m) for m in three if m is not None), out)
+    operands = (x, norm_weight, norm_bias, *three, scale, bias, residual, out)
+    return _op(operands, (norm, eps, activation, False), backend, tiles)
+
+
+def decode_gated(
+    x: Tensor, gate: Tensor, lift: Tensor, bias: Tensor | None = None, *, activation: str = "silu",
+    scale: Tensor | None = None, norm: Norm = "none", norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, eps: float = 1e-6,
+    backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """f((norm(x)_g M_g^T) * scale_g + bias_g) * ((norm(x)_u M_u^T) * scale_u + bias_u).
+
+    Args:
+        x: [n, K], or partial sums of it, as `decode_linear` takes them.
+        gate: M_g, the matrix whose product is activated, [N, K]; or [N, K_g], which reads the first columns of x.
+        lift: M_u, [N, K]; or [N, K_u], which reads the columns after those.
+        bias: of both, side by side, [2 N].
+        activation: one of `flashsvd.kernels.activations.ACTIVATIONS`; `silu` is SwiGLU.
+        scale: of the rows of both, side by side, [2 N].
+        norm, norm_weight, norm_bias, eps, backend, tiles: as `decode_linear` takes them.
+        out: where to write, [n, N].
+
+    Returns:
+        [n, N]; `out` where it is given.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or there are too many rows.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    out = _with_place(x, (gate,), len(gate), out)
+    operands = (x, norm_weight, norm_bias, gate, lift, None, scale, bias, None, out)
+    return _op(operands, (norm, eps, activation, True), backend, tiles)
+
+
+def decode_partials(
+    x: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None = None, *, splits: int,
+    scale: Tensor | None = None, residual: Tensor | None = None,
+    norm: Norm = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6,
+    backend: Backend = "auto", tiles: TilesOption = None,
+) -> Tensor:  # fmt: skip
+    """(norm(x) M^T) * scale + bias + residual as sums over shares of the columns: for few rows of many columns.
+
+    The next product takes them for its x; `flashsvd.kernels.partial_sums.add_partials` adds them by themselves.
+
+    Args:
+        splits: how many shares.
+        x, matrices, bias, scale, residual, norm, norm_weight, norm_bias, eps, backend, tiles: as `decode_linear` takes
+            them.
+
+    Returns:
+        fp32 [splits, n, N].
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit together, or there are too many rows or matrices.
+        BackendError: `backend="triton"` cannot run here.
+    """
+    check_splits(splits)
+    three = _three(matrices)
+    columns = sum(len(m) for m in three if m is not None)
+    out = x.new_empty(splits, x.shape[-2], columns, dtype=torch.float32)
+    operands = (x, norm_weight, norm_bias, *three, scale, bias, residual, out)
+    return _op(operands, (norm, eps, "none", False), backend, tiles)

@@ -1,0 +1,30 @@
+"""Programmatic dependent launch: a kernel begins while the one before it on the stream still runs.
+
+What no kernel makes, such as weights, it fetches at once; then it waits until the kernel before has ended and all that
+was written can be seen. Hopper can do so, and what came after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flashsvd.kernels.launch import capability, interpreting
+from flashsvd.kernels.triton_import import tl, triton
+
+
+def early_start(x: Tensor) -> dict[str, Any]:
+    """A kernel's constant PDL on the tensor's device, and Triton's option to launch it so."""
+    if x.is_cuda and not interpreting() and capability(x.device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def await_inputs(PDL: tl.constexpr):
+    # Nothing that another kernel may have written is read before this, and nothing is written. Every program comes
+    # through here: the end of this kernel then is the end of all those before it.
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
