@@ -18,9 +18,12 @@ LAYOUT = (token.NEWLINE, token.NL, token.INDENT, token.DEDENT, token.COMMENT, to
 
 
 def shapes(source: str) -> list[tuple[int, str]]:
-    """The lines that count, by number: imports, comments and lone punctuation do not, docstrings count as they are."""
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    passed_over = {row for node in imports for row in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    """The lines that count, by number: no imports, fields, comments or lone punctuation; docstrings as they are."""
+    passed_over: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        field = isinstance(node, ast.AnnAssign) and node.value is None
+        if field or isinstance(node, (ast.Import, ast.ImportFrom)):
+            passed_over |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines: dict[int, list[str]] = {}
     for part in tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__):
         (first, _), (last, _) = part.start, part.end

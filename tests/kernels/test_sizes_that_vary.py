@@ -160,7 +160,7 @@ OPERATIONS = pytest.mark.parametrize(
         rotation,
         decoding,
         decoding_attention,
-    ],  # fmt: skip
+    ],
 )
 
 

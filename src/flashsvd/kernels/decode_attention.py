@@ -161,7 +161,7 @@ def _keys_and_step(
     tile = _cached(p_value, is_new, v, m_old, o_v < width_v, LAST)
     return attention_step(
         s, tile, tile, acc, unused, high, total, o_key <= position, position, o_key, qk_scale, 0,
-        0, LAST, False, PRECISION,
+        0, LAST, False, False, PRECISION,
     )  # fmt: skip
 
 
