@@ -1,8 +1,8 @@
 """The README's table, from the CSVs of `benchmark_classifier.py` and `benchmark_flashsvdffn.py`.
 
-    python benchmark/table.py [--results DIR]
+    python benchmark/table.py [--results DIR] [--ratios 0.5,0.25]
 
-A table for each GPU that the directory has results of.
+A table for each GPU that the directory has results of, of all that was measured or of these ratios only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from support.harness import names
 from support.results import RESULTS, Row, read_rows
 
 HEAD = "| | what is kept | best dense | takes | flashsvd | | memory, least dense | flashsvd |"
@@ -22,13 +23,18 @@ CORE_RANKS = ("128", "256")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: benchmark/results")
-    directory = parser.parse_args(arguments).results
+    parser.add_argument(
+        "--ratios", type=names, default=(), help="what is kept, as the benchmark was told; default: all"
+    )
+    given = parser.parse_args(arguments)
+    directory = given.results
     found = sorted(directory.glob("classifier_*.csv"))
     if not found:
         raise SystemExit(f"{directory} has no classifier_<gpu>.csv; run benchmark/benchmark_classifier.py on a GPU")
     for file in found:
         kernels = directory / file.name.replace("classifier_", "flashsvdffn_", 1)
-        print(table(read_rows(file), read_rows(kernels) if kernels.is_file() else []) + "\n")
+        rows = [row for row in read_rows(file) if not given.ratios or _ratio(row) in (None, *given.ratios)]
+        print(table(rows, read_rows(kernels) if kernels.is_file() else []) + "\n")
 
 
 def table(classifiers: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
@@ -42,6 +48,11 @@ def table(classifiers: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
             f"| FFN core, {row.sizes['T']} tokens | rank {row.sizes['r']} | | | {row.tflops:.0f} TFLOP/s | | | |"
         )
     return "\n".join([_measured_on(classifiers), "", HEAD, "|" + " --- |" * (HEAD.count("|") - 1), *lines])
+
+
+def _ratio(row: Row) -> str | None:
+    """What a row of ours keeps; None for others."""
+    return row.variant.removeprefix(OURS).split()[0] if row.variant.startswith(OURS) else None
 
 
 def _lines(case: str, rows: Sequence[Row]) -> Iterator[str]:

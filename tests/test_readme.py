@@ -247,11 +247,12 @@ def test_every_method_and_architecture_is_in_a_table_of_the_readme() -> None:
         assert re.search(rf"^\|.*`{name}`", text, re.MULTILINE), name
 
 
-def test_the_readme_has_the_table_that_the_results_give(capsys: pytest.CaptureFixture[str]) -> None:
-    table.main([])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) > 10
-    assert "\n".join(printed) in (ROOT / "README.md").read_text()
+def test_the_documents_have_the_tables_that_the_results_give(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, document in ((["--ratios", "0.5,0.25"], "README.md"), ([], "docs/measurements.md")):
+        table.main(arguments)
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len(printed) > 10
+        assert "\n".join(printed) in (ROOT / document).read_text()
 
 
 def test_the_readme_has_the_rows_that_the_fine_tuning_results_give() -> None:
