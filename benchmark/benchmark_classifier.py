@@ -8,6 +8,8 @@ included, after the calls in which graphs are captured. Cases: bert-64x512, bert
 compiled with reduce-overhead, each with the mask of ones and without one, and flex_attention for ModernBERT; the
 compiled one on micro-batches, for memory. For the ratios of `--plain` also the plain low-rank layers, as they are and
 compiled, and ours without graphs.
+
+With `--cpu` all of it runs on the CPU, in fp32, beside the dense model under ONNX Runtime: `--only bert-8x128`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import copy
 import csv
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,13 +31,15 @@ from flashsvd.compression.factoring import QKVLayout
 from flashsvd.lowrank.ranks import RankRequest
 from support.classifiers import call, call_in_parts, check, classifier, ids_of, low_rank
 from support.harness import Case, Settings, Variant, finish, parse, run
+from support.onnx_runtime import exported
 from support.plot import bars
 from support.results import Row
 from support.sst2 import sst2_masks
 from support.ways import compiled, eager, optimized
 
 COMPILED, REDUCED, FLEX = "dense compiled", "dense compiled, reduce-overhead", "dense compiled, flex_attention"
-BASELINES = (*(name + mask for name in ("dense", COMPILED, REDUCED) for mask in ("", ", no mask")), FLEX)
+ONNX = "dense, ONNX Runtime"
+BASELINES = (*(name + mask for name in ("dense", COMPILED, REDUCED) for mask in ("", ", no mask")), FLEX, ONNX)
 MICRO_BATCHES = 4
 PUBLISHED = Path(__file__).parent / "data" / "published_flashsvd_v1.csv"
 
@@ -45,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own.add_argument("--ratios", default="0.5,0.25", help="fractions kept, or ranks such as 40/240/240")
     own.add_argument("--layouts", default="joint,per-head")
     own.add_argument("--plain", default="0.5", help="the ratios that other ways to run them are measured for")
+    own.add_argument("--cpu", action="store_true", help="run on the CPU, beside ONNX Runtime")
     chosen, others = own.parse_known_args(given)
-    settings = parse(__doc__, others)
+    settings = parse(__doc__, others, on_cpu=chosen.cpu)
     layouts = cast("list[QKVLayout]", chosen.layouts.split(","))
     ratios = {ratio: ratio in chosen.plain.split(",") for ratio in chosen.ratios.split(",")}
     file, rows = run("benchmark_classifier", cases(settings, ratios, layouts), settings)
@@ -89,11 +95,16 @@ def classifier_case(
             yield Variant("dense" + suffix, partial(eager, dense, as_given), held_to)
             compiling = partial(compiled, dense, as_given, settings, one_shape=one_shape)
             yield Variant(COMPILED + suffix, compiling, held_to)
-            yield Variant(REDUCED + suffix, partial(compiling, mode="reduce-overhead"), held_to)
+            if settings.cuda or settings.sizes == "tiny":
+                yield Variant(REDUCED + suffix, partial(compiling, mode="reduce-overhead"), held_to)
         if one_shape and batch >= MICRO_BATCHES:
             in_parts = partial(call_in_parts, batches[0], MICRO_BATCHES)
             yield Variant(micro_batches(batch), partial(compiled, dense, in_parts, settings), held_to)
         whole = partial(call, batches)
+        if one_shape and not settings.cuda and settings.sizes != "tiny":
+            inputs = {"input_ids": ids[0], "attention_mask": on_device[0]}
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Variant(ONNX, exported(dense, inputs, Path(scratch) / "dense.onnx", "logits"), held_to)
         if family == "modernbert" and settings.cuda:
             flexible = copy.deepcopy(dense)
             flexible.set_attn_implementation("flex_attention")

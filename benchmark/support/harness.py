@@ -169,15 +169,15 @@ def error(result: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
     return float((result.double() - exact).abs().max() / (exact if scale is None else scale).abs().max())
 
 
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> Settings:
-    """The settings of a script's command line, for one that needs a GPU."""
+def parse(description: str | None, arguments: Sequence[str] | None = None, *, on_cpu: bool = False) -> Settings:
+    """The settings of a script's command line, for one that needs a GPU, unless it is to run on the CPU."""
     parser = parser_of(description)
     parser.add_argument("--sizes", choices=["full", "small", "tiny"], default="full", help="how much to sweep")
     parser.add_argument("--events", action="store_true", help="time every run by itself, not many as one CUDA graph")
     given = parser.parse_args(arguments)
-    if not given.dry_run and not torch.cuda.is_available():
+    if not (given.dry_run or on_cpu or torch.cuda.is_available()):
         parser.error("there is no GPU here; --dry-run tries the script on the CPU")
-    device = torch.device("cpu" if given.dry_run else "cuda")
+    device = torch.device("cpu" if given.dry_run or on_cpu else "cuda")
     return settings_of(given, device, given.sizes, graphs=not given.events)
 
 

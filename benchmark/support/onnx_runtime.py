@@ -16,8 +16,10 @@ from flashsvd.errors import BackendError
 from support.harness import Prepared
 
 
-def exported(model: Any, inputs: Mapping[str, Tensor], file: Path) -> Callable[[], Prepared]:
-    """The token states of a model for inputs of this shape.
+def exported(
+    model: Any, inputs: Mapping[str, Tensor], file: Path, output: str = "last_hidden_state"
+) -> Callable[[], Prepared]:
+    """One output of a model, such as its token states, for inputs of this shape.
 
     Args:
         model: of transformers, on the CPU.
@@ -27,7 +29,7 @@ def exported(model: Any, inputs: Mapping[str, Tensor], file: Path) -> Callable[[
     def make() -> Prepared:
         _check(model.dtype, file)
         if not file.is_file():
-            _export(model, inputs, file)
+            _export(_OneOutput(model, output), inputs, file)
         session = _Session(file, inputs)
         return Prepared(session, session.forget)
 
@@ -42,28 +44,28 @@ def _check(dtype: torch.dtype, file: Path) -> None:
         raise BackendError(f"ONNX Runtime is left out without {' and '.join(missing)}; pip install {' '.join(missing)}")
 
 
-def _export(model: Any, inputs: Mapping[str, Tensor], file: Path) -> None:
+def _export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     with warnings.catch_warnings():
         # Of deprecated parts of the exporter itself.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _TokenStates(model), kwargs=dict(inputs), f=partial, input_names=list(inputs), output_names=["states"],
+            model, kwargs=dict(inputs), f=partial, input_names=list(inputs), output_names=["output"],
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     partial.rename(file)
 
 
-class _TokenStates(nn.Module):
+class _OneOutput(nn.Module):
     """A model whose output is one tensor."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        states: Tensor = self.model(**inputs).last_hidden_state
-        return states
+        found: Tensor = self.model(**inputs)[self.name]
+        return found
 
 
 class _Session:
@@ -83,5 +85,5 @@ class _Session:
         self._session = onnxruntime.InferenceSession(self._file, options, providers=["CPUExecutionProvider"])
 
     def __call__(self) -> Tensor:
-        (states,) = self._session.run(None, self._inputs)
-        return torch.from_numpy(states)
+        (output,) = self._session.run(None, self._inputs)
+        return torch.from_numpy(output)
