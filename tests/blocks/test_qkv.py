@@ -72,10 +72,10 @@ def test_everything_else_attends_in_head_space(kind: str) -> None:
     assert lift.matrices is None
 
 
-def test_two_products_become_one_where_that_takes_hardly_more_work() -> None:
-    thin = random(48, 8), random(8, 40)
+def test_two_products_become_one_where_that_takes_no_more_work_on_a_cpu() -> None:
+    thin = random(48, 20), random(20, 40)
     assert all(torch.equal(a, b) for a, b in zip(fewer_launches(*thin), thin, strict=True) if a is not None)
-    wide = random(48, 20), random(20, 40)
+    wide = random(48, 22), random(22, 40)
     m1, m2 = fewer_launches(*wide)
     assert m1 is None
     torch.testing.assert_close(m2, wide[0] @ wide[1])

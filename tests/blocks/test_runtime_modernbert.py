@@ -558,9 +558,9 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
 def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory(
     limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if limit == "rank":
-        monkeypatch.setattr(flashsvdropeattn, "LARGEST_LIFTED_RANK", 8)
-    plain = compressed(qkv="per-head", num_attention_heads=4 if limit == "head" else 2)
+    name, most = ("LARGEST_LIFTED_RANK", 8) if limit == "rank" else ("HEAD_DIMS", (64,))
+    monkeypatch.setattr(flashsvdropeattn, name, most)
+    plain = compressed(qkv="per-head")
     model = optimised(plain, "triton")
     assert_same_states(plain, model, inputs())
     assert {name.partition(",")[0] for name in runtime.choices(model)} == {"attention", "gated ffn core", "norm"}

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Joint
-from flashsvd.blocks.parts.widths import product_width, widen
+from flashsvd.blocks.parts.widths import widen
 
-# How much more work one product may take than two: it reads and writes less, and is launched once.
+# How much more work one product may take on a GPU than two: it reads and writes less, and is launched once. A CPU is
+# always busy with the work itself.
 MORE_WORK = 1.3
 
 
 def faster_as_one(first: Tensor, second: Tensor, more_work: float = MORE_WORK) -> bool:
     """Whether two matrices, [K, r] and [r, N], are faster multiplied with as their product [K, N]."""
-    return first.shape[0] * second.shape[1] <= more_work * (first.numel() + second.numel())
+    two = first.numel() + second.numel()
+    return first.shape[0] * second.shape[1] <= (more_work * two if first.is_cuda else two)
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,11 @@ class PackedProjections(Packed):
             self._keep_batched(parts, dtype)
             return
         # A direct one among the lifted goes its own way from x.
-        self.ranks = tuple(0 if part.u is None else product_width(part.u.shape[1]) for part in parts)
-        self.keep(
-            "matrix",
-            torch.cat([widen(part.u, 1) for part in parts if part.u is not None], 1),
-            dtype,
-        )
+        columns = [None if part.u is None else widen(part.u, 1) for part in parts]
+        self.ranks = tuple(0 if u is None else u.shape[1] for u in columns)
+        self.keep("matrix", torch.cat([u for u in columns if u is not None], 1), dtype)
         for i, part in enumerate(parts):
-            self.keep(
-                f"lift_{i}",
-                part.matrix if part.u is None else widen(part.matrix, 0),
-                dtype,
-            )
+            self.keep(f"lift_{i}", part.matrix if part.u is None else widen(part.matrix, 0), dtype)
             self.keep(f"bias_{i}", part.bias, dtype)
 
     def _keep_batched(self, parts: Sequence[Projection], dtype: torch.dtype) -> None:

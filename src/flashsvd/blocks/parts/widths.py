@@ -2,7 +2,7 @@
 
 On a GPU what is within a tile costs as much as all of it, and some tiles cost more than larger ones. These were found
 on an H200, by `benchmark/benchmark_rank_sweep.py`: no rank takes longer than a larger one of the same tokens. A CPU
-computes what there is.
+computes no more than there is, to the next multiple of 8.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDE_CORE, WIDE_CORE_STEP = 320, 64
 
 
 def product_width(rank: int) -> int:
-    """Of a rank between two plain products; on a CPU, of any."""
+    """Of a rank between two plain products."""
     return _up(rank, STEP if rank <= WIDE else WIDE_STEP if rank <= WIDEST else WIDEST_STEP)
 
 
@@ -53,7 +53,7 @@ def gated_width(rank: int) -> int:
 def widen(tensor: Tensor, dim: int, of_a_gpu: Callable[[int], int] = product_width) -> Tensor:
     """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
     size = tensor.shape[dim]
-    missing = (of_a_gpu if tensor.is_cuda else product_width)(size) - size
+    missing = (of_a_gpu(size) if tensor.is_cuda else _up(size, STEP)) - size
     if not missing:
         return tensor
     shape = list(tensor.shape)
