@@ -570,6 +570,32 @@ def test_embeddings_are_overwritten_only_where_nobody_sees_them(whole: tuple[Any
         assert not torch.equal(embedded, expected)
 
 
+class Keeping(nn.Module):
+    """Embeddings of somebody's own, which hand out what they keep."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.kept
+
+
+def test_what_a_module_of_somebodys_own_hands_out_is_left_alone(whole: tuple[Any, Recorded]) -> None:
+    model, _ = whole
+    kept = torch.randn(2, 16, model.config.hidden_size)
+    model.embeddings, before = Keeping(kept), kept.clone()
+    call = call_of(torch.ones(2, 16).long())
+    with torch.inference_mode():
+        model(**call.tensors)
+    assert torch.equal(kept, before)
+    # Where a graph is asked for all the same, it does not overwrite them either.
+    stage = Stage(shape_of(torch.ones(2, 16)), Landing(), kept=Watch(model).foreign)
+    stage.load(call)
+    stage.run(model.forward.__wrapped__.__get__(model))
+    assert torch.equal(kept, before)
+
+
 def test_who_asks_for_hidden_states_gets_them(whole: tuple[Any, Recorded]) -> None:
     model, recorded = whole
     call = call_of(rows_of([10, 4], 10))

@@ -127,6 +127,8 @@ def test_a_head_that_waits_for_the_device_runs_without_a_graph(caplog: pytest.Lo
         def forward(self, x: Tensor) -> Tensor:
             return x * float(x.abs().max().item() > 0)
 
+    # As if it came with transformers: of others' modules no graph is taken.
+    Waiting.__module__ = "transformers.models.waiting"
     plain.dropout, model.dropout = Waiting(), Waiting()
     for _ in range(3):
         inputs = batch(4, 32)

@@ -105,7 +105,7 @@ class Graphs:
             return None
         if (padding is not None and padding.count == 0) or call.length > self.longest:
             return None
-        if watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
+        if (watch.foreign and not self.always) or watch.is_tampered() or len(self._refused) >= MOST_REFUSED:
             return None
         shape = Shape.of(call, padding, self.longest, precision(weight))
         return shape if shape.places <= MOST_TOKENS and shape not in self._refused else None
@@ -127,7 +127,8 @@ class Graphs:
 
     def is_observed(self, model: nn.Module) -> bool:
         """Whether somebody may see what the model's parts hand each other."""
-        return self._watched(model).is_tampered()
+        watch = self._watched(model)
+        return watch.foreign or watch.is_tampered()
 
     def _watched(self, model: nn.Module) -> Watch:
         """The model as it is now; graphs of what it was before are dropped."""
@@ -180,7 +181,7 @@ class Graphs:
             # One for all warm-ups and captures: cuBLAS takes memory for good on each stream that it works on.
             self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._follow(torch.cuda.current_stream(call.device))
-        captured = _Captured(Stage(shape, self._landing))
+        captured = _Captured(Stage(shape, self._landing, kept=self._watch is None or self._watch.foreign))
         with one_at_a_time:
             captured.capture(forward, call, self._pool, self._stream)
         self._captured[shape] = captured

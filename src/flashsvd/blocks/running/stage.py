@@ -44,10 +44,15 @@ class Landing:
 
 
 class Stage:
-    """A batch of a shape, the model on it, and what becomes of it."""
+    """A batch of a shape, the model on it, and what becomes of it.
 
-    def __init__(self, shape: Shape, landing: Landing) -> None:
+    Args:
+        kept: whether somebody else may keep the embeddings, which otherwise are overwritten.
+    """
+
+    def __init__(self, shape: Shape, landing: Landing, *, kept: bool = False) -> None:
         self._shape, self._landing = shape, landing
+        self._owned = not kept and all(name != "inputs_embeds" for name, *_ in shape.inputs)
         self._output: Any = None
         self._results: dict[str, tuple[Tensor, Along]] = {}
         # They may then be written to both inside inference mode and outside.
@@ -84,7 +89,7 @@ class Stage:
             UnsuitableOutputError: the output is none that can be cut to a smaller batch.
         """
         shape, mask = self._shape, self._inputs.get(MASK)
-        batch = Known(mask, (shape.batch, shape.length), self._tokens, owned="inputs_embeds" not in self._inputs)
+        batch = Known(mask, (shape.batch, shape.length), self._tokens, self._owned)
         with torch.inference_mode(False), torch.no_grad(), knowing(batch):
             output = forward(**self._inputs, **dict(shape.constants))
             self._results = {}

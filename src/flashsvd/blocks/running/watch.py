@@ -16,6 +16,8 @@ from flashsvd.blocks.running.quick import QuickModule, moves
 from flashsvd.blocks.running.refusals import HOOKS, any_foreign_hooks
 
 _EVERYWHERE = [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and "hook" in name]
+# What modules of these do in their forward is known: they compute.
+KNOWN_CODE = ("torch.", "transformers.", "flashsvd.")
 
 
 class Watch:
@@ -23,12 +25,15 @@ class Watch:
 
     Attributes:
         weight: one of its weights, which says where it is and in which dtype.
+        foreign: whether a module inside of it is of somebody's own class, whose code may do anything: count calls, or
+            hand out a tensor that it keeps.
     """
 
     def __init__(self, model: Any) -> None:
         modules = list(outside(model))
         # The model's own hooks and wrappers run around its forward, whatever they do.
         self._inside = [module for module in modules if module is not model]
+        self.foreign = any(not type(module).__module__.startswith(KNOWN_CODE) for module in self._inside)
         self._attributes = [vars(module) for module in self._inside]
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         kept = [vars(module)[name] for module in modules for name in ("_modules", "_parameters", "_buffers")]
