@@ -28,6 +28,7 @@ from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
 from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.rms_norm import rms_norm
 from flashsvd.kernels.rotary import rotate_heads
 from support.harness import DTYPES, Settings, parse
 from support.results import Environment, Row, csv_file, merge, read_rows, write_rows
@@ -44,6 +45,7 @@ KERNELS = {
     "flashsvdffnv2": "_ffn_v2",
     "flashsvdgeglu": "_geglu",
     "fused_ln": "_fused_ln",
+    "rms_norm": "_rms_norm",
     "rotary": "_rotate_heads",
     "partial_sums": "_add_partials",
 }
@@ -118,6 +120,7 @@ def operators(settings: Settings) -> Iterator[tuple[str, Call]]:
     yield "ffn v2", lambda: flashsvd_ffn_v2(x, u1, v1, b1, u2, v2, b2, **on_kernel)
     yield "gated ffn", lambda: flashsvd_geglu(p, gate, v1, v1, u2, b1, b1, splits=1, **on_kernel)
     yield "norm", lambda: fused_ln(x, x, b2, b2, eps=1e-5, out=written, **on_kernel)
+    yield "rms norm", lambda: rms_norm(x, x, b2, eps=1e-5, out=written, **on_kernel)
     yield "rotation", lambda: rotate_heads(out, cos, sin, positions, **on_kernel)
 
 

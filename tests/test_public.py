@@ -17,9 +17,11 @@ OPERATORS = (
     "flashsvdffnv1",
     "flashsvdffnv2",
     "flashsvdgeglu",
+    "flashsvdswiglu",
     "flashsvddecode",
     "decode_attention",
     "fused_ln",
+    "rms_norm",
     "rotary",
 )
 MODULES = [name for line in TABLE for name in re.findall(r"`(flashsvd[\w.]*)`", line.split("|")[1])]

@@ -26,7 +26,9 @@ from flashsvd.kernels import (
     flashsvdffnv2,
     flashsvdgeglu,
     flashsvdropeattn,
+    fused_ln,
     gated_linear,
+    rms_norm,
 )
 from flashsvd.kernels.flashsvdropeattn import largest_rank
 from flashsvd.kernels.launch import precision
@@ -150,6 +152,16 @@ def lifts(dtype: torch.dtype, rank: int) -> dict[str, int]:
     return of(1) | of(1000) | of(5000)
 
 
+def norms(dtype: torch.dtype, size: int) -> dict[str, int]:
+    """With all that can be added to the rows and stored."""
+    rows, vector = [torch.zeros(1, size, dtype=dtype) for _ in range(4)], torch.zeros(size, dtype=dtype)
+    x, residual, *written = rows
+    return {
+        "LayerNorm": shared_memory(fused_ln, "_fused_ln", x, residual, *[vector] * 3, *written, 1e-5),
+        "RMSNorm": shared_memory(rms_norm, "_rms_norm", x, residual, vector, *written, 1e-5),
+    }
+
+
 def decode(dtype: torch.dtype, width: int) -> dict[str, int]:
     """The products of a decoding step and its attention, of heads of at most 256, as a Hopper starts them early."""
 
@@ -191,7 +203,7 @@ def decoded(n: int, zeros: Callable[..., Tensor], width: int) -> int:
 
 EARLY = {"PDL": True, "launch_pdl": True}
 # What `KIND:RANK` compiles, for a rank that only some kernels have a row for.
-KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode}
+KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode, "norms": norms}
 
 
 def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor, causal: bool = False) -> int:

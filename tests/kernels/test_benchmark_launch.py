@@ -19,7 +19,7 @@ def test_every_operator_is_launched_from_a_plan(tmp_path: Path, capsys: pytest.C
     before = dict(norms._op.plans)
     benchmark_launch.main(["--dry-run", "--out", str(tmp_path)])
     rows = results.read_rows(tmp_path / "launch_cpu.csv")
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert all(row.status == "ok" and row.timing == "host" and (row.ms or 0) > 0 for row in rows)
     printed = capsys.readouterr().out
     assert all(f"  {row.case} " in printed for row in rows)

@@ -11,7 +11,9 @@ from pathlib import Path
 SHARED_MEMORY_OF_HOPPER = 227 * 1024
 WIDEST_OF_V1 = (96, 192, 288, 320, 384)
 WIDEST_OF_GEGLU = (192, 320)
+WIDEST_OF_LIFTS = (128, 1504)
 WIDTHS_OF_DECODING = (4096,)
+SIZES_OF_NORMS = (4096, 16_384)
 
 
 def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> None:
@@ -26,11 +28,13 @@ def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> No
         "512",
         *(f"v1:{rank}" for rank in WIDEST_OF_V1),
         *(f"geglu:{rank}" for rank in WIDEST_OF_GEGLU),
-        "lifts:128",
+        *(f"lifts:{rank}" for rank in WIDEST_OF_LIFTS),
         *(f"decode:{width}" for width in WIDTHS_OF_DECODING),
+        *(f"norms:{size}" for size in SIZES_OF_NORMS),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     taken = {(kernel, rank): size for rank, sizes in json.loads(printed).items() for kernel, size in sizes.items()}
-    assert len(taken) == 4 * 16 + len(WIDEST_OF_V1) * 4 + len(WIDEST_OF_GEGLU) * 3 + 6 + len(WIDTHS_OF_DECODING) * 9
+    feed_forward = len(WIDEST_OF_V1) * 4 + len(WIDEST_OF_GEGLU) * 3 + len(WIDEST_OF_LIFTS) * 6
+    assert len(taken) == 4 * 16 + feed_forward + len(WIDTHS_OF_DECODING) * 9 + len(SIZES_OF_NORMS) * 2
     assert {case: size for case, size in taken.items() if not 0 < size <= SHARED_MEMORY_OF_HOPPER} == {}

@@ -17,8 +17,10 @@ from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
 from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
+from flashsvd.kernels.flashsvdswiglu import flashsvd_swiglu
 from flashsvd.kernels.fused_ln import fused_ln
-from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.launch import LARGEST_RANK, Backend
+from flashsvd.kernels.rms_norm import rms_norm
 from flashsvd.kernels.rotary import rotate_heads
 from kernel_accuracy import DEVICE, Operands
 
@@ -102,6 +104,13 @@ def geglu(backend: Backend) -> Operation:
     return lambda *given: flashsvd_geglu(*given, backend=backend), given
 
 
+def wide_swiglu(backend: Backend) -> Operation:
+    make, rank = Operands(), LARGEST_RANK + 8
+    lifts = [make(20, 24), make(20, 30), make.weight(70, 24), make.weight(70, 30)]
+    given = [*lifts, make.weight(70, rank, walked=0), make(70), make(70)]
+    return lambda *given: flashsvd_swiglu(*given, backend=backend, most_bytes=30_000), given
+
+
 def ffn_v2(backend: Backend) -> Operation:
     make = Operands()
     first = [make(20, 48), make.weight(24, 48), make.weight(70, 24), make(70)]
@@ -115,6 +124,11 @@ def layer_norm(backend: Backend) -> Operation:
 
     make = Operands()
     return call, [make(20, 48), make(20, 48), make(48), make(48), make(48)]
+
+
+def rms(backend: Backend) -> Operation:
+    make = Operands()
+    return lambda *given: rms_norm(*given, eps=1e-5, backend=backend), [make(20, 48), make(20, 48), make(48)]
 
 
 def rotation(backend: Backend) -> Operation:
@@ -155,8 +169,10 @@ OPERATIONS = pytest.mark.parametrize(
         rotary,
         ffn_v1,
         geglu,
+        wide_swiglu,
         ffn_v2,
         layer_norm,
+        rms,
         rotation,
         decoding,
         decoding_attention,

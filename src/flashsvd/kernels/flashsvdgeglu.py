@@ -4,10 +4,10 @@
 
     P_a [T, r_a], V_a [r_a, I], b_a [I]; P_g [T, r_g], V_g [r_g, I], b_g [I]; U_2 [I, r_2], Y [T, r_2]
 
-With GELU this is GEGLU, with SiLU SwiGLU. One program owns a tile of tokens, keeps its P_a, P_g and its sum of Y on
-chip, and walks the intermediate dimension I once, both lifts together: no [T, I] tensor ever exists. V_a and V_g are
-taken transposed, [I, r_a] and [I, r_g], so that all weights are read in rows. Where both halves were factored as one
-matrix, P_a and P_g are the same tensor, which is then kept once.
+With GELU this is GEGLU, with SiLU SwiGLU (`flashsvd_swiglu`, which takes wider ranks, too). One program owns a tile of
+tokens, keeps its P_a, P_g and its sum of Y on chip, and walks the intermediate dimension I once, both lifts together:
+no [T, I] tensor ever exists. V_a and V_g are taken transposed, [I, r_a] and [I, r_g], so that all weights are read in
+rows. Where both halves were factored as one matrix, P_a and P_g are the same tensor, which is then kept once.
 
 With few tokens the walk is split among several programs, each of which writes a partial sum; the sums are added
 afterwards.
@@ -138,15 +138,16 @@ def _sizes(c: GatedFFN) -> Hashable:
     return c.p_a.shape[0].bit_length(), c.u2.shape[0], ranks, c.p_g is None, kernel_name(c.activation)
 
 
-def check_geglu(c: GatedFFN) -> None:
-    """Raises ValueError where the operands do not fit together."""
+def check_geglu(c: GatedFFN, a: str = "a", g: str = "g") -> None:
+    """Raises ValueError where the operands do not fit together, whose halves the caller calls so."""
     activation_function(c.activation)
     p_g = c.p_a if c.p_g is None else c.p_g
     fits = has_dims(2, c.p_a, p_g, c.v_a, c.v_g, c.u2) and has_dims(1, c.b_a, c.b_g)
     fits = fits and c.p_a.shape[0] == p_g.shape[0]
     fits = fits and c.p_a.shape[1] == c.v_a.shape[1] and p_g.shape[1] == c.v_g.shape[1]
     fits = fits and all(x is None or x.shape[0] == c.u2.shape[0] for x in (c.v_a, c.v_g, c.b_a, c.b_g))
-    check_fit(fits, P_a=c.p_a, P_g=p_g, V_a=c.v_a, V_g=c.v_g, U2=c.u2, b_a=c.b_a, b_g=c.b_g)
+    factors = {f"P_{a}": c.p_a, f"P_{g}": p_g, f"V_{a}": c.v_a, f"V_{g}": c.v_g}
+    check_fit(fits, **factors, U2=c.u2, **{f"b_{a}": c.b_a, f"b_{g}": c.b_g})
     check_splits(c.splits)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.checks import check_fit, has_dims
-from flashsvd.kernels.fused_ln import default_rows
 from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.norm_rows import default_rows, layer_normed, vector
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
 from flashsvd.kernels.triton_import import kernel, tl, triton
@@ -77,12 +77,8 @@ def _fused_embeddings(
         if TYPES:
             s += _table_rows(kinds_ptr, types_ptr, o_row, kind_rows, m_row, o_column, m_column, size)
         else:
-            s += tl.load(kinds_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    centred = tl.where(m_column[None, :], s - (tl.sum(s, 1) / size)[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / size + eps)
-    y = centred * scale[:, None] * tl.load(weight_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+            s += vector(kinds_ptr, o_column, m_column)
+    y = layer_normed(s, weight_ptr, bias_ptr, o_column, m_column, size, eps, BIAS)
     place = out_ptr + o_row.to(tl.int64)[:, None] * size + o_column[None, :]
     tl.store(place, y.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
 

@@ -17,11 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.checks import check_fit
 from flashsvd.kernels.launch import Backend
+from flashsvd.kernels.norm_rows import (
+    check_apart,
+    check_rows,
+    layer_normed,
+    places,
+    plan_rows,
+    store_rows,
+    summed_rows,
+    vector,
+    whole_rows,
+)
 from flashsvd.kernels.op import Op, operand_names
-from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
-from flashsvd.kernels.triton_import import kernel, tl, triton
+from flashsvd.kernels.plans import Plan
+from flashsvd.kernels.triton_import import kernel, tl
 
 __all__ = ["fused_ln", "fused_ln_reference"]
 
@@ -55,45 +65,20 @@ def _fused_ln(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    # From the last row to the first: the product before wrote the last rows last, and they are in the cache yet; the
-    # product after reads the first rows first.
-    o_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-    o_column = tl.arange(0, BLOCK)
-    m_column = o_column < size
-    mask = (o_row < tokens)[:, None] & m_column[None, :]
-    rows, columns = o_row.to(tl.int64)[:, None], o_column[None, :]
-    # [ROWS, BLOCK]
-    s = tl.load(x_ptr + rows * x_row + columns, mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        s += tl.load(residual_ptr + rows * residual_row + columns, mask=mask, other=0.0).to(tl.float32)
+    rows, o_column, mask, m_column = places(tokens, size, ROWS, BLOCK)
+    s = summed_rows(x_ptr, residual_ptr, rows, o_column, mask, x_row, residual_row, RESIDUAL)
     if SHIFT:
-        s += tl.load(shift_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        s += vector(shift_ptr, o_column, m_column)
     if SUM:
-        tl.store(sum_ptr + rows * sum_row + columns, s.to(sum_ptr.dtype.element_ty), mask=mask)
-    centred = tl.where(m_column[None, :], s - (tl.sum(s, 1) / size)[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / size + eps)
-    y = centred * scale[:, None] * tl.load(weight_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        store_rows(sum_ptr, s, rows, o_column, mask, sum_row)
+    y = layer_normed(s, weight_ptr, bias_ptr, o_column, m_column, size, eps, BIAS)
     # Written last, after all of the rows were read, so that x or residual may be overwritten.
-    tl.store(out_ptr + rows * out_row + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def default_rows(tokens: int, block: int) -> tuple[int, int]:
-    """The table: rows and warps of a program. Many tokens take several rows of up to 1024 numbers at a time."""
-    rows = 4 if tokens >= 4096 and block <= 1024 else 1
-    return rows, max(1, min(16, rows * block // 1024, 4)) if rows > 1 else max(1, min(16, block // 256))
+    store_rows(out_ptr, y, rows, o_column, mask, out_row)
 
 
 def check_ln(c: Norm) -> None:
     """Raises ValueError where the operands do not fit together."""
-    rows = all(x is None or x.shape == c.x.shape for x in (c.residual, c.out, c.sum_out))
-    vectors = all(x is None or x.shape == c.x.shape[1:] for x in (c.weight, c.bias, c.shift))
-    given = {"x": c.x, "residual": c.residual, "weight": c.weight, "bias": c.bias, "shift": c.shift}
-    check_fit(c.x.ndim == 2 and rows and vectors, **given, out=c.out, sum_out=c.sum_out)
-    for name, x in (("out", c.out), ("sum_out", c.sum_out)):
-        if x is not None and x.stride(1) != 1:
-            raise ValueError(f"rows of {name} are not contiguous: strides {x.stride()}")
+    check_rows(c, weight=c.weight, bias=c.bias, shift=c.shift)
 
 
 def _reference(c: Norm) -> Tensor:
@@ -104,28 +89,14 @@ def _reference(c: Norm) -> Tensor:
 
 
 def _prepare(c: Norm, exact: str) -> Norm:
-    x, residual = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (c.x, c.residual))
+    residual = None if c.residual is None else whole_rows(c.residual)
     bias, shift = (x if x is None else x.contiguous() for x in (c.bias, c.shift))
-    assert x is not None
-    return Norm(x, residual, c.weight.contiguous(), bias, shift, c.sum_out, c.out, c.eps)
+    return Norm(whole_rows(c.x), residual, c.weight.contiguous(), bias, shift, c.sum_out, c.out, c.eps)
 
 
 def _plan(c: Norm, exact: str, tiles: None) -> Plan:
-    tokens, size = c.x.shape
-    block = triton.next_power_of_2(size)
-    rows, warps = default_rows(tokens, block)
-    residual_row, sum_row = (0 if x is None else x.stride(0) for x in (c.residual, c.sum_out))
-    out_row = size if c.out is None else c.out.stride(0)
-    arguments = [
-        *addresses("x", "residual", "weight", "bias", "shift", "out", "sum_out"),
-        *(c.eps, tokens, size, c.x.stride(0), residual_row, out_row, sum_row),
-    ]
-    launch = Launch(
-        _fused_ln, (-(-tokens // rows),), operand_names(Norm), arguments, ROWS=rows, BLOCK=block,
-        RESIDUAL=c.residual is not None, BIAS=c.bias is not None, SHIFT=c.shift is not None,
-        SUM=c.sum_out is not None, num_warps=warps,
-    )  # fmt: skip
-    return into_last(launch, (tokens, size))
+    vectors, flags = ("weight", "bias", "shift"), {"BIAS": c.bias is not None, "SHIFT": c.shift is not None}
+    return plan_rows(_fused_ln, operand_names(Norm), vectors, c, **flags)
 
 
 _op = Op(
@@ -168,7 +139,5 @@ def fused_ln(
         ValueError: the shapes or dtypes do not fit together, or an output's rows are not contiguous.
         BackendError: `backend="triton"` cannot run here.
     """
-    # No plan knows which operands are one.
-    if out is not None and out is sum_out:
-        raise ValueError("out and sum_out are the same tensor")
+    check_apart(out, sum_out)
     return _op((x, residual, weight, bias, shift, sum_out, out), (eps,), backend)
