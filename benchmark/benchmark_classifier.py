@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ratios", default="0.5,0.25", help="fractions kept, or ranks such as 40/240/240")
     own.add_argument("--layouts", default="joint,per-head")
-    own.add_argument("--plain", default="0.5", help="the ratios that other ways to run them are measured for")
+    own.add_argument("--plain", help="the ratios that other ways to run them are measured for; default: the first")
     own.add_argument("--cpu", action="store_true", help="run on the CPU, beside ONNX Runtime")
     chosen, others = own.parse_known_args(given)
     settings = parse(__doc__, others, on_cpu=chosen.cpu)
     layouts = cast("list[QKVLayout]", chosen.layouts.split(","))
-    ratios = {ratio: ratio in chosen.plain.split(",") for ratio in chosen.ratios.split(",")}
+    ratios = chosen.ratios.split(",")
+    in_all_ways = ratios[:1] if chosen.plain is None else chosen.plain.split(",")
+    ratios = {ratio: ratio in in_all_ways for ratio in ratios}
     file, rows = run("benchmark_classifier", cases(settings, ratios, layouts), settings)
     bars(file)
     finish(rows)

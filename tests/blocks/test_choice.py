@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_measuring_waits_for_a_capture_in_another_thread(monkeypatch: pytest.Mon
         measured.clear()
     measuring.join(10)
     assert measured.is_set()
+
+
+def test_threads_that_wait_for_a_measurement_take_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Choices, "_can_measure", staticmethod(lambda _: True))
+    monkeypatch.setattr(Choices, "_capturing", staticmethod(lambda: False))
+    measured: list[str] = []
+    monkeypatch.setattr(Choices, "_time", lambda _, __, name, ___: time.sleep(0.02) or measured.append(name) or 1.0)
+    choices = Choices("auto")
+    threads = [threading.Thread(target=choices.pick, args=(LIFT, (8, 32), torch.zeros(33, 4), never)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert measured == ["torch", "triton"]
 
 
 def test_while_someone_captures_a_graph_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

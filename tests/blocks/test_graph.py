@@ -13,12 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from conftest import build_model, factor
 from flashsvd import optimize
 from flashsvd.blocks.running import graph as graph_module
 from flashsvd.blocks.running import stage as stage_module
 from flashsvd.blocks.running import tokens as tokens_module
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.call import Call
 from flashsvd.blocks.running.graph import MOST_TOKENS, Graphs, _Captured
 from flashsvd.blocks.running.shape import Shape, columns, round_up, rounded
@@ -299,6 +301,8 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
 
     def capture(self: _Captured, forward: Any, *_: Any) -> None:
+        # Nobody measures or captures meanwhile.
+        assert one_at_a_time._is_owned()  # type: ignore[attr-defined]  # for conditions, and good enough for a test
         monkeypatch.setattr(self, "replay", lambda call: forward(call), raising=False)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -594,6 +598,50 @@ def test_what_a_module_of_somebodys_own_hands_out_is_left_alone(whole: tuple[Any
     stage.load(call)
     stage.run(model.forward.__wrapped__.__get__(model))
     assert torch.equal(kept, before)
+
+
+class OwnBert(BertModel):
+    """Reads its embeddings again after the encoder."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        embedded = self.embeddings(input_ids)
+        states: Tensor = self.encoder(embedded, attention_mask)[0]
+        return states + embedded
+
+
+def test_a_model_of_somebodys_own_may_read_its_embeddings_again() -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=40)
+    model: Any = optimize(OwnBert(config).eval())
+    call = call_of(torch.ones(2, 16).long())
+    with torch.inference_mode():
+        before = model(**call.tensors)
+        add_graphs(model, graphs := Graphs(512, always=True))
+        assert graphs.is_observed(model)
+        monkey = patch.object(graphs, "shape_of", lambda *_: None)
+        with monkey:
+            torch.testing.assert_close(model(**call.tensors), before)
+
+
+@pytest.mark.usefixtures("faked")
+@pytest.mark.parametrize("foreign", [False, True])
+def test_of_modules_of_somebodys_own_a_graph_is_taken_only_if_asked_for(
+    foreign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "why_not_triton", lambda _: "")
+    model = model_of(Keeping(torch.ones(1)) if foreign else nn.Linear(2, 2), nn.Linear(2, 2))
+    call = call_of(torch.ones(2, 16))
+    for always in (False, True):
+        graphs = Graphs(512, always=always)
+        graphs._watch = watch = Watch(model)
+        monkeypatch.setattr(watch, "weight", SimpleNamespace(is_cuda=True, device=CPU, dtype=torch.float16))
+        monkeypatch.setattr(graph_module, "precision", lambda _: "ieee")
+        shape = graphs.shape_of(model, call, padding_of(call))
+        assert (shape is None) == (foreign and not always)
+        if shape is not None:
+            # It is captured at once, or when it comes again.
+            for _ in range(2):
+                graphs.run(lambda *_, **__: "replayed", call, shape)
+            assert graphs._captured[shape]._stage._owned != foreign
 
 
 def test_who_asks_for_hidden_states_gets_them(whole: tuple[Any, Recorded]) -> None:

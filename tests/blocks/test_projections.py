@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flashsvd.blocks.parts import projections
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
 from flashsvd.blocks.parts.read import Joint
 
@@ -73,3 +75,19 @@ def test_a_buffer_that_is_replaced_is_replaced() -> None:
     packed.bias_0 = random(8)
     assert torch.equal(packed.project(x), packed.bias_0.expand(TOKENS, 8))
     assert dict(packed.named_buffers())["matrix"] is packed.matrix
+
+
+def test_what_lies_in_rank_space_leaves_room_for_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[Tensor] = []
+
+    def within(*arguments: Any) -> Tensor:
+        blocks.append(own(*arguments))
+        return blocks[-1]
+
+    own = projections._within
+    monkeypatch.setattr(projections, "_within", within)
+    packed = PackedProjections([make("lifted", 8, bias=False)] * 3, torch.float64)
+    x = random(TOKENS, IN)
+    assert torch.equal(packed.project(x, room=100), packed.project(x))
+    assert [block.untyped_storage().nbytes() for block in blocks] == [8 * TOKENS * 100, 8 * TOKENS * 24]
+    assert blocks[0].shape == blocks[1].shape == (TOKENS, 24)

@@ -72,7 +72,7 @@ def test_fast_ranks_cost_no_more_than_fine_ones_and_meet_the_budget(model: str, 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("model", MODELS)
-def test_no_rank_goes_far_from_the_even_one_and_attention_gives_nothing_away(model: str, ratio: float) -> None:
+def test_no_rank_goes_far_from_the_even_one_and_attention_gives_little_away(model: str, ratio: float) -> None:
     shapes = MODELS[model]
     fast, fine = ranks(shapes, ratio), ranks(shapes, ratio, "fine")
     for shape in shapes:

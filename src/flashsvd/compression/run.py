@@ -190,12 +190,16 @@ class CompressionJob:
         needs = self.factoring.method.needs
         return replace(self.factoring, statistics_of=lambda target, blocks: statistics.of(target, needs, blocks))
 
+    @property
+    def _request(self) -> RankRequest:
+        return _division(self.config.rank_request(), self.model_config)
+
     def _with_final_ranks(self, model: Any, factoring: Factoring) -> Factoring:
         """With the ranks asked for, or those that the method chooses."""
         if not self._chooses:
             return factoring
         assert self.calibration is not None, "prepared for every method that chooses ranks"
-        request = self.config.rank_request()
+        request = self._request
         budget = parameter_budget(self.shapes, request)
         batches, loss = self.calibration.batches, self.calibration.loss
         # From the even division a search comes to better ranks than from the fast one.
@@ -218,7 +222,7 @@ class CompressionJob:
         untrained: tuple[str, ...],
         statistics: ModelStatistics | None,
     ) -> CompressionInfo:
-        config, request, method = self.config, self.config.rank_request(), self.factoring.method
+        config, request, method = self.config, self._request, self.factoring.method
         calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
         if calibration and self.calibration and config.stats:
             calibration = {**calibration, "rank_search": self.calibration.about}
@@ -235,7 +239,7 @@ class CompressionJob:
             task=config.task,
             calibration=calibration,
             ranks_json=config.ranks_json,
-            rank_steps=config.rank_steps if _looks_for_ranks(config, method) else None,
+            rank_steps=request.steps if _looks_for_ranks(config, method) else None,
             model_type=str(model.config.model_type),
             architecture=type(model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),

@@ -8,8 +8,8 @@ would without waste. Up to rank 384 this is proportional, to within some 10 %, t
 an H200, and it says of a head that 24 costs what 32 does, and 40 what 48 does. What stays dense wastes nothing. The
 attention output is a product of its own on each side, which is soon as fast as a single dense one.
 
-So the budget moves from the feed-forward matrices to those of attention, which lose more by a lower rank, not back, and
-most of all to its output.
+So the budget moves from the feed-forward matrices to those of attention, which lose more by a lower rank, hardly back,
+and most of all to its output.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from flashsvd.lowrank.shapes import ROLES, MatrixShape, Role
 
 TILES, HEAD_TILES = (32, 64, 128), (16, 32)
-# The attention output is a product of its own each way: narrower ones take as long, since they move more than they
-# compute, and as a single one it may do so much more work in the same time.
+# On a GPU. The attention output is a product of its own each way: narrower ones take as long, since they move more
+# than they compute, and as a single one it may do so much more work in the same time.
 NARROW, MORE_WORK_AS_ONE = 256, 1.6
 # The share of the budget that a division may leave over.
 TOLERANCE = 0.01

@@ -1,8 +1,8 @@
 """The widths that ranks are stored in, zeros behind them.
 
 On a GPU what is within a tile costs as much as all of it, and some tiles cost more than larger ones. These were found
-on an H200, by `benchmark/benchmark_rank_sweep.py`: no rank takes longer than a larger one of the same tokens. A CPU
-computes no more than there is, to the next multiple of 8.
+on an H200, by `benchmark/benchmark_rank_sweep.py`: hardly a rank takes longer than a larger one of the same tokens. A
+CPU computes no more than there is, to the next multiple of 8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDEST, WIDEST_STEP = 288, 32
 
 HEAD_STEP = 16
 CORE_STEP = 32
-# Between full tiles: 224, and in gated networks 96 and 288.
+# What lies between these is left out: 224, and in gated networks 96 and 288.
 WIDE_CORE, WIDE_CORE_STEP = 320, 64
 
 
@@ -50,10 +50,10 @@ def gated_width(rank: int) -> int:
     return WIDE_CORE if 256 < rank <= WIDE_CORE else core_width(rank)
 
 
-def widen(tensor: Tensor, dim: int, of_a_gpu: Callable[[int], int] = product_width) -> Tensor:
+def widen(tensor: Tensor, dim: int, on_gpu: Callable[[int], int] = product_width) -> Tensor:
     """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
     size = tensor.shape[dim]
-    missing = (of_a_gpu(size) if tensor.is_cuda else _up(size, STEP)) - size
+    missing = (on_gpu(size) if tensor.is_cuda else _up(size, STEP)) - size
     if not missing:
         return tensor
     shape = list(tensor.shape)

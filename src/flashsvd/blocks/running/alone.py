@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import threading
 
-# Measuring, whose times would be others' too, and capturing a graph, at whose beginning torch waits for the whole
-# device, which nobody may do in the middle of another capture. A capture measures what it comes upon first.
+# Measuring, and capturing a graph, at whose beginning torch waits for the whole device, which nobody may do in the
+# middle of another capture. A capture measures what it comes upon first. Other threads' forwards go on.
 one_at_a_time = threading.RLock()

@@ -103,7 +103,10 @@ class Choices:
         choice = self._table.get((operation, sizes, bucket(x.shape[0]), x.dtype, x.device))
         if choice is None:
             case = Case(operation, sizes, bucket(x.shape[0]), x.dtype, x.device)
-            choice = self._table[case] = self._choose(case, x, run, candidates)
+            with one_at_a_time:
+                # Another thread may have measured it meanwhile, and captured what it picked.
+                choice = self._table.get(case) or self._choose(case, x, run, candidates)
+            self._table[case] = choice
         return choice.picked
 
     def table(self) -> dict[str, str]:
@@ -122,8 +125,7 @@ class Choices:
                 f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
                 "run the model on such a batch first, leave graphs to optimize, or choose a backend of torch or triton"
             )
-        with one_at_a_time:
-            times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
+        times = tuple((name, self._time(run, name, case.tokens)) for name in candidates)
         choice = Choice(min(times, key=lambda entry: entry[1])[0], times)
         log.info("%s: %s", case.describe(), choice)
         return choice

@@ -1,7 +1,7 @@
 """CUDA graphs of a whole model, from ids to its outputs, where its kernels run shorter than they take to launch.
 
 A graph has fixed sizes and memory of its own for a batch: `Shape` says which calls share one. Of a batch, the host only
-has to know how many real tokens it holds.
+has to know how many real tokens it holds, and of a small one not even that.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from flashsvd.blocks.running.quick import QuickModule, moves
 from flashsvd.blocks.running.refusals import HOOKS, any_foreign_hooks
 
 _EVERYWHERE = [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and "hook" in name]
-# What modules of these do in their forward is known: they compute.
-KNOWN_CODE = ("torch.", "transformers.", "flashsvd.")
+# What classes of these do in their forward is known: they compute.
+KNOWN_CODE = ("torch", "transformers", "flashsvd", "huggingface_hub", "builtins", "abc", "typing", "collections")
 
 
 class Watch:
@@ -25,15 +25,15 @@ class Watch:
 
     Attributes:
         weight: one of its weights, which says where it is and in which dtype.
-        foreign: whether a module inside of it is of somebody's own class, whose code may do anything: count calls, or
-            hand out a tensor that it keeps.
+        foreign: whether it, or a module inside of it, is of somebody's own class, whose code may do anything: count
+            calls, or keep a tensor that it hands out.
     """
 
     def __init__(self, model: Any) -> None:
         modules = list(outside(model))
         # The model's own hooks and wrappers run around its forward, whatever they do.
         self._inside = [module for module in modules if module is not model]
-        self.foreign = any(not type(module).__module__.startswith(KNOWN_CODE) for module in self._inside)
+        self.foreign = any(map(_is_foreign, modules))
         self._attributes = [vars(module) for module in self._inside]
         self._hooks = [attributes[name] for attributes in self._attributes for name in HOOKS]
         kept = [vars(module)[name] for module in modules for name in ("_modules", "_parameters", "_buffers")]
@@ -62,6 +62,10 @@ class Watch:
             return True
         # Recorders of transformers' own stay in place for good, and do nothing unless they are asked.
         return any(self._hooks) and any_foreign_hooks(self._inside)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return any(base.__module__.partition(".")[0] not in KNOWN_CODE for base in type(module).__mro__)
 
 
 def outside(model: nn.Module) -> Iterator[nn.Module]:
