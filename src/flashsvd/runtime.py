@@ -6,15 +6,23 @@ flashsvd.optimize(model)
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from flashsvd.blocks.registry import FUSED, FusedArchitecture, fused_architecture
+from flashsvd.blocks.registry import (
+    FUSED,
+    FusedArchitecture,
+    FusedDecoder,
+    decoder_architecture,
+    fused_architecture,
+    is_decoder,
+)
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import GraphOption, Graphs
-from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
+from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, mix_in, refuse_half_packed
 from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.blocks.weights import refuse_quantized, refuse_weights
 from flashsvd.common.caller_state import ordinary_tensors
@@ -65,18 +73,18 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     architecture.check(base, backend, graph is True)
     weight = next(base.parameters())
     _check_device(weight, backend, graph)
-    graphs = None
-    if graph is True or (graph and _may_capture(model, architecture, backend)):
-        graphs = Graphs(architecture_of(model.config).max_length(model.config), always=graph is True)
-    choices = Choices(backend, queued=graphs is not None)
+    in_graphs = graph is True or (graph == "auto" and _may_capture(model, architecture, backend))
+    choices = Choices(backend, queued=in_graphs)
     try:
         with ordinary_tensors():
             architecture.fuse(base, choices)
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
-        if graphs is not None:
-            add_graphs(model, graphs)
+        if is_decoder(model.config):
+            add_generation(model, decoder_architecture(model.config.model_type), choices, in_graphs)
+        elif in_graphs:
+            add_graphs(model, Graphs(architecture_of(model.config).max_length(model.config), always=graph is True))
     except BaseException:
         mark_half_packed(model)
         raise
@@ -126,6 +134,17 @@ def _may_capture(model: Any, architecture: FusedArchitecture, backend: Backend) 
         return False
     # What a class of the user's own does may differ from batch to batch, and a wrapper knows the forward that it wraps.
     return type(model).__module__.startswith("transformers.models.") and "forward" not in vars(model)
+
+
+def add_generation(model: Any, decoder: FusedDecoder, choices: Choices, in_graphs: bool) -> None:
+    """Give a causal language model a loop of our own for greedy decoding and sampling; another model is left alone."""
+    from transformers import GenerationMixin
+
+    from flashsvd.blocks.running.generation import Decoders, Generates
+
+    if isinstance(model, GenerationMixin) and model.get_output_embeddings() is not None:
+        mix_in(model, Generates)
+        model.decoders = Decoders(functools.partial(decoder.describe, choices=choices), in_graphs)
 
 
 def _check_options(backend: str, graph: object) -> None:

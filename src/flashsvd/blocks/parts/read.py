@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from flashsvd.errors import BackendError
 from flashsvd.kernels.activations import ACTIVATIONS
@@ -100,7 +101,7 @@ def check_linear(module: nn.Module, name: str) -> None:
     Raises:
         BackendError: it is of another class, such as a quantized or adapted linear, or a hook watches it.
     """
-    plain = type(module) is nn.Linear or (isinstance(module, FactoredLayer) and module.is_untouched())
+    plain = type(module) in (nn.Linear, Conv1D) or (isinstance(module, FactoredLayer) and module.is_untouched())
     if not plain:
         kinds = ", ".join(type(part).__name__ for part in (module, *module.children()))
         raise BackendError(

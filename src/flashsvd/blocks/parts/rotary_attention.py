@@ -20,9 +20,9 @@ from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.projections import Projection
 from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
 from flashsvd.blocks.parts.read import Matrices, PerHead, present
-from flashsvd.blocks.parts.rotary_tables import Tables
 from flashsvd.blocks.parts.widths import head_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
+from flashsvd.blocks.running.sequences import Tables
 from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_on_chip, flashsvd_rope_attention
 from flashsvd.kernels.packed import both_sides

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.running.choice import bucket
-
-# cos, sin [positions, head_dim / 2]
-Tables = tuple[Tensor, Tensor]
+from flashsvd.blocks.running.sequences import Tables
 
 
 class RotaryTables:
@@ -18,24 +16,25 @@ class RotaryTables:
 
     Args:
         embedding: transformers' module: (x, positions [1, P], layer type) -> cos, sin [1, P, head_dim] in the dtype of
-            x, whose two halves are the same.
+            x, whose two halves are the same. One that knows no types of layers is not told any.
     """
 
     def __init__(self, embedding: Any) -> None:
         self._embedding = embedding
-        self._tables: dict[tuple[str, int, torch.dtype, torch.device], Tables] = {}
+        self._tables: dict[tuple[str | None, int, torch.dtype, torch.device], Tables] = {}
 
     def forget(self) -> None:
         """Drop all tables, whose frequencies are about to move."""
         self._tables.clear()
 
-    def take(self, layer_type: str, span: int, x: Tensor) -> Tables:
+    def take(self, layer_type: str | None, span: int, x: Tensor) -> Tables:
         """The tables of a kind of layer, for positions below `span`, in the dtype of x and on its device."""
         rows = bucket(span)
         key = (layer_type, rows, x.dtype, x.device)
         if key not in self._tables:
             positions = torch.arange(rows, device=x.device)[None]
-            cos, sin = (half(table) for table in self._embedding(x, positions, layer_type))
+            kind = () if layer_type is None else (layer_type,)
+            cos, sin = (half(table) for table in self._embedding(x, positions, *kind))
             if x.is_cuda:
                 # What is made while someone captures a graph has no values before its replay.
                 if torch.cuda.is_current_stream_capturing():

@@ -103,6 +103,16 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
     Raises:
         BackendError: saying what it asks for.
     """
+    _refuse_tracing(hidden_states)
+    if options.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
+    for name in ("encoder_hidden_states", "past_key_values", "use_cache", "is_causal"):
+        if options.get(name) is not None and options[name] is not False:
+            raise BackendError(f"fused blocks are those of a plain encoder, which takes no {name}; leave it out")
+    _refuse_gradients(hidden_states)
+
+
+def _refuse_tracing(hidden_states: Tensor) -> None:
     if type(hidden_states) is not Tensor and not isinstance(hidden_states, torch.nn.Parameter):
         kind = type(hidden_states).__name__
         raise BackendError(
@@ -110,15 +120,27 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
         raise BackendError("an optimised model cannot be traced or exported (torch.jit.trace); use the plain model")
-    if options.get("output_attentions", getattr(config, "output_attentions", False)):
-        raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
-    for name in ("encoder_hidden_states", "past_key_values", "use_cache", "is_causal"):
-        if options.get(name) is not None and options[name] is not False:
-            raise BackendError(f"fused blocks are those of a plain encoder, which takes no {name}; leave it out")
+
+
+def _refuse_gradients(hidden_states: Tensor) -> None:
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise BackendError("an optimised model gives no gradients; use torch.inference_mode(), or the plain model")
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise BackendError("an optimised model runs in its own dtype, not under autocast; use model.to(torch.bfloat16)")
+
+
+def refuse_decoder_call(hidden_states: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a call of a decoder layer that asks for more than its output.
+
+    Raises:
+        BackendError: saying what it asks for.
+    """
+    _refuse_tracing(hidden_states)
+    if options.get("encoder_hidden_states") is not None:
+        raise BackendError("fused decoder blocks attend to their own tokens alone; use the plain model")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+        raise BackendError("fused decoder blocks take the masks of sdpa; load with attn_implementation='sdpa'")
+    _refuse_gradients(hidden_states)
 
 
 def refuse_positions(position_ids: Tensor | None, length: int) -> None:

@@ -1,0 +1,133 @@
+"""The feed-forward network of a decoder layer, gated (SwiGLU) or plain, for few rows and for many.
+
+x + (f(n W_g + b_g) * (n W_u + b_u)) W_d + b_d,  or  x + f(n W_1 + b_1) W_2 + b_2,    n = norm(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.parts.linears import PackedLinears
+from flashsvd.blocks.parts.read import Activation, Matrices
+from flashsvd.blocks.parts.row_norm import RowNorm
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation
+from flashsvd.blocks.running.quick import QuickModule
+from flashsvd.kernels.activations import activation as activation_function
+from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_gated, decode_linear
+from flashsvd.kernels.gated_linear import gated_linear
+
+STEP_FFN = Operation("decoding network", "{} to {} to {}, ranks {} and {}")
+LIFTS = Operation("gated lifts", "ranks {} and {} to {}")
+# Of the intermediate dimension, at once.
+CHUNK_BYTES = 64 * 2**20
+CHUNK_STEP = 256
+
+
+class PackedDecoderFFN(QuickModule):
+    """A layer's packed network.
+
+    Args:
+        first: of the input, side by side: gate and up of a gated network, else the one matrix.
+        second: back to the hidden size.
+    """
+
+    def __init__(
+        self,
+        norm: RowNorm,
+        first: Sequence[Matrices],
+        second: Matrices,
+        activation: Activation,
+        dtype: torch.dtype,
+        choices: Choices,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.first = PackedLinears(first, dtype, choices)
+        self.second = PackedLinears([second], dtype, choices)
+        self.gated = len(first) == 2
+        self.activation, self.choices = activation, choices
+
+    @property
+    def inner(self) -> int:
+        return self.first.widths[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, hidden] of any number of rows -> x + its network, in new memory."""
+
+        def run(implementation: Implementation) -> Tensor:
+            return self.by_kernels(x) if implementation == "triton" else self.by_products(x)
+
+        if x.shape[0] > MOST_ROWS or not isinstance(self.activation, str):
+            return run("torch")
+        ranks = sum(self.first.ranks), sum(self.second.ranks)
+        return run(self.choices.pick(STEP_FFN, (x.shape[1], self.inner, x.shape[1], *ranks), x, run))
+
+    def by_kernels(self, x: Tensor) -> Tensor:
+        """Of at most 16 rows: a launch for each factor, and one for both lifts of a gated network."""
+        return self.second.by_kernels(self._inner_by_kernels(x), residual=x)
+
+    def _inner_by_kernels(self, x: Tensor) -> Tensor:
+        first, activation = self.first, self.activation
+        assert isinstance(activation, str)
+        if len(first.each) or first.blocks is not None:
+            return self._activate(first.by_kernels(x, self.norm))
+        options = self.norm.options
+        if first.first is not None:
+            x, options = decode_linear(x, first.first, backend="triton", **options), {}
+        if not self.gated:
+            m = first.matrices
+            return decode_linear(x, m, first.bias, activation=activation, backend="triton", **options)
+        gate, up = first.matrices if first.first is not None else first.matrices[0].chunk(2)
+        return decode_gated(x, gate, up, first.bias, activation=activation, backend="triton", **options)
+
+    def by_products(self, x: Tensor) -> Tensor:
+        """Of any number of rows, a chunk after the other, so that little of the inner dimension exists at once."""
+        out = torch.empty_like(x)
+        for start in range(0, len(x), step := self._chunk(x)):
+            rows = slice(start, start + step)
+            self._of_rows(x[rows], out[rows])
+        return out
+
+    def _of_rows(self, x: Tensor, out: Tensor) -> None:
+        n, first = self.norm(x), self.first
+        if self.gated and len(first.ranks) == 2 and isinstance(self.activation, str):
+            inner = self._lifted(n)
+        else:
+            inner = self._activate(first.by_products(n))
+        self.second.by_products(inner, residual=x, out=out)
+
+    def _lifted(self, n: Tensor) -> Tensor:
+        """f(P_g V_g + b_g) * (P_u V_u + b_u), by one kernel where that is faster."""
+        first, activation = self.first, self.activation
+        assert isinstance(activation, str)
+        assert first.first is not None
+        p = n @ first.first.T
+        (p_g, p_u), (gate, up) = p.split_with_sizes(first.ranks, 1), first.matrices
+        b_g, b_u = (None, None) if first.bias is None else first.bias.split_with_sizes(first.widths)
+
+        def run(implementation: Implementation) -> Tensor:
+            if implementation == "triton":
+                return gated_linear(p_g, p_u, gate, up, b_g, b_u, activation=activation, backend="triton")
+            y = n.new_empty(len(n), 2 * self.inner)
+            for p_i, m, b, y_i in zip((p_g, p_u), (gate, up), (b_g, b_u), y.chunk(2, 1), strict=True):
+                torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)
+            return self._activate(y)
+
+        return run(self.choices.pick(LIFTS, (*first.ranks, self.inner), p, run))
+
+    def _activate(self, y: Tensor) -> Tensor:
+        """y [n, both side by side] -> [n, inner]; y is overwritten."""
+        function: Callable[[Tensor], Tensor] = (
+            activation_function(self.activation) if isinstance(self.activation, str) else self.activation
+        )
+        if not self.gated:
+            return function(y)
+        gate, up = y.chunk(2, 1)
+        return function(gate).mul_(up)
+
+    def _chunk(self, x: Tensor) -> int:
+        of_a_row = sum(self.first.widths) * x.element_size()
+        return max(CHUNK_STEP, CHUNK_BYTES // of_a_row // CHUNK_STEP * CHUNK_STEP)

@@ -1,0 +1,53 @@
+"""RMSNorm and LayerNorm of rows, by themselves and as options of the kernels that apply them as they read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.norm import NORM
+from flashsvd.blocks.running.choice import Choices, Implementation
+from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.rms_norm import rms_norm
+
+
+class RowNorm(Packed):
+    """x [T, K] -> weight * x / |x|, or LayerNorm(x).
+
+    Args:
+        norm: a LayerNorm, or an RMSNorm of transformers' (`weight`, `variance_epsilon`).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, norm: Any, dtype: torch.dtype, choices: Choices) -> None:
+        super().__init__()
+        self.kind: Literal["rms", "layer"] = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
+        self.eps = float(norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon)
+        self.keep("weight", norm.weight.detach(), dtype)
+        bias = getattr(norm, "bias", None)
+        self.keep("bias", None if bias is None else bias.detach(), dtype)
+        self.choices = choices
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernels of a decoding step take."""
+        return {"norm": self.kind, "norm_weight": self.weight, "norm_bias": self.bias, "eps": self.eps}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any number of rows, into new memory."""
+
+        def run(implementation: Implementation) -> Tensor:
+            by_kernel = implementation == "triton"
+            if self.kind == "rms":
+                return rms_norm(x, None, self.weight, eps=self.eps, backend="triton" if by_kernel else "torch")
+            if not by_kernel:
+                return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return fused_ln(x, None, self.weight, self.bias, eps=self.eps, backend="triton")
+
+        return run(self.choices.pick(NORM, (x.shape[1],), x, run))

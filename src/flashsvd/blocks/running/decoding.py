@@ -1,0 +1,170 @@
+"""One decoding step of a model, from the ids of the last tokens to the next ones, as a CUDA graph where that can be.
+
+A `Decoder` has a preallocated cache for some rows and the graphs that read and write it. What a step reads and leaves
+lies in it: the ids, their column, and for greedy decoding the next ids and which rows have ended, so that steps follow
+one another without the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flashsvd.blocks.running.alone import one_at_a_time
+from flashsvd.blocks.running.sequences import Prompt, Step, Tables
+from flashsvd.blocks.running.stored import StoredLayer
+
+WARMUP_RUNS = 2
+# Ids that end a row, for which a graph has room.
+MOST_ENDS = 16
+NO_ID = -1
+
+
+class Block(Protocol):
+    """What a layer computes, and what it stores."""
+
+    def store(self, rows: int, room: int) -> StoredLayer:
+        """A new cache for so many rows of so many tokens."""
+
+    def step(self, x: Tensor, at: Step, stored: StoredLayer) -> Tensor:
+        """One token of each row, x [rows, hidden]."""
+
+    def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
+        """All tokens of all rows, x [rows * length, hidden]."""
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """What of a causal language model a step runs.
+
+    Attributes:
+        embed: ids and positions, [n] each -> hidden states [n, hidden].
+        head: hidden states [n, hidden] -> logits [n, vocabulary], the last norm included.
+        tables: cos, sin [at least span, head_dim / 2] in the dtype of a tensor; None without rotation.
+        weight: one of the model's, of its dtype and device.
+    """
+
+    blocks: Sequence[Block]
+    embed: Callable[[Tensor, Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    tables: Callable[[int, Tensor], Tables] | None
+    weight: Tensor
+
+
+class Decoder:
+    """The cache and the graphs for batches of some rows, of at most `room` tokens each."""
+
+    def __init__(self, model: DecoderModel, rows: int, room: int, in_graphs: bool) -> None:
+        self.model, self.rows, self.room, self.in_graphs = model, rows, room, in_graphs
+        weight = model.weight
+        self.layers = [block.store(rows, room) for block in model.blocks]
+        self.tables = None if model.tables is None else model.tables(room, weight)
+        options: Any = {"device": weight.device}
+        self.tokens = torch.zeros(rows, room, dtype=torch.int64, **options)
+        self.ids = torch.zeros(rows, dtype=torch.int64, **options)
+        self.position = torch.zeros(1, dtype=torch.int32, **options)
+        self.first = torch.zeros(rows, dtype=torch.int32, **options)
+        self.ended = torch.zeros(rows, dtype=torch.bool, **options)
+        self.ends = torch.full((MOST_ENDS,), NO_ID, dtype=torch.int64, **options)
+        self.pad = torch.zeros(1, dtype=torch.int64, **options)
+        self.column = 0
+        self._padded = False
+        self._graphs: dict[tuple[bool, bool], tuple[Any, Tensor]] = {}
+        self._pool: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the cache."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.keys, layer.values))
+
+    def prompt(self, ids: Tensor, first: Tensor | None, ends: Sequence[int], pad: int) -> Tensor:
+        """Begin with ids [rows, length]; returns the logits [rows, vocabulary] of what follows.
+
+        Args:
+            first: the column of each row's first token, int32 [rows], where there is padding before some.
+            ends: ids that end a row.
+            pad: what then follows in it.
+        """
+        length = ids.shape[1]
+        self.tokens[:, :length] = ids
+        self.column, self._padded = length - 1, first is not None
+        self.position.fill_(length - 1)
+        self.first.copy_(torch.zeros_like(self.first) if first is None else first)
+        self.ended.zero_()
+        self.ends.copy_(torch.tensor([*ends, *[NO_ID] * (MOST_ENDS - len(ends))]))
+        self.pad.fill_(pad)
+        at = Prompt.of(ids, first, self.tables)
+        x = self.model.embed(ids.flatten(), at.positions)
+        for block, stored in zip(self.model.blocks, self.layers, strict=True):
+            x = block.prompt(x, at, stored)
+        return self.model.head(x.view(self.rows, length, -1)[:, -1].contiguous())
+
+    def append(self, ids: Tensor) -> None:
+        """Take ids [rows] for the next tokens."""
+        self.position += 1
+        self.column += 1
+        self.tokens.index_copy_(1, self.position.long(), ids[:, None])
+        self.ids.copy_(ids)
+
+    def append_best(self, logits: Tensor) -> None:
+        """Take the most probable ids; in rows that have ended, padding."""
+        best = torch.where(self.ended, self.pad, logits.argmax(-1))
+        self.ended |= (best[:, None] == self.ends).any(1)
+        self.append(best)
+
+    def step(self, greedy: bool) -> Tensor:
+        """The logits [rows, vocabulary] after the last ids, which the next step overwrites.
+
+        Args:
+            greedy: whether the best ids are appended, too.
+        """
+        if not self.in_graphs:
+            return self._run(greedy)
+        key = greedy, self._padded
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(greedy)
+        graph, logits = self._graphs[key]
+        graph.replay()
+        self.column += greedy
+        return logits
+
+    def _run(self, greedy: bool) -> Tensor:
+        logits = self._logits()
+        if greedy:
+            self.append_best(logits)
+        return logits
+
+    def _logits(self) -> Tensor:
+        first = self.first if self._padded else None
+        positions = self.position.expand(self.rows) if first is None else self.position - first
+        tables = None
+        if self.tables is not None:
+            cos, sin = (table.index_select(0, positions) for table in self.tables)
+            tables = cos, sin
+        at = Step(self.column, self.position, first, tables)
+        x = self.model.embed(self.ids, positions)
+        for block, stored in zip(self.model.blocks, self.layers, strict=True):
+            x = block.step(x, at, stored)
+        return self.model.head(x)
+
+    def _capture(self, greedy: bool) -> tuple[Any, Tensor]:
+        """The graph of a step. What it is warmed up with writes where the next token's key and value will lie."""
+        with one_at_a_time:
+            here = torch.cuda.current_stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP_RUNS):
+                    self._logits()
+            here.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            column = self.column
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                logits = self._run(greedy)
+            self.column = column
+            self._pool = graph.pool()
+        return graph, logits

@@ -1,0 +1,271 @@
+"""`generate` of an optimised model: greedy decoding and sampling in a loop of our own, all else in transformers'.
+
+transformers' `generate` prepares everything and then calls a method for the way of decoding. For greedy decoding and
+sampling that is `_sample`, which is overridden here: where nothing is asked for that a preallocated cache and steps in
+CUDA graphs could not do, the loop below runs, which waits for the GPU every few tokens only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from flashsvd.blocks.running.decoding import MOST_ENDS, Decoder, DecoderModel
+from flashsvd.blocks.running.quick import moves
+from flashsvd.blocks.running.refusals import any_foreign_hooks
+from flashsvd.blocks.running.stack import on_device
+from flashsvd.common.caller_state import ordinary_tensors
+
+# Room in a cache is a multiple of this many tokens, so that one serves prompts of about the same length.
+ROOM_STEP = 256
+# Caches that are kept for another call, each with its graphs.
+MOST_DECODERS = 2
+# Steps after which the host looks whether all rows have ended.
+STEPS_A_LOOK = 8
+KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+OUTPUTS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
+
+
+class Decoders:
+    """The decoders of one model, of which one runs at a time.
+
+    Args:
+        describe: a causal language model of transformers -> what of it a step runs.
+        in_graphs: whether steps are CUDA graphs.
+    """
+
+    def __init__(self, describe: Callable[[Any], DecoderModel], in_graphs: bool) -> None:
+        self.describe, self.in_graphs = describe, in_graphs
+        self.lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], Decoder] = OrderedDict()
+        self._moves = moves()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoders:
+        # Graphs read the weights of the model that they were captured from.
+        return Decoders(self.describe, self.in_graphs)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def forget(self) -> None:
+        """Free all caches and graphs."""
+        self._kept.clear()
+
+    def take(self, model: Any, rows: int, length: int) -> Decoder:
+        """A decoder for so many rows of up to so many tokens; held under the lock."""
+        if self._moves != moves():
+            self._kept.clear()
+            self._moves = moves()
+        key = rows, -(-length // ROOM_STEP) * ROOM_STEP
+        if key not in self._kept:
+            while len(self._kept) >= MOST_DECODERS:
+                self._kept.popitem(last=False)
+            self._kept[key] = Decoder(self.describe(model), *key, self.in_graphs)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call of `generate` asks of the loop.
+
+    Attributes:
+        ids: [rows, length].
+        first: the column of each row's first token, int32 [rows]; None without padding.
+        longest: how many tokens a row has at most, the prompt's among them.
+        ends: ids that end a row.
+        watched: stopping criteria that are asked after every token.
+    """
+
+    ids: Tensor
+    first: Tensor | None
+    longest: int
+    ends: tuple[int, ...]
+    pad: int
+    processors: Any
+    watched: Any
+    sampling: bool
+    streamer: Any
+
+
+class Generates:
+    """Mixed into a causal language model."""
+
+    decoders: Decoders
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        request = None
+        if not synced_gpus and may_loop(self, generation_config, model_kwargs):
+            request = request_of(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+        if request is None:
+            return super()._sample(  # type: ignore[misc]  # of the model that this is mixed into
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        decoders = self.decoders
+        with decoders.lock, on_device(input_ids), ordinary_tensors(), torch.no_grad():
+            decoder = decoders.take(self, len(input_ids), request.longest)
+            return run(decoder, request).clone()
+
+    def _valid_auto_compile_criteria(self, *_: Any, **__: Any) -> bool:
+        # Fused blocks are not compiled again.
+        return False
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.decoders.forget()
+        return super()._apply(*arguments, **options)  # type: ignore[misc]  # as above
+
+
+def may_loop(model: Any, config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether a call asks for nothing but ids, of a model that nobody watches."""
+    if any(getattr(config, name, None) for name in OUTPUTS) or getattr(config, "is_assistant", False):
+        return False
+    if getattr(config, "prefill_chunk_size", None) is not None or not inputs.get("use_cache"):
+        return False
+    if any(value is not None for name, value in inputs.items() if name not in KNOWN_INPUTS):
+        return False
+    if not _is_fresh(inputs.get("past_key_values")):
+        return False
+    return not any_foreign_hooks(model.modules())
+
+
+def _is_fresh(cache: Any) -> bool:
+    """Whether it is a plain cache that `generate` made, and will not hand out."""
+    if cache is None:
+        return True
+    if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "_is_user_defined", False):
+        return False
+    return int(cache.get_seq_length()) == 0
+
+
+def request_of(
+    ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, inputs: Mapping[str, Any]
+) -> Request | None:
+    """What is asked for; None where the loop does not do it."""
+    longest = [int(c.max_length) for c in criteria if isinstance(c, MaxLengthCriteria)]
+    ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
+    watched = type(criteria)(c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)))
+    ids_that_end = tuple(int(i) for tensor in ends for i in torch.as_tensor(tensor).flatten().tolist())
+    if not longest or ids.shape[1] == 0 or min(longest) <= ids.shape[1] or len(ids_that_end) > MOST_ENDS:
+        return None
+    padding = padding_of(ids, inputs.get("attention_mask"), inputs.get("position_ids"))
+    if padding is None:
+        return None
+    pad = config._pad_token_tensor
+    if ids_that_end and pad is None:
+        return None
+    return Request(
+        ids, padding if bool(padding.any()) else None, min(longest), ids_that_end, 0 if pad is None else int(pad),
+        processors, watched, bool(config.do_sample), streamer,
+    )  # fmt: skip
+
+
+def padding_of(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """The column of each row's first token, int32 [rows]; None where there is other padding, or other positions."""
+    rows, length = ids.shape
+    columns = torch.arange(length, device=ids.device)
+    first = torch.zeros(rows, dtype=torch.int32, device=ids.device)
+    if mask is not None:
+        if mask.shape != ids.shape:
+            return None
+        real = mask != 0
+        first = (length - real.sum(1)).int()
+        if not bool((real == (columns >= first[:, None])).all()) or bool((first == length).any()):
+            return None
+    if positions is not None:
+        counted = columns - first[:, None]
+        if positions.shape[-1] != length or not bool(((positions == counted) | (counted < 0)).all()):
+            return None
+    return first
+
+
+def run(decoder: Decoder, request: Request) -> Tensor:
+    """All ids [rows, tokens], which the decoder's next run overwrites."""
+    start = request.ids.shape[1]
+    logits = decoder.prompt(request.ids, request.first, request.ends, request.pad)
+    if request.sampling or len(request.processors) or len(request.watched) or request.streamer is not None:
+        return _one_by_one(decoder, request, logits)
+    decoder.append_best(logits)
+    look = _Look(decoder.ended) if request.ends else None
+    for done in range(1, request.longest - start):
+        decoder.step(greedy=True)
+        if look and done % STEPS_A_LOOK == 0 and look.all_ended():
+            break
+    end = decoder.column + 1
+    return decoder.tokens[:, : _shortened(decoder, start, end) if request.ends else end]
+
+
+def _one_by_one(decoder: Decoder, request: Request, logits: Tensor) -> Tensor:
+    """The loop in which something is done with the logits or the ids of every step."""
+    while True:
+        seen = decoder.tokens[:, : decoder.column + 1]
+        scores = logits.to(torch.float32)
+        if len(request.processors):
+            scores = request.processors(seen, scores)
+        if request.sampling:
+            best = torch.multinomial(torch.softmax(scores, -1), num_samples=1)[:, 0]
+        else:
+            best = scores.argmax(-1)
+        has_ends = bool(request.ends)
+        if has_ends:
+            best = torch.where(decoder.ended, decoder.pad, best)
+            decoder.ended |= (best[:, None] == decoder.ends).any(1)
+        decoder.append(best)
+        seen = decoder.tokens[:, : decoder.column + 1]
+        if request.streamer is not None:
+            request.streamer.put(best.cpu())
+        if len(request.watched):
+            decoder.ended |= request.watched(seen, None)
+        if seen.shape[1] >= request.longest or ((has_ends or len(request.watched)) and bool(decoder.ended.all())):
+            break
+        logits = decoder.step(greedy=False)
+    if request.streamer is not None:
+        request.streamer.end()
+    return seen
+
+
+def _shortened(decoder: Decoder, start: int, end: int) -> int:
+    """The column after the one in which the last row ended; `end` where one did not."""
+    new = decoder.tokens[:, start:end]
+    ended = (new[:, :, None] == decoder.ends).any(2).int().cummax(1).values.bool().all(0)
+    return min(end, start + int((~ended).sum()) + 1)
+
+
+class _Look:
+    """Whether all rows have ended, as of the look before: the host does not wait for what it has just queued."""
+
+    def __init__(self, ended: Tensor) -> None:
+        self._ended = ended
+        self._flags = [torch.zeros((), dtype=torch.bool, pin_memory=ended.is_cuda) for _ in range(2)]
+        self._events: list[Any] = []
+
+    def all_ended(self) -> bool:
+        if not self._ended.is_cuda:
+            return bool(self._ended.all())
+        flag = self._flags[len(self._events) % 2]
+        flag.copy_(self._ended.all(), non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record()
+        self._events.append(event)
+        if len(self._events) == 1:
+            return False
+        self._events[-2].synchronize()
+        return bool(self._flags[len(self._events) % 2])
