@@ -52,7 +52,7 @@ class CompressConfig(Config):
     rank_steps: str = option(
         "fast",
         help="which ranks are looked for: those that kernels run fastest at among the ways to divide the budget of "
-        "--ratio, or multiples of 8 that keep the same fraction of each matrix",
+        "--ratio, or multiples of 8 from 64 on that keep the same fraction of each matrix",
         choices=RANK_STEPS,
     )
     ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")

@@ -33,7 +33,14 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
 from flashsvd.io import save_compressed
-from flashsvd.lowrank.ranks import RankRequest, kept_parameters, parameter_budget, plan_given_ranks, plan_ranks
+from flashsvd.lowrank.ranks import (
+    RankRequest,
+    kept_parameters,
+    parameter_budget,
+    plan_found_ranks,
+    plan_given_ranks,
+    plan_ranks,
+)
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
@@ -205,7 +212,7 @@ class CompressionJob:
         # From the even division a search comes to better ranks than from the fast one.
         even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
         ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
-        return replace(factoring, plan=plan_given_ranks(self.shapes, ranks))
+        return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
     def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
         count, method = len(factoring.targets), factoring.method.name
