@@ -14,6 +14,7 @@ from torch import nn
 from flashsvd.blocks.registry import FUSED, FusedArchitecture, fused_architecture
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import GraphOption, Graphs
+from flashsvd.blocks.running.loss import refuse_backward
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, refuse_half_packed
 from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.blocks.weights import refuse_quantized, refuse_weights
@@ -75,6 +76,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
+        refuse_backward(model)
         if graphs is not None:
             add_graphs(model, graphs)
     except BaseException:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -356,6 +358,53 @@ def test_what_needs_the_factors_is_refused_and_leaves_no_trace(
 def test_a_forward_that_asks_for_more_than_an_encoder_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(BackendError, match=why):
         run(optimised(compressed()), inputs(None), **options)
+
+
+NO_MASKS = [
+    torch.ones(9), torch.ones(4, 8), torch.ones(3, 9), torch.ones(4, 9, 9), torch.zeros(4, 9, 9), torch.ones(4, 1, 9, 9),
+    torch.ones(4, 1, 1, 9, 9), torch.tensor(1), [[1] * 9] * 4, "mask",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*POST_LN, "modernbert"])
+def test_whatever_is_no_mask_of_the_batch_is_refused_by_its_shape_or_type(family: str) -> None:
+    model = optimised(compressed(family))
+    for mask in NO_MASKS:
+        given = re.escape(str(list(mask.shape)) if isinstance(mask, Tensor) else f"a {type(mask).__name__}")
+        with pytest.raises(
+            BackendError, match=rf"takes an attention mask \[batch, length\], here \[4, 9\], not {given}"
+        ):
+            run(model, inputs(None), attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", [*POST_LN, "modernbert"])
+def test_the_gradient_of_a_loss_is_refused(family: str) -> None:
+    plain, batch = compressed(family, "classifier"), inputs() | {"labels": torch.tensor([0, 1, 0, 1])}
+    model = optimised(plain)
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(plain(**batch).loss.item(), rel=1e-5)
+    with pytest.raises(BackendError, match="an optimised model gives no gradients"):
+        loss.backward()
+    with torch.no_grad():
+        assert not model(**batch).loss.requires_grad
+    assert inspect.signature(type(model).forward) == inspect.signature(type(plain).forward)
+
+
+def test_a_head_that_somebody_trains_has_its_gradients() -> None:
+    model = optimised(compressed("bert", "classifier"))
+    model.classifier.requires_grad_(True)
+    model(**inputs(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert model.classifier.weight.grad.any()
+
+
+@pytest.mark.parametrize("family", POST_LN)
+def test_a_layer_by_itself_refuses_what_the_model_does(family: str) -> None:
+    model, x = optimised(compressed(family)), torch.randn(2, 3, 64)
+    layer = next(module for module in model.modules() if isinstance(module, FusedLayer))
+    with pytest.raises(BackendError, match="an optimised model gives no gradients"):
+        layer(x.requires_grad_())
+    with torch.inference_mode(), pytest.raises(BackendError, match=r"not \[3\]"):
+        layer(x, torch.ones(3))
 
 
 def test_gradients_and_autocast_are_refused() -> None:

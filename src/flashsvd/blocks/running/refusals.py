@@ -12,6 +12,9 @@ from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
 
+NO_GRADIENTS = "an optimised model gives no gradients; use torch.inference_mode(), or the plain model"
+
+
 def refuse_config(config: Any) -> None:
     """Refuse a model that is more than an encoder.
 
@@ -116,7 +119,7 @@ def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) 
         if options.get(name) is not None and options[name] is not False:
             raise BackendError(f"fused blocks are those of a plain encoder, which takes no {name}; leave it out")
     if torch.is_grad_enabled() and hidden_states.requires_grad:
-        raise BackendError("an optimised model gives no gradients; use torch.inference_mode(), or the plain model")
+        raise BackendError(NO_GRADIENTS)
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise BackendError("an optimised model runs in its own dtype, not under autocast; use model.to(torch.bfloat16)")
 
