@@ -450,9 +450,18 @@ def repeat(model: Any) -> None:
     [
         (lambda model: model.train(), "in training mode"),
         (lambda model: model.encoder.layer[1].output.double(), "float32 on cpu, float64 on cpu"),
-        (lambda model: setattr(model.config, "is_decoder", True), r"config\.is_decoder is set"),
-        (lambda model: setattr(model.config, "is_causal", True), r"config\.is_causal is set"),
-        (lambda model: setattr(model.config, "add_cross_attention", True), r"config\.add_cross_attention is set"),
+        (
+            lambda model: setattr(model.config, "is_decoder", True),
+            r"config\.is_decoder is set, with .*; run the model as it is",
+        ),
+        (
+            lambda model: setattr(model.config, "is_causal", True),
+            r"config\.is_causal is set, with .*; run the model as it is",
+        ),
+        (
+            lambda model: setattr(model.config, "add_cross_attention", True),
+            r"config\.add_cross_attention is set, with .*; run the model as it is",
+        ),
         (add_hook, r"encoder\.layer\.1\.output\.dense has a hook"),
         (wrap, r"encoder\.layer\.0 is wrapped"),
         (replace_linear, r"encoder\.layer\.0\.intermediate\.dense \(Other, of test_runtime\) is no plain or low-rank"),
@@ -580,7 +589,7 @@ def test_a_model_of_which_no_layer_was_fused_yet_is_left_as_it_was(
 
 def test_eager_attention_that_returns_its_weights_is_refused() -> None:
     model = build_model("bert", "base", attn_implementation="eager", output_attentions=True)
-    with pytest.raises(BackendError, match=r"config\.output_attentions is set"):
+    with pytest.raises(BackendError, match=r"config\.output_attentions is set; set it to False"):
         optimize(model)
 
 

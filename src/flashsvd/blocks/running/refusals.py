@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
-
+# What a model was made with, so that it computes something else without.
+BEYOND_ENCODERS = {
+    "is_decoder": "with which tokens attend to none behind them",
+    "is_causal": "with which tokens attend to none behind them",
+    "add_cross_attention": "with which it attends to another model's states",
+}
 NO_GRADIENTS = "an optimised model gives no gradients; use torch.inference_mode(), or the plain model"
 
 
@@ -21,9 +26,16 @@ def refuse_config(config: Any) -> None:
     Raises:
         BackendError: naming the option of the config.
     """
-    for name in ("is_decoder", "is_causal", "add_cross_attention", "output_attentions"):
+    for name, meaning in BEYOND_ENCODERS.items():
         if getattr(config, name, False):
-            raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
+            raise BackendError(
+                f"fused blocks are those of a plain encoder, but config.{name} is set, {meaning}; run the model as it is"
+            )
+    if getattr(config, "output_attentions", False):
+        raise BackendError(
+            "fused attention keeps no attention weights, but config.output_attentions is set; set it to False, "
+            "or run the model as it is"
+        )
 
 
 def refuse_no_layers(layers: Sized) -> None:
@@ -64,10 +76,18 @@ def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
     """Refuse hooks and wrappers on modules that will be gone.
 
     Raises:
-        BackendError: naming the module.
+        BackendError: naming the module, and the library that prepares it for quantization.
     """
     for path, module in modules.items():
-        if foreign_hooks(module) or hasattr(module, "parametrizations"):
+        hooks = foreign_hooks(module)
+        owners = [str(getattr(hook, "__module__", "")) for hook in hooks]
+        # torch.ao.quantization, torchao.quantization, optimum.quanto and the like.
+        if observers := [owner for owner in owners if "quant" in owner]:
+            raise BackendError(
+                f"{path} is prepared for quantization by {observers[0]}, and fused blocks take plain weights; "
+                "optimize the model as it was before, or run it as it is"
+            )
+        if hooks or hasattr(module, "parametrizations"):
             raise BackendError(f"{path} has a hook or a wrapper, which would not run in a fused block; remove it")
 
 
