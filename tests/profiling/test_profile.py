@@ -319,7 +319,7 @@ def test_variants_of_the_checkpoint_alone_need_no_base_model(config: MakeConfig,
 
 
 def test_a_checkpoint_without_a_task_needs_one_named(make_model: MakeModel) -> None:
-    with pytest.raises(ConfigError, match="does not say which task it is for; name one with task"):
+    with pytest.raises(ConfigError, match="which task it is for; name one that it fits with task: cola, sst2, mrpc,"):
         run_profile(ProfileConfig(checkpoint=str(make_model())))
 
 

@@ -45,7 +45,7 @@ from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
-from flashsvd.models.heads import class_for_task
+from flashsvd.models.heads import class_for_task, fitting_tasks
 from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
@@ -273,7 +273,7 @@ def _calibration(
     if measures and "row_gradients" in method.needs and calibration.loss is None:
         raise ConfigError(
             f"{method.name} differentiates a loss, and {config.model} has none by itself; "
-            "pass --task, or choose drone or asvd"
+            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 
