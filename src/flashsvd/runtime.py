@@ -136,7 +136,7 @@ def _check_options(backend: str, graph: object) -> None:
     if not isinstance(graph, bool) and graph != "auto":
         raise BackendError(f"graph is True, False or 'auto', not {graph!r}")
     if graph is True and backend == "torch":
-        raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
+        raise BackendError("CUDA graphs need the attention kernel; use --backend auto or triton, or leave out --graph")
 
 
 def _check_architecture(config: Any) -> None:
@@ -148,6 +148,6 @@ def _check_architecture(config: Any) -> None:
 
 def _check_device(weight: torch.Tensor, backend: Backend, graph: GraphOption) -> None:
     if backend == "triton" and (reason := why_not_triton(weight)):
-        raise BackendError(f"backend triton cannot run here: {reason}; use backend auto or torch")
+        raise BackendError(f"--backend triton cannot run here: {reason}; use --backend auto or torch")
     if graph is True and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
-        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out graph")
+        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out --graph")

@@ -482,7 +482,9 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
 def test_a_model_off_the_gpu_has_no_graphs() -> None:
     model, call = model_of(), call_of(torch.ones(2, 16))
     assert Graphs(512).shape_of(model, call, padding_of(call)) is None
-    with pytest.raises(BackendError, match="graph=True cannot run here: the model is on cpu"):
+    with pytest.raises(
+        BackendError, match="CUDA graphs cannot run here: the model is on cpu; optimize the model again"
+    ):
         Graphs(512, always=True).shape_of(model, call, padding_of(call))
 
 

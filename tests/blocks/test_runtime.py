@@ -361,8 +361,8 @@ def test_a_forward_that_asks_for_more_than_an_encoder_is_refused(options: dict[s
 
 
 NO_MASKS = [
-    torch.ones(9), torch.ones(4, 8), torch.ones(3, 9), torch.ones(4, 9, 9), torch.zeros(4, 9, 9), torch.ones(4, 1, 9, 9),
-    torch.ones(4, 1, 1, 9, 9), torch.tensor(1), [[1] * 9] * 4, "mask",
+    torch.ones(9), torch.ones(4, 8), torch.ones(3, 9), torch.ones(4, 9, 9), torch.zeros(4, 9, 9),
+    torch.ones(4, 1, 9, 9), torch.ones(4, 1, 1, 9, 9), torch.tensor(1), [[1] * 9] * 4, "mask",
 ]  # fmt: skip
 
 
@@ -624,7 +624,10 @@ def test_what_is_no_transformers_model_is_refused(make: Callable[[], Any]) -> No
     [
         ({"backend": "cuda"}, "backend 'cuda' is not known; choose from auto, torch, triton"),
         ({"graph": True}, "CUDA graphs cannot run here: the model is on cpu; leave out graph"),
-        ({"backend": "torch", "graph": True}, "graph=True needs the attention kernel"),
+        (
+            {"backend": "torch", "graph": True},
+            "CUDA graphs need the attention kernel; use backend auto or triton, or leave out graph",
+        ),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused(options: Any, why: str) -> None:

@@ -20,7 +20,7 @@ class EvalResult:
 
     Attributes:
         metric_value: the task's first metric; None where it is not defined.
-        ranks, ratio, rank_steps: what the compression was asked for, as in `compression_info.json`; None of a dense model.
+        ranks, ratio, rank_steps: what the compression was asked for; None of a dense model.
         module_ranks: the rank that each factored layer has, by module path, and None where it stayed dense.
         latency_ms: median milliseconds of the model's forward on a full batch.
         tokens_per_second: tokens the model read, padding not counted, over the time of its forwards.

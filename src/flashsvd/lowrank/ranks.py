@@ -1,7 +1,7 @@
 """Every rule about ranks: what `--rank` and `--ratio` mean, which ranks are refused, and what stays dense.
 
-`--rank-steps fine` divides a ratio evenly, in multiples of 8 from 64 on; `fast` asks `fast_ranks` for a division of the same
-budget that kernels run faster.
+`--rank-steps fine` divides a ratio evenly, in multiples of 8 from 64 on; `fast` asks `fast_ranks` for a division of the
+same budget that kernels run faster.
 """
 
 from __future__ import annotations

@@ -102,9 +102,8 @@ class Workplace:
             CheckpointError: the directory cannot be written.
             ConfigError: another process came before.
         """
-        with self.writing():
-            with parents_made(self.directory):
-                lock = Lock.of_new(self.directory) if self.resumes else self._made(config, digest)
+        with self.writing(), parents_made(self.directory):
+            lock = Lock.of_new(self.directory) if self.resumes else self._made(config, digest)
         if lock is None:
             raise ConfigError(f"another process trains in {self.directory}; wait for it, or choose another --output")
         try:

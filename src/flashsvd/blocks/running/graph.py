@@ -101,7 +101,7 @@ class Graphs:
             if self.always and (
                 reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device.type}"
             ):
-                raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
+                raise BackendError(f"CUDA graphs cannot run here: {reason}; optimize the model again, without graph")
             return None
         if (padding is not None and padding.count == 0) or call.length > self.longest:
             return None
@@ -166,7 +166,7 @@ class Graphs:
         # torch tells of the end of the capture, and in its context of what ended it.
         reason = first_line(error.__context__ or error)
         if self.always:
-            raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
+            raise BackendError(f"this call cannot run as a CUDA graph: {reason}; leave out --graph") from error
         self._refused.add(shape)
         log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
         return result

@@ -29,7 +29,8 @@ def refuse_config(config: Any) -> None:
     for name, meaning in BEYOND_ENCODERS.items():
         if getattr(config, name, False):
             raise BackendError(
-                f"fused blocks are those of a plain encoder, but config.{name} is set, {meaning}; run the model as it is"
+                f"fused blocks are those of a plain encoder, but config.{name} is set, {meaning}; "
+                "run the model as it is"
             )
     if getattr(config, "output_attentions", False):
         raise BackendError(
@@ -115,9 +116,9 @@ def refuse_limits(backend: Backend, graph: bool, attention: str, ffn: str) -> No
         BackendError: saying why.
     """
     if backend == "triton" and (limit := attention or ffn):
-        raise BackendError(f"backend triton cannot run this model: {limit}; use backend auto or torch")
+        raise BackendError(f"--backend triton cannot run this model: {limit}; use --backend auto or torch")
     if graph and attention:
-        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out graph")
+        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out --graph")
 
 
 def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:
