@@ -116,7 +116,7 @@ def _has_outputs_for(task: Task, config: Any) -> bool:
     if task.head != "classifier":
         return True
     if not task.is_fitted:
-        return task.own_classes == (config.num_labels > 1)
+        return task.own_classes == bool(config.num_labels > 1)
     return bool(task.num_labels == config.num_labels)
 
 
