@@ -432,4 +432,4 @@ def test_a_result_that_cannot_be_written_after_all_is_still_shown(
     with pytest.raises(CheckpointError, match=r"cannot write .*x\.json: No space left"):
         run_eval(EvalConfig(checkpoint=str(make_model()), task="sst2", data=str(data), seq_len=32, output=str(output)))
     assert any('"metric_name": "accuracy"' in record.message for record in caplog.records)
-    assert list(output.parent.iterdir()) == []
+    assert not output.parent.exists()

@@ -43,4 +43,5 @@ class _Refusing(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, *__: Any) -> Any:
+        """Raises BackendError: the factors are gone."""
         raise BackendError(NO_GRADIENTS)
