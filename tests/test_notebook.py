@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+README = EXAMPLES.parent / "README.md"
 
 nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel (the dev extra installs them)")
 
@@ -33,6 +34,12 @@ def outputs(notebook: Any) -> list[list[tuple[str, ...]]]:
     return [[(output.output_type, *sorted(output.get("data", {}))) for output in cell.outputs] for cell in cells]
 
 
+def sizes(notebook: Any) -> dict[str, list[str]]:
+    """Parameters and megabytes of weights of each variant that was profiled."""
+    rows = re.findall(r"<tr><th[^>]*>(dense|low-rank|fused)</th>(.*?)</tr>", text(notebook, "text/html"))
+    return {variant: re.findall(r"<td>(.*?)</td>", cells)[-2:] for variant, cells in rows}
+
+
 def text(notebook: Any, kind: str) -> str:
     """All outputs of a kind."""
     found = (output for cell in notebook.cells for output in cell.get("outputs", []))
@@ -43,6 +50,7 @@ def text(notebook: Any, kind: str) -> str:
 def test_it_runs_and_gives_what_is_stored(stored: Any, executed: Any) -> None:
     assert outputs(executed) == outputs(stored)
     # Times and memory differ from run to run; parameters and ranks do not.
+    assert sizes(executed) == sizes(stored)
     for notebook in (stored, executed):
         assert "17,404,800" in text(notebook, "text/html")
         assert re.search(r"<td>128</td>", text(notebook, "text/html"))
@@ -55,7 +63,9 @@ def test_reports_are_tables_and_curves_are_pictures(stored: Any) -> None:
 
 
 def test_the_readme_quotes_what_is_stored(stored: Any) -> None:
-    (quoted,) = re.findall(r"^CompressReport\(.*$", (EXAMPLES.parent / "README.md").read_text(), re.MULTILINE)
+    quoted_rows = re.findall(r"^(dense|low-rank|fused)  .*  (\S+) +(\S+)$", README.read_text(), re.MULTILINE)
+    assert {variant: figures for variant, *figures in quoted_rows} == sizes(stored)
+    (quoted,) = re.findall(r"^CompressReport\(.*$", README.read_text(), re.MULTILINE)
     assert quoted in text(stored, "text/plain").splitlines()
 
 

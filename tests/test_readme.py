@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import re
 import runpy
 import shlex
@@ -24,6 +26,7 @@ from flashsvd import CompressConfig, EvalConfig, read_info, run_compress, run_ev
 from flashsvd.cli import COMMANDS, main
 from flashsvd.common.config import config_from
 from flashsvd.data.tasks import TASKS
+from flashsvd.lowrank.fast_ranks import LEAST, MOST
 from flashsvd.methods import adasvd
 from flashsvd.methods.registry import METHODS
 from flashsvd.models.registry import ARCHITECTURES
@@ -243,8 +246,28 @@ def test_files_between_words_exist(document: Path) -> None:
 
 def test_every_method_and_architecture_is_in_a_table_of_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in (*METHODS, *ARCHITECTURES):
+    aliases = [alias for method in METHODS.values() for alias in method.aliases]
+    assert "svd" in aliases
+    for name in (*METHODS, *aliases, *ARCHITECTURES):
         assert re.search(rf"^\|.*`{name}`", text, re.MULTILINE), name
+
+
+def test_all_that_speak_of_multiples_of_8_say_from_which_rank_on() -> None:
+    texts = [(ROOT / name).read_text() for name in ("README.md", "CHANGELOG.md", "docs/running-fast.md")]
+    texts.append(next(f.metadata["help"] for f in dataclasses.fields(CompressConfig) if f.name == "rank_steps"))
+    for text in texts:
+        said = re.findall(r"multiples of 8\b.{0,11}", " ".join(text.split()))
+        assert said
+        assert set(said) == {"multiples of 8 from 64 on"}
+
+
+def test_the_limits_of_fast_ranks_are_documented() -> None:
+    text = " ".join((ROOT / "docs" / "running-fast.md").read_text().split())
+    assert LEAST == {"attn": 0.9, "wo": 0.97, "ffn": 5 / 6}
+    assert {"attn": 4 / 3, "wo": math.inf, "ffn": 4 / 3} == MOST
+    assert "Attention's may fall by a tenth" in text
+    assert "feed-forward ones fall by up to a sixth or rise by up to a third" in text
+    assert "The attention output's falls by 3 % at most and may rise without a limit" in text
 
 
 def test_the_documents_have_the_tables_that_the_results_give(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from flashsvd.blocks.registry import (
 )
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.graph import GraphOption, Graphs
+from flashsvd.blocks.running.loss import refuse_backward
 from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_packed, mix_in, refuse_half_packed
 from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.blocks.weights import refuse_quantized, refuse_weights
@@ -81,6 +82,7 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
+        refuse_backward(model)
         if is_decoder(model.config):
             add_generation(model, decoder_architecture(model.config.model_type), choices, in_graphs)
         elif in_graphs:
@@ -153,7 +155,7 @@ def _check_options(backend: str, graph: object) -> None:
     if not isinstance(graph, bool) and graph != "auto":
         raise BackendError(f"graph is True, False or 'auto', not {graph!r}")
     if graph is True and backend == "torch":
-        raise BackendError("graph=True needs the attention kernel; use backend auto or triton")
+        raise BackendError("CUDA graphs need the attention kernel; use --backend auto or triton, or leave out --graph")
 
 
 def _check_architecture(config: Any) -> None:
@@ -165,6 +167,6 @@ def _check_architecture(config: Any) -> None:
 
 def _check_device(weight: torch.Tensor, backend: Backend, graph: GraphOption) -> None:
     if backend == "triton" and (reason := why_not_triton(weight)):
-        raise BackendError(f"backend triton cannot run here: {reason}; use backend auto or torch")
+        raise BackendError(f"--backend triton cannot run here: {reason}; use --backend auto or torch")
     if graph is True and (reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device}"):
-        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out graph")
+        raise BackendError(f"CUDA graphs cannot run here: {reason}; leave out --graph")

@@ -129,13 +129,16 @@ def _check_profile(profile: ProfileConfig, compression: CompressConfig) -> None:
     from flashsvd.evaluation.subject import Subject
     from flashsvd.evaluation.workload import load_data
     from flashsvd.methods.registry import get_method
+    from flashsvd.models.found import find_model
+    from flashsvd.models.heads import fitting_tasks
     from flashsvd.profiling.run import check_output
 
     get_method(compression.method)
     check_output(profile)
     name = profile.task or compression.task
     if name is None:
-        raise ConfigError("what to score on is not known; name a task with --task")
+        fitting = fitting_tasks(find_model(compression.model).config)
+        raise ConfigError(f"what to score on is not known; name a task that the model fits with --task: {fitting}")
     task = get_task(name)
     subject = Subject.find(compression.model, task)
     load_data(task, profile.data, None, subject)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from threading import Barrier, BrokenBarrierError, RLock, Thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -311,6 +313,12 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Captured, "capture", capture)
 
 
+def run_in_capture(self: Any, forward: Any, *_: Any) -> None:
+    """What a capture does of a forward, which it runs, and its replay does not."""
+    result = forward()
+    self.replay = lambda call: result
+
+
 def model_of(*children: nn.Module) -> Any:
     model: Any = nn.Sequential(*(children or (nn.Linear(2, 2),)))
     model.config = SimpleNamespace(return_dict=True)
@@ -346,6 +354,95 @@ def test_shapes_that_came_once_are_not_remembered_without_end(monkeypatch: pytes
     graphs = Graphs(512)
     assert [ask(graphs, length) for length in (16, 32, 64, 16)] == [None] * 4
     assert len(graphs._seen) == 2
+
+
+@pytest.fixture
+def own_lock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A lock for these threads alone: those that never let it go would stop all other tests too."""
+    lock = RLock()
+    monkeypatch.setattr(graph_module, "one_at_a_time", lock)
+    return lock
+
+
+def finish(*threads: Thread) -> bool:
+    """Whether all threads come to an end."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    return not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("inner", ["captured first", "captured meanwhile", "calls the outer one too"])
+@pytest.mark.usefixtures("faked", "own_lock")
+def test_threads_that_capture_models_within_models_do_not_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    monkeypatch.setattr(_Captured, "capture", run_in_capture)
+    one, other = Graphs(512, always=True), Graphs(512, always=True)
+    # Both threads are in the middle of a model, or one waits for the other's end.
+    both, found = Barrier(2), []
+
+    def meet() -> None:
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(timeout=0.5)
+
+    def outer_forward(**_: Any) -> Any:
+        meet()
+        return ask(other, 32, lambda **_: "inner") or "inner"
+
+    def inner_forward(**_: Any) -> Any:
+        meet()
+        return ask(one, 64, lambda **_: "outer") if inner == "calls the outer one too" else "inner"
+
+    if inner == "captured first":
+        ask(other, 32, lambda **_: "inner")
+    threads = (
+        Thread(target=lambda: found.append(ask(one, 16, outer_forward)), daemon=True),
+        Thread(target=lambda: found.append(ask(other, 32, inner_forward)), daemon=True),
+    )
+    assert finish(*threads)
+    assert len(found) == 2
+
+
+@pytest.mark.usefixtures("faked", "own_lock")
+def test_a_model_that_calls_itself_is_captured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Captured, "capture", run_in_capture)
+    graphs, within = Graphs(512, always=True), []
+
+    def forward(**_: Any) -> str:
+        within.append(ask(graphs, 16, lambda **_: "part"))
+        return "whole"
+
+    assert finish(Thread(target=lambda: ask(graphs, 32, forward), daemon=True))
+    assert within == [None]
+    assert [shape.length for shape in graphs._captured] == [32]
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_shape_that_another_thread_could_not_capture_meanwhile_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, own_lock: Any
+) -> None:
+    tried: list[int] = []
+
+    def fail(*_: Any) -> None:
+        tried.append(1)
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(_Captured, "capture", fail)
+    graphs, found = Graphs(512), []
+    ask(graphs)
+    threads = [Thread(target=lambda: found.append(ask(graphs, forward=lambda **_: "plain")), daemon=True) for _ in "ab"]
+    with own_lock:
+        for thread in threads:
+            thread.start()
+        # Both have seen that it is not captured, and wait for this one.
+        for thread in threads:
+            thread.join(timeout=0.5)
+    for thread in threads:
+        thread.join(timeout=20)
+    assert tried == [1]
+    assert sorted(found, key=str) == [None, "plain"]
 
 
 @pytest.mark.usefixtures("faked")
@@ -482,7 +579,9 @@ def test_a_batch_on_another_stream_waits_for_the_one_before_it(monkeypatch: pyte
 def test_a_model_off_the_gpu_has_no_graphs() -> None:
     model, call = model_of(), call_of(torch.ones(2, 16))
     assert Graphs(512).shape_of(model, call, padding_of(call)) is None
-    with pytest.raises(BackendError, match="graph=True cannot run here: the model is on cpu"):
+    with pytest.raises(
+        BackendError, match="CUDA graphs cannot run here: the model is on cpu; optimize the model again"
+    ):
         Graphs(512, always=True).shape_of(model, call, padding_of(call))
 
 

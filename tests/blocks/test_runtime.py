@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -358,6 +360,53 @@ def test_a_forward_that_asks_for_more_than_an_encoder_is_refused(options: dict[s
         run(optimised(compressed()), inputs(None), **options)
 
 
+NO_MASKS = [
+    torch.ones(9), torch.ones(4, 8), torch.ones(3, 9), torch.ones(4, 9, 9), torch.zeros(4, 9, 9),
+    torch.ones(4, 1, 9, 9), torch.ones(4, 1, 1, 9, 9), torch.tensor(1), [[1] * 9] * 4, "mask",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*POST_LN, "modernbert"])
+def test_whatever_is_no_mask_of_the_batch_is_refused_by_its_shape_or_type(family: str) -> None:
+    model = optimised(compressed(family))
+    for mask in NO_MASKS:
+        given = re.escape(str(list(mask.shape)) if isinstance(mask, Tensor) else f"a {type(mask).__name__}")
+        with pytest.raises(
+            BackendError, match=rf"takes an attention mask \[batch, length\], here \[4, 9\], not {given}"
+        ):
+            run(model, inputs(None), attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", [*POST_LN, "modernbert"])
+def test_the_gradient_of_a_loss_is_refused(family: str) -> None:
+    plain, batch = compressed(family, "classifier"), inputs() | {"labels": torch.tensor([0, 1, 0, 1])}
+    model = optimised(plain)
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(plain(**batch).loss.item(), rel=1e-5)
+    with pytest.raises(BackendError, match="an optimised model gives no gradients"):
+        loss.backward()
+    with torch.no_grad():
+        assert not model(**batch).loss.requires_grad
+    assert inspect.signature(type(model).forward) == inspect.signature(type(plain).forward)
+
+
+def test_a_head_that_somebody_trains_has_its_gradients() -> None:
+    model = optimised(compressed("bert", "classifier"))
+    model.classifier.requires_grad_(True)
+    model(**inputs(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert model.classifier.weight.grad.any()
+
+
+@pytest.mark.parametrize("family", POST_LN)
+def test_a_layer_by_itself_refuses_what_the_model_does(family: str) -> None:
+    model, x = optimised(compressed(family)), torch.randn(2, 3, 64)
+    layer = next(module for module in model.modules() if isinstance(module, FusedLayer))
+    with pytest.raises(BackendError, match="an optimised model gives no gradients"):
+        layer(x.requires_grad_())
+    with torch.inference_mode(), pytest.raises(BackendError, match=r"not \[3\]"):
+        layer(x, torch.ones(3))
+
+
 def test_gradients_and_autocast_are_refused() -> None:
     model = optimised(compressed())
     embedded = torch.randn(1, 3, 64, requires_grad=True)
@@ -401,9 +450,18 @@ def repeat(model: Any) -> None:
     [
         (lambda model: model.train(), "in training mode"),
         (lambda model: model.encoder.layer[1].output.double(), "float32 on cpu, float64 on cpu"),
-        (lambda model: setattr(model.config, "is_decoder", True), r"config\.is_decoder is set"),
-        (lambda model: setattr(model.config, "is_causal", True), r"config\.is_causal is set"),
-        (lambda model: setattr(model.config, "add_cross_attention", True), r"config\.add_cross_attention is set"),
+        (
+            lambda model: setattr(model.config, "is_decoder", True),
+            r"config\.is_decoder is set, with .*; run the model as it is",
+        ),
+        (
+            lambda model: setattr(model.config, "is_causal", True),
+            r"config\.is_causal is set, with .*; run the model as it is",
+        ),
+        (
+            lambda model: setattr(model.config, "add_cross_attention", True),
+            r"config\.add_cross_attention is set, with .*; run the model as it is",
+        ),
         (add_hook, r"encoder\.layer\.1\.output\.dense has a hook"),
         (wrap, r"encoder\.layer\.0 is wrapped"),
         (replace_linear, r"encoder\.layer\.0\.intermediate\.dense \(Other, of test_runtime\) is no plain or low-rank"),
@@ -531,7 +589,7 @@ def test_a_model_of_which_no_layer_was_fused_yet_is_left_as_it_was(
 
 def test_eager_attention_that_returns_its_weights_is_refused() -> None:
     model = build_model("bert", "base", attn_implementation="eager", output_attentions=True)
-    with pytest.raises(BackendError, match=r"config\.output_attentions is set"):
+    with pytest.raises(BackendError, match=r"config\.output_attentions is set; set it to False"):
         optimize(model)
 
 
@@ -566,7 +624,10 @@ def test_what_is_no_transformers_model_is_refused(make: Callable[[], Any]) -> No
     [
         ({"backend": "cuda"}, "backend 'cuda' is not known; choose from auto, torch, triton"),
         ({"graph": True}, "CUDA graphs cannot run here: the model is on cpu; leave out graph"),
-        ({"backend": "torch", "graph": True}, "graph=True needs the attention kernel"),
+        (
+            {"backend": "torch", "graph": True},
+            "CUDA graphs need the attention kernel; use backend auto or triton, or leave out graph",
+        ),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused(options: Any, why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import (
+    float_qparams_weight_only_qconfig,
+    get_default_qat_qconfig,
+    get_default_qconfig,
+    prepare,
+    prepare_qat,
+    quantize_dynamic,
+)
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -101,13 +110,43 @@ def test_weights_that_are_not_there_are_refused_wherever_they_belong(family: str
 
 
 def test_a_layer_that_torch_has_quantized_is_named_and_the_model_runs_on() -> None:
-    model = torch.ao.quantization.quantize_dynamic(build_model("bert", "base"), {nn.Linear}, dtype=torch.qint8)
+    model = quantize_dynamic(build_model("bert", "base"), {nn.Linear}, dtype=torch.qint8)
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         expected = model(ids).last_hidden_state
         with pytest.raises(BackendError, match=r"query \(Linear, .* of torch\.ao\.nn\.quantized.*; optimize a model"):
             optimize(model)
         assert torch.equal(model(ids).last_hidden_state, expected)
+
+
+def prepared(module: Any, config: Any) -> None:
+    module.qconfig = config
+    (prepare_qat if module.training else prepare)(module, inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("training", [False, True], ids=["after training", "while training"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_is_prepared_for_quantization_is_told_so(family: str, training: bool) -> None:
+    model = build_model(family).train(training)
+    prepared(model, get_default_qat_qconfig() if training else get_default_qconfig())
+    with pytest.raises(
+        BackendError, match=r"is prepared for quantization by torch\.ao\..*; optimize the model as it was"
+    ):
+        optimize(model.eval())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+def test_embeddings_that_torch_has_quantized_or_prepared_run_as_before(family: str) -> None:
+    plain, ids = build_model(family), torch.tensor([[5, 6, 7]])
+    quantized = quantize_dynamic(copy.deepcopy(plain), {nn.Embedding: float_qparams_weight_only_qconfig})
+    observed = copy.deepcopy(plain)
+    prepared(observed.base_model.embeddings, float_qparams_weight_only_qconfig)
+    for model in (quantized, observed):
+        with torch.inference_mode():
+            expected = model(ids).logits
+            torch.testing.assert_close(optimize(model)(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def meta(weight: torch.Tensor) -> nn.Parameter:

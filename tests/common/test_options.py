@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import MakeModel
-from flashsvd import CompressConfig, EvalConfig, run_compress
+from flashsvd import CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig, run_compress
 from flashsvd.common.device import BACKENDS
 from flashsvd.errors import ConfigError
 from flashsvd.kernels.launch import Backend
@@ -55,3 +57,34 @@ def test_backends_are_named_alike_for_users_and_kernels() -> None:
 
 def test_modes_of_training_are_named_alike_for_users_and_models() -> None:
     assert typing.get_args(Mode) == MODES
+
+
+DIRECTORIES = [
+    (CompressConfig, {"model": "x", "rank": 4}, "output"),
+    (CompressConfig, {"model": "x", "rank": 4}, "save_stats"),
+    (FinetuneConfig, {"model": "x", "task": "sst2"}, "output"),
+    (ProfileConfig, {"checkpoint": "x"}, "output"),
+]
+
+
+@pytest.mark.parametrize(("kind", "others", "name"), DIRECTORIES)
+def test_a_directory_is_not_called_as_a_file_is(kind: Any, others: dict[str, Any], name: str) -> None:
+    for file in ("p.json", "results/P.PNG", Path("a.safetensors")):
+        with pytest.raises(
+            ConfigError, match=f"^{name} .* is the name of a file, and a directory is written; leave out"
+        ):
+            kind(**others, **{name: file})
+    for directory in ("results", "model_p0.5", "v1.json/small", "."):
+        assert getattr(kind(**others, **{name: directory}), name) == directory
+
+
+def test_a_file_is_not_called_as_a_directory_is() -> None:
+    with pytest.raises(ConfigError, match=r"^output results/ names a directory, and a file is written; name one in it"):
+        EvalConfig(checkpoint="x", output="results/")
+
+
+def test_every_option_that_writes_says_whether_it_writes_a_directory() -> None:
+    for kind in (CompressConfig, FinetuneConfig, ProfileConfig, EvalConfig):
+        for field in dataclasses.fields(kind):
+            if field.metadata["path"] == "write":
+                assert field.metadata["directory"] == field.metadata["help"].startswith("directory")

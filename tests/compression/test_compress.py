@@ -18,7 +18,7 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.info import read_info
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
-from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.lowrank.ranks import ASKED_DENSE, FAST_DENSE, RankChoice
 from flashsvd.methods import adasvd
 from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.models.registry import find_targets
@@ -101,7 +101,22 @@ def test_report_and_metadata_say_what_was_really_done(make_model: MakeModel, tmp
     text = str(report)
     assert "layer  0 attn rank 8" in text
     assert "dense: rank 20 would hold 1,280 parameters, dense holds 1,024" in text
-    assert "2 of 12 matrices stayed dense" in text
+    assert "2 of 12 matrices stayed dense: factors would not be smaller" in text
+
+
+def test_the_report_says_why_each_matrix_stayed_dense(make_model: MakeModel, tmp_path: Path) -> None:
+    source = str(make_model(hidden_size=64, intermediate_size=256, num_hidden_layers=1))
+    fast = run_compress(CompressConfig(model=source, ratio=0.75, output=str(tmp_path / "fast")))
+    dense = {matrix.name: None for matrix in fast.matrices if matrix.rank is None}
+    assert dense
+    assert f"{len(dense)} of 6 matrices stayed dense: {FAST_DENSE}" in fast.summary()
+    ranks = {matrix.name: 8 for matrix in fast.matrices} | dense
+    first, *_ = ranks
+    file = tmp_path / "ranks.json"
+    file.write_text(json.dumps({"qkv": "joint", "ranks": ranks | {first: 64}}))
+    given = run_compress(CompressConfig(model=source, ranks_json=str(file), output=str(tmp_path / "given")))
+    stayed = [line for line in given.summary() if "stayed dense" in line]
+    assert {line.partition(": ")[2] for line in stayed} == {ASKED_DENSE, "factors would not be smaller"}
 
 
 def test_what_stays_dense_is_bit_equal_to_the_model(make_model: MakeModel, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flashsvd.errors import CheckpointError
+from flashsvd import CompressConfig
+from flashsvd.errors import CheckpointError, ConfigError
 from flashsvd.lowrank.layers import (
     LowRankLinear,
     PerHeadLowRankLinear,
@@ -20,7 +23,7 @@ from flashsvd.lowrank.layers import (
     weight_matrix,
 )
 from flashsvd.lowrank.spec import LayerSpec
-from flashsvd.methods.registry import get_method
+from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.methods.weighted import weighted_svd
 
 
@@ -58,6 +61,17 @@ def test_degenerate_matrices_are_reproduced(w: torch.Tensor) -> None:
 def test_methods_are_found_by_name_and_alias() -> None:
     aliases = {"svd": "standard", "fw": "fwsvd", "whiten": "drone", "ada": "adasvd"}
     assert {alias: get_method(alias).name for alias in aliases} == aliases
+
+
+def test_every_name_of_a_method_is_in_the_help_and_where_an_unknown_one_is_refused() -> None:
+    (told,) = (field.metadata["help"] for field in dataclasses.fields(CompressConfig) if field.name == "method")
+    with pytest.raises(ConfigError, match="method 'best' is not known; choose from") as refused:
+        get_method("best")
+    for text in (told, str(refused.value)):
+        words = re.findall(r"\w+", text)
+        assert [
+            name for method in METHODS.values() for name in (method.name, *method.aliases) if name not in words
+        ] == []
 
 
 @pytest.mark.parametrize("heads", [None, 4])

@@ -51,7 +51,7 @@ def test_a_checkpoint_that_does_not_say_is_asked_for_its_task(
 ) -> None:
     source = make_model()
     checkpoint = compress(source, tmp_path / "small") if compressed else source
-    with pytest.raises(ConfigError, match="does not say which task it is for; name one with task"):
+    with pytest.raises(ConfigError, match="which task it is for; name one that it fits with task: cola, sst2, mrpc,"):
         run_eval(EvalConfig(checkpoint=str(checkpoint), data=str(data)))
 
 

@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import (
+    ASKED_DENSE,
+    FAST_DENSE,
     RANK_STEPS,
+    SEARCHED_DENSE,
     RankChoice,
     RankRequest,
     RankSteps,
     fit_to_budget,
     kept_parameters,
     parameter_budget,
+    plan_found_ranks,
     plan_given_ranks,
     plan_ranks,
     rank_for_ratio,
@@ -73,7 +77,9 @@ def test_every_rank_fits_its_matrix_and_makes_it_smaller(
     for shape in shapes:
         choice = plan[shape.name]
         if choice.rank is None:
-            assert "parameters, dense holds" in choice.reason
+            # Where no rank saves anything that is the reason; elsewhere the search chose so.
+            assert ("parameters, dense holds" in choice.reason) == (not shape.saves(1))
+            assert shape.saves(1) <= (choice.reason == FAST_DENSE)
         else:
             assert 1 <= choice.rank <= shape.full_rank
             assert shape.factored_parameters(choice.rank) < shape.dense_parameters
@@ -219,8 +225,22 @@ def test_given_ranks_are_taken_as_they_are_where_they_save() -> None:
     shapes = [MatrixShape("a", "ffn", 100, 100), MatrixShape("b", "ffn", 100, 100), MatrixShape("c", "wo", 100, 100)]
     plan = plan_given_ranks(shapes, {"a": 13, "b": None, "c": 80})
     assert plan["a"] == RankChoice(13)
-    assert plan["b"] == RankChoice(None, "asked to stay dense")
+    assert plan["b"] == RankChoice(None, ASKED_DENSE)
     assert plan["c"].rank is None
     for bad in (0, 101, 1.5, "8", True):
         with pytest.raises(ConfigError, match="no whole number from 1 to 100"):
             plan_given_ranks(shapes, {"a": bad, "b": 1, "c": 1})
+
+
+def test_what_a_search_leaves_dense_is_said_to_be_its_choice() -> None:
+    large, tiny = MatrixShape("large", "wo", 100, 100), MatrixShape("tiny", "wo", 1, 1)
+    plan = plan_found_ranks([large, tiny], {"large": 100, "tiny": 1})
+    assert plan["large"] == RankChoice(None, SEARCHED_DENSE)
+    assert plan["tiny"].reason == "rank 1 would hold 2 parameters, dense holds 1"
+
+
+def test_fine_ranks_are_multiples_of_8_from_64_on_only() -> None:
+    shapes = [MatrixShape(str(size), "ffn", size, size) for size in range(100, 200, 9)]
+    ranks = [choice.rank for choice in plan_ranks(shapes, RankRequest(ratio=0.9, steps="fine")).values()]
+    assert all(rank % 8 == 0 for rank in ranks if rank is not None and rank >= 64)
+    assert any(rank % 8 for rank in ranks if rank is not None)

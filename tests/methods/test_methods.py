@@ -342,8 +342,13 @@ def test_masking_needs_a_mask_token(make_model: MakeModel, text: Path, tmp_path:
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_gradients_need_a_loss(make_model: MakeModel, text: Path, tmp_path: Path, name: str) -> None:
     source = make_model(name, "base")
-    with pytest.raises(ConfigError, match=r"fwsvd differentiates a loss, and .* has none by itself; pass task"):
+    with pytest.raises(
+        ConfigError, match=r"fwsvd differentiates a loss, and .* has none by itself; .* with task: similarity"
+    ):
         compress(source, tmp_path / "out", method="fwsvd", calib_data=str(text))
+    text.with_suffix(".tsv").write_text("sentence1\tsentence2\tlabel\na man\ta dog\t3\n")
+    with pytest.raises(DataError, match=r"lacks the column text; .* name it with task: similarity"):
+        compress(source, tmp_path / "out", method="drone", calib_data=str(text.with_suffix(".tsv")))
     info = compress(make_model(name, "masked-lm", name="mlm"), tmp_path / "out", method="fwsvd", calib_data=str(text))
     assert info.calibration is not None
     assert info.calibration["kind"] == "masked-lm"

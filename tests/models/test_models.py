@@ -9,9 +9,11 @@ import torch
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from conftest import DECODERS, MakeModel, build, build_decoder
+from flashsvd.data.tasks import TASKS
+from flashsvd.evaluation.subject import Subject
 from flashsvd.models.architecture import Target
 from flashsvd.models.found import find_model
-from flashsvd.models.heads import head_class, head_of
+from flashsvd.models.heads import fitting_tasks, head_class, head_of
 from flashsvd.models.loading import load_model
 from flashsvd.models.registry import ARCHITECTURES, find_targets
 
@@ -55,6 +57,27 @@ def test_every_matrix_of_the_layers_is_a_target_exactly_once(name: str, head: st
     layers = next(module for _, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
     matrices = {id(parameter) for parameter in layers.parameters() if parameter.dim() == 2}
     assert {id(model.get_parameter(f"{target.module}.weight")) for target in targets} == matrices
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "options", "tasks"),
+    [
+        ("bert", "base", {}, ["similarity"]),
+        ("bert", "masked-lm", {}, ["similarity"]),
+        ("bert", "classifier", {"num_labels": 1}, ["stsb", "regression"]),
+        ("bert", "classifier", {"num_labels": 2}, ["cola", "sst2", "mrpc", "qqp", "qnli", "rte", "classification"]),
+        ("modernbert", "classifier", {"num_labels": 3}, ["mnli", "classification"]),
+        ("gpt2", "causal-lm", {}, ["perplexity", "wikitext2"]),
+    ],
+)
+def test_the_tasks_that_fit_a_model_are_those_of_its_head(
+    make_model: MakeModel, name: str, head: str, options: dict[str, Any], tasks: list[str]
+) -> None:
+    found = find_model(str(make_model(name, head, **options)))
+    assert fitting_tasks(found.config).split(", ") == tasks
+    for task in TASKS.values():
+        if task.name in tasks:
+            assert Subject.of(found, task).wanted_class
 
 
 def test_a_fused_target_is_named_after_its_part() -> None:

@@ -29,7 +29,7 @@ from flashsvd import (
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
-from flashsvd.profiling import variants
+from flashsvd.profiling import run, variants
 from flashsvd.profiling.config import VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.figures import png
@@ -197,6 +197,17 @@ def test_plain_leaves_the_fused_variant_out(config: MakeConfig) -> None:
     result = run_profile(config(variants="low-rank", backend="plain"))
     assert result.backend == "plain"
     assert "fused by" not in result.title()
+    assert [row.variant for row in result.rows] == ["low-rank"]
+
+
+def test_a_result_says_that_plain_left_the_fused_variant_out(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "measure", lambda name, *_: VariantRow(name, "ok", latency_ms=1.0))
+    result = run_profile(config(variants=None, backend="plain"))
+    assert [row.variant for row in result.rows] == list(VARIANTS)
+    assert (result["fused"].status, result["fused"].reason) == ("skipped", "backend plain leaves it out")
+    assert "fused was skipped: backend plain leaves it out" in str(result)
 
 
 def test_a_backend_that_is_named_and_cannot_run_is_an_error_unless_it_may_be_skipped(
@@ -319,7 +330,7 @@ def test_variants_of_the_checkpoint_alone_need_no_base_model(config: MakeConfig,
 
 
 def test_a_checkpoint_without_a_task_needs_one_named(make_model: MakeModel) -> None:
-    with pytest.raises(ConfigError, match="does not say which task it is for; name one with task"):
+    with pytest.raises(ConfigError, match="which task it is for; name one that it fits with task: cola, sst2, mrpc,"):
         run_profile(ProfileConfig(checkpoint=str(make_model())))
 
 
@@ -338,9 +349,12 @@ def test_files_are_written_to_a_directory_and_only_there(config: MakeConfig, tmp
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_an_output_that_cannot_be_written_is_refused_before_weights_are_loaded(config: MakeConfig, data: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_weights_are_loaded(
+    config: MakeConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="choose another output"):
-        run_profile(config(output=str(data)))
+        run_profile(config(output=str(tmp_path / "file")))
 
 
 @pytest.mark.slow

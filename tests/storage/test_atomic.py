@@ -13,7 +13,7 @@ import pytest
 
 from flashsvd.errors import CheckpointError
 from flashsvd.storage import atomic
-from flashsvd.storage.atomic import atomic_directory, check_target, real_target, write_text
+from flashsvd.storage.atomic import atomic_directory, check_target, parents_made, real_target, write_text
 from flashsvd.storage.metadata import INFO_FILE
 from flashsvd.storage.own_files import KINDS
 from flashsvd.storage.result_file import ResultFile
@@ -100,6 +100,40 @@ def test_overwrite_refuses_to_destroy_a_file_of_somebody_elses(tmp_path: Path, f
     with pytest.raises(CheckpointError):
         write_new(target)
     assert (target / foreign).read_text() == "mine"
+
+
+def broken_directory(target: Path) -> None:
+    with atomic_directory(target):
+        raise RuntimeError("half way")
+
+
+def broken_file(target: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        write_text(target, "new")
+
+
+@pytest.mark.parametrize("write", [broken_directory, broken_file])
+def test_what_fails_leaves_none_of_the_directories_that_it_made(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        write(tmp_path / "there" / "new" / "deeper" / "out")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    write_new(tmp_path / "there" / "new" / "out", overwrite=False)
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        write(tmp_path / "there" / "new" / "other")
+    assert (tmp_path / "there" / "new" / "out" / INFO_FILE).read_text() == "new"
+
+
+def test_a_directory_that_another_puts_something_into_meanwhile_stays(tmp_path: Path) -> None:
+    def write() -> None:
+        with parents_made(tmp_path / "new" / "deeper" / "out"):
+            (tmp_path / "new" / "theirs").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "theirs"]
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:

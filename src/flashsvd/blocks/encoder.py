@@ -59,13 +59,16 @@ def with_own_mask(known: Any) -> type:
     """A `FusedBase` for a model class of transformers', whose encoder gets the mask as the caller gave it.
 
     transformers would spread [batch, length] out to [batch, 1, length, length], as the config's attention
-    implementation asks; what has four dimensions it takes for a mask that was spread already.
+    implementation asks, and stumble over other shapes; what has four dimensions it takes for a mask that was spread
+    already.
     """
 
     @functools.wraps(known.forward)
     def forward(self: Any, input_ids: Any = None, attention_mask: Any = None, *others: Any, **options: Any) -> Any:
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            given, attention_mask = attention_mask, attention_mask[:, None, None]
+        if attention_mask is not None:
+            given = attention_mask
+            is_batch = isinstance(given, Tensor) and given.ndim == 2
+            attention_mask = given[:, None, None] if is_batch else torch.empty(1, 1, 1, 1)
             setattr(attention_mask, _GIVEN, given)
         return known.forward(self, input_ids, attention_mask, *others, **options)
 

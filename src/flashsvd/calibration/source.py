@@ -19,7 +19,7 @@ from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
 from flashsvd.data.tokenize import Batch, Tokenize, token_ids
 from flashsvd.errors import DataError
-from flashsvd.models.heads import head_classes, head_of
+from flashsvd.models.heads import fitting_tasks, head_classes, head_of
 from flashsvd.models.loading import check_tokenizer, check_tokens, load_tokenizer
 from flashsvd.models.sentence import SentenceEncoder, encoder_length, read_sentence_encoder
 
@@ -99,7 +99,7 @@ def prepare_calibration(
         assert task is not None, "these kinds come from a task"
         batches = _labelled(request, task, model_config, tokenize)
     else:
-        batches = _running_text(request, kind, tokenize)
+        batches = _running_text(request, kind, tokenize, model_config if task is None else None)
     if not sum(batch.tokens for batch in batches):
         raise DataError("the calibration samples hold no tokens; give other --calib-data")
     for batch in batches:
@@ -156,8 +156,15 @@ def _labelled(request: CalibrationRequest, task: Task, model_config: Any, tokeni
     return labelled_batches(examples, tokenize, labels, chosen, request.batch_size)
 
 
-def _running_text(request: CalibrationRequest, kind: str, tokenize: Tokenize) -> list[Batch]:
-    text = load_text(TASKS["wikitext2"], "train", request.data)
+def _running_text(request: CalibrationRequest, kind: str, tokenize: Tokenize, taskless: Any) -> list[Batch]:
+    """Batches of running text.
+
+    Args:
+        taskless: the config of a model that no task was named for; None where one was.
+    """
+    advice = "without a task it is read as running text; for rows of a task that the model fits, name it with --task: "
+    advice = advice + fitting_tasks(taskless) if taskless is not None else ""
+    text = load_text(TASKS["wikitext2"], "train", request.data, advice=advice)
     if kind == "causal-lm":
         return window_batches(token_ids(tokenize.tokenizer, text), tokenize.seq_len, request.draw, request.batch_size)
     batches = text_batches(text, tokenize, request.draw, request.batch_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeVar
 
-from flashsvd.common.options import check_number, flag, names_in
+from flashsvd.common.options import check_directory_name, check_number, flag, names_in
 from flashsvd.common.ranges import plain_number
 from flashsvd.errors import ConfigError
 
@@ -99,3 +99,5 @@ def _check(field: dataclasses.Field[Any], kind: FieldType, value: Any) -> None:
         names_in(field.name, value, several)
     elif not isinstance(value, str) or not value:
         raise ConfigError(f"{flag(field.name)} must be a name, got {value!r}; {field.metadata['help']}")
+    elif field.metadata["directory"]:
+        check_directory_name(field.name, value)

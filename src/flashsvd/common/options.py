@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from flashsvd.common.paths import expand
@@ -17,6 +17,15 @@ PathUse = Literal["model", "read", "write"]
 
 COUNT = Range(at_least=1)
 FRACTION = Range(above=0, below=1)
+
+# Of files that are written or read here, or beside models; a directory's name may well have another point in it.
+FILE_SUFFIXES = frozenset(
+    {
+        ".bin", ".csv", ".gz", ".html", ".ipynb", ".jpg", ".json", ".jsonl", ".log", ".md", ".npz", ".onnx", ".parquet",
+        ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".safetensors", ".svg", ".tar", ".tsv", ".txt", ".yaml",
+        ".yml", ".zip",
+    }
+)  # fmt: skip
 
 
 def option(
@@ -31,6 +40,7 @@ def option(
     several: tuple[str, ...] | None = None,
     suggestions: tuple[str, ...] = (),
     path: PathUse | None = None,
+    directory: bool = False,
     default_path: str | None = None,
 ) -> Any:
     """A field of a `Config` with its help text and its rules, which the config holds it against.
@@ -42,6 +52,7 @@ def option(
         several: the names that are taken, one or more of them in one text with commas between them.
         suggestions: values to offer where others are taken too, or are refused later on.
         path: the text names a file or directory, and this is what is done with it.
+        directory: what is written is a directory, so that the name of a file is refused.
         default_path: the directory that is written to, or below, where none is named.
     """
     metadata = {
@@ -51,6 +62,7 @@ def option(
         "several": several,
         "suggestions": suggestions,
         "path": path,
+        "directory": directory,
         "default_path": default_path,
     }
     if default is dataclasses.MISSING:
@@ -107,6 +119,17 @@ def check_number(name: str, value: Any, range: Range, *, whole: bool) -> None:
     """
     if refusal := range.refusal(value, whole=whole):
         raise ConfigError(f"{flag(name)} {refusal}")
+
+
+def check_directory_name(name: str, value: str) -> None:
+    """Refuse to write a directory under a name that only a file has.
+
+    Raises:
+        ConfigError: naming the suffix.
+    """
+    suffix = PurePath(value).suffix
+    if suffix.lower() in FILE_SUFFIXES:
+        raise ConfigError(f"{flag(name)} {value} is the name of a file, and a directory is written; leave out {suffix}")
 
 
 def check_count(name: str, value: Any, *, optional: bool = False) -> None:

@@ -29,7 +29,8 @@ class CompressConfig(Config):
     model: str = option(help="hub name or local directory of the model to compress", path="model")
     method: str = option(
         "standard",
-        help="compression method, such as standard, drone or adasvd; an unknown name lists them all",
+        help="compression method: standard (or svd), fwsvd (or fw), drone (or whiten, whitening), asvd, or adasvd "
+        "(or ada)",
         suggestions=METHOD_NAMES,
     )
     task: str | None = option(
@@ -52,7 +53,7 @@ class CompressConfig(Config):
     rank_steps: str = option(
         "fast",
         help="which ranks are looked for: those that kernels run fastest at among the ways to divide the budget of "
-        "--ratio, or multiples of 8 that keep the same fraction of each matrix",
+        "--ratio, or multiples of 8 from 64 on that keep the same fraction of each matrix",
         choices=RANK_STEPS,
     )
     ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")
@@ -79,7 +80,9 @@ class CompressConfig(Config):
     calib_batch_size: int = option(
         8, help="samples in a calibration batch; fwsvd squares gradients batch by batch", at_least=1
     )
-    save_stats: str | None = option(None, help="directory to write the calibration statistics to", path="write")
+    save_stats: str | None = option(
+        None, help="directory to write the calibration statistics to", path="write", directory=True
+    )
     stats: str | None = option(None, help="statistics of the same model to use instead of calibrating", path="read")
     alpha: float | None = option(
         None, help="asvd: exponent of the mean activation that scales a channel (0.5)", at_least=0, at_most=2
@@ -98,6 +101,7 @@ class CompressConfig(Config):
         None,
         help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_METHOD_RANKS",
         path="write",
+        directory=True,
         default_path=OUTPUT_ROOT,
     )
     overwrite: bool = option(

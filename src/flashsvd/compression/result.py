@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.compression.factorize import FactoredMatrix
-from flashsvd.lowrank.ranks import ALIGNED
+from flashsvd.lowrank.ranks import ALIGNED, ASKED_DENSE, FAST_DENSE, SEARCHED_DENSE
 from flashsvd.models.loading import shortened
 from flashsvd.shown import on_one_line
 from flashsvd.storage.metadata import CompressionInfo, plain
@@ -23,7 +24,7 @@ _WHY_LESS: dict[str | None, str] = {
     "fine": f"ranks go in steps of {ALIGNED} from {8 * ALIGNED} on, and with the next step matrices would hold more "
     "than that, or no fewer parameters than dense ones",
     "fast": "no ranks that kernels run as fast come closer, or matrices would hold no fewer parameters than dense "
-    f"ones; --rank-steps fine divides in steps of {ALIGNED}",
+    f"ones; --rank-steps fine divides in steps of {ALIGNED} from {8 * ALIGNED} on",
 }
 
 
@@ -70,7 +71,6 @@ class CompressReport:
     def summary(self) -> list[str]:
         """The closing lines: totals, what stayed dense, where the checkpoint is."""
         p = self.info.parameters
-        dense = [m for m in self.matrices if m.rank is None]
         lines = [
             f"factored layers: {p['target_dense']:,} -> {p['target_compressed']:,} parameters "
             f"({p['target_compressed'] / p['target_dense']:.1%} kept)",
@@ -83,8 +83,8 @@ class CompressReport:
         ratio, kept = self.info.ratio, p["target_compressed"] / p["target_dense"]
         if ratio is not None and kept < ratio - NOTABLE:
             lines.append(f"asked was {ratio:.1%}: {_WHY_LESS[self.info.rank_steps]}")
-        if dense:
-            lines.append(f"{len(dense)} of {len(self.matrices)} matrices stayed dense: factors would not be smaller")
+        for reason, count in Counter(_why_dense(m) for m in self.matrices if m.rank is None).items():
+            lines.append(f"{count} of {len(self.matrices)} matrices stayed dense: {reason}")
         if noted := [m for m in self.matrices if m.note]:
             lines.append(f"{len(noted)} of {len(self.matrices)} matrices had degenerate statistics, see above")
         if self.info.untrained:
@@ -93,6 +93,12 @@ class CompressReport:
             )
         lines.append(f"factored in {self.seconds:.1f} s, saved to {on_one_line(str(self.output))}")
         return lines
+
+
+def _why_dense(matrix: FactoredMatrix) -> str:
+    """The reason without the numbers of this matrix."""
+    chosen = (ASKED_DENSE, FAST_DENSE, SEARCHED_DENSE)
+    return matrix.reason if matrix.reason in chosen else "factors would not be smaller"
 
 
 class GroupLog:

@@ -33,12 +33,19 @@ from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
 from flashsvd.io import save_compressed
-from flashsvd.lowrank.ranks import RankRequest, kept_parameters, parameter_budget, plan_given_ranks, plan_ranks
+from flashsvd.lowrank.ranks import (
+    RankRequest,
+    kept_parameters,
+    parameter_budget,
+    plan_found_ranks,
+    plan_given_ranks,
+    plan_ranks,
+)
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
-from flashsvd.models.heads import class_for_task
+from flashsvd.models.heads import class_for_task, fitting_tasks
 from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
 from flashsvd.models.precision import cast
 from flashsvd.models.registry import architecture_of, find_targets
@@ -205,7 +212,7 @@ class CompressionJob:
         # From the even division a search comes to better ranks than from the fast one.
         even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
         ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
-        return replace(factoring, plan=plan_given_ranks(self.shapes, ranks))
+        return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
     def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
         count, method = len(factoring.targets), factoring.method.name
@@ -266,7 +273,7 @@ def _calibration(
     if measures and "row_gradients" in method.needs and calibration.loss is None:
         raise ConfigError(
             f"{method.name} differentiates a loss, and {config.model} has none by itself; "
-            "pass --task, or choose drone or asvd"
+            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 

@@ -15,12 +15,13 @@ TEXT_SUFFIXES = (".txt", *SUFFIXES)
 ROW_SEPARATOR = "\n\n"
 
 
-def load_text(task: Task, split: Split, data: str | None = None, option: str | None = None) -> str:
+def load_text(task: Task, split: Split, data: str | None = None, option: str | None = None, advice: str = "") -> str:
     """The text of a split as one string: a .txt file as it is, rows joined by an empty line.
 
     Args:
         data: a file, or a directory with a file named after the split; None takes the task's own from the hub.
         option: the command's option for the data, where it is another than `data.DATA_OPTION` has.
+        advice: what to do about rows that are not running text.
 
     Raises:
         ConfigError: the task has no data of its own and none was given.
@@ -39,7 +40,8 @@ def load_text(task: Task, split: Split, data: str | None = None, option: str | N
         where, rows = str(file), read_rows(file)
     (column,) = task.columns
     if rows and column not in rows[0]:
-        raise DataError(f"{where} lacks the column {column}; it has {', '.join(map(str, rows[0]))}")
+        advice = f"; {advice}" if advice else ""
+        raise DataError(f"{where} lacks the column {column}; it has {', '.join(map(str, rows[0]))}{advice}")
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise DataError(f"{where}: row {number} has more fields than the header; is there a stray separator?")

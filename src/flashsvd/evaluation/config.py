@@ -8,6 +8,7 @@ from flashsvd.common.config import Config
 from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, PLAIN
 from flashsvd.common.options import option
 from flashsvd.data.tasks import TASKS
+from flashsvd.errors import ConfigError
 
 # Of a language model the logits, not the layers, are what fills memory.
 BATCH_SIZE, LM_BATCH_SIZE = 32, 8
@@ -69,3 +70,12 @@ class EvalConfig(Config):
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")
     overwrite: bool = option(False, help="replace any file at output, and not only an earlier evaluation")
+
+    def check(self) -> None:
+        """Hold fields against each other.
+
+        Raises:
+            ConfigError: the name of the output is a directory's.
+        """
+        if self.output is not None and self.output.endswith("/"):
+            raise ConfigError(f"--output {self.output} names a directory, and a file is written; name one in it")

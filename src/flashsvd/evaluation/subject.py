@@ -12,7 +12,7 @@ from flashsvd.data.tasks import PERPLEXITY, TASKS, Task, check_label_count, get_
 from flashsvd.errors import ConfigError, ModelError
 from flashsvd.io import load_factored
 from flashsvd.models.found import Found, find_model
-from flashsvd.models.heads import head_class, head_of
+from flashsvd.models.heads import fitting_tasks, head_class, head_of
 from flashsvd.models.loading import load_model, sequence_length
 from flashsvd.models.registry import base_prefix
 from flashsvd.storage.model_files import HubUnreachableError, companion_file
@@ -35,7 +35,10 @@ def task_of(asked: str | None, found: Found) -> Task:
         log.info("%s is a causal language model that names no task: its perplexity is measured", found.name)
         known = PERPLEXITY
     if known not in TASKS:
-        raise ConfigError(f"{found.name} does not say which task it is for; name one with --task")
+        raise ConfigError(
+            f"{found.name} does not say which task it is for; name one that it fits with --task: "
+            f"{fitting_tasks(found.config)}"
+        )
     return get_task(known)
 
 
@@ -82,7 +85,10 @@ class Subject(Found):
         own = subject.own_class
         if task.head != "encoder" and own is not subject.wanted_class:
             lacks = "classification head" if task.head == "classifier" else "causal language model head"
-            raise ModelError(f"{found.name} is a {own.__name__} without a {lacks}; {task.name} needs one")
+            raise ModelError(
+                f"{found.name} is a {own.__name__} without a {lacks}; {task.name} needs one, and the model fits "
+                f"--task {fitting_tasks(found.config)}"
+            )
         if task.head == "classifier":
             check_label_count(task, found.config, found.name)
         if subject.info and subject.info.untrained:

@@ -1,7 +1,7 @@
 """Every rule about ranks: what `--rank` and `--ratio` mean, which ranks are refused, and what stays dense.
 
-`--rank-steps fine` divides a ratio evenly, in multiples of 8; `fast` asks `fast_ranks` for a division of the same
-budget that kernels run faster.
+`--rank-steps fine` divides a ratio evenly, in multiples of 8 from 64 on; `fast` asks `fast_ranks` for a division of the
+same budget that kernels run faster.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ RANK_STEPS: tuple[RankSteps, ...] = ("fast", "fine")
 ALIGNED = 8
 FFN_PER_RANK = 4
 WO_PER_RANK = 4
+
+# Why a matrix stays dense that a smaller rank would have made smaller.
+ASKED_DENSE = "asked to stay dense"
+FAST_DENSE = "chosen by fast rank steps, since the budget divided so runs fastest"
+SEARCHED_DENSE = "chosen by the method, which looks for the ranks itself"
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,24 @@ def plan_ranks(shapes: Sequence[MatrixShape], request: RankRequest) -> dict[str,
         ConfigError: a rank asked for is larger than a matrix allows, or the ratio too small for rank 1 everywhere.
     """
     if request.ratio is not None:
-        ranks = _ranks_for_ratio(shapes, request.ratio, request.steps)
-    else:
-        ranks = {shape.name: _requested_rank(shape, request) for shape in shapes}
-    return {shape.name: _dense_unless_smaller(shape, ranks[shape.name]) for shape in shapes}
+        return plan_found_ranks(shapes, _ranks_for_ratio(shapes, request.ratio, request.steps), FAST_DENSE)
+    return {shape.name: _dense_unless_smaller(shape, _requested_rank(shape, request)) for shape in shapes}
+
+
+def plan_found_ranks(
+    shapes: Sequence[MatrixShape], ranks: Mapping[str, int], why_dense: str = SEARCHED_DENSE
+) -> dict[str, RankChoice]:
+    """The plan of ranks that a search came to, full rank meaning dense.
+
+    Args:
+        why_dense: what made the search leave a matrix dense that a smaller rank would have made smaller.
+    """
+    plan = {}
+    for shape in shapes:
+        choice = _dense_unless_smaller(shape, ranks[shape.name])
+        chosen = choice.rank is None and shape.saves(1)
+        plan[shape.name] = RankChoice(None, why_dense) if chosen else choice
+    return plan
 
 
 def plan_given_ranks(shapes: Sequence[MatrixShape], ranks: Mapping[str, int | None]) -> dict[str, RankChoice]:
@@ -121,7 +140,7 @@ def plan_given_ranks(shapes: Sequence[MatrixShape], ranks: Mapping[str, int | No
             raise ConfigError(f"no rank is given for {shape.name}; give one, or null to keep it dense")
         rank = ranks[shape.name]
         if rank is None:
-            plan[shape.name] = RankChoice(None, "asked to stay dense")
+            plan[shape.name] = RankChoice(None, ASKED_DENSE)
             continue
         if type(rank) is not int or not 1 <= rank <= shape.full_rank:
             raise ConfigError(f"rank {rank!r} of {shape.name} is no whole number from 1 to {shape.full_rank}")

@@ -36,4 +36,5 @@ def _find(name: str) -> Method:
     for method in METHODS.values():
         if name == method.name or name in method.aliases:
             return method
-    raise ConfigError(f"--method {name!r} is not known; choose from {', '.join(METHODS)}")
+    known = (" or ".join((method.name, *method.aliases)) for method in METHODS.values())
+    raise ConfigError(f"--method {name!r} is not known; choose from {', '.join(known)}")

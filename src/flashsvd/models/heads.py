@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashsvd.data.tasks import Task, check_label_count, class_names
+from flashsvd.data.tasks import TASKS, Task, check_label_count, class_names
 from flashsvd.errors import ModelError
 
 # `encoder` is the model without a head; the others predict a text's class, masked tokens, or the next token.
@@ -103,6 +103,21 @@ def class_for_task(
         options["id2label"] = dict(enumerate(task.labels))
         options["label2id"] = {label: i for i, label in enumerate(task.labels)}
     return wanted, options
+
+
+def fitting_tasks(config: Any) -> str:
+    """The tasks that a model can be scored on with the head that it has, for people."""
+    head = head_of(config, own_class(config))
+    wanted = "encoder" if head == "masked-lm" else head
+    return ", ".join(task.name for task in TASKS.values() if task.head == wanted and _has_outputs_for(task, config))
+
+
+def _has_outputs_for(task: Task, config: Any) -> bool:
+    if task.head != "classifier":
+        return True
+    if not task.is_fitted:
+        return task.own_classes == bool(config.num_labels > 1)
+    return bool(task.num_labels == config.num_labels)
 
 
 def head_classes(model_config: Any) -> tuple[str, ...] | None:

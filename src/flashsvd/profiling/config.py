@@ -58,7 +58,7 @@ class ProfileConfig(Config):
     backend: str | None = option(
         None,
         help="how the variant fused runs, as for flashsvd eval: auto, the default, torch or triton; plain leaves that "
-        "variant out",
+        "variant out, and says so",
         choices=(PLAIN, *BACKENDS),
     )
     graph: str = option(
@@ -86,7 +86,9 @@ class ProfileConfig(Config):
     may_skip: bool = option(
         False, help="report a variant of --variants that does not apply as skipped, with the reason, and measure others"
     )
-    output: str | None = option(None, help="directory to write profile.json and profile.png to", path="write")
+    output: str | None = option(
+        None, help="directory to write profile.json and profile.png to", path="write", directory=True
+    )
     overwrite: bool = option(False, help="replace any files of those names in output, and not only an earlier profile")
 
     def check(self) -> None:
@@ -119,6 +121,10 @@ class ProfileConfig(Config):
             ConfigError: one of them is not known, or none is named.
         """
         return tuple(name for name in self._named() if name != "fused" or self.backend != PLAIN)
+
+    def left_out(self) -> dict[str, str]:
+        """The variants that are measured unless an option says otherwise, with the reason."""
+        return {name: f"backend {PLAIN} leaves it out" for name in self._named() if name not in self.variant_names()}
 
     def _named(self) -> tuple[str, ...]:
         return VARIANTS if self.variants is None else names_in("variants", self.variants, VARIANTS)

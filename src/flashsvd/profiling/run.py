@@ -19,7 +19,7 @@ from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import own_dtype
-from flashsvd.profiling.config import GRAPHS, ProfileConfig
+from flashsvd.profiling.config import GRAPHS, VARIANTS, ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import is_plot, png
 from flashsvd.profiling.generation import Prompts
@@ -79,7 +79,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
 
     rehearse(subject, setting)
     rows = []
-    for name, reason in reasons.items():
+    for name, reason in sorted({**reasons, **config.left_out()}.items(), key=lambda item: VARIANTS.index(item[0])):
         if reason is not None:
             log.info("%s is skipped: %s", name, reason)
             rows.append(VariantRow(name, "skipped", reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import stat
 import sys
@@ -70,11 +71,11 @@ def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_F
         CheckpointError: the target must not be written (`check_target`), or the file system refuses.
     """
     check_target(target, overwrite, marker)
-    with one_line_errors(target):
-        target = resolve(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Scratch(target, "writing")
-    with scratch as temporary:
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(target):
+            target = resolve(target)
+            stack.enter_context(parents_made(target))
+            temporary = stack.enter_context(Scratch(target, "writing"))
         try:
             yield temporary
             _open_to_umask(temporary)
@@ -85,6 +86,25 @@ def atomic_directory(target: Path, overwrite: bool = False, marker: str = INFO_F
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise CheckpointError(f"cannot write {target}: {reason}; nothing was changed there") from error
+
+
+@contextlib.contextmanager
+def parents_made(target: Path) -> Iterator[None]:
+    """Makes the directories above `target`; where the block fails, those that were made here and are empty go again."""
+    missing = list(itertools.takewhile(lambda parent: not os.path.lexists(parent), target.parents))
+    made: list[Path] = []
+    try:
+        for parent in reversed(missing):
+            # Another process may make the same.
+            with contextlib.suppress(FileExistsError):
+                parent.mkdir()
+                made.append(parent)
+        yield
+    except BaseException:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,9 +124,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         path = resolve(path)
         if os.path.lexists(path) and not path.is_file():
             raise CheckpointError(f"cannot write {path}: it is no file; choose another --output")
-        path.parent.mkdir(parents=True, exist_ok=True)
         mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
-        with scratch_file(path, content) as temporary:
+        with parents_made(path), scratch_file(path, content) as temporary:
             temporary.chmod(mode)
             temporary.replace(path)
 

@@ -120,6 +120,7 @@ class FinetuneConfig(Config):
         None,
         help=f"directory to write; the default is {OUTPUT_ROOT}/MODEL_TASK",
         path="write",
+        directory=True,
         default_path=OUTPUT_ROOT,
     )
     overwrite: bool = option(

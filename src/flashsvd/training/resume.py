@@ -21,7 +21,7 @@ from flashsvd.common.json_file import read_json
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.models.state import check_state
-from flashsvd.storage.atomic import real_target, write_text
+from flashsvd.storage.atomic import parents_made, real_target, write_text
 from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
 from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
@@ -102,8 +102,7 @@ class Workplace:
             CheckpointError: the directory cannot be written.
             ConfigError: another process came before.
         """
-        with self.writing():
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with self.writing(), parents_made(self.directory):
             lock = Lock.of_new(self.directory) if self.resumes else self._made(config, digest)
         if lock is None:
             raise ConfigError(f"another process trains in {self.directory}; wait for it, or choose another --output")

@@ -53,12 +53,16 @@ def gated_width(rank: int) -> int:
 def widen(tensor: Tensor, dim: int, on_gpu: Callable[[int], int] = product_width) -> Tensor:
     """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
     size = tensor.shape[dim]
-    missing = (on_gpu(size) if tensor.is_cuda else _up(size, STEP)) - size
+    missing = (on_gpu(size) if is_on_gpu(tensor) else _up(size, STEP)) - size
     if not missing:
         return tensor
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _up(rank: int, step: int) -> int:

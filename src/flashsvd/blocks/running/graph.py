@@ -57,7 +57,9 @@ class Graphs:
         self._refused: set[Shape] = set()
         self._landing = Landing()
         self._pool: Any = None
-        self._lock = threading.Lock()
+        # A forward may call other models, so none runs under this lock but under `one_at_a_time` too, taken first.
+        self._lock = threading.RLock()
+        self._capturing = False
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
         self._watch: Watch | None = None
@@ -101,7 +103,7 @@ class Graphs:
             if self.always and (
                 reason := why_not_triton(weight) if weight.is_cuda else f"the model is on {weight.device.type}"
             ):
-                raise BackendError(f"graph=True cannot run here: {reason}; optimize without graph")
+                raise BackendError(f"CUDA graphs cannot run here: {reason}; optimize the model again, without graph")
             return None
         if (padding is not None and padding.count == 0) or call.length > self.longest:
             return None
@@ -113,17 +115,29 @@ class Graphs:
     def run(self, forward: Forward, call: Call, shape: Shape) -> Any:
         """What `forward`, the model's own, makes of a call; None where it is to run without a graph."""
         with self._lock:
+            # A model whose forward calls itself: what it calls is part of the graph that is captured.
+            if self._capturing:
+                return None
+            if (captured := self._captured.get(shape)) is not None:
+                return self._replay(captured, call, shape)
+            if not self._is_wanted(shape):
+                return None
+        with one_at_a_time, self._lock:
+            # Another thread may have captured it meanwhile, or failed to.
             captured = self._captured.get(shape)
             if captured is None:
-                if not self._is_wanted(shape):
+                if shape in self._refused:
                     return None
                 try:
                     captured = self._capture(forward, call, shape)
                 except (RuntimeError, UnsuitableOutputError) as error:
                     return self._run_without(error, forward, call, shape)
-            self._captured.move_to_end(shape)
-            self._follow(torch.cuda.current_stream(call.device))
-            return captured.replay(call)
+            return self._replay(captured, call, shape)
+
+    def _replay(self, captured: _Captured, call: Call, shape: Shape) -> Any:
+        self._captured.move_to_end(shape)
+        self._follow(torch.cuda.current_stream(call.device))
+        return captured.replay(call)
 
     def is_observed(self, model: nn.Module) -> bool:
         """Whether somebody may see what the model's parts hand each other."""
@@ -166,7 +180,7 @@ class Graphs:
         # torch tells of the end of the capture, and in its context of what ended it.
         reason = first_line(error.__context__ or error)
         if self.always:
-            raise BackendError(f"this call cannot run as a CUDA graph: {reason}; optimize without graph") from error
+            raise BackendError(f"this call cannot run as a CUDA graph: {reason}; leave out --graph") from error
         self._refused.add(shape)
         log.warning("batches [%d, %d] run without a CUDA graph: %s", shape.batch, shape.length, reason)
         return result
@@ -182,8 +196,11 @@ class Graphs:
             self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._follow(torch.cuda.current_stream(call.device))
         captured = _Captured(Stage(shape, self._landing, kept=self._watch is None or self._watch.foreign))
-        with one_at_a_time:
+        self._capturing = True
+        try:
             captured.capture(forward, call, self._pool, self._stream)
+        finally:
+            self._capturing = False
         self._captured[shape] = captured
         return captured
 

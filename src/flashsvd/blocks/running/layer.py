@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashsvd.blocks.running.packed import PackedModule
+from flashsvd.blocks.running.refusals import refuse_call
 from flashsvd.blocks.running.stack import on_device, run_packed
 from flashsvd.blocks.running.tokens import Tokens
 from flashsvd.errors import BackendError
@@ -30,7 +31,7 @@ class FusedLayer(PackedModule):
         attention_mask: Tensor | None = None,
         *_: Any,
         tokens: Tokens | None = None,
-        **__: Any,
+        **options: Any,
     ) -> Tensor:
         """Packed tokens [T, hidden], overwritten by the result, or a padded batch [batch, length, hidden].
 
@@ -38,7 +39,7 @@ class FusedLayer(PackedModule):
             tokens: of the batch; needed where `hidden_states` is packed.
 
         Raises:
-            BackendError: the hidden states are neither of these.
+            BackendError: the hidden states are neither of these, or more is asked for than a layer's output.
         """
         block: Block = self.block
         if hidden_states.ndim == 2 and tokens is not None:
@@ -48,6 +49,8 @@ class FusedLayer(PackedModule):
                 f"a fused layer by itself takes a batch [batch, length, hidden], not {list(hidden_states.shape)}; "
                 "call the model, or give it such a batch"
             )
-        tokens = Tokens.of(hidden_states, attention_mask) if tokens is None else tokens
+        if tokens is None:
+            refuse_call(hidden_states, None, options)
+            tokens = Tokens.of(hidden_states, attention_mask)
         with on_device(hidden_states):
             return run_packed([self.block], hidden_states, tokens)

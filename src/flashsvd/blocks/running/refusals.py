@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend
 
+# What a model was made with, so that it computes something else without.
+BEYOND_ENCODERS = {
+    "is_decoder": "with which tokens attend to none behind them",
+    "is_causal": "with which tokens attend to none behind them",
+    "add_cross_attention": "with which it attends to another model's states",
+}
+NO_GRADIENTS = "an optimised model gives no gradients; use torch.inference_mode(), or the plain model"
+
 
 def refuse_config(config: Any) -> None:
     """Refuse a model that is more than an encoder.
@@ -18,9 +26,17 @@ def refuse_config(config: Any) -> None:
     Raises:
         BackendError: naming the option of the config.
     """
-    for name in ("is_decoder", "is_causal", "add_cross_attention", "output_attentions"):
+    for name, meaning in BEYOND_ENCODERS.items():
         if getattr(config, name, False):
-            raise BackendError(f"fused blocks are those of a plain encoder, but config.{name} is set; unset it")
+            raise BackendError(
+                f"fused blocks are those of a plain encoder, but config.{name} is set, {meaning}; "
+                "run the model as it is"
+            )
+    if getattr(config, "output_attentions", False):
+        raise BackendError(
+            "fused attention keeps no attention weights, but config.output_attentions is set; set it to False, "
+            "or run the model as it is"
+        )
 
 
 def refuse_no_layers(layers: Sized) -> None:
@@ -61,10 +77,18 @@ def refuse_watched(modules: Mapping[str, nn.Module]) -> None:
     """Refuse hooks and wrappers on modules that will be gone.
 
     Raises:
-        BackendError: naming the module.
+        BackendError: naming the module, and the library that prepares it for quantization.
     """
     for path, module in modules.items():
-        if foreign_hooks(module) or hasattr(module, "parametrizations"):
+        hooks = foreign_hooks(module)
+        owners = [str(getattr(hook, "__module__", "")) for hook in hooks]
+        # torch.ao.quantization, torchao.quantization, optimum.quanto and the like.
+        if observers := [owner for owner in owners if "quant" in owner]:
+            raise BackendError(
+                f"{path} is prepared for quantization by {observers[0]}, and fused blocks take plain weights; "
+                "optimize the model as it was before, or run it as it is"
+            )
+        if hooks or hasattr(module, "parametrizations"):
             raise BackendError(f"{path} has a hook or a wrapper, which would not run in a fused block; remove it")
 
 
@@ -92,9 +116,9 @@ def refuse_limits(backend: Backend, graph: bool, attention: str, ffn: str) -> No
         BackendError: saying why.
     """
     if backend == "triton" and (limit := attention or ffn):
-        raise BackendError(f"backend triton cannot run this model: {limit}; use backend auto or torch")
+        raise BackendError(f"--backend triton cannot run this model: {limit}; use --backend auto or torch")
     if graph and attention:
-        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out graph")
+        raise BackendError(f"CUDA graphs cannot run this model: {attention}; leave out --graph")
 
 
 def refuse_call(hidden_states: Tensor, config: Any, options: Mapping[str, Any]) -> None:
@@ -124,7 +148,7 @@ def _refuse_tracing(hidden_states: Tensor) -> None:
 
 def _refuse_gradients(hidden_states: Tensor) -> None:
     if torch.is_grad_enabled() and hidden_states.requires_grad:
-        raise BackendError("an optimised model gives no gradients; use torch.inference_mode(), or the plain model")
+        raise BackendError(NO_GRADIENTS)
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise BackendError("an optimised model runs in its own dtype, not under autocast; use model.to(torch.bfloat16)")
 

@@ -1,0 +1,146 @@
+"""Decoders on a GPU: the tokens of steps in CUDA graphs are those of the plain model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import DECODERS, build_decoder, factor
+from flashsvd import optimize
+from flashsvd.kernels.launch import interpreting
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 128}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Between a logit and the best one, in steps of the dtype at the largest of them.
+STEPS_OF_A_TIE = 4
+
+
+def pair(name: str, layout: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    own = {"head_dim": 48} if name == "qwen3" else {"num_key_value_heads": 4} if name != "gpt2" else {}
+    model = build_decoder(name, **(SIZES | own | options))
+    if layout != "dense":
+        factor(model, layout, ratio=0.5)
+    model = model.to("cuda", dtype)
+    return model, optimize(copy.deepcopy(model))
+
+
+def prompts(rows: int, length: int) -> Tensor:
+    return torch.randint(5, 1000, (rows, length), generator=torch.Generator().manual_seed(rows)).cuda()
+
+
+def left_padded(ids: Tensor) -> Tensor:
+    first = 3 * torch.arange(len(ids), device="cuda") % (ids.shape[1] - 1)
+    return (torch.arange(ids.shape[1], device="cuda") >= first[:, None]).long()
+
+
+def assert_same_tokens(plain: Any, found: Tensor, expected: Tensor, mask: Tensor) -> None:
+    """In fp32 the same; else the same up to where the plain model's own logits are a tie."""
+    assert found.shape == expected.shape
+    if next(plain.parameters()).dtype == torch.float32:
+        assert torch.equal(found, expected)
+        return
+    for row in range(len(found)):
+        differs = (found[row] != expected[row]).nonzero()
+        if len(differs):
+            place = int(differs[0])
+            real = torch.cat([mask[row], mask.new_ones(place - mask.shape[1])])
+            with torch.no_grad():
+                logits = plain(found[row : row + 1, :place], attention_mask=real[None]).logits[0, -1].float()
+            tie = STEPS_OF_A_TIE * torch.finfo(plain.dtype).eps * float(logits.abs().max())
+            assert float(logits.max() - logits[found[row, place]]) <= tie
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "joint", "per-head"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens(name: str, layout: str, dtype: torch.dtype) -> None:
+    plain, model = pair(name, layout, dtype)
+    for rows, length, padded in ((1, 20, False), (4, 33, True)):
+        ids = prompts(rows, length)
+        mask = left_padded(ids) if padded else torch.ones_like(ids)
+        expected = plain.generate(ids, attention_mask=mask, **GREEDY)
+        for _ in range(2):
+            assert_same_tokens(plain, model.generate(ids, attention_mask=mask, **GREEDY), expected, mask)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 40])
+def test_every_number_of_rows(rows: int) -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids = prompts(rows, 50)
+    mask = left_padded(ids)
+    expected = plain.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+def test_twenty_prompts_share_their_graphs() -> None:
+    plain, model = pair("qwen2", "joint", torch.float32)
+    for length in range(5, 105, 5):
+        ids = prompts(1, length)
+        assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
+    assert len(model.decoders) == 1
+
+
+def test_a_prompt_and_a_cache_longer_than_a_window() -> None:
+    plain, model = pair("mistral", "joint", torch.float32, sliding_window=40)
+    ids = prompts(2, 100)
+    assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("ends", [[3, 17, 400], list(range(100, 112))])
+def test_rows_that_end(ends: list[int]) -> None:
+    plain, model = pair("gpt2", "joint", torch.float32)
+    for rows in (1, 6):
+        ids = prompts(rows, 30)
+        options = GREEDY | {"eos_token_id": ends, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+def test_sampling_draws_the_same_numbers() -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids, tokens = prompts(3, 20), []
+    for of in (plain, model):
+        torch.manual_seed(5)
+        tokens.append(of.generate(ids, do_sample=True, top_k=20, repetition_penalty=1.2, max_new_tokens=40))
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 4}]
+)
+def test_other_ways_and_caches(options: dict[str, Any]) -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids = prompts(1, 30)
+    expected = plain.generate(ids, disable_compile=True, **GREEDY, **options)
+    assert torch.equal(model.generate(ids, **GREEDY, **options), expected)
+
+
+def test_without_graphs_and_on_another_backend() -> None:
+    plain = pair("llama", "joint", torch.float32)[0]
+    ids = prompts(2, 30)
+    expected = plain.generate(ids, **GREEDY)
+    for options in ({"graph": False}, {"backend": "torch"}, {"backend": "triton"}, {"graph": True}):
+        model = optimize(copy.deepcopy(plain), **options)
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_a_model_that_moves_takes_new_caches() -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids = prompts(2, 30)
+    expected = plain.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert torch.equal(model.cpu().generate(ids.cpu(), **GREEDY).cuda(), expected)
+    assert torch.equal(model.cuda().generate(ids, **GREEDY), expected)
