@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from flashsvd.kernels.flash_attn_rotary import flash_attention_rotary
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdffnv1 import flashsvd_ffn_v1
 from flashsvd.kernels.flashsvdffnv2 import flashsvd_ffn_v2
@@ -40,6 +41,7 @@ LAUNCHES = 200
 # Kernels that a dry run leaves out, by their modules.
 KERNELS = {
     "flash_attn_triton": "_attention",
+    "flash_attn_rotary": "_attention_rotary",
     "flashsvdropeattn": "_rope_attention",
     "flashsvdffnv1": "_ffn_v1",
     "flashsvdffnv2": "_ffn_v2",
@@ -114,6 +116,7 @@ def operators(settings: Settings) -> Iterator[tuple[str, Call]]:
     on_kernel: dict[str, Any] = {"backend": "triton"}
     yield "attention", lambda: flash_attention(q, k, v, *packed, softmax_scale=0.2, **on_kernel)
     yield "attention, window", lambda: flash_attention(q, k, v, *packed, out=out, **windowed, **on_kernel)
+    yield "attention, rotating", lambda: flash_attention_rotary(q, k, v, cos, sin, *packed, **windowed, **on_kernel)
     yield "rotary attention", lambda: flashsvd_rope_attention(*rotary, b_q=b_q, b_k=b_k, **windowed, **on_kernel)
     yield "ffn v1", lambda: flashsvd_ffn_v1(p, v1, b1, u2, splits=1, **on_kernel)
     yield "ffn v1, split", lambda: flashsvd_ffn_v1(p, v1, b1, u2, splits=2, **on_kernel)

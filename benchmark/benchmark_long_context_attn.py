@@ -3,20 +3,24 @@
     python benchmark/benchmark_long_context_attn.py [--only full,window,rope-full,rope-window]
 
 `full` and `window` (64 positions to each side): rank-space attention. The `rope` cases turn queries and keys by their
-positions, so the kernel lifts keys as it goes. SDPA's band mask is made beforehand and not counted. TFLOP/s count the
-two products of attention over the pairs that see each other.
+positions, so the kernel lifts keys as it goes; the variants `lift, then` lift in memory, side by side, and have the
+kernels rotate there or on chip. SDPA's band mask is made beforehand and not counted. TFLOP/s count the two products of
+attention over the pairs that see each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashsvd.kernels.flash_attn_rotary import flash_attention_rotary
 from flashsvd.kernels.flash_attn_triton import flash_attention
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
 from flashsvd.kernels.packed import both_sides
+from flashsvd.kernels.rotary import rotate_heads
 from support.attention_operands import (
     HEAD_DIM,
     Operands,
@@ -132,11 +136,26 @@ def rope_case(name: str, batch: int, length: int, window: int | None) -> Case:
             )  # fmt: skip
             return o.sequences(result)
 
+        positions = torch.arange(length, dtype=torch.int32, device=o.folded.device).repeat(batch)
+        options: dict[str, Any] = {"softmax_scale": o.scale, "window_size": both_sides(window)}
+        options |= {"backend": settings.backend}
+        tables = (rotation.cos, rotation.sin)
+
+        def rotated_in_memory() -> Tensor:
+            lifts = o.lifted_beside()
+            rotate_heads(lifts[:, :2].flatten(1, 2), *tables, positions, backend=settings.backend)
+            return o.sequences(flash_attention(*lifts.unbind(1), *o.packed, **options))
+
+        def rotated_on_chip() -> Tensor:
+            return o.sequences(flash_attention_rotary(*o.lifted_beside().unbind(1), *tables, *o.packed, **options))
+
         dense_flops = o.flops(HEAD_DIM)
         yield Variant.of("dense, SDPA", lambda: turned(q, k, v), o.check(given), dense_flops)
         yield Variant.of("lift, SDPA", plain, o.check(lifted), dense_flops)
         if batch == 1:
             yield Variant("lift, SDPA, compiled", compiled, o.check(lifted), dense_flops)
+        yield Variant.of("lift, then rotate, then attend", rotated_in_memory, o.check(lifted), dense_flops)
+        yield Variant.of("lift, then rotate on chip", rotated_on_chip, o.check(lifted), dense_flops)
         flops = (dense_flops + o.flops(ROPE_RANK)) / 2
         yield Variant.of("flashsvd", kernel, o.check(values_in_rank_space), flops)
 

@@ -12,6 +12,7 @@ from markdown import ROOT
 TABLE = [line for line in (ROOT / "docs" / "modules.md").read_text().splitlines() if line.startswith("| `flashsvd")]
 OPERATORS = (
     "flash_attn_triton",
+    "flash_attn_rotary",
     "flashsvdattn",
     "flashsvdropeattn",
     "flashsvdffnv1",

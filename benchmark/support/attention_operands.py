@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.kernels.flashsvdattn import fold_query
-from flashsvd.kernels.flashsvdropeattn import lift, rotate
+from flashsvd.kernels.flashsvdropeattn import lift
+from flashsvd.kernels.rotary import rotate
 from support.harness import Check, Prepared, Settings, Variant
 
 HEADS, HEAD_DIM = 12, 64
@@ -77,6 +78,13 @@ class Operands:
     def lifted(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (lift(p, v, None) for p, v in zip(self.p, self.v, strict=True))
         return q, k, v
+
+    def lifted_beside(self) -> Tensor:
+        """Queries, keys and values as one product leaves them, [B * S, 3, H, D]."""
+        out = self.p[0].new_empty(self.batch * self.length, 3, self.heads, HEAD_DIM)
+        for i, (p, v) in enumerate(zip(self.p, self.v, strict=True)):
+            torch.bmm(p.transpose(0, 1), v, out=out[:, i].transpose(0, 1))
+        return out
 
     def mask(self, queries: Tensor | None = None) -> Tensor | None:
         """bool [queries, S], true where a token is seen; None for all."""

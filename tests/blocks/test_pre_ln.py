@@ -15,7 +15,8 @@ from flashsvd.blocks.parts import chunks
 from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices, PerHead
-from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
+from flashsvd.blocks.parts.rotary_attention import pack_rotary
+from flashsvd.blocks.parts.rotation import Rotary
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.stack import run_packed

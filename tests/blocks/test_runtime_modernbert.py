@@ -22,7 +22,7 @@ from flashsvd.blocks.parts.rotary_attention import RotaryAttention, StreamedRota
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.errors import BackendError
-from flashsvd.kernels import flashsvdropeattn
+from flashsvd.kernels import flash_attn_rotary, flashsvdropeattn
 from flashsvd.kernels.rotary import rotate
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
@@ -548,7 +548,7 @@ def test_on_triton_the_answers_are_the_same(name: str, qkv: str, padding: str | 
         "_fused_ln": 6,
         "_fused_embeddings": 1,
         **({} if qkv == "dense" else {"_geglu": 3}),
-        **({"_rope_attention": 3} if streams else {"_attention": 3, "_rotate_heads": 3}),
+        **({"_rope_attention": 3} if streams else {"_attention_rotary": 3}),
     }
     assert set(runtime.choices(model).values()) == {"triton"}
 
@@ -563,7 +563,19 @@ def test_heads_that_the_rotary_kernel_cannot_take_are_lifted_in_memory(
     plain = compressed(qkv="per-head")
     model = optimised(plain, "triton")
     assert_same_states(plain, model, inputs())
-    assert {name.partition(",")[0] for name in runtime.choices(model)} == {"attention", "gated ffn core", "norm"}
+    operations = {"rotation and attention", "gated ffn core", "norm"}
+    assert {name.partition(",")[0] for name in runtime.choices(model)} == operations
+
+
+@pytest.mark.interpreted
+def test_heads_that_are_too_wide_to_rotate_on_chip_are_rotated_in_memory(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
+    monkeypatch.setattr(flash_attn_rotary, "LARGEST_TURNED_HEAD", 16)
+    plain = compressed()
+    assert_same_states(plain, optimised(plain, "triton"), inputs())
+    assert (launched.count("_rotate_heads"), launched.count("_attention")) == (3, 3)
+    assert "_attention_rotary" not in launched
 
 
 def test_what_was_picked_can_be_asked_for() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_accuracy import assert_attends_accurately, cached, cumulative, packed, with_holes
+from flashsvd.kernels.flash_attn_rotary import LARGEST_TURNED_HEAD, flash_attention_rotary
 from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_with_kvcache
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
 from flashsvd.kernels.flashsvdropeattn import LARGEST_LIFTED_RANK, flashsvd_rope_attention, largest_rank
@@ -50,10 +51,21 @@ def rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool, hea
     lifted = min(rank, LARGEST_LIFTED_RANK)
     p_q, p_k, p_v = (packed(make, lengths, 1 if joint else HEADS, r) for r in (lifted, lifted, rank))
     v_q, v_k = (make.weight(HEADS, lifted, head_dim, walked=1) for _ in range(2))
+    options = {"softmax_scale": head_dim**-0.5, "b_q": make(HEADS, head_dim), "b_k": make(HEADS, head_dim)}
+    return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, *tables(head_dim)], options
+
+
+def tables(head_dim: int) -> tuple[Tensor, Tensor]:
     frequencies = 10000.0 ** -(torch.arange(head_dim // 2, device="cuda") / (head_dim // 2))
     angles = torch.arange(PLACES, device="cuda")[:, None] * frequencies
-    options = {"softmax_scale": head_dim**-0.5, "b_q": make(HEADS, head_dim), "b_k": make(HEADS, head_dim)}
-    return flashsvd_rope_attention, [p_q, v_q, p_k, v_k, p_v, angles.cos(), angles.sin()], options
+    return angles.cos(), angles.sin()
+
+
+def turned(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    """With heads of at most what the kernel turns, and values of the rank."""
+    kv_heads, head_dim = 4 if joint else HEADS, min(rank, LARGEST_TURNED_HEAD)
+    q, k, v = (packed(make, lengths, *of) for of in ((HEADS, head_dim), (kv_heads, head_dim), (kv_heads, rank)))
+    return flash_attention_rotary, [q, k, v, *tables(head_dim)], {"softmax_scale": head_dim**-0.5}
 
 
 def causal(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
@@ -66,8 +78,14 @@ def causal_rotary(make: Operands, lengths: tuple[int, ...], rank: int, joint: bo
     return op, given, options | {"causal": True}
 
 
-KERNELS = pytest.mark.parametrize("operands", [dense, biased, rank_space, rotary, causal, causal_rotary])
-BY_POSITIONS = pytest.mark.parametrize("operands", [dense, biased, rotary, causal, causal_rotary])
+def causal_turned(make: Operands, lengths: tuple[int, ...], rank: int, joint: bool) -> Operation:
+    op, given, options = turned(make, lengths, rank, joint)
+    return op, given, options | {"causal": True}
+
+
+ROTARY = [rotary, turned, causal_rotary, causal_turned]
+KERNELS = pytest.mark.parametrize("operands", [dense, biased, rank_space, causal, *ROTARY])
+BY_POSITIONS = pytest.mark.parametrize("operands", [dense, biased, causal, *ROTARY])
 
 
 @KERNELS
@@ -96,9 +114,18 @@ def test_every_head_dim_of_rotary_models(causal: bool, rank: int, head_dim: int,
     assert_attends_accurately(op, *given, lengths=LENGTHS, causal=causal, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [12, 16, 24, 32, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("window", [None, 64])
+def test_every_head_dim_that_is_turned_on_chip(window: int | None, head_dim: int, dtype: torch.dtype) -> None:
+    op, given, options = turned(Operands(dtype), LENGTHS, head_dim, True)
+    assert_attends_accurately(op, *given, lengths=LENGTHS, window_size=both_sides(window), **options)
+
+
+@pytest.mark.parametrize("operands", [rotary, turned])
 @pytest.mark.parametrize("holes", [False, True])
-def test_tables_in_the_dtype_of_the_activations(holes: bool) -> None:
-    op, (*given, cos, sin), options = rotary(Operands(torch.bfloat16), LENGTHS, 64, False)
+def test_tables_in_the_dtype_of_the_activations(operands: Any, holes: bool) -> None:
+    op, (*given, cos, sin), options = operands(Operands(torch.bfloat16), LENGTHS, 64, False)
     positions = with_holes(LENGTHS) if holes else None
     tables = [cos.bfloat16(), sin.bfloat16()]
     assert_attends_accurately(op, *given, *tables, lengths=LENGTHS, positions=positions, **options)

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from flashsvd.kernels import (
     activated_linear,
     decode_attention,
+    flash_attn_rotary,
     flash_attn_triton,
     flashsvddecode,
     flashsvdffnv1,
@@ -94,6 +95,9 @@ def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
         "rotary attention": rotary(zeros, rank, 128, sequences),
         "rotary attention, causal": rotary(zeros, rank, 128, sequences, causal=True),
         "rotary attention of wide heads": rotary(zeros, rank, 256, sequences),
+        "attention that turns": turned(zeros, rank, sequences),
+        "attention that turns, in a window": turned(zeros, rank, sequences, window=64),
+        "attention that turns, causal": turned(zeros, rank, sequences, causal=True),
     }
 
 
@@ -212,6 +216,14 @@ def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Te
     p, v, table = zeros(1, 1, lifted), zeros(1, lifted, head_dim), torch.zeros(1000, head_dim // 2)
     operands = [p, v, p, v, zeros(1, 1, rank), table, table, None, None, sequences, None, None]
     return shared_memory(flashsvdropeattn, "_rope_attention", *operands, 1000, 1.0, -1, causal)
+
+
+def turned(zeros: Callable[..., Tensor], width: int, sequences: Tensor, window: int = -1, causal: bool = False) -> int:
+    """At the widest head that it turns values stay at the width."""
+    head_dim = min(width, flash_attn_rotary.LARGEST_TURNED_HEAD)
+    q, table = zeros(1, 1, head_dim), zeros(1000, head_dim // 2)
+    operands = [q, q, zeros(1, 1, width), table, table, sequences, None, None]
+    return shared_memory(flash_attn_rotary, "_attention_rotary", *operands, 1000, 1.0, window, causal)
 
 
 if __name__ == "__main__":

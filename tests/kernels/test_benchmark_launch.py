@@ -19,7 +19,7 @@ def test_every_operator_is_launched_from_a_plan(tmp_path: Path, capsys: pytest.C
     before = dict(norms._op.plans)
     benchmark_launch.main(["--dry-run", "--out", str(tmp_path)])
     rows = results.read_rows(tmp_path / "launch_cpu.csv")
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert all(row.status == "ok" and row.timing == "host" and (row.ms or 0) > 0 for row in rows)
     printed = capsys.readouterr().out
     assert all(f"  {row.case} " in printed for row in rows)
@@ -37,4 +37,4 @@ def test_a_name_of_no_operator_is_refused_with_those_there_are(capsys: pytest.Ca
     with pytest.raises(SystemExit) as stop:
         benchmark_launch.main(["--dry-run", "--only", "nothing"])
     assert stop.value.code == 2
-    assert "there are attention; attention, window; rotary attention" in capsys.readouterr().err
+    assert "there are attention; attention, window; attention, rotating; rotary attention" in capsys.readouterr().err

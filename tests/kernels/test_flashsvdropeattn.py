@@ -24,9 +24,9 @@ from flashsvd.kernels.flashsvdropeattn import (
     flashsvd_rope_attention,
     flashsvd_rope_attention_reference,
     lift,
-    rotate,
 )
 from flashsvd.kernels.packed import both_sides
+from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, on_triton
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention_accuracy import cumulative, packed, with_holes
 from flashsvd.kernels.decode_attention import decode_attention
+from flashsvd.kernels.flash_attn_rotary import flash_attention_rotary
 from flashsvd.kernels.flash_attn_triton import flash_attention, flash_attention_with_kvcache
 from flashsvd.kernels.flashsvdattn import flashsvd_attention
 from flashsvd.kernels.flashsvddecode import decode_linear
@@ -91,6 +92,16 @@ def rotary(backend: Backend) -> Operation:
     return call, [*factors, *tables(), cumulative(LENGTHS), make(4, 32), make(2, 32)]
 
 
+def turned(backend: Backend) -> Operation:
+    def call(*given: Tensor) -> Tensor:
+        *operands, cu_seqlens, positions = given
+        options = {"softmax_scale": 0.2, "window_size": (5, 5), "positions": positions, "backend": backend}
+        return flash_attention_rotary(*operands, cu_seqlens, cu_seqlens, 9, 9, **options)
+
+    heads = [tokens(4, 32), tokens(2, 32), tokens(2, 40)]
+    return call, [*heads, *tables(), cumulative(LENGTHS), with_holes(LENGTHS)[:TOKENS]]
+
+
 def ffn_v1(backend: Backend) -> Operation:
     make = Operands()
     given = [make(20, 24), make.weight(70, 24), make(70), make.weight(70, 40, walked=0)]
@@ -167,6 +178,7 @@ OPERATIONS = pytest.mark.parametrize(
         causal,
         from_a_cache,
         rotary,
+        turned,
         ffn_v1,
         geglu,
         wide_swiglu,

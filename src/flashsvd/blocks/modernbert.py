@@ -30,8 +30,8 @@ from flashsvd.blocks.parts.ffn import why_no_kernel
 from flashsvd.blocks.parts.norm import NormBlock, PackedNorm
 from flashsvd.blocks.parts.qkv import attended_width
 from flashsvd.blocks.parts.read import check_linear, joint_rank, read_activation, read_matrices, read_whole
-from flashsvd.blocks.parts.rotary_attention import Rotary
 from flashsvd.blocks.parts.rotary_tables import RotaryTables
+from flashsvd.blocks.parts.rotation import Rotary
 from flashsvd.blocks.pre_ln import PreLNBlock, PreLNWeights
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.layer import FusedLayer

@@ -18,7 +18,8 @@ from flashsvd.blocks.parts.gated_ffn import PackedGatedFFN
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual, fold_output
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, Matrices
-from flashsvd.blocks.parts.rotary_attention import Rotary, pack_rotary
+from flashsvd.blocks.parts.rotary_attention import pack_rotary
+from flashsvd.blocks.parts.rotation import Rotary
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.blocks.running.tokens import Tokens

@@ -28,6 +28,17 @@ def program_rows(cu_ptr, row_tiles, heads, group, ROWS: tl.constexpr, CAUSAL: tl
 
 
 @triton.jit
+def query_places(pos_ptr, i_row, start, length, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
+    # A program's rows in their sequence, which of them there are, and their positions.
+    o_row = i_row + tl.arange(0, ROWS)
+    m_row = o_row < length
+    place = o_row
+    if POSITIONS:
+        place = tl.load(pos_ptr + start + o_row, mask=m_row, other=0)
+    return o_row, m_row, place
+
+
+@triton.jit
 def other_keys(cu_ptr, ends_ptr, firsts_ptr, i_sequence, i_kv, kv_heads, capacity, CACHED: tl.constexpr):
     # Where a sequence's keys begin, and how many there are: packed, or in a cache, of which each head of a sequence has
     # so many rows.

@@ -25,14 +25,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.attention_steps import attention_step, key_tile, keys_in_reach, no_keys, program_rows, store_rows
+from flashsvd.kernels.attention_steps import (
+    attention_step,
+    key_tile,
+    keys_in_reach,
+    no_keys,
+    program_rows,
+    query_places,
+    store_rows,
+)
 from flashsvd.kernels.checks import check_fit, has_dims
-from flashsvd.kernels.flash_attn_triton import flash_attention_reference
+from flashsvd.kernels.flash_attn_rotary import flash_attention_rotary_reference
 from flashsvd.kernels.launch import Backend, aligned
 from flashsvd.kernels.op import Op, operand_names
-from flashsvd.kernels.packed import as_matrix, check_packed, mask_options, out_strides, side_by_side, width_tiles
+from flashsvd.kernels.packed import (
+    as_matrix,
+    check_alike,
+    check_packed,
+    mask_options,
+    out_strides,
+    side_by_side,
+    width_tiles,
+)
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles, tile
-from flashsvd.kernels.rotary import check_tables, rotate
+from flashsvd.kernels.rotary import check_tables
+from flashsvd.kernels.rotary_steps import table_rows, turn
 from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl, triton
@@ -75,22 +92,10 @@ def flashsvd_rope_attention_reference(
     causal: bool = False, window_size: tuple[int, int] = (-1, -1), positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flashsvd_rope_attention` in plain torch, with Q and K in memory."""
-    steps = torch.arange(p_q.shape[0], device=p_q.device)
-    if positions is None:
-        last = max(0, cu_seqlens_q.shape[0] - 2)
-        i_sequence = torch.bucketize(steps, cu_seqlens_q[1:], right=True).clamp(max=last)
-        place = steps - cu_seqlens_q[i_sequence]
-    else:
-        place = positions
-    # Tokens of no sequence may have any.
-    place = place.where(steps < cu_seqlens_q[-1], 0)
-    cos, sin = cos[place], sin[place]
-    q, k = rotate(lift(p_q, v_q, b_q), cos, sin), rotate(lift(p_k, v_k, b_k), cos, sin)
-    return flash_attention_reference(
-        q, k, p_v.expand(-1, v_k.shape[0], -1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        # Without a window, positions only turn.
-        positions=None if window_size[0] < 0 else positions,
+    return flash_attention_rotary_reference(
+        lift(p_q, v_q, b_q), lift(p_k, v_k, b_k), p_v.expand(-1, v_k.shape[0], -1), cos, sin,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, positions=positions,
     )  # fmt: skip
 
 
@@ -124,12 +129,6 @@ def _bias(b_ptr, i_head, D: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _gather(table_ptr, place, m_place, HALF: tl.constexpr):
-    o_table = place[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    return tl.load(table_ptr + o_table, mask=m_place[:, None], other=0.0)
-
-
-@triton.jit
 def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
     # P V + b of P [N, R0 | R1], V [R0 | R1, D]
     x = tl.dot(nearest(p0, PRECISION), nearest(v0, PRECISION), input_precision=PRECISION)
@@ -144,10 +143,8 @@ def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl
 def _rotate(x, cos, sin, N: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
     # R(x) of x [N, D]; cos, sin [N, D / 2]. A thread of a product holds both numbers of a pair: nothing moves.
     x1, x2 = x.reshape(N, 2, D // 2).permute(0, 2, 1).split()
-    cos = cos.to(tl.float32)
-    sin = sin.to(tl.float32)
-    turned = tl.join((x1 * cos - x2 * sin).to(DTYPE), (x2 * cos + x1 * sin).to(DTYPE))
-    return turned.permute(0, 2, 1).reshape(N, D)
+    x1, x2 = turn(x1, x2, cos, sin, DTYPE)
+    return tl.join(x1, x2).permute(0, 2, 1).reshape(N, D)
 
 
 @triton.jit
@@ -164,8 +161,8 @@ def _keys_and_step(
     p1 = k1_desc.load([start + first, column_k + K0]) if K1 > 0 else p0
     k = _lift(p0, p1, lift0, lift1, b, K1, BIAS, PRECISION)
     if POSITIONS:
-        cos = _gather(cos_ptr, key_place, m_key, D // 2)
-        sin = _gather(sin_ptr, key_place, m_key, D // 2)
+        cos = table_rows(cos_ptr, key_place, m_key, D // 2, D // 2, D // 2)
+        sin = table_rows(sin_ptr, key_place, m_key, D // 2, D // 2, D // 2)
     else:
         cos = cos_desc.load([first, 0])
         sin = sin_desc.load([first, 0])
@@ -192,15 +189,11 @@ def _rope_attention(
     i_row, i_head, i_kv, start, length = program_rows(cu_ptr, row_tiles, heads, group, ROWS, CAUSAL)
     if i_row >= length:
         return
-    o_row = i_row + tl.arange(0, ROWS)
-    m_row = o_row < length
-    place = o_row
-    if POSITIONS:
-        place = tl.load(pos_ptr + start + o_row, mask=m_row, other=0)
+    o_row, m_row, place = query_places(pos_ptr, i_row, start, length, ROWS, POSITIONS)
     lift_q0, lift_q1 = _lift_tiles(lift_q_ptr, i_head, rank_q, Q0, Q1, D)
     lift_k0, lift_k1 = _lift_tiles(lift_k_ptr, i_kv, rank_k, K0, K1, D)
-    cos = _gather(cos_ptr, place, m_row, D // 2)
-    sin = _gather(sin_ptr, place, m_row, D // 2)
+    cos = table_rows(cos_ptr, place, m_row, D // 2, D // 2, D // 2)
+    sin = table_rows(sin_ptr, place, m_row, D // 2, D // 2, D // 2)
     # Rows beyond the sequence are its neighbour's; what comes of them is not stored.
     p0 = q0_desc.load([start + i_row, i_head * pitch_q])
     p1 = q1_desc.load([start + i_row, i_head * pitch_q + Q0]) if Q1 > 0 else p0
@@ -401,7 +394,6 @@ def flashsvd_rope_attention(
         BackendError: `backend="triton"` cannot run here.
     """
     window, causal = mask_options(causal, window_size)
-    if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q:
-        raise ValueError("keys lie as the queries do here: pass the same cu_seqlens and max_seqlen for both")
+    check_alike(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     operands = (p_q, v_q, p_k, v_k, p_v, cos, sin, b_q, b_k, cu_seqlens_q, positions, out)
     return _op(operands, (max_seqlen_q, softmax_scale, window, causal), backend, tiles)

@@ -68,6 +68,12 @@ def check_packed(
         raise ValueError(f"out is {shape} with whole rows, not {tuple(out.shape)} with strides {out.stride()}")
 
 
+def check_alike(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """Raises ValueError where the keys do not lie as the queries do."""
+    if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q:
+        raise ValueError("keys lie as the queries do here: pass the same cu_seqlens and max_seqlen for both")
+
+
 def check_cache(cache_seqlens: Tensor, cache_leftpad: Tensor | None, cu_seqlens_q: Tensor, sequences: int) -> None:
     """Raises ValueError where these are not ranges of a cache of so many sequences, or the queries are of others."""
     for name, x in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):

@@ -3,49 +3,29 @@
     softmax(scale * R(Q) R(K)^T) V,   R a rotation by the token's position
 
 Where the heads of both Q and K have thin factors of their own, the kernel can lift and rotate them on chip while they
-stream (`StreamedRotary`); otherwise they are computed in memory and rotated there (`RotaryAttention`). Values whose
-heads have thin factors stay in rank space either way, and leave their lift to the output projection.
+stream (`StreamedRotary`); otherwise they are computed in memory (`RotaryAttention`), and rotated there or by the kernel
+that attends, whichever is faster. Values whose heads have thin factors stay in rank space either way, and leave their
+lift to the output projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.parts.attention import attend
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.projections import Projection
 from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
 from flashsvd.blocks.parts.read import Matrices, PerHead, present
+from flashsvd.blocks.parts.rotation import Rotary, rotate_and_attend
 from flashsvd.blocks.parts.widths import head_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
-from flashsvd.blocks.running.sequences import Tables
 from flashsvd.blocks.running.tokens import Chunk
 from flashsvd.kernels.flashsvdropeattn import check_on_chip, flashsvd_rope_attention
 from flashsvd.kernels.packed import both_sides
-from flashsvd.kernels.rotary import rotate_heads
 
 GLOBAL = Operation("rotary attention", "{} heads of {} and {} lifted to {} and {}, sequences up to {}")
 LOCAL = Operation(GLOBAL.name, GLOBAL.sizes + ", {} to each side")
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """What an attention layer does beside its projections.
-
-    Attributes:
-        scale: of the scores.
-        window: a token attends to those at most this many columns away; None to all.
-        tables: gives cos and sin for positions below a span, in the dtype and on the device of a tensor.
-    """
-
-    heads: int
-    scale: float
-    window: int | None
-    tables: Callable[[int, Tensor], Tables]
 
 
 class RotaryAttention(Packed):
@@ -67,7 +47,9 @@ class RotaryAttention(Packed):
         width_q, width_k, width_v = self.qkv.widths
         turning, v = self.qkv.project(x).split_with_sizes((width_q + width_k, width_v), 1)
         heads = self.rotary.heads
-        return rotate_and_attend(turning.view(len(x), 2 * heads, -1), self.qkv.heads_of(v), chunk, self)
+        return rotate_and_attend(
+            turning.view(len(x), 2 * heads, -1), self.qkv.heads_of(v), chunk, self.rotary, self.choices
+        )
 
 
 class StreamedRotary(Packed):
@@ -101,7 +83,7 @@ class StreamedRotary(Packed):
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "torch":
-                return rotate_and_attend(self._lifted(p_q, p_k), v, chunk, self)
+                return rotate_and_attend(self._lifted(p_q, p_k), v, chunk, self.rotary, self.choices)
             return self._stream(p_q, p_k, v, chunk)
 
         if not self.streams:
@@ -164,11 +146,3 @@ def pack_rotary(
         assert isinstance(k, PerHead)
         return StreamedRotary(q, k, value, rotary, dtype, choices), lift
     return RotaryAttention(q, k, value, rotary, dtype, choices), lift
-
-
-def rotate_and_attend(turning: Tensor, v: Tensor, chunk: Chunk, layer: RotaryAttention | StreamedRotary) -> Tensor:
-    """Q and K [n, 2 heads, head_dim], which are overwritten, V [n, heads, d] -> [n, heads * d]."""
-    rotary, choices = layer.rotary, layer.choices
-    cos, sin = rotary.tables(chunk.span, v)
-    q, k = rotate_heads(turning, cos, sin, chunk.positions, backend=choices.backend).chunk(2, dim=1)
-    return attend(q, k, v, chunk, rotary.scale, choices, rotary.window).flatten(1)

@@ -18,8 +18,9 @@ from flashsvd.kernels.launch import Backend, why_not_triton
 
 log = logging.getLogger("flashsvd")
 
-# `products` are plain ones, the first of which has its activation in a kernel of ours.
-Implementation = Literal["torch", "triton", "products"]
+# `products` are plain ones, the first of which has its activation in a kernel of ours. `passes` are two operations,
+# each by what is fastest for it alone; `triton` is then one kernel for both.
+Implementation = Literal["torch", "triton", "products", "passes"]
 CANDIDATES: tuple[Implementation, ...] = ("torch", "triton")
 
 WARMUP_RUNS, TIMED_RUNS, CALLS_A_RUN = 2, 5, 3
@@ -97,7 +98,8 @@ class Choices:
         Args:
             x: one of its operands, with a row for each token.
             run: computes the operation, and changes no tensor that it is given.
-            candidates: plain torch, and then what there is beside it; a backend of `triton` takes the first of these.
+            candidates: what a device without kernels takes, and then what there is beside it; a backend of `triton`
+                takes the first of these.
         """
         # Looked up as a plain tuple, since every operation of every layer does it.
         choice = self._table.get((operation, sizes, bucket(x.shape[0]), x.dtype, x.device))
@@ -119,7 +121,7 @@ class Choices:
         if self.backend != "auto":
             return Choice(candidates[self.backend == "triton"])
         if not self._can_measure(x):
-            return Choice("torch")
+            return Choice(candidates[0])
         if self._capturing():
             raise BackendError(
                 f"nothing was measured yet for {case.describe()}, and nothing can be while a CUDA graph is captured; "
