@@ -29,8 +29,9 @@ from torch import Tensor
 
 from flashsvd.compression.factoring import QKVLayout
 from flashsvd.lowrank.ranks import RankRequest
-from support.classifiers import call, call_in_parts, check, classifier, ids_of, low_rank
+from support.classifiers import call, call_in_parts, check, classifier, ids_of
 from support.harness import Case, Settings, Variant, finish, parse, run
+from support.low_rank import low_rank
 from support.onnx_runtime import exported
 from support.plot import bars
 from support.results import Row

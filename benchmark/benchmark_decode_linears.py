@@ -10,7 +10,6 @@ of gate and up as one matrix. `TB/s` counts the bytes of all weights, once a ste
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ from flashsvd.kernels.launch import Backend
 from support.ffn_operands import Numbers
 from support.harness import Case, Check, Settings, Variant, finish, parse, run
 from support.plot import lines
-from support.results import Row, merge, read_rows, write_rows
 
 ROWS, FEW_ROWS = (1, 2, 4, 8, 16), (1, 4)
 
@@ -71,39 +69,27 @@ Chain = Callable[[Tensor, list[Layer]], Tensor]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(__doc__, arguments)
-    read: dict[tuple[str, str], int] = {}
-    file, rows = run("benchmark_decode_linears", cases(settings, read), settings)
-    rows = [with_bandwidth(row, read) for row in rows]
-    write_rows(merge(read_rows(file), rows), file)
+    file, rows = run("benchmark_decode_linears", cases(settings), settings)
     lines(file, "n", ("layers",))
-    for row in rows:
-        print(f"{row.case} {row.shapes:<12} {row.variant:<28} {row.note}")
     finish(rows)
 
 
-def with_bandwidth(row: Row, read: dict[tuple[str, str], int]) -> Row:
-    """The row, with what its weights' bytes and its time make."""
-    if row.ms is None:
-        return row
-    size = read[row.case, row.variant]
-    return dataclasses.replace(row, note=f"{size / row.ms / 1e9:.2f} TB/s of {size / 1e9:.3f} GB")
-
-
-def cases(settings: Settings, read: dict[tuple[str, str], int]) -> Iterator[Case]:
+def cases(settings: Settings) -> Iterator[Case]:
     sizes = TINY if settings.sizes == "tiny" else SIZES
     for name, of in sizes.items():
         for n in settings.pick(ROWS, FEW_ROWS, (1,)):
-            yield case(name, of, n, read)
+            yield case(name, of, n)
 
 
-def case(name: str, sizes: Sizes, n: int, read: dict[tuple[str, str], int]) -> Case:
+def case(name: str, sizes: Sizes, n: int) -> Case:
     def build(settings: Settings) -> Iterator[Variant]:
         numbers = Numbers(settings)
         x = numbers(n, sizes.hidden)
 
         def variant(called: str, call: Callable[[], Tensor], layers: list[Layer], plain: Chain) -> Variant:
-            read[name, called] = sum(matrix.bytes for layer in layers for matrix in layer.values())
-            return Variant.of(called, call, Check(plain(x.double(), layers), plain(x, layers), lambda result: result))
+            check = Check(plain(x.double(), layers), plain(x, layers), lambda result: result)
+            read = sum(matrix.bytes for layer in layers for matrix in layer.values())
+            return Variant.of(called, call, check, read=read)
 
         layers = dense_layers(numbers, sizes)
         yield variant("dense, cuBLAS", partial(dense, x, layers), layers, dense)

@@ -1,4 +1,4 @@
-"""Classifiers of random weights, dense and low-rank, and the ways to run them."""
+"""Classifiers of random weights, and the ways to run them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig
 
-from flashsvd.compression.factoring import Factoring, QKVLayout
-from flashsvd.compression.factorize import factor_model, matrix_shapes
-from flashsvd.lowrank.ranks import RankRequest, plan_ranks
-from flashsvd.methods.method import Factors, Method, Statistics
-from flashsvd.models.registry import find_targets
 from support.harness import Check, Settings
 
 # (ids, mask or None), [batch, length] each
@@ -22,8 +17,6 @@ Batch = tuple[Tensor, Tensor | None]
 
 # Rows.
 CHECKED = 16
-# Of a unit: what each factor leaves of its input's size.
-GAIN = 0.7
 CONFIGS: dict[str, Any] = {"bert": BertConfig, "modernbert": ModernBertConfig}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 TINY: dict[str, Any] = {
@@ -44,16 +37,6 @@ def classifier(family: str, settings: Settings) -> Any:
     config = CONFIGS[family](**sizes, **SPECIAL)
     model = AutoModelForSequenceClassification.from_config(config, dtype=settings.dtype)
     return model.eval().to(settings.device).requires_grad_(False)
-
-
-def low_rank(dense: Any, request: RankRequest, qkv: QKVLayout) -> tuple[Any, float]:
-    """A copy with random factors in place of its linear layers, and the fraction of their parameters that is kept."""
-    model = copy.deepcopy(dense)
-    targets = find_targets(model)
-    plan = plan_ranks(matrix_shapes(model, targets, qkv), request)
-    matrices = factor_model(model, Factoring(targets, plan, Method("random", _random_factors), qkv))
-    kept = sum(m.kept_parameters for m in matrices) / sum(m.dense_parameters for m in matrices)
-    return model.requires_grad_(False), kept
 
 
 def ids_of(mask: Tensor, config: Any) -> Tensor:
@@ -87,10 +70,3 @@ def check(model: Any, batch: Batch) -> Check:
     sample = [(torch.cat([ids[rows], others]), masks)]
     exact = call(sample, copy.deepcopy(model).double())
     return Check(exact[: len(rows)], call(sample, model), lambda logits: logits[rows], exact)
-
-
-def _random_factors(weight: Tensor, rank: int, statistics: Statistics) -> Factors:
-    (*heads, rows, columns) = weight.shape
-    u = torch.randn(*heads, rows, rank, device=weight.device) * (GAIN * rows**-0.5)
-    v = torch.randn(*heads, rank, columns, device=weight.device) * (GAIN * rank**-0.5)
-    return Factors(u, v)

@@ -44,6 +44,7 @@ class Settings:
     warmup: int
     graphs: bool
     only: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     out: Path = RESULTS
     commit: str = ""
@@ -59,6 +60,24 @@ class Settings:
 
     def pick(self, full: Sequence[Any], small: Sequence[Any], tiny: Sequence[Any]) -> Sequence[Any]:
         return {"full": full, "small": small, "tiny": tiny}[self.sizes]
+
+
+class Rule(Protocol):
+    """What holds results against the right answer.
+
+    Attributes:
+        plain_error: what plain torch errs by in the variants' dtype.
+        allowed: the most that a result may err by.
+    """
+
+    @property
+    def plain_error(self) -> float: ...
+
+    @property
+    def allowed(self) -> float: ...
+
+    def error(self, result: Tensor) -> float:
+        """That of a variant's result."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class Check:
 
     @property
     def allowed(self) -> float:
-        return 2 * self.plain_error + FLOORS[self.plain.dtype]
+        return most_allowed(self.plain_error, self.plain.dtype)
 
 
 @dataclass(frozen=True)
@@ -101,11 +120,13 @@ class Prepared:
     Attributes:
         forget: drops what calls keep for later ones, such as captured graphs, so that the next call takes it anew.
         describe: what else to say of it, after it ran.
+        less: what the call does beside what is measured, as a call whose own time is taken off.
     """
 
     call: Callable[[], Tensor]
     forget: Callable[[], None] | None = None
     describe: Callable[[], str] | None = None
+    less: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,17 +136,26 @@ class Variant:
     Attributes:
         make: sets it up; what it allocates is no part of the memory that calls take.
         flops: of one call; None where it is not counted.
+        read: bytes of the weights that are read for each unit of what is measured; None where they are not counted.
     """
 
     name: str
     make: Callable[[], Prepared]
-    check: Check
+    check: Rule
     flops: float | None = None
+    read: int | None = None
 
     @classmethod
-    def of(cls, name: str, call: Callable[[], Tensor], check: Check, flops: float | None = None) -> Variant:
+    def of(
+        cls,
+        name: str,
+        call: Callable[[], Tensor],
+        check: Rule,
+        flops: float | None = None,
+        read: int | None = None,
+    ) -> Variant:
         """One that needs no set-up."""
-        return cls(name, lambda: Prepared(call), check, flops)
+        return cls(name, lambda: Prepared(call), check, flops, read)
 
 
 @dataclass(frozen=True)
@@ -169,6 +199,11 @@ def error(result: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
     return float((result.double() - exact).abs().max() / (exact if scale is None else scale).abs().max())
 
 
+def most_allowed(plain_error: float, dtype: torch.dtype) -> float:
+    """The most that a result may err by where plain torch errs by so much."""
+    return 2 * plain_error + FLOORS[dtype]
+
+
 def parse(description: str | None, arguments: Sequence[str] | None = None, *, on_cpu: bool = False) -> Settings:
     """The settings of a script's command line, for one that needs a GPU, unless it is to run on the CPU."""
     parser = parser_of(description)
@@ -188,6 +223,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=50, help="timed runs, whose median counts (default: 50)")
     parser.add_argument("--warmup", type=int, default=10, help="calls before those (default: 10)")
     parser.add_argument("--only", default="", help="cases, by the beginnings of their names, comma-separated")
+    parser.add_argument("--variants", default="", help="variants to measure, by parts of their names, comma-separated")
     parser.add_argument("--without", default="", help="variants to leave out, by parts of their names, comma-separated")
     parser.add_argument(
         "--out", type=Path, help="where CSV and plot go (default: benchmark/results; of a dry run, a temporary one)"
@@ -209,6 +245,7 @@ def settings_of(given: argparse.Namespace, device: torch.device, sizes: Sizes = 
         warmup=1 if dry else given.warmup,
         graphs=graphs,
         only=names(given.only),
+        variants=names(given.variants),
         without=names(given.without),
         out=given.out or (Path(tempfile.mkdtemp()) if dry else RESULTS),
         commit=given.commit,
@@ -271,7 +308,8 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     rows: list[Row] = []
     try:
         for variant in case.build(settings):
-            if any(part in variant.name for part in settings.without):
+            wanted = not settings.variants or any(part in variant.name for part in settings.variants)
+            if not wanted or any(part in variant.name for part in settings.without):
                 continue
             rows.append(_attempt(variant, case, settings))
             _show(rows[-1])
@@ -349,10 +387,16 @@ def _measure(variant: Variant, case: Case, settings: Settings, row: Row) -> Row:
             prepared.forget()
         row = dataclasses.replace(row, mib=resident(prepared.call))
     ms, timing = _time(prepared.call, settings, case)
+    if prepared.less is not None:
+        prepared.less()
+        ms -= _time(prepared.less, settings, case)[0]
     ms /= case.per_call
     tflops = None if variant.flops is None else variant.flops / case.per_call / ms / 1e9
-    note = prepared.describe() if prepared.describe else ""
-    return dataclasses.replace(row, status="ok", ms=ms, tflops=tflops, runs=settings.runs, timing=timing, note=note)
+    notes = [] if variant.read is None else [f"{variant.read / ms / 1e9:.3g} TB/s of {variant.read / 1e9:.4g} GB"]
+    notes += [prepared.describe()] if prepared.describe else []
+    return dataclasses.replace(
+        row, status="ok", ms=ms, tflops=tflops, runs=settings.runs, timing=timing, note=" | ".join(notes)
+    )
 
 
 def _memory(call: Callable[[], Any], before: Held, capture_peak: int) -> tuple[float, float]:

@@ -41,12 +41,25 @@ def compiled(
     return Prepared(partial(run, torch.compile(model, dynamic=False if one_shape else None, **how)))
 
 
-def optimized(model: Any, run: Run, graph: GraphOption = "auto") -> Prepared:
-    """On fused blocks, with all defaults, or without graphs."""
+def optimized(
+    model: Any,
+    run: Run,
+    graph: GraphOption = "auto",
+    less: Run | None = None,
+    note: Callable[[Any], str] | None = None,
+) -> Prepared:
+    """On fused blocks, with all defaults, or without graphs.
+
+    Args:
+        less: what of `run` is not to be measured.
+        note: what to say of the optimised model, before what was picked for it.
+    """
     fused = runtime.optimize(copy.deepcopy(model), graph=graph)
 
     def describe() -> str:
-        return " | ".join(f"{case}: {choice}" for case, choice in runtime.choices(fused).items())
+        notes = [] if note is None else [note(fused)]
+        return " | ".join(notes + [f"{case}: {choice}" for case, choice in runtime.choices(fused).items()])
 
     graphs = getattr(fused, "graphs", None)
-    return Prepared(partial(run, fused), None if graphs is None else graphs.forget, describe)
+    forget = None if graphs is None else graphs.forget
+    return Prepared(partial(run, fused), forget, describe, None if less is None else partial(less, fused))

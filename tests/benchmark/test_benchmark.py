@@ -146,6 +146,26 @@ def test_on_a_cpu_what_calls_keep_counts_as_their_memory(settings: Settings) -> 
     assert [row.capture_s for row in rows] == [None, None]
 
 
+def test_what_a_call_does_beside_what_is_measured_is_taken_off(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beside() -> None: ...
+
+    monkeypatch.setattr(harness, "time_wall", lambda call, runs: 2.0 if call is beside else 8.0)
+    check = Check(torch.ones(5, dtype=torch.float64), torch.ones(5), lambda result: result)
+    variant = Variant("both", lambda: Prepared(right, less=beside), check, read=30_000_000)
+    (row,) = harness.run_case(Case("case", {}, lambda settings: [variant], per_call=2), settings)
+    assert row.ms == 3.0
+    # 30 MB in 3 ms.
+    assert row.note == "0.01 TB/s of 0.03 GB"
+
+
+def test_variants_picks_by_parts_of_names(settings: Settings) -> None:
+    chosen = dataclasses.replace(settings, variants=("t 1", "t 2"), without=("2",))
+    rows = harness.run_case(case_of(right, right, right), chosen)
+    assert [row.variant for row in rows] == ["variant 1"]
+
+
 def test_only_and_without_leave_out_cases_and_variants(settings: Settings) -> None:
     chosen = dataclasses.replace(settings, only=("ca",), without=("1",))
     cases = [case_of(right, right), dataclasses.replace(case_of(right), name="other")]
@@ -178,7 +198,8 @@ def test_a_script_that_fails_keeps_no_other_from_running_and_fails_make(failing:
     # Without the options of a make that runs these tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [*(f"benchmark_{script}" for script in (*SCRIPTS, "launch")), "table"]
+    scripts = [*sorted([*SCRIPTS, "decode"]), "launch"]
+    assert done.stdout.split() == [*(f"benchmark_{script}" for script in scripts), "table"]
     assert (done.returncode != 0) == (failing != "nothing")
     assert (f"failed: {failing.removeprefix('benchmark_')}\n" in done.stderr) == (failing != "nothing")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from conftest import DECODERS, MakeModel, build_decoder
@@ -19,14 +20,39 @@ from flashsvd import CompressConfig, ProfileConfig, ProfileResult, run_compress,
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, ConfigError, DataError, FlashSVDError
 from flashsvd.evaluation.measure import PeakMemory
+from flashsvd.profiling.bandwidth import COPIED, copy_bandwidth
 from flashsvd.profiling.config import GENERATING, VARIANTS
 from flashsvd.profiling.figures import png
-from flashsvd.profiling.generation import WHY_NOT, Prompts, cache_bytes, generate
+from flashsvd.profiling.memory import step_bytes
+from flashsvd.profiling.static_steps import StaticSteps
+from flashsvd.profiling.writers import (
+    ByCompiledSteps,
+    ByForwards,
+    ByGenerate,
+    Writer,
+    Written,
+    cache_bytes,
+    why_no_generation,
+)
 
 CPU = torch.device("cpu")
 BATCH, SEQ_LEN, NEW, LAYERS, HIDDEN = 3, 16, 5, 2, 32
 
 MakeConfig = Callable[..., ProfileConfig]
+Writers = Callable[[Any], Writer]
+
+
+def steps_as_they_are(model: Any) -> Writer:
+    """Steps that dynamo traces and nothing compiles, which takes a minute."""
+    return ByCompiledSteps(model, backend="eager", dynamic=False)
+
+
+WRITERS = [ByForwards, ByGenerate, pytest.param(steps_as_they_are, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def a_small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COPIED, "cpu", 1 << 20)
 
 
 @pytest.fixture
@@ -47,29 +73,73 @@ def config(make_model: MakeModel, tmp_path: Path) -> MakeConfig:
     return make
 
 
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_it_writes_what_transformers_own_greedy_generation_does(name: str) -> None:
+def test_each_way_writes_what_transformers_own_greedy_generation_does(writer: Writers, name: str) -> None:
     model = build_decoder(name).double()
     tokens = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     expected = model.generate(tokens, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
-    written = generate(model, Prompts(tokens, 20), CPU)
-    assert torch.equal(written.tokens, expected[:, 7:])
-    assert written.prefill_ms > 0
-    assert written.decode_ms > 0
+    way = writer(model)
+    # Twice, since the first run may leave something to the next.
+    for written in (way.write(tokens, 20, CPU), way.write(tokens, 20, CPU)):
+        assert torch.equal(written.tokens, expected[:, 7:])
+        assert written.prefill_ms > 0
+        assert written.decode_ms > 0
 
 
-def test_no_token_ends_it_early() -> None:
+@pytest.mark.parametrize("writer", WRITERS)
+def test_neither_an_end_nor_options_of_the_model_change_what_is_written(writer: Writers) -> None:
+    tokens = torch.tensor([[5, 6, 7]])
+    written = writer(build_decoder("gpt2")).write(tokens, 12, CPU)
     model = build_decoder("gpt2")
-    prompts = Prompts(torch.tensor([[5, 6, 7]]), 12)
-    first = int(generate(model, prompts, CPU).tokens[0, 0])
-    model.generation_config.eos_token_id = model.config.eos_token_id = first
-    assert generate(model, prompts, CPU).tokens.shape == (1, 12)
+    model.generation_config.eos_token_id = model.config.eos_token_id = int(written.tokens[0, 0])
+    model.generation_config.repetition_penalty = 9.0
+    assert torch.equal(writer(model).write(tokens, 12, CPU).tokens, written.tokens)
 
 
+@pytest.mark.parametrize("writer", [ByForwards, ByGenerate])
 @pytest.mark.parametrize(("name", "width"), [("gpt2", HIDDEN), ("llama", HIDDEN // 2), ("qwen3", 2 * 12)])
-def test_the_cache_has_the_keys_and_values_of_all_tokens_but_the_last(name: str, width: int) -> None:
-    written = generate(build_decoder(name), Prompts(torch.randint(2, 64, (BATCH, 11)), NEW), CPU)
+def test_the_cache_has_the_keys_and_values_of_all_tokens_but_the_last(writer: Writers, name: str, width: int) -> None:
+    written = writer(build_decoder(name)).write(torch.randint(2, 64, (BATCH, 11)), NEW, CPU)
     assert written.cache_bytes == 2 * LAYERS * BATCH * (11 + NEW - 1) * width * 4
+
+
+def test_a_static_cache_has_room_for_all_tokens() -> None:
+    written = steps_as_they_are(build_decoder("llama")).write(torch.randint(2, 64, (BATCH, 11)), NEW, CPU)
+    assert written.cache_bytes == 2 * LAYERS * BATCH * (11 + NEW) * HIDDEN // 2 * 4
+
+
+def test_steps_that_are_taken_back_can_be_taken_again() -> None:
+    steps = StaticSteps(build_decoder("llama").double(), 20)
+    with torch.no_grad():
+        first = steps.prefill(torch.randint(2, 64, (2, 9)))
+        once = steps.decode(steps.step, first, 8)
+        steps.rewind(9)
+        assert torch.equal(steps.decode(steps.step, first, 8), once)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [("gpt2", ["wpe"]), ("gpt2 untied", ["wpe", "wte"]), ("llama", ["embed_tokens"]), ("llama tied", [])],
+)
+def test_a_step_reads_all_weights_but_tables_of_which_it_takes_a_row(name: str, tables: list[str]) -> None:
+    model = build_decoder(name)
+    sizes = {path: p.numel() * 4 for path, p in model.named_parameters()}
+    left_out = sum(size for path, size in sizes.items() if path.split(".")[-2] in tables)
+    assert (left_out > 0) == bool(tables)
+    assert step_bytes(model) == sum(sizes.values()) - left_out
+
+
+def test_the_rate_of_a_copy_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COPIED, "cpu", 1000)
+    monkeypatch.setattr("flashsvd.profiling.bandwidth.timed", lambda call, device: (call(), 2e-6))
+    # 2,000 bytes in 2 ns.
+    assert copy_bandwidth(CPU) == 1.0
+
+
+def test_memory_without_room_for_a_copy_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COPIED, "cpu", 1 << 62)
+    assert copy_bandwidth(CPU) is None
 
 
 def test_memory_that_keys_and_values_share_counts_once() -> None:
@@ -98,17 +168,18 @@ def test_dense_and_compressed_generate_after_the_same_prompts(config: MakeConfig
 def test_prompts_are_the_beginnings_of_the_first_batch_of_windows(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Prompts] = []
+    seen: list[tuple[Tensor, int]] = []
+    write = ByForwards.write
 
-    def generating(model: Any, prompts: Prompts, *rest: Any) -> Any:
-        seen.append(prompts)
-        return generate(model, prompts, *rest)
+    def writing(self: ByForwards, ids: Tensor, new_tokens: int, *rest: Any) -> Written:
+        seen.append((ids, new_tokens))
+        return write(self, ids, new_tokens, *rest)
 
-    monkeypatch.setattr("flashsvd.profiling.generation.generate", generating)
+    monkeypatch.setattr(ByForwards, "write", writing)
     # A seed that does not draw the last window, which is shorter.
     run_profile(config(max_eval_samples=2, seed=1))
-    assert {(tuple(p.tokens.shape), p.new_tokens) for p in seen} == {((2, SEQ_LEN - NEW), NEW)}
-    assert all(torch.equal(p.tokens, seen[0].tokens) for p in seen)
+    assert {(tuple(ids.shape), new_tokens) for ids, new_tokens in seen} == {((2, SEQ_LEN - NEW), NEW)}
+    assert all(torch.equal(ids, seen[0][0]) for ids, _ in seen)
     # For each of two variants once for its memory, once for its time.
     assert len(seen) == 4
 
@@ -116,12 +187,15 @@ def test_prompts_are_the_beginnings_of_the_first_batch_of_windows(
 def test_variants_that_cannot_generate_say_why_and_keep_their_other_figures(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(WHY_NOT) == set(VARIANTS) - set(GENERATING)
+    assert {name for name in VARIANTS if why_no_generation(name, torch.device("cuda"))} == (
+        set(VARIANTS) - set(GENERATING)
+    )
     result = run_profile(config(variants="dense,micro-batches,fused", micro_batches=3, may_skip=True))
     parts, fused = result["micro-batches"], result["fused"]
-    assert (parts.status, parts.generation, parts.no_generation) == ("ok", None, WHY_NOT["micro-batches"])
+    assert (parts.status, parts.generation) == ("ok", None)
+    assert parts.no_generation == why_no_generation("micro-batches", CPU)
     assert parts.latency_ms is not None
-    assert f"micro-batches did not generate: {WHY_NOT['micro-batches']}" in str(result)
+    assert "micro-batches did not generate: its parts of a batch would each need a cache" in str(result)
     assert (fused.status, fused.generation, fused.no_generation) == ("skipped", None, "")
     assert "fused was skipped: there are no fused blocks for 'gpt2'" in str(result)
 
@@ -138,10 +212,8 @@ def test_the_table_and_the_files_have_generation_only_where_it_was_asked_for(
     config: MakeConfig, tmp_path: Path
 ) -> None:
     result = run_profile(config(output=str(tmp_path / "out")))
-    header = str(result).splitlines()[0]
-    assert header.split("weights MB")[1].split() == (
-        ["prefill", "ms", "ms/token", "tokens/s", "cache", "MiB", "prefill", "MiB", "decode", "MiB"]
-    )
+    header = " ".join(str(result).splitlines()[0].split())
+    assert header.endswith("weights MB prefill ms ms/token tokens/s TB/s % of copy cache MiB prefill MiB decode MiB")
     for row in result.rows:
         assert len(result.cells(row)) == len(result.header())
         assert f"{2 * LAYERS * BATCH * (SEQ_LEN - 1) * HIDDEN * 4 / (1 << 20):.2f}" in result.cells(row)
@@ -149,6 +221,7 @@ def test_the_table_and_the_files_have_generation_only_where_it_was_asked_for(
     assert ProfileResult.read(tmp_path / "out" / "profile.json") == result
     assert written["new_tokens"] == NEW
     assert set(written["rows"][0]["generation"]) >= {"prefill_ms", "ms_per_token", "tokens_per_second", "cache_bytes"}
+    assert written["copy_terabytes_per_second"] > 0
     assert written["_generation_definition"].startswith("5 greedy tokens after each of 3 prompts")
     assert taller(png(result), png(run_profile(config(new_tokens=None))))
     without: ProfileResult = run_profile(config(new_tokens=None))
@@ -167,7 +240,7 @@ def taller(one: bytes, other: bytes) -> bool:
     [
         ({"new_tokens": 1}, "new_tokens must be at least 2"),
         ({"new_tokens": 2.5}, "new_tokens must be a whole number"),
-        ({"variants": "micro-batches,compiled"}, "new_tokens is for the variants dense, low-rank, fused"),
+        ({"variants": "micro-batches"}, "new_tokens is for the variants dense, low-rank, fused, compiled"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused_at_once(options: dict[str, Any], says: str) -> None:
@@ -185,6 +258,73 @@ def test_what_leaves_no_prompt_is_refused_before_weights_are_loaded(
         run_profile(config(new_tokens=16))
     with pytest.raises(DataError, match="a window of 5 tokens leaves no prompt before new_tokens 5"):
         run_profile(config(data=str(short)))
+
+
+def test_the_bytes_that_a_step_reads_make_its_rate(config: MakeConfig) -> None:
+    result = run_profile(config())
+    dense, small = (row.generation for row in result.rows)
+    assert dense is not None
+    assert small is not None
+    # GPT-2's second table is tied and so read; its table of 40 positions is not.
+    assert dense.step_bytes == (result["dense"].weight_bytes or 0) - 40 * HIDDEN * 4
+    assert small.step_bytes == (result["low-rank"].weight_bytes or 0) - 40 * HIDDEN * 4
+    for found in (dense, small):
+        assert found.terabytes_per_second == pytest.approx(found.step_bytes / found.ms_per_token / 1e9, rel=0.01)
+    copied = result.copy_terabytes_per_second
+    assert copied is not None
+    assert copied > 0
+    share = result.cells(result["dense"])[result.header().index("% of copy")]
+    assert share == f"{100 * dense.terabytes_per_second / copied:.0f}"
+    assert f"of the {copied:.3g} TB/s" in result.definitions["generation"]
+
+
+def test_profiles_of_versions_that_counted_no_bytes_can_be_read(config: MakeConfig, tmp_path: Path) -> None:
+    run_profile(config(output=str(tmp_path)))
+    written = json.loads((tmp_path / "profile.json").read_text())
+    del written["copy_terabytes_per_second"]
+    for row in written["rows"]:
+        del row["generation"]["step_bytes"], row["generation"]["terabytes_per_second"]
+    (tmp_path / "profile.json").write_text(json.dumps(written))
+    old = ProfileResult.read(tmp_path / "profile.json")
+    assert old.cells(old["dense"])[-5:-3] == ["-", "-"]
+
+
+def test_the_fused_variant_generates_as_people_call_it(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimised, asked = [], []
+
+    def optimize(model: Any, *options: Any) -> Any:
+        def generate(*given: Any, **named: Any) -> Any:
+            asked.append(named["max_new_tokens"])
+            return type(model).generate(model, *given, **named)
+
+        model.generate = generate
+        optimised.append(model)
+        return model
+
+    monkeypatch.setattr("flashsvd.runtime.check", lambda *options: None)
+    monkeypatch.setattr("flashsvd.runtime.optimize", optimize)
+    fused = run_profile(config(variants="fused", runs=2))["fused"]
+    assert len(optimised) == 1
+    assert set(asked) == {1, NEW}
+    assert fused.generation is not None
+    assert fused.generation.cache_bytes == 2 * LAYERS * BATCH * (SEQ_LEN - 1) * HIDDEN * 4
+
+
+def test_on_a_cpu_the_compiled_variant_does_not_generate() -> None:
+    assert why_no_generation("compiled", CPU) == (
+        "its step is compiled on a GPU only, where that makes one CUDA graph of it"
+    )
+    assert why_no_generation("compiled", torch.device("cuda")) == ""
+
+
+def test_the_compiled_variant_generates_by_steps_of_its_own(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashsvd.profiling.measure.why_no_generation", lambda *given: "")
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    compiled = run_profile(config(variants="compiled"))["compiled"]
+    assert compiled.generation is not None
+    assert compiled.generation.cache_bytes == 2 * LAYERS * BATCH * SEQ_LEN * HIDDEN * 4
 
 
 def test_a_classifier_does_not_generate(make_model: MakeModel, tmp_path: Path) -> None:
@@ -207,19 +347,31 @@ def test_the_command_takes_the_options(config: MakeConfig, capsys: pytest.Captur
 TOLD_APART = """
 import torch
 from conftest import build_decoder
-from flashsvd.profiling.generation import Prompts, generate, memory_of_generation
+from flashsvd.profiling.generation import Prompts, memory_of_generation
 from flashsvd.profiling.memory import freed_at_once
+from flashsvd.profiling.writers import ByForwards
 
 model, cpu, prompts = build_decoder("gpt2"), torch.device("cpu"), Prompts(torch.tensor([[5, 6, 7]]), 3)
+kept = []
 
 def call(**inputs):
     # In float32, 64 MiB for a prompt and 16 MiB for a token, on top of what so small a model takes.
     torch.ones((16 if inputs["input_ids"].shape[1] > 1 else 4) << 20)
     return model(**inputs)
 
+class Keeping(ByForwards):
+    # Keeps 8 MiB of its only warm-up, which takes 256 MiB for a moment.
+    warm_ups = 1
+
+    def write(self, *given):
+        if not kept:
+            torch.ones(64 << 20)
+            kept.append(torch.ones(2 << 20))
+        return super().write(*given)
+
 with freed_at_once() as exact:
-    generate(call, prompts, cpu)
-    print(exact, *memory_of_generation(call, prompts, cpu))
+    ByForwards(call).write(prompts.tokens, prompts.new_tokens, cpu)
+    print(exact, *memory_of_generation(Keeping(call), prompts, cpu))
 """
 
 
@@ -234,8 +386,8 @@ def test_memory_of_the_prompts_and_of_the_tokens_after_them_are_told_apart() -> 
     exact, prefill, decode = printed.split()
     if exact != "True":
         pytest.skip("needs glibc")
-    assert float(prefill) == pytest.approx(64, abs=4)
-    assert float(decode) == pytest.approx(16, abs=4)
+    assert float(prefill) == pytest.approx(8 + 64, abs=4)
+    assert float(decode) == pytest.approx(8 + 16, abs=4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

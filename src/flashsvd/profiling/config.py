@@ -16,8 +16,8 @@ from flashsvd.evaluation.config import BATCH_SIZE_HELP, SEQ_LEN_HELP
 VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")
 # What `optimize` is told of CUDA graphs, by its name on the command line.
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "always": True, "never": False}
-# Those that can generate.
-GENERATING = ("dense", "low-rank", "fused")
+# Those that can generate; the last on a GPU.
+GENERATING = ("dense", "low-rank", "fused", "compiled")
 
 
 @dataclass(frozen=True)

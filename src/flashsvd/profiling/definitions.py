@@ -16,12 +16,18 @@ from flashsvd.profiling.variants import Setting
 
 
 def definitions(
-    workload: Workload, subject: Subject, rows: Sequence[VariantRow], setting: Setting, prompts: Prompts | None
+    workload: Workload,
+    subject: Subject,
+    rows: Sequence[VariantRow],
+    setting: Setting,
+    prompts: Prompts | None,
+    copied: float | None = None,
 ) -> dict[str, str]:
     """What was measured, by the names of the figures.
 
     Args:
         prompts: what was generated after; None where nothing was.
+        copied: TB/s of a copy on the device, where something was and that was measured.
     """
     cuda = setting.device.type == "cuda"
     compiled = any(row.variant == "compiled" and row.status == "ok" for row in rows)
@@ -38,7 +44,7 @@ def definitions(
         ),
         **memory_definitions(setting),
         "size": "parameters of the checkpoint; bytes of the weights in memory, which fused blocks hold packed",
-        **({"generation": generation.definition(prompts)} if prompts else {}),
+        **({"generation": generation.definition(prompts, setting.device, copied)} if prompts else {}),
     }
 
 

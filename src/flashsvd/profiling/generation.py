@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashsvd.errors import ConfigError, DataError
-from flashsvd.evaluation.measure import PeakMemory, timed
+from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
+from flashsvd.profiling.bandwidth import COPIED
 from flashsvd.profiling.result import Generation
-
-# What runs them calls the model in one piece and as it is.
-WHY_NOT = {
-    "micro-batches": "its parts of a batch would each need a cache of their own",
-    "compiled": "a cache that grows with every token is not compiled here",
-}
+from flashsvd.profiling.writers import Writer
 
 
 @dataclass(frozen=True)
@@ -60,82 +54,35 @@ class Prompts:
         return cls(windows[:, :length], new_tokens)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What one generation wrote and took.
+def memory_of_generation(writer: Writer, prompts: Prompts, device: torch.device) -> tuple[float, float]:
+    """MiB above the loaded model that the prompts take at most, and those that the tokens after them do.
 
-    Attributes:
-        tokens: [batch, new_tokens], the most probable ones.
-        prefill_ms: until the first of them.
-        decode_ms: for all others together.
-        cache_bytes: memory that keys and values hold in the end.
+    What a writer keeps of its first runs counts; what it took meanwhile, to compile for example, does not.
     """
-
-    tokens: Tensor
-    prefill_ms: float
-    decode_ms: float
-    cache_bytes: int
-
-
-def generate(
-    model: Any, prompts: Prompts, device: torch.device, after_prefill: Callable[[], None] = lambda: None
-) -> Written:
-    """Generate greedily with a cache, all tokens that were asked for: no token ends it early.
-
-    Args:
-        model: a causal language model of transformers on `device`.
-        after_prefill: called when the first tokens are known.
-    """
-    ids = prompts.tokens.to(device)
-
-    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        # No logits but the last: those of a whole prompt can be larger than the model.
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1:].argmax(-1), output.past_key_values
-
-    def decode(first: Tensor, cache: Any) -> list[Tensor]:
-        tokens = [first]
-        for _ in range(prompts.new_tokens - 1):
-            following, cache = step(tokens[-1], cache)
-            tokens.append(following)
-        return tokens
-
-    with torch.inference_mode():
-        (first, cache), prefill_ms = timed(lambda: step(ids, None), device)
-        after_prefill()
-        tokens, decode_ms = timed(lambda: decode(first, cache), device)
-    return Written(torch.cat(tokens, 1), prefill_ms, decode_ms, cache_bytes(cache))
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the memory behind a transformers cache, shared memory once."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def memory_of_generation(model: Any, prompts: Prompts, device: torch.device) -> tuple[float, float]:
-    """MiB above the loaded model that the prompts take at most, and those that the tokens after them do."""
     memory = PeakMemory(device)
+    for _ in range(writer.warm_ups):
+        writer.write(prompts.tokens, prompts.new_tokens, device)
+    memory.forget()
     prefill = []
 
     def note() -> None:
         prefill.append(memory.mib())
         memory.forget()
 
-    generate(model, prompts, device, note)
+    writer.write(prompts.tokens, prompts.new_tokens, device, note)
     return prefill[0], memory.mib()
 
 
 def measure_generation(
-    model: Any, prompts: Prompts, device: torch.device, runs: int, memory_mib: tuple[float, float]
+    writer: Writer, prompts: Prompts, device: torch.device, runs: int, memory_mib: tuple[float, float], step_bytes: int
 ) -> Generation:
-    """Median times of `runs` generations; one must have come before, as a warm-up.
+    """Median times of `runs` generations; those that it takes to warm up must have come before.
 
     Args:
         memory_mib: of the prompts and of the tokens after them.
+        step_bytes: of the weights that one step reads.
     """
-    written = [generate(model, prompts, device) for _ in range(runs)]
+    written = [writer.write(prompts.tokens, prompts.new_tokens, device) for _ in range(runs)]
     steps = prompts.new_tokens - 1
     decode_ms = statistics.median(one.decode_ms for one in written)
     return Generation(
@@ -145,15 +92,31 @@ def measure_generation(
         cache_bytes=written[0].cache_bytes,
         prefill_memory_mib=round(memory_mib[0], 2),
         decode_memory_mib=round(memory_mib[1], 2),
+        step_bytes=step_bytes,
+        terabytes_per_second=round(step_bytes * steps / decode_ms / 1e9, 9),
     )
 
 
-def definition(prompts: Prompts) -> str:
-    """What the figures of a `Generation` mean, for people."""
+def definition(prompts: Prompts, device: torch.device, copied: float | None) -> str:
+    """What the figures of a `Generation` mean, for people.
+
+    Args:
+        copied: TB/s of a copy on the device.
+    """
     rows, length = prompts.tokens.shape
+    share = ""
+    if copied is not None:
+        share = (
+            f", and % of copy its share of the {copied:.3g} TB/s, read and written together, that copying "
+            f"{COPIED[device.type] >> 20} MiB reaches on this device"
+        )
     return (
         f"{prompts.new_tokens} greedy tokens after each of {rows} prompts of {length} tokens, in one batch with a "
         "cache, logits of the last token only; prefill ms is the time to the first token, ms/token and tokens/s are "
-        "of those after it, medians of the runs after a warm-up; cache is the memory of keys and values in the end, "
-        "and prefill and decode MiB the most memory above the loaded model, cache included"
+        "of those after it, medians of the runs after a warm-up; TB/s is the bytes of the checkpoint's weights that a "
+        "step reads, which is all but tables of which it takes a row, over the time of a token" + share + "; cache is "
+        "the memory of keys and values in the end, and prefill and decode MiB the most memory above the loaded model, "
+        "cache included; dense and low-rank call the model token by token, compiled a step of it, on a static cache, "
+        "after a prefill that is not compiled, and fused is model.generate, whose time for one token is the prefill "
+        "and is taken off that for all"
     )

@@ -16,10 +16,11 @@ from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, EvalJob, Timings, ru
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
-from flashsvd.profiling.generation import WHY_NOT, Prompts, measure_generation, memory_of_generation
+from flashsvd.profiling.generation import Prompts, measure_generation, memory_of_generation
 from flashsvd.profiling.memory import freed_at_once, in_own_arena, settle
 from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import Ready, Setting, prepare
+from flashsvd.profiling.writers import Writer, why_no_generation, writer_of
 
 log = logging.getLogger("flashsvd")
 
@@ -63,7 +64,7 @@ def _measure(
     name: str, subject: Subject, workload: Workload, setting: Setting, runs: int, prompts: Prompts | None
 ) -> VariantRow:
     device = setting.device
-    no_generation = WHY_NOT.get(name, "") if prompts else ""
+    no_generation = why_no_generation(name, device) if prompts else ""
     after = None if no_generation else prompts
 
     def load() -> _Loaded:
@@ -74,8 +75,9 @@ def _measure(
         loaded = load() if device.type == "cuda" else in_own_arena(load)
     call, generation = loaded.ready.call, None
     with _no_silent_fallback(name):
-        if after:
-            generation = measure_generation(call, after, device, runs, loaded.generation_mib)
+        if after and loaded.writer:
+            step_bytes = loaded.ready.step_bytes
+            generation = measure_generation(loaded.writer, after, device, runs, loaded.generation_mib, step_bytes)
         jobs = [workload.job(subject) for _ in range(runs)]
         timings = _joined([run_eval_job(job, call, device) for job in jobs])
         found = jobs[0].metrics()
@@ -102,12 +104,17 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A variant that has run, and the memory that it took; of generation, the prompts' and that of what followed."""
+    """A variant that has run, and the memory that it took; of generation, the prompts' and that of what followed.
+
+    Attributes:
+        writer: what generates; None where nothing is to.
+    """
 
     ready: Ready
     peak_mib: float
     transient_mib: float
     generation_mib: tuple[float, float]
+    writer: Writer | None
 
 
 def _load(name: str, subject: Subject, workload: Workload, setting: Setting, prompts: Prompts | None) -> _Loaded:
@@ -122,8 +129,9 @@ def _load(name: str, subject: Subject, workload: Workload, setting: Setting, pro
                     _run_untimed(workload.job(subject), ready, device)
     _run_untimed(workload.job(subject), ready, device, _largest(workload.job(subject)))
     peak_mib, transient_mib = peak.mib(), transient.mib()
-    generation_mib = memory_of_generation(ready.call, prompts, device) if prompts else (0.0, 0.0)
-    return _Loaded(ready, peak_mib, transient_mib, generation_mib)
+    writer = writer_of(name, ready.call, ready.model) if prompts else None
+    generation_mib = memory_of_generation(writer, prompts, device) if prompts and writer else (0.0, 0.0)
+    return _Loaded(ready, peak_mib, transient_mib, generation_mib, writer)
 
 
 def untimed_passes(name: str, device: torch.device) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -83,6 +83,18 @@ def parameter_count(model: nn.Module) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of what a model computes with: parameters, and the buffers that fused blocks have them packed into."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _weights(model))
+
+
+def step_bytes(model: Any) -> int:
+    """Bytes of the weights that one step of decoding reads: all but tables of which it takes a row.
+
+    Args:
+        model: a causal language model of transformers, not yet optimised.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    # Tied, the table is a matrix that the last product reads whole.
+    tables.discard(id(getattr(model.get_output_embeddings(), "weight", None)))
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
 
 
 def make_resident(model: nn.Module) -> None:

@@ -32,6 +32,8 @@ class Generation:
         cache_bytes: of keys and values in the end.
         prefill_memory_mib: most memory above the loaded model until the first token.
         decode_memory_mib: most memory above the loaded model from then on.
+        step_bytes: of the checkpoint's weights that a step reads; `terabytes_per_second`: those over a token's time.
+            None in files of versions that did not count them.
     """
 
     prefill_ms: float
@@ -40,6 +42,8 @@ class Generation:
     cache_bytes: int
     prefill_memory_mib: float
     decode_memory_mib: float
+    step_bytes: int | None = None
+    terabytes_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class ProfileResult:
         rows: the variants, in the order they were measured.
         definitions: what latency, the two memories, the sizes and generation mean.
         new_tokens: generated after each prompt; None where that was not asked for.
+        copy_terabytes_per_second: of a large copy on the device, read and written bytes together; None where nothing
+            was generated, or where memory had no room for it.
         module_ranks, module_errors, module_places: of the checkpoint, as its metadata has them; empty for a dense one.
     """
 
@@ -121,6 +127,7 @@ class ProfileResult:
     rows: tuple[VariantRow, ...]
     definitions: Mapping[str, str]
     new_tokens: int | None = None
+    copy_terabytes_per_second: float | None = None
     seed: int | None = None
     backend: str = "auto"
     module_ranks: Mapping[str, int | None] = field(default_factory=dict)
@@ -163,7 +170,16 @@ class ProfileResult:
 
     def header(self) -> list[str]:
         """The table's columns."""
-        generation = ["prefill ms", "ms/token", "tokens/s", "cache MiB", "prefill MiB", "decode MiB"]
+        generation = [
+            "prefill ms",
+            "ms/token",
+            "tokens/s",
+            "TB/s",
+            "% of copy",
+            "cache MiB",
+            "prefill MiB",
+            "decode MiB",
+        ]
         return [
             "variant", self.metric_name, "p50 ms", "p90 ms", "samples/s", "x dense",
             "peak MiB", "transient MiB", "parameters", "weights MB", *(generation if self.new_tokens else []),
@@ -184,7 +200,7 @@ class ProfileResult:
             _text(row.transient_memory_mib, ".1f"),
             _text(row.parameters, ",d"),
             _text(size, ".1f"),
-            *(_generation_cells(row.generation) if self.new_tokens else []),
+            *(_generation_cells(row.generation, self.copy_terabytes_per_second) if self.new_tokens else []),
         ]
 
     def notes(self) -> list[str]:
@@ -224,13 +240,16 @@ class ProfileResult:
         return [self.cells(row) for row in self.rows]
 
 
-def _generation_cells(found: Generation | None) -> list[str]:
+def _generation_cells(found: Generation | None, copied: float | None) -> list[str]:
     if found is None:
-        return ["-"] * 6
+        return ["-"] * 8
+    read = found.terabytes_per_second
     return [
         f"{found.prefill_ms:.2f}",
         f"{found.ms_per_token:.2f}",
         f"{found.tokens_per_second:.1f}",
+        _text(read, ".3g"),
+        _text(100 * read / copied if read is not None and copied else None, ".0f"),
         f"{found.cache_bytes / (1 << 20):.2f}",
         f"{found.prefill_memory_mib:.1f}",
         f"{found.decode_memory_mib:.1f}",

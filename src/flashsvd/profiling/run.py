@@ -19,6 +19,7 @@ from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import own_dtype
+from flashsvd.profiling.bandwidth import copy_bandwidth
 from flashsvd.profiling.config import GRAPHS, VARIANTS, ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import is_plot, png
@@ -86,6 +87,8 @@ def profile(config: ProfileConfig) -> ProfileResult:
         else:
             rows.append(measure(name, subjects[name], workload, setting, config.runs, prompts))
     _refuse_nothing(rows)
+    # After the variants, since what a process has freed may be used again uncounted.
+    copied = copy_bandwidth(device) if prompts else None
     info = subject.info
     result = ProfileResult(
         task=task.name,
@@ -110,8 +113,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
         git_commit=git_commit(),
         versions=library_versions(),
         rows=_with_speed_up(rows),
-        definitions=definitions(workload, subject, rows, setting, prompts),
+        definitions=definitions(workload, subject, rows, setting, prompts, copied),
         new_tokens=config.new_tokens,
+        copy_terabytes_per_second=copied,
         module_ranks=info.module_ranks if info else {},
         module_errors=info.module_errors if info else {},
         module_places=info.module_places if info else {},

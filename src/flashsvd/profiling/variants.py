@@ -13,7 +13,7 @@ from flashsvd import runtime
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
-from flashsvd.profiling.memory import make_resident, parameter_count, weight_bytes
+from flashsvd.profiling.memory import make_resident, parameter_count, step_bytes, weight_bytes
 
 if TYPE_CHECKING:
     from flashsvd.blocks.running.graph import GraphOption
@@ -51,14 +51,18 @@ class Ready:
 
     Attributes:
         call: the model, or what wraps it.
+        model: of transformers itself.
         parameters: of the checkpoint it was made from.
         weight_bytes: of the weights as it runs on them, packed ones for fused blocks.
+        step_bytes: of the checkpoint's weights that a step of decoding reads.
         dtype: of its weights.
     """
 
     call: Any
+    model: Any
     parameters: int
     weight_bytes: int
+    step_bytes: int
     dtype: str
 
 
@@ -70,6 +74,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
     """
     model = subject.load(setting.dtype)
     parameters, dtype = parameter_count(model), str(model.dtype).removeprefix("torch.")
+    read = step_bytes(model)
     if setting.offload:
         size = weight_bytes(model)
         model = offloaded(model, setting.device)
@@ -84,7 +89,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
         call = torch.compile(model)
     elif name == "micro-batches":
         call = MicroBatches(model, setting.micro_batches)
-    return Ready(call, parameters, size, dtype)
+    return Ready(call, model, parameters, size, read, dtype)
 
 
 def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -> str | None:
