@@ -39,8 +39,8 @@ from flashsvd.blocks.parts.widths import core_width, gated_width, head_width
 from flashsvd.kernels.launch import LARGEST_RANK
 from flashsvd.kernels.tiles import Tiles
 from support.attention_operands import HEAD_DIM
-from support.harness import DTYPES, Settings, failure, short
-from support.kernel_cache import fill, jobs
+from support.harness import DTYPES, Settings, attempt, failure, short
+from support.kernel_cache import compile_one, fill, jobs
 from support.rank_forms import KERNELS, OPS, Cell, Work, whole
 from support.rank_rules import DEFAULT, latest, violations
 from support.results import RESULTS, Environment, Row, append_rows, csv_file, read_rows, write_rows
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.cuda:
         work = jobs(cells)
         print(f"{len(cells)} cells; compiling {len(work)} kernels", flush=True)
-        print(f"{fill(work)} of them do not compile, or run, here", flush=True)
+        print(f"{fill(work, compile_one)} of them do not compile, or run, here", flush=True)
     rows = []
     for cell, own, every in cells:
         found = [dataclasses.replace(row, **vars(environment)) for row in measure(cell, own, every)]
@@ -161,18 +161,15 @@ def with_tiles(work: Work, form: str, tiles: Tiles) -> Callable[[], Any]:
 def timed(blank: Row, variant: str, call: Callable[[], Any], work: Work, settings: Settings) -> Row:
     """The form's row, whatever becomes of it."""
     row = dataclasses.replace(blank, variant=variant)
-    try:
-        found, allowed = work.check.error(whole(call())), work.check.allowed
-        row = dataclasses.replace(row, error=found, plain_error=work.check.plain_error)
-        # Written so that a NaN fails.
-        if not found <= allowed:
-            return dataclasses.replace(row, status="refused", note=f"error {found:.2e}, allowed {allowed:.2e}")
-        ms = time_least(call, settings.runs) if settings.cuda else time_wall(call, settings.runs)
-    except Exception as failed:
-        status, note = failure(failed)
-        return dataclasses.replace(row, status=status, note=note)
+    row = attempt(row, work.check, lambda: whole(call()), lambda: milliseconds(call, settings))
+    if row.ms is None:
+        return row
     timing = "graph" if settings.cuda else "wall"
-    return dataclasses.replace(row, status="ok", ms=ms, tflops=work.flops / ms / 1e9, runs=settings.runs, timing=timing)
+    return dataclasses.replace(row, tflops=work.flops / row.ms / 1e9, runs=settings.runs, timing=timing)
+
+
+def milliseconds(call: Callable[[], Any], settings: Settings) -> float:
+    return time_least(call, settings.runs) if settings.cuda else time_wall(call, settings.runs)
 
 
 def label(tiles: Tiles) -> str:

@@ -206,10 +206,20 @@ def most_allowed(plain_error: float, dtype: torch.dtype) -> float:
 
 def parse(description: str | None, arguments: Sequence[str] | None = None, *, on_cpu: bool = False) -> Settings:
     """The settings of a script's command line, for one that needs a GPU, unless it is to run on the CPU."""
+    parser = gpu_parser(description)
+    return gpu_settings(parser, parser.parse_args(arguments), on_cpu=on_cpu)
+
+
+def gpu_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of `parse`, for a script that has more of them."""
     parser = parser_of(description)
     parser.add_argument("--sizes", choices=["full", "small", "tiny"], default="full", help="how much to sweep")
     parser.add_argument("--events", action="store_true", help="time every run by itself, not many as one CUDA graph")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def gpu_settings(parser: argparse.ArgumentParser, given: argparse.Namespace, *, on_cpu: bool = False) -> Settings:
+    """The settings that the options of `gpu_parser` ask for."""
     if not (given.dry_run or on_cpu or torch.cuda.is_available()):
         parser.error("there is no GPU here; --dry-run tries the script on the CPU")
     device = torch.device("cpu" if given.dry_run or on_cpu else "cuda")
@@ -349,6 +359,20 @@ def failure(error: Exception) -> tuple[Status, str]:
     traceback.print_exc()
     lines = str(error).strip().splitlines() or [""]
     return "failed", f"{type(error).__name__}: {lines[-1][:200]}"
+
+
+def attempt(row: Row, check: Check, call: Callable[[], Tensor], time: Callable[[], float]) -> Row:
+    """The row with the error of a call and, where that is allowed, with its milliseconds, whatever becomes of it."""
+    try:
+        found, allowed = check.error(call()), check.allowed
+        row = dataclasses.replace(row, error=found, plain_error=check.plain_error)
+        # Written so that a NaN fails.
+        if not found <= allowed:
+            return dataclasses.replace(row, status="refused", note=f"error {found:.2e}, allowed {allowed:.2e}")
+        return dataclasses.replace(row, status="ok", ms=time())
+    except Exception as error:
+        status, note = failure(error)
+        return dataclasses.replace(row, status=status, note=note)
 
 
 def _measure(variant: Variant, case: Case, settings: Settings, row: Row) -> Row:

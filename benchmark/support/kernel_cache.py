@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from support.rank_forms import KERNELS, OPS, Cell
 
 # Triton compiles anew for sizes that are no multiple of this.
 ALIGNED_SIZE = 16
+J = TypeVar("J")
 
 
 class Job(NamedTuple):
@@ -47,13 +48,17 @@ def jobs(cells: Iterable[tuple[Cell, Settings, bool]]) -> list[Job]:
     return list(found.values())
 
 
-def fill(work: list[Job]) -> int:
-    """Compile them, and say how many could not be; the sweep, which comes upon these again, says why."""
+def fill(work: Sequence[J], compile_job: Callable[[J], str]) -> int:
+    """Compile them, and say how many could not be; the sweep, which comes upon these again, says why.
+
+    Args:
+        compile_job: compiles one, and says why that failed; other processes import it.
+    """
     cores = len(os.sched_getaffinity(0))
     try:
         # CUDA does not survive a fork.
         with ProcessPoolExecutor(min(cores, len(work)), mp_context=get_context("spawn")) as pool:
-            return sum(bool(note) for note in pool.map(compile_one, work))
+            return sum(bool(note) for note in pool.map(compile_job, work))
     except BrokenProcessPool as error:
         print(f"compiling ahead broke off, kernels compile when they are first launched: {error}", flush=True)
         return 0

@@ -122,7 +122,7 @@ def test_a_job_that_fails_says_why_and_ends_nothing(capsys: pytest.CaptureFixtur
 def test_kernels_are_compiled_in_other_processes_which_count_what_fails() -> None:
     settings = sweep.parse(["--dry-run"]).wanted.settings[0]
     work = [kernel_cache.Job(Cell("ffn", 16, rank), settings, "triton", Tiles(16, 16)) for rank in (16, 1024)]
-    assert kernel_cache.fill(work) == 1
+    assert kernel_cache.fill(work, kernel_cache.compile_one) == 1
 
 
 def test_the_forms_are_those_that_the_sublayers_offer(

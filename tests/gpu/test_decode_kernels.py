@@ -86,11 +86,13 @@ def test_tiles_chosen_by_timing(n: int) -> None:
     assert_decodes_accurately(make(n, 4096), [make.weight(3072, 4096)], {"tiles": "autotune"})
 
 
-def test_tf32_where_torch_may() -> None:
+def test_fp32_is_not_rounded_where_torch_may_take_tf32() -> None:
     make = Operands(torch.float32)
+    x, m = make(16, 4096), make.weight(3072, 4096)
+    expected = decode_linear(x, m, backend="triton")
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert_decodes_accurately(make(16, 4096), [make.weight(3072, 4096)])
+        assert torch.equal(decode_linear(x, m, backend="triton"), expected)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 

@@ -11,13 +11,20 @@ from torch import Tensor
 
 from decode_accuracy import all_in_fp64, assert_decodes_accurately, norm_of
 from flashsvd.kernels.activations import ACTIVATIONS
-from flashsvd.kernels.flashsvddecode import DecodeLinear, decode_gated, decode_linear, decode_partials, default_tiles
+from flashsvd.kernels.flashsvddecode import (
+    DecodeLinear,
+    decode_gated,
+    decode_linear,
+    decode_partials,
+    default_tiles,
+    within_registers,
+)
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import ThinTiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately, on_triton
 
-# Tensor cores, of more than four rows, take sixteen.
+# Of more than four rows in 16 bits, tensor cores take sixteen.
 SMALL = {"tiles": ThinTiles(4, 16)}
 TALL = {"tiles": ThinTiles(16, 16)}
 
@@ -260,10 +267,20 @@ def test_other_refusals() -> None:
         ThinTiles(3, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n", [1, 4, 16])
 @pytest.mark.parametrize(("width", "rows"), [(4096, 3072), (1504, 11008), (11008, 1504), (576, 192), (40, 24)])
-def test_the_tables_tiles_hold_what_fits(width: int, rows: int, n: int) -> None:
-    x, m = torch.empty(n, width, device="meta"), torch.empty(rows, width, device="meta")
-    tiles = default_tiles(DecodeLinear(x, None, None, m, *[None] * 6, "none", 0.0, "none", False))
-    assert tiles.rows * tiles.columns * (n if n <= 4 else 1) <= 8192
-    assert tiles.rows >= 16 or n <= 4
+def test_the_tables_tiles_hold_what_fits(width: int, rows: int, n: int, dtype: torch.dtype) -> None:
+    x, m = (torch.empty(count, width, dtype=dtype, device="meta") for count in (n, rows))
+    c = DecodeLinear(x, None, None, m, *[None] * 6, "none", 0.0, "none", False)
+    tiles = default_tiles(c)
+    assert c.by_tensor_cores == (n > 4 and dtype != torch.float32)
+    assert tiles.rows * tiles.columns * (1 if c.by_tensor_cores else n) <= 8192
+    assert tiles.rows >= 16 or not c.by_tensor_cores
+
+
+def test_tiles_for_one_row_are_narrower_for_sixteen() -> None:
+    assert within_registers(ThinTiles(2, 4096, warps=4, stages=1), 16) == ThinTiles(2, 512, warps=4, stages=1)
+    assert within_registers(ThinTiles(32, 16, warps=1, stages=1), 16) == ThinTiles(32, 16, warps=1, stages=1)
+    x, matrices = operands(16, 40, 22)
+    assert_decodes_accurately(x, matrices, {"tiles": ThinTiles(2, 4096)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashsvd.kernels.products import add_dot
 from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -124,9 +125,9 @@ def attention_step(
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
     p = nearest(p.to(v0.dtype), PRECISION)
-    acc0 = tl.dot(p, nearest(v0, PRECISION), acc0 * shrink[:, None], input_precision=PRECISION)
+    acc0 = add_dot(acc0 * shrink[:, None], p, nearest(v0, PRECISION), PRECISION)
     if V1 > 0:
-        acc1 = tl.dot(p, nearest(v1, PRECISION), acc1 * shrink[:, None], input_precision=PRECISION)
+        acc1 = add_dot(acc1 * shrink[:, None], p, nearest(v1, PRECISION), PRECISION)
     return acc0, acc1, new, total
 
 

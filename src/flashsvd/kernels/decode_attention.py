@@ -30,6 +30,7 @@ from flashsvd.kernels.checks import check_fit, has_dims
 from flashsvd.kernels.launch import Backend, multiprocessors
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses
+from flashsvd.kernels.products import add_dot
 from flashsvd.kernels.programmatic import await_inputs, early_start
 from flashsvd.kernels.rotary import rotate
 from flashsvd.kernels.tf32 import nearest
@@ -155,7 +156,7 @@ def _keys_and_step(
     k = _cached(p_key, is_new, k1, m_old, m_half, LAST)
     s = tl.dot(q1, nearest(k, PRECISION).T, input_precision=PRECISION)
     k = _cached(p_key + half, is_new, k2, m_old, m_half, LAST)
-    s = tl.dot(q2, nearest(k, PRECISION).T, s, input_precision=PRECISION)
+    s = add_dot(s, q2, nearest(k, PRECISION).T, PRECISION)
     o_v = tl.arange(0, WIDTH_V)[None, :]
     p_value = v_cache_ptr + o_key.to(tl.int64)[:, None] * v_cache_column + o_v
     tile = _cached(p_value, is_new, v, m_old, o_v < width_v, LAST)

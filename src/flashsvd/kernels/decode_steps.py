@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.triton_import import tl, triton
 
 
@@ -51,7 +50,7 @@ def statistics(
 def walk(
     w, x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, width, x_row, x_part, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
-    NORM: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    NORM: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # x M^T [N, ROWS] over the columns from `first` to `last`, of which w is the first tile of M.
     # LATE: an RMSNorm whose factor comes out of the walk itself.
@@ -70,8 +69,7 @@ def walk(
             if SHIFT:
                 x += tl.load(shift_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
         if DOT:
-            x = nearest(x.to(DTYPE), PRECISION)
-            acc = tl.dot(x, nearest(w.to(DTYPE), PRECISION).T, acc, input_precision=PRECISION)
+            acc = tl.dot(x.to(DTYPE), w.to(DTYPE).T, acc)
         else:
             # Reshaped, w keeps the layout that it was loaded in; given a dimension by None, it would change it by way
             # of shared memory.

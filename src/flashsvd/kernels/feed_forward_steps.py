@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashsvd.kernels.activations import settle
+from flashsvd.kernels.products import add_dot
 from flashsvd.kernels.tf32 import nearest
 from flashsvd.kernels.triton_import import tl, triton
 
@@ -44,7 +45,7 @@ def product(
     h = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(0, rank, STEP):
         p = nearest(p_desc.load([i_row, i]), PRECISION)
-        h = tl.dot(p, nearest(v_desc.load([i_column, i]), PRECISION).T, h, input_precision=PRECISION)
+        h = add_dot(h, p, nearest(v_desc.load([i_column, i]), PRECISION).T, PRECISION)
     if BIAS:
         h += bias_tile(b_ptr, i_column + tl.arange(0, COLUMNS), width).to(tl.float32)[None, :]
     return h

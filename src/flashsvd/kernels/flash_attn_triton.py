@@ -49,6 +49,7 @@ from flashsvd.kernels.packed import (
     width_tiles,
 )
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles
+from flashsvd.kernels.products import add_dot
 from flashsvd.kernels.relative_bias import check_bias
 from flashsvd.kernels.tf32 import nearest, rounded
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption, generation
@@ -99,7 +100,7 @@ def _scores_and_step(
     s = tl.dot(q0, nearest(k0, PRECISION).T, input_precision=PRECISION)
     if K1 > 0:
         k1 = k1_desc.load([start + first, i_kv * pitch_k + K0])
-        s = tl.dot(q1, nearest(k1, PRECISION).T, s, input_precision=PRECISION)
+        s = add_dot(s, q1, nearest(k1, PRECISION).T, PRECISION)
     if BIASED:
         distance = tl.minimum(tl.maximum(key_place[None, :] - place[:, None], -reach), reach)
         s = s * scale + tl.load(bias_ptr + distance)

@@ -14,8 +14,9 @@ ranks and widths may differ. Two of them may be gate and lift of a gated network
   of X in the next product, which adds them in their order as it reads them; s, b and R are in them.
 
 A program owns a few rows of M and walks their columns. It asks for the first tile of M before it waits for the kernel
-before it (`programmatic`), and for each other one a step ahead. Up to four rows of X are multiplied and added in fp32
-without tensor cores, more of them with.
+before it (`programmatic`), and for each other one a step ahead. Up to four rows of X, and in fp32 all of them, are
+multiplied and added in fp32 without tensor cores, more of them with. Sums over the columns are then short: each column
+of a tile has its own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = ["decode_gated", "decode_linear", "decode_linear_reference", "decode_p
 Norm = Literal["none", "rms", "layer"]
 
 MOST_ROWS = 16
-# Up to here rows are multiplied one by one, from there on by tensor cores.
+# Up to here rows are multiplied one by one, from there on by tensor cores, which do not take fp32 as it is.
 FEW_ROWS = 4
 MOST_MATRICES = 3
 
@@ -100,6 +101,16 @@ class DecodeLinear(NamedTuple):
         given = (self.m0, self.bias, self.residual, self.norm_weight, None if self.splits else self.out, self.x)
         return next(x for x in given if x is not None and x.is_floating_point())
 
+    @property
+    def by_tensor_cores(self) -> bool:
+        """Whether they multiply."""
+        return self.x.shape[-2] > FEW_ROWS and self.like.dtype != torch.float32
+
+    @property
+    def held_rows(self) -> int:
+        """The rows of X that a program computes, some of which may be of nobody."""
+        return MOST_ROWS if self.by_tensor_cores else 1 << (self.x.shape[-2] - 1).bit_length()
+
 
 def decode_linear_reference(
     x: Tensor, matrices: Sequence[Tensor], scale: Tensor | None = None, bias: Tensor | None = None,
@@ -144,7 +155,7 @@ def _decode_linear(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, MATRICES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
     LATE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     m_ptr = m0_ptr
@@ -191,7 +202,7 @@ def _decode_linear(
         mean, factor = statistics(x_ptr, n, x_row, x_part, width, eps, N, COLUMNS, PARTS, NORM)
     y = walk(
         w, x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, width,
-        x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, PRECISION, DTYPE,
+        x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, DTYPE,
     )  # fmt: skip
     o_column = i_out + i_row + o_row
     m_column = o_row < rows_left
@@ -203,7 +214,7 @@ def _decode_linear(
     if GATED:
         lift = walk(
             w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
-            width1, x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, PRECISION, DTYPE,
+            width1, x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, DTYPE,
         )  # fmt: skip
         y *= scaled_and_shifted(lift, scale_ptr, bias_ptr, rows0 + o_column, m_column, m_first, SCALE, BIAS)
     o_n = tl.arange(0, N)
@@ -222,17 +233,17 @@ CANDIDATES = (
 )  # fmt: skip
 # Columns of a tile for tensor cores, which read it from shared memory.
 WIDEST_PRODUCT = 512
-# Numbers of M that a program holds at once for one row of X.
-TILE = 8192
+# Products that a program holds at once without tensor cores: as a rule, and for a warp at the most.
+TILE, MOST_OF_A_WARP = 8192, 4096
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
     """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits."""
     n, widest = c.x.shape[-2], max(m.shape[1] for m in c.matrices)
-    if n > FEW_ROWS:
+    if c.by_tensor_cores:
         return ThinTiles(16, min(256, _power_above(widest)), warps=2, stages=1)
     rows = 2 if c.width <= 2048 else 4 if c.width <= 8192 or c.gated or n > 1 else 8
-    most = max(128, TILE // (rows * _held_rows(n)))
+    most = max(128, TILE // (rows * c.held_rows))
     # Of the tiles that fit, the one whose walk goes the least beyond the last column.
     steps = [most, most // 2, most // 4]
     columns = min((step for step in steps if step >= 128), key=lambda step: -(-widest // step) * step)
@@ -243,14 +254,9 @@ def _power_above(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _held_rows(n: int) -> int:
-    """The rows of X that a program computes, some of which may be of nobody."""
-    return MOST_ROWS if n > FEW_ROWS else 1 << (n - 1).bit_length()
-
-
 def _sizes(c: DecodeLinear) -> Hashable:
     shapes = tuple((m.shape, m.dtype) for m in c.matrices)
-    return _held_rows(c.x.shape[-2]), shapes, c.norm, c.activation, c.gated, c.parts, c.splits
+    return c.held_rows, shapes, c.norm, c.activation, c.gated, c.parts, c.splits
 
 
 def check_decode_linear(c: DecodeLinear) -> None:
@@ -305,10 +311,18 @@ def _prepare(c: DecodeLinear, exact: str) -> DecodeLinear:
     return c._replace(x=x, residual=residual, scale=scale, bias=bias, norm_weight=weight, norm_bias=shift)
 
 
+def within_registers(t: Tiles, held: int) -> Tiles:
+    """Tiles of so many columns at the most as programs can hold for these rows of X."""
+    most = MOST_OF_A_WARP * t.warps // (t.rows * held)
+    return ThinTiles(t.rows, max(16, min(t.columns, most)), t.warps, t.stages)
+
+
 def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     n, matrices, width = c.x.shape[-2], c.matrices, c.width
-    if n > FEW_ROWS:
+    if c.by_tensor_cores:
         t = Tiles(max(t.rows, 16), min(t.columns, WIDEST_PRODUCT), t.warps, t.stages)
+    elif n > FEW_ROWS:
+        t = within_registers(t, c.held_rows)
     absent = [0] * (MOST_MATRICES - len(matrices))
     starts = c.starts or []
     x_part, out_part = (0 if x is None or x.ndim == 2 else x.stride(0) for x in (c.x, c.out))
@@ -323,14 +337,14 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     ]
     programs = -(-width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in matrices)
     activation = "none" if c.activation == "none" else kernel_name(c.activation)
-    numbers = {"ACTIVATION": activation, "FAST": has_fast_tanh(c.like), "PRECISION": exact}
+    numbers = {"ACTIVATION": activation, "FAST": has_fast_tanh(c.like)}
     # An RMSNorm's factor comes out of a walk over all columns, unless tensor cores first round what it is applied to.
-    late = c.norm == "rms" and c.splits is None and n <= FEW_ROWS
+    late = c.norm == "rms" and c.splits is None and not c.by_tensor_cores
     given = {"BIAS": c.bias is not None, "SCALE": c.scale is not None, "RESIDUAL": c.residual is not None}
     launch = Launch(
         _decode_linear, (programs, c.splits or 1), operand_names(DecodeLinear), arguments, t,
-        N=_held_rows(n), DOT=n > FEW_ROWS, PARTS=c.parts, SPLITS=c.splits or 1, MATRICES=len(matrices), GATED=c.gated,
-        NORM=c.norm, SHIFT=c.norm_bias is not None, LATE=late, DTYPE=element_type(c.like),
+        N=c.held_rows, DOT=c.by_tensor_cores, PARTS=c.parts, SPLITS=c.splits or 1, MATRICES=len(matrices),
+        GATED=c.gated, NORM=c.norm, SHIFT=c.norm_bias is not None, LATE=late, DTYPE=element_type(c.like),
         **given, **numbers, **early_start(c.x),
     )  # fmt: skip
     return into_last(launch, (n, width))

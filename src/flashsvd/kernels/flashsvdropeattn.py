@@ -48,6 +48,7 @@ from flashsvd.kernels.packed import (
     width_tiles,
 )
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last, row_tiles, tile
+from flashsvd.kernels.products import add_dot, dot_of_rows
 from flashsvd.kernels.rotary import check_tables
 from flashsvd.kernels.rotary_steps import table_rows, turn
 from flashsvd.kernels.tf32 import nearest
@@ -133,7 +134,7 @@ def _lift(p0, p1, v0, v1, b, R1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl
     # P V + b of P [N, R0 | R1], V [R0 | R1, D]
     x = tl.dot(nearest(p0, PRECISION), nearest(v0, PRECISION), input_precision=PRECISION)
     if R1 > 0:
-        x = tl.dot(nearest(p1, PRECISION), nearest(v1, PRECISION), x, input_precision=PRECISION)
+        x = add_dot(x, nearest(p1, PRECISION), nearest(v1, PRECISION), PRECISION)
     if BIAS:
         x += b[None, :]
     return x
@@ -167,7 +168,7 @@ def _keys_and_step(
         cos = cos_desc.load([first, 0])
         sin = sin_desc.load([first, 0])
     k = _rotate(k, cos, sin, COLUMNS, D, p0.dtype)
-    s = tl.dot(q, nearest(k, PRECISION).T, input_precision=PRECISION)
+    s = dot_of_rows(q, nearest(k, PRECISION), PRECISION)
     v0 = v0_desc.load([start + first, column_v])
     v1 = v1_desc.load([start + first, column_v + V0]) if V1 > 0 else v0
     return attention_step(
