@@ -46,12 +46,14 @@ MORE = (
     ThinTiles(8, 256, warps=2), ThinTiles(8, 2048, warps=8), ThinTiles(16, 512, warps=8), ThinTiles(16, 256, warps=4),
 )  # fmt: skip
 MORE_BY_TENSOR_CORES = (
-    ThinTiles(16, 256, warps=2, stages=1), ThinTiles(16, 512, warps=4, stages=1),
-    ThinTiles(32, 256, warps=4, stages=1), ThinTiles(32, 128, warps=4, stages=1),
-    ThinTiles(32, 256, warps=8, stages=1), ThinTiles(16, 256, warps=4, stages=1),
+    ThinTiles(16, 256, warps=2, stages=4), ThinTiles(16, 256, warps=4, stages=4), ThinTiles(16, 512, warps=4, stages=3),
+    ThinTiles(16, 512, warps=4, stages=5), ThinTiles(32, 128, warps=2, stages=5), ThinTiles(32, 128, warps=4, stages=5),
+    ThinTiles(32, 256, warps=4, stages=3), ThinTiles(32, 256, warps=4, stages=5), ThinTiles(64, 128, warps=4, stages=3),
+    ThinTiles(64, 128, warps=4, stages=5), ThinTiles(64, 256, warps=4, stages=3), ThinTiles(64, 256, warps=8, stages=4),
+    ThinTiles(32, 512, warps=8, stages=3), ThinTiles(64, 64, warps=4, stages=6), ThinTiles(128, 64, warps=4, stages=4),
 )  # fmt: skip
 DIVIDED = (ThinTiles(4, 1024, warps=4), ThinTiles(8, 1024, warps=4), ThinTiles(2, 2048, warps=4))
-DIVIDED_BY_TENSOR_CORES = (ThinTiles(16, 512, warps=4, stages=1), ThinTiles(32, 256, warps=4, stages=1))
+DIVIDED_BY_TENSOR_CORES = (ThinTiles(16, 512, warps=4, stages=3), ThinTiles(32, 256, warps=4, stages=4))
 
 
 class Product(NamedTuple):
@@ -165,7 +167,7 @@ def ways(cell: Cell, dtype: torch.dtype) -> list[Way]:
         some = fitting(c, DIVIDED_BY_TENSOR_CORES if c.by_tensor_cores else DIVIDED)
         tiles = list(dict.fromkeys([default_tiles(c), *some]))
         return [Way(None), *(Way(t, splits) for splits in SPLITS for t in tiles)]
-    more = fitting(c, (*CANDIDATES, *(MORE_BY_TENSOR_CORES if c.by_tensor_cores else MORE)))
+    more = fitting(c, MORE_BY_TENSOR_CORES if c.by_tensor_cores else (*CANDIDATES, *MORE))
     return [Way(None), *(Way(t) for t in dict.fromkeys(more) if t != default_tiles(c))]
 
 

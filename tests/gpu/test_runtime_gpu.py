@@ -33,14 +33,16 @@ FAMILIES = ["bert", "roberta", "distilbert", "mpnet", "modernbert", "modernbert 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def compressed(family: str = "bert", qkv: str = "per-head", dtype: torch.dtype = torch.bfloat16) -> Any:
-    return copy.deepcopy(factored(family, qkv)).to("cuda", dtype)
+def compressed(
+    family: str = "bert", qkv: str = "per-head", dtype: torch.dtype = torch.bfloat16, head: str = "base"
+) -> Any:
+    return copy.deepcopy(factored(family, qkv, head)).to("cuda", dtype)
 
 
 @functools.cache
-def factored(family: str, qkv: str) -> Any:
+def factored(family: str, qkv: str, head: str) -> Any:
     """On the CPU, where factoring takes longer than all that is done with the result."""
-    model = build_model(family, "base", **(SIZES | (MODERNBERT if family.startswith("modernbert") else {})))
+    model = build_model(family, head, **(SIZES | (MODERNBERT if family.startswith("modernbert") else {})))
     if qkv != "dense":
         factor(model, qkv, ratio=0.5)
     return model
@@ -160,7 +162,7 @@ def test_moving_a_model_drops_its_graphs(family: str) -> None:
         model.cpu()(**{name: tensor.cpu() for name, tensor in inputs.items()})
 
 
-def test_a_large_batch_takes_less_than_two_fifths_of_the_dense_models_memory() -> None:
+def test_a_large_batch_takes_little_more_than_a_third_of_a_dense_classifiers_memory() -> None:
     inputs = batch(64, 512, ragged=False)
 
     def peak(model: Any) -> int:
@@ -173,5 +175,6 @@ def test_a_large_batch_takes_less_than_two_fifths_of_the_dense_models_memory() -
             highest = torch.cuda.max_memory_allocated() - before
         return highest
 
-    dense = peak(compressed(qkv="dense"))
-    assert peak(optimize(compressed())) < 0.4 * dense
+    dense = peak(compressed(qkv="dense", head="classifier"))
+    for qkv in ("joint", "per-head"):
+        assert peak(optimize(compressed(qkv=qkv, head="classifier"))) < 0.35 * dense

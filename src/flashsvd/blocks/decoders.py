@@ -92,7 +92,8 @@ def head_of(model: Any, norm: RowNorm, choices: Choices) -> Callable[[Tensor], T
     def logits(x: Tensor) -> Tensor:
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
-                return decode_linear(x, head.weight, head.bias, backend="triton", **norm.options)
+                rows, options = norm.before(x)
+                return decode_linear(rows, head.weight, head.bias, backend="triton", **options)
             n = norm(x)
             result: Tensor = F.linear(n, head.weight, head.bias) if plain else head(n)
             return result

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from flashsvd.kernels.programmatic import fetch_ahead
 from flashsvd.kernels.triton_import import tl, triton
+
+# Of a row of M, those that are on their way before a program waits for its input; a line has 128 bytes.
+LINES = tl.constexpr(16)
+LINE_BYTES = tl.constexpr(128)
+
+
+@triton.jit
+def fetch_lines(m_ptr, o_row, first, rows, pitch, last):
+    # The first ones of each row.
+    size: tl.constexpr = LINE_BYTES // (m_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    o_column = tl.minimum(first + tl.arange(0, LINES) * size, last - 1)
+    fetch_ahead(m_ptr + tl.minimum(o_row, rows - 1)[:, None] * pitch + o_column[None, :])
 
 
 @triton.jit
@@ -54,32 +67,60 @@ def walk(
 ):  # fmt: skip
     # x M^T [N, ROWS] over the columns from `first` to `last`, of which w is the first tile of M.
     # LATE: an RMSNorm whose factor comes out of the walk itself.
-    acc = tl.zeros([N, ROWS] if DOT else [N, ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([N, COLUMNS], tl.float32)
-    o_column = first + tl.arange(0, COLUMNS)
-    for _ in range(first, last, COLUMNS):
-        ahead = weight_tile(m_ptr, o_row, o_column + COLUMNS, rows, pitch, last)
-        x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
-        if LATE:
-            squares += x * x
-        if NORM != "none":
-            m_column = o_column < last
-            x = (x - mean[:, None]) * factor[:, None]
-            x *= tl.load(weight_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-            if SHIFT:
-                x += tl.load(shift_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-        if DOT:
-            acc = tl.dot(x.to(DTYPE), w.to(DTYPE).T, acc)
-        else:
+    if DOT:
+        return walk_by_tensor_cores(
+            x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row, x_part,
+            ROWS, COLUMNS, N, PARTS, NORM, SHIFT, DTYPE,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros([N, ROWS, COLUMNS], tl.float32)
+        squares = tl.zeros([N, COLUMNS], tl.float32)
+        o_column = first + tl.arange(0, COLUMNS)
+        for _ in range(first, last, COLUMNS):
+            ahead = weight_tile(m_ptr, o_row, o_column + COLUMNS, rows, pitch, last)
+            x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
+            if LATE:
+                squares += x * x
+            x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT)
             # Reshaped, w keeps the layout that it was loaded in; given a dimension by None, it would change it by way
             # of shared memory.
             acc += x[:, None, :] * w.to(tl.float32).reshape(1, ROWS, COLUMNS)
-        w = ahead
-        o_column += COLUMNS
-    y = acc if DOT else tl.sum(acc, 2)
-    if LATE:
-        y *= (1.0 / tl.sqrt(tl.sum(squares, 1) / width + eps))[:, None]
-    return y
+            w = ahead
+            o_column += COLUMNS
+        y = tl.sum(acc, 2)
+        if LATE:
+            y *= (1.0 / tl.sqrt(tl.sum(squares, 1) / width + eps))[:, None]
+        return y
+
+
+@triton.jit
+def walk_by_tensor_cores(
+    x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row, x_part,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # M stands on the left, where tiles have many rows; the compiler keeps several of its tiles on their way.
+    acc = tl.zeros([ROWS, N], tl.float32)
+    for k in range(first, last, COLUMNS):
+        o_column = k + tl.arange(0, COLUMNS)
+        w = weight_tile(m_ptr, o_row, o_column, rows, pitch, last)
+        x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
+        x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT)
+        acc = tl.dot(w.to(DTYPE), x.to(DTYPE).T, acc)
+    return acc.T
+
+
+@triton.jit
+def normed(
+    x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    if NORM != "none":
+        m_column = o_column < last
+        x = (x - mean[:, None]) * factor[:, None]
+        x *= tl.load(weight_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        if SHIFT:
+            x += tl.load(shift_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    return x
 
 
 @triton.jit

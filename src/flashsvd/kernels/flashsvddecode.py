@@ -14,9 +14,9 @@ ranks and widths may differ. Two of them may be gate and lift of a gated network
   of X in the next product, which adds them in their order as it reads them; s, b and R are in them.
 
 A program owns a few rows of M and walks their columns. It asks for the first tile of M before it waits for the kernel
-before it (`programmatic`), and for each other one a step ahead. Up to four rows of X, and in fp32 all of them, are
-multiplied and added in fp32 without tensor cores, more of them with. Sums over the columns are then short: each column
-of a tile has its own.
+before it (`programmatic`), and for each other one a step ahead or more. Up to four rows of X, and in fp32 all of them,
+are multiplied and added in fp32 without tensor cores, more of them with. Sums without are short: each column of a tile
+has its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.checks import check_fit, has_dims
-from flashsvd.kernels.decode_steps import scaled_and_shifted, statistics, walk, weight_tile
+from flashsvd.kernels.decode_steps import fetch_lines, scaled_and_shifted, statistics, walk, weight_tile
 from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.partial_sums import check_splits
@@ -192,6 +192,8 @@ def _decode_linear(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, width)
     w = weight_tile(m_ptr, o_row, first + tl.arange(0, COLUMNS), rows_left, pitch, last)
+    if DOT and PDL:
+        fetch_lines(m_ptr, o_row, first, rows_left, pitch, last)
     if GATED:
         m1_ptr += i_row.to(tl.int64) * pitch1
         w1 = weight_tile(m1_ptr, o_row, tl.arange(0, COLUMNS), rows_left, pitch1, width1)
@@ -241,7 +243,7 @@ def default_tiles(c: DecodeLinear) -> Tiles:
     """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits."""
     n, widest = c.x.shape[-2], max(m.shape[1] for m in c.matrices)
     if c.by_tensor_cores:
-        return ThinTiles(16, min(256, _power_above(widest)), warps=2, stages=1)
+        return ThinTiles(32 if c.width > 2048 else 16, min(256, _power_above(widest)), warps=4, stages=4)
     rows = 2 if c.width <= 2048 else 4 if c.width <= 8192 or c.gated or n > 1 else 8
     most = max(128, TILE // (rows * c.held_rows))
     # Of the tiles that fit, the one whose walk goes the least beyond the last column.

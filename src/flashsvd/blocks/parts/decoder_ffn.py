@@ -74,7 +74,7 @@ class PackedDecoderFFN(QuickModule):
         assert isinstance(activation, str)
         if len(first.each) or first.blocks is not None:
             return self._activate(first.by_kernels(x, self.norm))
-        options = self.norm.options
+        x, options = self.norm.before(x)
         if first.first is not None:
             x, options = decode_linear(x, first.first, backend="triton", **options), {}
         if not self.gated:

@@ -101,7 +101,9 @@ class PackedLinears(Packed):
         """norm(x) through the layers, + residual [n, N], of at most 16 rows."""
         if len(self.each):
             return torch.cat([part.by_kernels(x, norm) for part in self.each], 1)  # type: ignore[operator]  # torch takes attributes of modules for tensors or modules
-        options: dict[str, Any] = {} if norm is None else norm.options
+        options: dict[str, Any] = {}
+        if norm is not None:
+            x, options = norm.before(x)
         if self.first is None:
             return decode_linear(x, self.matrices, self.bias, residual=residual, backend="triton", **options)
         p = decode_linear(x, self.first, backend="triton", **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.norm import NORM
 from flashsvd.blocks.running.choice import Choices, Implementation
+from flashsvd.kernels.flashsvddecode import FEW_ROWS
 from flashsvd.kernels.fused_ln import fused_ln
 from flashsvd.kernels.rms_norm import rms_norm
 
@@ -34,10 +35,14 @@ class RowNorm(Packed):
         self.keep("bias", None if bias is None else bias.detach(), dtype)
         self.choices = choices
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the kernels of a decoding step take."""
-        return {"norm": self.kind, "norm_weight": self.weight, "norm_bias": self.bias, "eps": self.eps}
+    def before(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What the kernels of a decoding step take: x as it is and the norm to apply, or x normed.
+
+        Every program norms all rows by itself, which for more than a few takes longer than a launch.
+        """
+        if len(x) > FEW_ROWS:
+            return self(x), {}
+        return x, {"norm": self.kind, "norm_weight": self.weight, "norm_bias": self.bias, "eps": self.eps}
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any number of rows, into new memory."""

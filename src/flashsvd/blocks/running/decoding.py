@@ -7,6 +7,7 @@ one another without the host.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
 
 WARMUP_RUNS = 2
+# Longer prompts keep a GPU busy without graphs, which would hold their activations.
+MOST_PROMPT_TOKENS = 4096
+# Lengths of prompts of which there are graphs; the one that was used longest ago makes room for another.
+MOST_PROMPTS = 8
 # Ids that end a row, for which a graph has room.
 MOST_ENDS = 16
 NO_ID = -1
@@ -74,6 +79,8 @@ class Decoder:
         self.column = 0
         self._padded = False
         self._graphs: dict[tuple[bool, bool], tuple[Any, Tensor]] = {}
+        self._prompts: OrderedDict[tuple[int, bool], tuple[Tensor, Any, Tensor]] = OrderedDict()
+        self._seen: set[tuple[int, bool]] = set()
         self._pool: Any = None
 
     @property
@@ -97,11 +104,36 @@ class Decoder:
         self.ended.zero_()
         self.ends.copy_(torch.tensor([*ends, *[NO_ID] * (MOST_ENDS - len(ends))]))
         self.pad.fill_(pad)
-        at = Prompt.of(ids, first, self.tables)
+        if not self.in_graphs or ids.numel() > MOST_PROMPT_TOKENS:
+            return self._read(ids)
+        key = length, self._padded
+        if key not in self._prompts:
+            if not self._come_again(key):
+                return self._read(ids)
+            place = ids.clone()
+            self._prompts[key] = place, *self._captured(lambda: self._read(place))
+        place, graph, logits = self._prompts[key]
+        self._prompts.move_to_end(key)
+        place.copy_(ids)
+        graph.replay()
+        return logits
+
+    def _come_again(self, key: tuple[int, bool]) -> bool:
+        """Whether prompts of this length came before, which makes room for a graph."""
+        if key not in self._seen:
+            self._seen.add(key)
+            return False
+        while len(self._prompts) >= MOST_PROMPTS:
+            self._prompts.popitem(last=False)
+        return True
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """The logits after ids [rows, length], whose keys and values go into the cache."""
+        at = Prompt.of(ids, self.first if self._padded else None, self.tables)
         x = self.model.embed(ids.flatten(), at.positions)
         for block, stored in zip(self.model.blocks, self.layers, strict=True):
             x = block.prompt(x, at, stored)
-        return self.model.head(x.view(self.rows, length, -1)[:, -1].contiguous())
+        return self.model.head(x.view(*ids.shape, -1)[:, -1].contiguous())
 
     def append(self, ids: Tensor) -> None:
         """Take ids [rows] for the next tokens."""
@@ -126,7 +158,7 @@ class Decoder:
             return self._run(greedy)
         key = greedy, self._padded
         if key not in self._graphs:
-            self._graphs[key] = self._capture(greedy)
+            self._graphs[key] = self._captured_step(greedy)
         graph, logits = self._graphs[key]
         graph.replay()
         self.column += greedy
@@ -151,20 +183,25 @@ class Decoder:
             x = block.step(x, at, stored)
         return self.model.head(x)
 
-    def _capture(self, greedy: bool) -> tuple[Any, Tensor]:
+    def _captured_step(self, greedy: bool) -> tuple[Any, Tensor]:
         """The graph of a step. What it is warmed up with writes where the next token's key and value will lie."""
+        column = self.column
+        graph = self._captured(lambda: self._run(greedy), warm_up=self._logits)
+        self.column = column
+        return graph
+
+    def _captured(self, run: Callable[[], Tensor], warm_up: Callable[[], Tensor] | None = None) -> tuple[Any, Tensor]:
+        """The graph of a call, and its result, after it was run a few times, or what is as good for that."""
         with one_at_a_time:
             here = torch.cuda.current_stream()
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 for _ in range(WARMUP_RUNS):
-                    self._logits()
+                    (warm_up or run)()
             here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            column = self.column
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                logits = self._run(greedy)
-            self.column = column
+                result = run()
             self._pool = graph.pool()
-        return graph, logits
+        return graph, result
