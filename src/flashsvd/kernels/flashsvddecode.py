@@ -37,7 +37,7 @@ from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.partial_sums import check_splits
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
 from flashsvd.kernels.programmatic import await_inputs, early_start
-from flashsvd.kernels.tiles import Table, ThinTiles, Tiles, TilesOption
+from flashsvd.kernels.tiles import Table, ThinTiles, Tiles, TilesOption, generation
 from flashsvd.kernels.triton_import import kernel, tl
 
 __all__ = ["decode_gated", "decode_linear", "decode_linear_reference", "decode_partials"]
@@ -45,8 +45,8 @@ __all__ = ["decode_gated", "decode_linear", "decode_linear_reference", "decode_p
 Norm = Literal["none", "rms", "layer"]
 
 MOST_ROWS = 16
-# Up to here rows are multiplied one by one, from there on by tensor cores, which do not take fp32 as it is.
-FEW_ROWS = 4
+# Up to here rows are multiplied one by one, in fp32 all of them; by matrices of few columns up to fewer.
+FEW_ROWS, VERY_FEW_ROWS = 4, 2
 MOST_MATRICES = 3
 
 
@@ -104,7 +104,9 @@ class DecodeLinear(NamedTuple):
     @property
     def by_tensor_cores(self) -> bool:
         """Whether they multiply."""
-        return self.x.shape[-2] > FEW_ROWS and self.like.dtype != torch.float32
+        n = self.x.shape[-2]
+        short = n > VERY_FEW_ROWS and all(m.shape[1] <= SHORT for m in self.matrices)
+        return (n > FEW_ROWS or short) and self.like.dtype != torch.float32
 
     @property
     def held_rows(self) -> int:
@@ -229,27 +231,62 @@ def _decode_linear(
 
 
 CANDIDATES = (
-    ThinTiles(2, 4096, warps=4), ThinTiles(2, 2048, warps=4), ThinTiles(4, 2048, warps=4), ThinTiles(4, 1024, warps=4),
-    ThinTiles(4, 4096, warps=8), ThinTiles(8, 1024, warps=4), ThinTiles(8, 512, warps=4),
-    ThinTiles(16, 256, warps=2), ThinTiles(16, 512, warps=4), ThinTiles(16, 128, warps=1), ThinTiles(32, 128, warps=4),
+    ThinTiles(2, 4096, warps=4), ThinTiles(2, 2048, warps=4), ThinTiles(4, 2048, warps=8), ThinTiles(4, 1024, warps=4),
+    ThinTiles(4, 512, warps=2), ThinTiles(8, 1024, warps=4), ThinTiles(8, 512, warps=4), ThinTiles(16, 512, warps=8),
+    ThinTiles(16, 256, warps=2), ThinTiles(16, 256, warps=4), ThinTiles(32, 128, warps=4),
+)  # fmt: skip
+# The same by tensor cores.
+WIDE_CANDIDATES = (
+    ThinTiles(64, 256, warps=4, stages=3), ThinTiles(64, 128, warps=4, stages=5), ThinTiles(32, 256, warps=4, stages=4),
+    ThinTiles(32, 512, warps=8, stages=3), ThinTiles(16, 512, warps=4, stages=5),
 )  # fmt: skip
 # Columns of a tile for tensor cores, which read it from shared memory.
 WIDEST_PRODUCT = 512
 # Products that a program holds at once without tensor cores: as a rule, and for a warp at the most.
 TILE, MOST_OF_A_WARP = 8192, 4096
+# Programs that keep the memory of a large GPU busy, and the columns up to which many rows do so better than long ones.
+PROGRAMS, SHORT = 370, 2048
+# What another step of a walk takes, in columns.
+COLUMNS_OF_A_STEP = 200
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
-    """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits."""
+    """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits.
+
+    From `benchmark/benchmark_decode_linears.py --tiles` on an H200.
+    """
     n, widest = c.x.shape[-2], max(m.shape[1] for m in c.matrices)
     if c.by_tensor_cores:
-        return ThinTiles(32 if c.width > 2048 else 16, min(256, _power_above(widest)), warps=4, stages=4)
-    rows = 2 if c.width <= 2048 else 4 if c.width <= 8192 or c.gated or n > 1 else 8
-    most = max(128, TILE // (rows * c.held_rows))
-    # Of the tiles that fit, the one whose walk goes the least beyond the last column.
-    steps = [most, most // 2, most // 4]
-    columns = min((step for step in steps if step >= 128), key=lambda step: -(-widest // step) * step)
-    return ThinTiles(rows, min(columns, _power_above(widest)), warps=4, stages=1)
+        return _by_tensor_cores(c, widest)
+    if c.held_rows > FEW_ROWS:
+        return ThinTiles(4, max(16, min(TILE // (4 * c.held_rows), _power_above(widest))), warps=4, stages=1)
+    # Of a gated network each program walks two matrices.
+    rows = 4 if c.gated else min(8, max(2, _power_below(c.width // PROGRAMS)))
+    many = c.width > 4 * SHORT and not c.gated
+    if widest > SHORT:
+        rows = min(rows, 4) if c.held_rows >= 4 else rows
+        return ThinTiles(rows, max(128, TILE // (rows * c.held_rows)), 8 if rows == 4 and n == 1 else 4, stages=1)
+    if many:
+        return ThinTiles(16, min(256, _power_above(widest)), 2 if n == 1 else 4, stages=1)
+    most = TILE // 2 // rows if n == 1 else 512
+    columns = min((most, most // 2, most // 4), key=lambda step: -(-widest // step) * (step + COLUMNS_OF_A_STEP))
+    return ThinTiles(min(rows, 8 if n == 1 else 4), min(columns, _power_above(widest)), 4 if n == 1 else 2, stages=1)
+
+
+def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
+    columns = min(256, _power_above(widest))
+    if generation(c.x.device) == "ampere":
+        return ThinTiles(16, columns, warps=2, stages=3)
+    if c.gated:
+        return ThinTiles(32, columns, warps=4, stages=4)
+    rows = 64 if c.width >= SHORT else 32 if c.width >= SHORT // 2 else 16
+    if c.width < SHORT < widest:
+        return ThinTiles(64, 128, warps=4, stages=5)
+    return ThinTiles(rows, columns, warps=4, stages=3)
+
+
+def _power_below(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)
 
 
 def _power_above(size: int) -> int:
@@ -322,7 +359,12 @@ def within_registers(t: Tiles, held: int) -> Tiles:
 def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     n, matrices, width = c.x.shape[-2], c.matrices, c.width
     if c.by_tensor_cores:
-        t = Tiles(max(t.rows, 16), min(t.columns, WIDEST_PRODUCT), t.warps, t.stages)
+        # Parts of a sum take as much shared memory each as x does.
+        columns, stages = (
+            min(t.columns, WIDEST_PRODUCT) // (1 << (c.parts - 1).bit_length()),
+            2 if c.parts > 1 else t.stages,
+        )
+        t = Tiles(max(t.rows, 16), max(32, columns), t.warps, stages)
     elif n > FEW_ROWS:
         t = within_registers(t, c.held_rows)
     absent = [0] * (MOST_MATRICES - len(matrices))
@@ -374,7 +416,7 @@ def _three(matrices: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None, 
 _op = Op(
     "decode_linear", DecodeLinear, check=check_decode_linear, reference=_reference,
     shape=lambda c: (c.x.shape[-2], c.width), idle=lambda c: c.x.shape[-2] == 0,
-    prepare=_prepare, plan=_plan, table=Table(default_tiles, CANDIDATES, _sizes), writes=("out",),
+    prepare=_prepare, plan=_plan, table=Table(default_tiles, (*CANDIDATES, *WIDE_CANDIDATES), _sizes), writes=("out",),
 )  # fmt: skip
 
 

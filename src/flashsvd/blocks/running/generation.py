@@ -68,7 +68,8 @@ class Decoders:
         if key not in self._kept:
             while len(self._kept) >= MOST_DECODERS:
                 self._kept.popitem(last=False)
-            self._kept[key] = Decoder(self.describe(model), *key, self.in_graphs)
+            described = self.describe(model)
+            self._kept[key] = Decoder(described, *key, self.in_graphs and described.weight.is_cuda)
         self._kept.move_to_end(key)
         return self._kept[key]
 
