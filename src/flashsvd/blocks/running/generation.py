@@ -55,6 +55,16 @@ class Decoders:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def bytes(self) -> int:
+        """Of the caches that are kept."""
+        return sum(decoder.bytes for decoder in self._kept.values())
+
+    @property
+    def graphs(self) -> int:
+        """How many CUDA graphs are kept."""
+        return sum(decoder.graphs for decoder in self._kept.values())
+
     def forget(self) -> None:
         """Free all caches and graphs."""
         self._kept.clear()
