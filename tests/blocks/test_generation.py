@@ -110,6 +110,15 @@ def test_a_cache_of_the_callers_is_filled(loops: list[Any]) -> None:
     assert not loops
 
 
+def test_a_cache_that_is_to_lie_off_the_gpu_is_left_to_transformers() -> None:
+    _, model = pair("llama")
+    cache = DynamicCache(config=model.config)
+    inputs = {"use_cache": True, "past_key_values": cache}
+    assert generation.may_loop(model, model.generation_config, inputs)
+    cache.offloading = True
+    assert not generation.may_loop(model, model.generation_config, inputs)
+
+
 class Every(BaseStreamer):
     """Remembers what it is given."""
 

@@ -163,6 +163,9 @@ def _is_fresh(cache: Any) -> bool:
         return True
     if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "_is_user_defined", False):
         return False
+    # Whoever keeps it off the GPU has no room for ours there.
+    if getattr(cache, "offloading", False):
+        return False
     return int(cache.get_seq_length()) == 0
 
 
