@@ -109,14 +109,10 @@ def test_a_script_compresses_a_model_of_its_family_and_profiles_it(
     result = run(script, made, "--model", made.model, "--calib-data", made.data, "--calib-seq-len", 16)
     assert result["method"] == ("asvd" if "asvd" in script else "standard")
     assert result["ratio"] == 0.5
-    fused = "skipped" if "decoders" in script else "ok"
-    expected = {"dense": "ok", "low-rank": "ok"} | ({"fused": fused} if "flashsvd" in script else {})
-    assert {row["variant"]: row["status"] for row in result["rows"]} == expected
+    expected = ["dense", "low-rank", *(["fused"] if "flashsvd" in script else [])]
+    assert [(row["variant"], row["status"]) for row in result["rows"]] == [(name, "ok") for name in expected]
     for row in result["rows"]:
-        if row["status"] == "skipped":
-            assert row["reason"].startswith("there are no fused blocks for")
-        elif result["new_tokens"]:
-            assert row["generation"]["ms_per_token"] > 0
+        assert (row["generation"] is not None) == (result["new_tokens"] is not None)
 
 
 @pytest.mark.slow

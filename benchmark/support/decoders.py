@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
 
 from flashsvd.profiling.static_steps import StaticSteps
-from flashsvd.profiling.writers import cache_bytes
+from flashsvd.profiling.writers import bytes_left, cache_bytes
 from support.harness import Prepared, Settings, error, most_allowed
 from support.ways import compiled
 
@@ -163,12 +163,10 @@ def generate(ids: Tensor, count: int, model: Any, **options: Any) -> Tensor:
 
 def cache_of(ids: Tensor, count: int, model: Any, **options: Any) -> str:
     """The bytes of keys and values that `generate` leaves, for people."""
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-        return_dict_in_generate=True, **options,
-    )  # fmt: skip
-    cache = getattr(found, "past_key_values", None)
-    return "cache not at hand" if cache is None else _bytes_of(cache)
+    run = partial(
+        model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **options
+    )
+    return _megabytes(bytes_left(model, run))
 
 
 def dense_generate(model: Any, ids: Tensor, count: int, **options: Any) -> Prepared:
@@ -192,7 +190,7 @@ def steps(model: Any, ids: Tensor, count: int, settings: Settings) -> Prepared:
 
     def describe() -> str:
         skipped = _graphs_skipped() - before
-        return _bytes_of(own.cache) + f", {skipped} CUDA graphs could not be taken" * (skipped > 0)
+        return _megabytes(cache_bytes(own.cache)) + f", {skipped} CUDA graphs could not be taken" * (skipped > 0)
 
     return dataclasses.replace(prepared, describe=describe)
 
@@ -203,8 +201,8 @@ def last_logits(ids: Tensor, model: Any, *, use_cache: bool) -> Tensor:
     return logits[:, -1]
 
 
-def _bytes_of(cache: Any) -> str:
-    return f"cache {cache_bytes(cache) / 1e6:.4g} MB"
+def _megabytes(size: int) -> str:
+    return f"cache {size / 1e6:.4g} MB"
 
 
 def _graphs_skipped() -> int:

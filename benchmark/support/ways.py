@@ -60,6 +60,7 @@ def optimized(
         notes = [] if note is None else [note(fused)]
         return " | ".join(notes + [f"{case}: {choice}" for case, choice in runtime.choices(fused).items()])
 
-    graphs = getattr(fused, "graphs", None)
-    forget = None if graphs is None else graphs.forget
+    # Graphs of forwards, or those of generating with the caches that they write to.
+    kept = getattr(fused, "decoders", getattr(fused, "graphs", None))
+    forget = None if kept is None else kept.forget
     return Prepared(partial(run, fused), forget, describe, None if less is None else partial(less, fused))

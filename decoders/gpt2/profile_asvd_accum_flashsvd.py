@@ -1,4 +1,4 @@
-"""Profile a GPT-2 that asvd compressed while it generates: time, memory, and the cache that accumulates."""
+"""Profile a GPT-2 that asvd compressed while it generates, also on fused blocks: time, memory, and the cache."""
 
 import sys
 
@@ -12,7 +12,6 @@ if __name__ == "__main__":
             __doc__,
             COMPRESS,
             variants="dense,low-rank,fused",
-            may_skip=True,
             batch_size=16,
             seq_len=384,
             new_tokens=128,

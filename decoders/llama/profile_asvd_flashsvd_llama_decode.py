@@ -1,4 +1,4 @@
-"""Profile a LLaMA that asvd compressed while it generates, fused where there are kernels for it."""
+"""Profile a LLaMA that asvd compressed while it generates, on plain low-rank layers and on fused blocks."""
 
 import sys
 
@@ -12,7 +12,6 @@ if __name__ == "__main__":
             __doc__,
             COMPRESS,
             variants="dense,low-rank,fused",
-            may_skip=True,
             batch_size=16,
             seq_len=384,
             new_tokens=128,

@@ -39,8 +39,11 @@ __all__ = ["check", "choices", "optimize"]
 def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto") -> Any:
     """Turn a model's layers into fused blocks on packed weights, in place, for inference.
 
-    Dense, factored and partly factored models will do. The model computes the same function, except that hidden states
-    at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
+    Dense, factored and partly factored models will do. The model computes the same function, except that an encoder's
+    hidden states at padding are zeros. It can no longer be trained or saved: for that, load the checkpoint again.
+
+    A causal language model decodes greedily and samples in a loop of ours, on caches of which it keeps the last two for
+    later calls; `model.decoders.forget()` frees them. All else takes transformers' own loop, on the fused layers.
 
     Each layer gives up its own weights as it is fused. If that is interrupted, because memory runs out for example, the
     model refuses everything from then on, unless no layer was fused yet.
@@ -52,7 +55,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
             `triton` force one.
         graph: `auto` replays batches of up to 65,536 tokens as CUDA graphs where their shape has come before, from ids
             to the model's output, which spares the time to launch kernels; at most 64 shapes are kept, which share
-            their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none.
+            their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none. A
+            decoder's forwards are not captured; each step in which it generates is one graph, unless this is `False`.
 
     Returns:
         What was given.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import table
 from flashsvd import runtime
+from flashsvd.blocks.running.generation import Decoders
 from flashsvd.blocks.running.graph import Graphs
 from flashsvd.errors import BackendError
 from support import harness, results, timing
@@ -345,6 +346,13 @@ def test_graphs_are_forgotten_even_where_none_is_captured_yet(monkeypatch: pytes
     monkeypatch.setattr(runtime, "optimize", lambda model, graph: SimpleNamespace(graphs=graphs))
     assert len(graphs) == 0
     assert optimized(object(), lambda model: torch.ones(1)).forget == graphs.forget
+
+
+def test_what_a_decoder_keeps_is_forgotten_even_where_that_is_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = Decoders(lambda model: pytest.fail("nothing is generated"), in_graphs=False)
+    monkeypatch.setattr(runtime, "optimize", lambda model, graph: SimpleNamespace(decoders=decoders))
+    assert len(decoders) == 0
+    assert optimized(object(), lambda model: torch.ones(1)).forget == decoders.forget
 
 
 def test_micro_batches_give_the_whole_batch() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import benchmark_decode
 from flashsvd import runtime
+from flashsvd.blocks.running.generation import ROOM_STEP
 from flashsvd.errors import BackendError
 from support import harness, results
 from support.decoders import END, LogitsOf, Reference, TokensOf, decoder, generate, prompts
@@ -55,11 +56,15 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
-    """Runs the script on tiny models, with an `optimize` of the test's own, and returns the rows by their variants."""
+    """Runs the script on tiny models and returns the rows by their variants.
 
-    def run(only: str, optimize: Callable[[Any], Any], *options: str) -> dict[str, Row]:
-        monkeypatch.setattr(runtime, "optimize", lambda model, graph: optimize(model))
-        monkeypatch.setattr(runtime, "choices", lambda model: {"step": "picked"})
+    Takes an `optimize` in the place of the real one, if any.
+    """
+
+    def run(only: str, optimize: Callable[[Any], Any] | None, *options: str) -> dict[str, Row]:
+        if optimize is not None:
+            monkeypatch.setattr(runtime, "optimize", lambda model, graph: optimize(model))
+            monkeypatch.setattr(runtime, "choices", lambda model: {"step": "picked"})
         arguments = ["--dry-run", "--out", str(tmp_path), "--only", only, "--batches", "2", "--ratios", "0.5"]
         # A row that was refused ends the script in the end.
         with contextlib.suppress(SystemExit):
@@ -127,23 +132,29 @@ def test_one_that_stops_early_is_an_error(settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("only", "ours"),
+    ("only", "ours", "heads"),
     [
-        ("smollm2-step", ["flashsvd step"]),
-        ("gpt2-generate", ["flashsvd generate"]),
-        ("llama-7b-prefill", ["flashsvd, no cache", "flashsvd generate, one token"]),
+        ("smollm2-step", ["flashsvd step"], 2),
+        ("gpt2-generate", ["flashsvd generate"], 4),
+        ("llama-7b-prefill", ["flashsvd, no cache", "flashsvd generate, one token"], 2),
     ],
 )
-def test_ours_stands_beside_all_others(only: str, ours: list[str], measure: Measure, tmp_path: Path) -> None:
-    rows = measure(only, as_it_is)
+def test_ours_stands_beside_all_others(
+    only: str, ours: list[str], heads: int, measure: Measure, tmp_path: Path
+) -> None:
+    rows = measure(only, None)
     assert {row.status for row in rows.values()} == {"ok"}
     assert list(rows)[-len(ours) :] == ours
     for name in ours:
         assert (rows[name].ms or 0) > 0
         assert "=" in rows[name].speedups
-        assert "picked" in rows[name].note
+        assert "float32 on cpu: torch" in rows[name].note
+    # Keys and values of two layers and two rows, of heads of 8; ours has room for a multiple of so many tokens.
+    kept = 2 * 2 * 2 * heads * ROOM_STEP * 8 * 4
+    assert f"cache {kept / 1e6:.4g} MB" in rows[ours[-1]].note
     if "prefill" not in only:
-        assert all("TB/s of" in row.note and "cache 0.0" in row.note for row in rows.values())
+        assert all("TB/s of" in row.note for row in rows.values())
+        assert all("cache 0.0" in row.note for name, row in rows.items() if name not in ours)
     assert (tmp_path / "decode_cpu.png").stat().st_size > 0
 
 

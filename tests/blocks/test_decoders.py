@@ -142,6 +142,13 @@ def test_what_cannot_be_fused_is_refused_before_anything_changes(change: Callabl
     assert hasattr(model.model.layers[0], "self_attn")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_paged_cache_of_batches_that_are_served_is_refused(name: str) -> None:
+    _, model = pair(name)
+    with pytest.raises(BackendError, match="take no paged cache"), torch.no_grad():
+        model(prompts(), cache=object())
+
+
 def test_a_call_that_asks_for_more_is_refused() -> None:
     _, model = pair("gpt2")
     with pytest.raises(BackendError, match="keeps no attention weights"), torch.no_grad():

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from blocks.test_decoders import left_padded, pair, prompts
 from conftest import EVERY_DECODER, build_decoder
-from flashsvd import optimize
+from flashsvd import optimize, runtime
 from flashsvd.blocks.running import generation
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -110,6 +110,15 @@ def test_a_cache_of_the_callers_is_filled(loops: list[Any]) -> None:
     assert not loops
 
 
+def test_a_cache_that_is_to_lie_off_the_gpu_is_left_to_transformers() -> None:
+    _, model = pair("llama")
+    cache = DynamicCache(config=model.config)
+    inputs = {"use_cache": True, "past_key_values": cache}
+    assert generation.may_loop(model, model.generation_config, inputs)
+    cache.offloading = True
+    assert not generation.may_loop(model, model.generation_config, inputs)
+
+
 class Every(BaseStreamer):
     """Remembers what it is given."""
 
@@ -173,6 +182,26 @@ def test_batches_of_other_sizes_take_other_caches_of_which_few_are_kept() -> Non
         assert len(model.decoders) <= generation.MOST_DECODERS
     model.double()
     assert len(model.decoders) == 0
+
+
+def test_the_caches_that_are_kept_can_be_counted_and_freed() -> None:
+    _, model = pair("llama")
+    for rows in (1, 3):
+        generate(model, prompts(rows))
+    # Of four rows, two layers, keys and values of two heads of eight, in fp64.
+    assert model.decoders.bytes == 4 * 2 * 2 * 2 * generation.ROOM_STEP * 8 * 8
+    assert model.decoders.graphs == 0
+    model.decoders.forget()
+    assert (len(model.decoders), model.decoders.bytes) == (0, 0)
+
+
+def test_prompts_of_about_the_same_length_share_a_choice() -> None:
+    _, model = pair("llama")
+    for length in (17, 20, 32):
+        generate(model, prompts(2, length))
+    causal = [case for case in runtime.choices(model) if case.startswith("causal attention")]
+    assert len(causal) == 1
+    assert "prompts up to 32" in causal[0]
 
 
 def test_what_is_handed_out_is_the_callers_own() -> None:

@@ -16,6 +16,7 @@ from transformers import pipeline
 
 from conftest import MakeModel, build_decoder, build_model, build_tokenizer
 from flashsvd import CompressConfig, optimize, run_compress, runtime
+from flashsvd.blocks.registry import FUSED
 from flashsvd.blocks.running.packed import is_packed
 from flashsvd.errors import BackendError
 
@@ -95,8 +96,21 @@ def test_options_hold_for_the_model_inside() -> None:
     assert not is_packed(runner.model)
 
 
-def test_what_fused_blocks_are_not_there_for_is_refused_inside_too() -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_pipeline_writes_the_same_text(batch_size: int) -> None:
+    tokenizer = build_tokenizer(padding_side="left")
+    runner = pipeline("text-generation", model=build_decoder("llama"), tokenizer=tokenizer, device="cpu")
+    options = {"max_new_tokens": 9, "do_sample": False, "batch_size": batch_size}
+    expected = runner(TEXTS, **options)
+    assert optimize(runner) is runner
+    assert runner(TEXTS, **options) == expected
+    assert len(runner.model.decoders) > 0
+    assert set(runtime.choices(runner).values()) == {"torch"}
+
+
+def test_what_fused_blocks_are_not_there_for_is_refused_inside_too(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = pipeline("text-generation", model=build_decoder("gpt2"), tokenizer=build_tokenizer(), device="cpu")
+    monkeypatch.delitem(FUSED, "gpt2")
     with pytest.raises(BackendError, match="no fused blocks for 'gpt2'"):
         optimize(runner)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeModel, build_model, build_tokenizer
 from flashsvd import CompressConfig, EvalConfig, load_compressed, run_compress, run_eval
+from flashsvd.blocks.registry import FUSED
 from flashsvd.cli import main
 from flashsvd.data.tasks import TASKS, Task
 from flashsvd.errors import BackendError, CheckpointError, ConfigError
@@ -198,6 +200,35 @@ def test_a_compressed_checkpoint_runs_on_fused_blocks_unless_told_otherwise_with
     assert ", plain layers: " in str(plain)
 
 
+def grouped(family: str) -> dict[str, int]:
+    """Fewer heads of keys than of queries, where a family has that."""
+    return {} if family == "gpt2" else {"num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_compressed_decoder_has_the_same_perplexity_on_fused_blocks(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
+    text = tmp_path / "x.txt"
+    text.write_text("a man eats . the very good dog runs in the film . " * 6)
+    source, output = make_model(family, "causal-lm", **grouped(family)), str(tmp_path / "out")
+    run_compress(CompressConfig(model=str(source), ratio=0.6, task="perplexity", output=output))
+    options: dict[str, Any] = {"data": str(text), "seq_len": 16, "stride": 8, "batch_size": 2, "device": "cpu"}
+    plain, default = (run_eval(EvalConfig(output, **options, backend=backend)) for backend in ("plain", None))
+    assert (plain.backend, default.backend, default.why_plain) == ("plain", "auto", "")
+    assert default.metrics == pytest.approx(plain.metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_decoder_that_classifies_reads_the_last_token_and_so_takes_padding_on_the_left(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
+    checkpoint = pad_on_the_left(make_model(family, num_labels=1, pad_token_id=0, **grouped(family)))
+    options: dict[str, Any] = {"task": "stsb", "data": str(write_task_data(TASKS["stsb"], tmp_path)), "batch_size": 3}
+    plain, fused = (run_eval(EvalConfig(checkpoint, **options, backend=backend)) for backend in ("plain", "auto"))
+    assert fused.metrics == pytest.approx(plain.metrics, abs=1e-5)
+
+
 def test_a_dense_model_is_the_baseline_and_runs_plain_unless_told_otherwise(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -219,15 +250,17 @@ def compressed_classifier(source: Path, tmp_path: Path, task: str = "sst2") -> s
 def test_what_fused_blocks_do_not_take_runs_plain_by_default_and_says_why(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    """Known of the architecture, of the tokenizer, and of the loaded model."""
+    """Known of the tokenizer, and of the loaded model."""
     text = tmp_path / "x.txt"
     text.write_text("a man eats . " * 20)
     sentences = write_task_data(TASKS["sst2"], tmp_path)
-    decoder = compressed_classifier(make_model("gpt2", "causal-lm", name="decoder"), tmp_path / "a", "perplexity")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    llama = make_model("llama", "causal-lm", name="decoder", rope_parameters=rope)
+    decoder = compressed_classifier(llama, tmp_path / "a", "perplexity")
     left = compressed_classifier(Path(pad_on_the_left(make_model(name="left"))), tmp_path / "b")
     causal = compressed_classifier(make_model(name="causal", is_decoder=True), tmp_path / "c")
     for checkpoint, data, why in (
-        (decoder, text, "there are no fused blocks for 'gpt2'"),
+        (decoder, text, r"rotary positions (dynamic) depend on the length"),
         (left, sentences, "its tokenizer pads on the left"),
         (causal, sentences, "config.is_decoder is set"),
     ):
@@ -237,7 +270,7 @@ def test_what_fused_blocks_do_not_take_runs_plain_by_default_and_says_why(
         assert "\n" not in result.why_plain
         assert f"on its plain layers: {result.why_plain}" in str(result)
         for backend in ("auto", "torch"):
-            with pytest.raises(BackendError, match=why):
+            with pytest.raises(BackendError, match=re.escape(why)):
                 run_eval(EvalConfig(checkpoint, data=str(data), seq_len=16, device="cpu", backend=backend))
         asked = run_eval(EvalConfig(checkpoint, data=str(data), seq_len=16, device="cpu", backend="plain"))
         assert (asked.backend, asked.why_plain, asked.metrics) == ("plain", "", result.metrics)
@@ -266,6 +299,7 @@ def test_a_backend_that_cannot_run_is_refused_before_the_model_is_loaded(
         run_eval(EvalConfig(str(make_model()), "sst2", data=str(data), device="cpu", backend="triton"))
     text = tmp_path / "x.txt"
     text.write_text("a man eats . " * 20)
+    monkeypatch.delitem(FUSED, "gpt2")
     with pytest.raises(BackendError, match="no fused blocks for 'gpt2'"):
         run_eval(EvalConfig(str(make_model("gpt2", "causal-lm")), "perplexity", data=str(text), backend="auto"))
     with pytest.raises(ConfigError, match="backend 'cuda' is not known"):

@@ -40,6 +40,27 @@ def test_eval_and_profile_run_a_compressed_checkpoint_on_fused_blocks(
     assert profile["fused"].metrics == plain.metrics
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_compressed_decoder_is_scored_and_generates_on_fused_blocks(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
+    heads = {} if family == "gpt2" else {"num_key_value_heads": 2}
+    dense, small = str(make_model(family, "causal-lm", **heads)), str(tmp_path / "small")
+    run_compress(CompressConfig(model=dense, ratio=0.6, task="perplexity", output=small))
+    text = tmp_path / "text.txt"
+    text.write_text("a good film . the dog runs in the movie . " * 12)
+    options: dict[str, Any] = {"data": str(text), "batch_size": 4, "seq_len": 16, "device": "cuda"}
+    default, plain = (run_eval(EvalConfig(small, **options, backend=backend)) for backend in (None, "plain"))
+    assert (default.backend, default.why_plain, plain.backend) == ("auto", "", "plain")
+    assert default.metrics == pytest.approx(plain.metrics, rel=1e-4)
+    profile = run_profile(ProfileConfig(small, **options, variants="low-rank,fused", new_tokens=6))
+    fused = profile["fused"]
+    assert fused.generation is not None
+    # Each step after the first token is the same graph.
+    assert fused.cuda_graphs == 1
+    assert fused.generation.cache_bytes > 0
+
+
 def test_a_dense_model_is_the_baseline(make_model: MakeModel, options: dict[str, Any]) -> None:
     result = run_eval(EvalConfig(str(make_model()), **options))
     assert result.backend == "plain"

@@ -155,6 +155,21 @@ def test_tokenizer_and_generation_config_come_along_to_the_exported_model_too(tm
         assert (generation.temperature, generation.top_k, generation.eos_token_id) == (0.7, 9, [3, 4])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2-docs", "llama-docs"])
+def test_a_compressed_trained_model_writes_the_same_text_on_fused_blocks(tmp_path: Path, name: str) -> None:
+    output = compress(shared_model(name), tmp_path / "out", ratio=0.6)
+    plain = load_compressed(output, dtype="float32")
+    fused = load_compressed(output, dtype="float32", optimize=True)
+    tokenizer = AutoTokenizer.from_pretrained(output, padding_side="left", pad_token="<|endoftext|>")
+    for texts in (["The function returns"], ["The function returns", "All of the options that a command takes are"]):
+        given = dict(tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False))
+        found, expected = (m.generate(**given, max_new_tokens=60, do_sample=False) for m in (fused, plain))
+        assert found.shape[1] > given["input_ids"].shape[1] + 20
+        assert torch.equal(found, expected)
+    assert len(fused.decoders) == 2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama", "llama tied"])
 def test_embeddings_stay_tied_or_untied(tmp_path: Path, name: str) -> None:
     output = compress(write(tmp_path / "dense", build_decoder(name)), tmp_path / "out")

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from flashsvd import (
     run_profile,
     runtime,
 )
+from flashsvd.blocks.registry import FUSED
 from flashsvd.cli import main
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
@@ -33,7 +35,7 @@ from flashsvd.profiling import run, variants
 from flashsvd.profiling.config import VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.figures import png
-from flashsvd.profiling.measure import untimed_passes
+from flashsvd.profiling.measure import graphs_kept, untimed_passes
 from flashsvd.profiling.memory import freed_at_once, in_own_arena
 from flashsvd.profiling.result import VariantRow
 from flashsvd.profiling.variants import MicroBatches, offloaded
@@ -172,6 +174,12 @@ def test_the_fused_variant_has_the_graphs_of_optimize_unless_told_otherwise(
     assert (result["fused"].cuda_graphs, "CUDA graph" in result.title()) == (0, False)
 
 
+def test_graphs_are_those_of_forwards_or_of_steps_of_generating() -> None:
+    assert graphs_kept(SimpleNamespace()) == 0
+    assert graphs_kept(SimpleNamespace(graphs=[1, 2])) == 2
+    assert graphs_kept(SimpleNamespace(decoders=SimpleNamespace(graphs=3))) == 3
+
+
 def test_a_result_says_how_many_graphs_were_captured() -> None:
     result = a_result(VariantRow("fused", "ok", cuda_graphs=3))
     assert result.title().endswith(", fused by auto in 3 CUDA graphs (auto)")
@@ -228,16 +236,29 @@ def test_a_backend_that_is_named_and_cannot_run_is_an_error_unless_it_may_be_ski
     assert [(row.variant, row.status) for row in result.rows] == [("low-rank", "ok"), ("fused", "failed")]
 
 
-def test_a_decoder_has_no_fused_row_and_is_told_why(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_decoder_scores_the_same_on_fused_blocks(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("gpt2", "causal-lm", max_position_embeddings=40)
     run_compress(CompressConfig(model=str(source), rank=4, task="perplexity", output=str(tmp_path / "small")))
     (tmp_path / "text.txt").write_text("a good film . the dog runs in the movie . " * 12)
     options: dict[str, Any] = {"checkpoint": str(tmp_path / "small"), "data": str(tmp_path / "text.txt")}
     options |= {"seq_len": 16, "batch_size": 4, "device": "cpu"}
-    result = run_profile(ProfileConfig(**options, offload=False, variants=WITHOUT_COMPILING.removesuffix(",fused")))
+    result = run_profile(ProfileConfig(**options, offload=False, variants=WITHOUT_COMPILING))
     assert result["dense"].metrics == pytest.approx(result["micro-batches"].metrics)
-    with pytest.raises(BackendError, match="the variant fused does not apply: there are no fused blocks for 'gpt2'"):
-        run_profile(ProfileConfig(**options, variants="fused"))
+    assert result["fused"].metrics == pytest.approx(result["low-rank"].metrics)
+    assert result["fused"].parameters == result["low-rank"].parameters
+
+
+def test_what_fused_blocks_do_not_take_is_a_row_that_says_so_unless_it_was_named(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FUSED, "bert")
+    result = run_profile(config(variants="low-rank,fused", may_skip=True))
+    assert (result["fused"].status, result["fused"].latency_ms) == ("skipped", None)
+    assert "fused was skipped: there are no fused blocks for 'bert'" in str(result)
+    with pytest.raises(BackendError, match="the variant fused does not apply: there are no fused blocks for 'bert'"):
+        run_profile(config(variants="low-rank,fused"))
+    with pytest.raises(FlashSVDError, match="nothing could be measured; fused was skipped: there are no fused blocks"):
+        run_profile(config(variants="fused", may_skip=True))
 
 
 def test_a_dense_model_is_profiled_by_itself(make_model: MakeModel, data: Path) -> None:

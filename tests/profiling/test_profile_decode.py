@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from conftest import DECODERS, MakeModel, build_decoder
-from flashsvd import CompressConfig, ProfileConfig, ProfileResult, run_compress, run_profile
+from flashsvd import CompressConfig, ProfileConfig, ProfileResult, optimize, run_compress, run_profile
+from flashsvd.blocks.running import generation
 from flashsvd.cli import main
-from flashsvd.errors import BackendError, ConfigError, DataError, FlashSVDError
+from flashsvd.errors import ConfigError, DataError
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.profiling.bandwidth import COPIED, copy_bandwidth
 from flashsvd.profiling.config import GENERATING, VARIANTS
@@ -190,21 +191,13 @@ def test_variants_that_cannot_generate_say_why_and_keep_their_other_figures(
     assert {name for name in VARIANTS if why_no_generation(name, torch.device("cuda"))} == (
         set(VARIANTS) - set(GENERATING)
     )
-    result = run_profile(config(variants="dense,micro-batches,fused", micro_batches=3, may_skip=True))
-    parts, fused = result["micro-batches"], result["fused"]
+    result = run_profile(config(variants="dense,micro-batches", micro_batches=3))
+    parts = result["micro-batches"]
     assert (parts.status, parts.generation) == ("ok", None)
     assert parts.no_generation == why_no_generation("micro-batches", CPU)
     assert parts.latency_ms is not None
     assert "micro-batches did not generate: its parts of a batch would each need a cache" in str(result)
-    assert (fused.status, fused.generation, fused.no_generation) == ("skipped", None, "")
-    assert "fused was skipped: there are no fused blocks for 'gpt2'" in str(result)
-
-
-def test_named_variants_are_skipped_only_where_they_may_be(config: MakeConfig) -> None:
-    with pytest.raises(BackendError, match="the variant fused does not apply: there are no fused blocks for 'gpt2'"):
-        run_profile(config(variants="dense,fused"))
-    with pytest.raises(FlashSVDError, match="nothing could be measured; fused was skipped: there are no fused blocks"):
-        run_profile(config(variants="fused", may_skip=True))
+    assert result["dense"].no_generation == ""
 
 
 @pytest.mark.slow
@@ -289,25 +282,48 @@ def test_profiles_of_versions_that_counted_no_bytes_can_be_read(config: MakeConf
     assert old.cells(old["dense"])[-5:-3] == ["-", "-"]
 
 
-def test_the_fused_variant_generates_as_people_call_it(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimised, asked = [], []
+def test_the_fused_variant_generates_the_same_tokens_as_people_call_it(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, list[list[int]]] = {}
+    asked: list[int] = []
+    for way in (ByForwards, ByGenerate):
 
-    def optimize(model: Any, *options: Any) -> Any:
-        def generate(*given: Any, **named: Any) -> Any:
-            asked.append(named["max_new_tokens"])
-            return type(model).generate(model, *given, **named)
+        def write(self: Any, *given: Any, way: Any = way, own: Any = way.write) -> Written:
+            found: Written = own(self, *given)
+            written[way.__name__] = found.tokens.tolist()
+            return found
 
-        model.generate = generate
-        optimised.append(model)
-        return model
+        monkeypatch.setattr(way, "write", write)
+    run = generation.run
+    monkeypatch.setattr(
+        generation, "run", lambda decoder, request: asked.append(request.longest) or run(decoder, request)
+    )
+    result = run_profile(config(variants="low-rank,fused", runs=2))
+    assert written["ByGenerate"] == written["ByForwards"]
+    # By the loop of fused blocks, the prompts alone and then all of it.
+    assert set(asked) == {SEQ_LEN - NEW + 1, SEQ_LEN}
+    fused, plain = result["fused"].generation, result["low-rank"].generation
+    assert fused is not None
+    assert plain is not None
+    # What is kept has room for a multiple of so many tokens.
+    assert fused.cache_bytes == 2 * LAYERS * BATCH * generation.ROOM_STEP * HIDDEN * 4
+    assert fused.step_bytes == plain.step_bytes
 
-    monkeypatch.setattr("flashsvd.runtime.check", lambda *options: None)
-    monkeypatch.setattr("flashsvd.runtime.optimize", optimize)
-    fused = run_profile(config(variants="fused", runs=2))["fused"]
-    assert len(optimised) == 1
-    assert set(asked) == {1, NEW}
-    assert fused.generation is not None
-    assert fused.generation.cache_bytes == 2 * LAYERS * BATCH * (SEQ_LEN - 1) * HIDDEN * 4
+
+def test_the_cache_of_a_fused_generation_is_the_one_that_is_kept_of_it() -> None:
+    model = optimize(build_decoder("llama"))
+    model.generate(torch.randint(2, 64, (7, 11)), max_new_tokens=2)
+    found = ByGenerate(model).write(torch.randint(2, 64, (BATCH, 11)), NEW, CPU)
+    assert found.cache_bytes == model.decoders.bytes
+    assert found.cache_bytes == 2 * LAYERS * BATCH * generation.ROOM_STEP * HIDDEN // 2 * 4
+
+
+def test_the_cache_of_what_is_left_to_transformers_is_the_one_that_it_hands_out() -> None:
+    model = optimize(build_decoder("llama"))
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    found = ByGenerate(model).write(torch.randint(2, 64, (BATCH, 11)), NEW, CPU)
+    assert found.cache_bytes == 2 * LAYERS * BATCH * (11 + NEW - 1) * HIDDEN // 2 * 4
 
 
 def test_on_a_cpu_the_compiled_variant_does_not_generate() -> None:
@@ -337,11 +353,11 @@ def test_a_classifier_does_not_generate(make_model: MakeModel, tmp_path: Path) -
 def test_the_command_takes_the_options(config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     made = config()
     arguments = ["profile", "--checkpoint", made.checkpoint, "--data", str(made.data), "--seq-len", "16"]
-    arguments += ["--batch-size", "2", "--new-tokens", "4", "--variants", "low-rank,fused", "--may-skip", "--json"]
+    arguments += ["--batch-size", "2", "--new-tokens", "4", "--variants", "low-rank,fused", "--json"]
     assert main([*arguments, "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["status"] for row in rows] == ["ok", "skipped"]
-    assert rows[0]["generation"]["tokens_per_second"] > 0
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert all(row["generation"]["tokens_per_second"] > 0 for row in rows)
 
 
 TOLD_APART = """

@@ -76,6 +76,11 @@ def refuse_attentions(base: Any) -> None:
 
     @functools.wraps(own)
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        """The model's own.
+
+        Raises:
+            BackendError: the call asks for attention weights.
+        """
         wanted = options.get("output_attentions")
         if self.config.output_attentions if wanted is None else wanted:
             raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")

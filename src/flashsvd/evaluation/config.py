@@ -63,9 +63,10 @@ class EvalConfig(Config):
     dtype: str | None = option(None, help="dtype to run in; the default is the checkpoint's own", choices=DTYPES)
     backend: str | None = option(
         None,
-        help="run on fused blocks (BERT-like encoders, ModernBERT): auto takes for each operation what is faster, by "
-        "measurement; torch and triton force one; plain runs the model as it is; the default is auto for a compressed "
-        "checkpoint that fused blocks take, and plain for a dense model, the baseline to compare with",
+        help="run on fused blocks (BERT-like encoders, ModernBERT, GPT-2 and LLaMA-like decoders): auto takes for each "
+        "operation what is faster, by measurement; torch and triton force one; plain runs the model as it is; the "
+        "default is auto for a compressed checkpoint that fused blocks take, and plain for a dense model, the baseline "
+        "to compare with",
         choices=(PLAIN, *BACKENDS),
     )
     output: str | None = option(None, help="JSON file to write, such as results/x.json", path="write")

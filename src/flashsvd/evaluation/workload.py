@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashsvd.blocks.registry import is_decoder
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import Examples, load_examples
 from flashsvd.data.sampling import Draw
@@ -82,8 +83,9 @@ class Workload:
         Raises:
             BackendError: saying what to change.
         """
-        # ModernBERT's head may read the mean of all real tokens instead.
-        reads_first = getattr(subject.config, "classifier_pooling", "cls") == "cls"
+        # ModernBERT's head may read the mean of all real tokens instead, and a decoder's reads the last one.
+        pooled = getattr(subject.config, "classifier_pooling", "cls")
+        reads_first = pooled == "cls" and not is_decoder(subject.config)
         if self.task.head == "classifier" and self.tokenizer.padding_side == "left" and reads_first:
             raise BackendError(
                 f"the head of {subject.source} reads the first column, and its tokenizer pads on the left; "

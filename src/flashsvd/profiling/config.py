@@ -64,7 +64,7 @@ class ProfileConfig(Config):
     graph: str = option(
         "auto",
         help="when the fused variant's batches run as CUDA graphs: auto, where their shape has come before; always, "
-        "which is an error where they cannot; never",
+        "which is an error where they cannot; never; a decoder's graphs are those of the steps in which it generates",
         choices=tuple(GRAPHS),
     )
     max_eval_samples: int | None = option(

@@ -35,7 +35,7 @@ def definitions(
     fused = any(row.variant == "fused" and row.status == "ok" for row in rows)
     also = " (the compiled variant: a pass over the data)" if compiled and not cuda else ""
     if fused and cuda:
-        also = f" (the fused variant: {FORWARDS_OF_EACH_SIZE} passes, so that CUDA graphs are captured)"
+        also = f" (the fused variant: {FORWARDS_OF_EACH_SIZE} passes, so that its CUDA graphs, if any, are captured)"
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
     return {
         "latency": (

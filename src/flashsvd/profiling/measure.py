@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def _measure(
         parameters=loaded.ready.parameters,
         weight_bytes=loaded.ready.weight_bytes,
         dtype=loaded.ready.dtype,
-        cuda_graphs=len(getattr(call, "graphs", ())),
+        cuda_graphs=graphs_kept(loaded.ready.model),
         generation=generation,
         no_generation=no_generation,
     )
@@ -155,6 +156,12 @@ def _largest(job: EvalJob) -> list[Batch]:
         widest = batch if widest is None or _places(batch) > _places(widest) else widest
         fullest = batch if fullest is None or batch.tokens > fullest.tokens else fullest
     return [batch for batch in (widest, fullest) if batch is not None]
+
+
+def graphs_kept(model: Any) -> int:
+    """CUDA graphs that an optimised model keeps, of whole forwards or of steps of generating."""
+    decoders = getattr(model, "decoders", None)
+    return len(getattr(model, "graphs", ())) if decoders is None else int(decoders.graphs)
 
 
 def _places(batch: Batch) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
-from flashsvd.blocks.running.choice import Choices, Implementation, Operation
+from flashsvd.blocks.running.choice import Choices, Implementation, Operation, bucket
 from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
 from flashsvd.kernels.decode_attention import decode_attention
@@ -86,7 +86,8 @@ class PackedHeads(Packed):
                 backend="triton",
             )  # fmt: skip
 
-        return run(self.choices.pick(CAUSAL, (*self.counts, self.width, at.length, window or 0), q, run))
+        longest = bucket(at.length)
+        return run(self.choices.pick(CAUSAL, (*self.counts, self.width, longest, window or 0), q, run))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         """q [B, heads, S, D] over k, v [B, kv_heads, T, D], by torch.

@@ -88,6 +88,11 @@ class Decoder:
         """Of the cache."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.keys, layer.values))
 
+    @property
+    def graphs(self) -> int:
+        """How many were captured."""
+        return len(self._graphs)
+
     def prompt(self, ids: Tensor, first: Tensor | None, ends: Sequence[int], pad: int) -> Tensor:
         """Begin with ids [rows, length]; returns the logits [rows, vocabulary] of what follows.
 

@@ -55,6 +55,16 @@ class Decoders:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def bytes(self) -> int:
+        """Of the caches that are kept."""
+        return sum(decoder.bytes for decoder in self._kept.values())
+
+    @property
+    def graphs(self) -> int:
+        """How many CUDA graphs are kept."""
+        return sum(decoder.graphs for decoder in self._kept.values())
+
     def forget(self) -> None:
         """Free all caches and graphs."""
         self._kept.clear()
@@ -153,6 +163,9 @@ def _is_fresh(cache: Any) -> bool:
     if cache is None:
         return True
     if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "_is_user_defined", False):
+        return False
+    # Whoever keeps it off the GPU has no room for ours there.
+    if getattr(cache, "offloading", False):
         return False
     return int(cache.get_seq_length()) == 0
 

@@ -162,6 +162,10 @@ def refuse_decoder_call(hidden_states: Tensor, mask: Any, options: Mapping[str, 
     _refuse_tracing(hidden_states)
     if options.get("encoder_hidden_states") is not None:
         raise BackendError("fused decoder blocks attend to their own tokens alone; use the plain model")
+    if options.get("cache") is not None:
+        raise BackendError(
+            "fused decoder blocks take no paged cache (generate_batch); call generate, or the plain model"
+        )
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
         raise BackendError("fused decoder blocks take the masks of sdpa; load with attn_implementation='sdpa'")
     _refuse_gradients(hidden_states)
