@@ -101,12 +101,20 @@ def walk_by_tensor_cores(
 ):  # fmt: skip
     # M stands on the left, where tiles have many rows; the compiler keeps several of its tiles on their way.
     acc = tl.zeros([ROWS, N], tl.float32)
+    o_n = tl.arange(0, N)
+    m_n = (o_n < n)[None, :]
     for k in range(first, last, COLUMNS):
         o_column = k + tl.arange(0, COLUMNS)
         w = weight_tile(m_ptr, o_row, o_column, rows, pitch, last)
-        x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
-        x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT)
-        acc = tl.dot(w.to(DTYPE), x.to(DTYPE).T, acc)
+        if PARTS == 1 and NORM == "none":
+            # As it lies in memory it goes to the tensor cores without a way through registers.
+            x = tl.load(
+                x_ptr + o_n[None, :] * x_row + o_column[:, None], mask=m_n & (o_column < last)[:, None], other=0
+            )
+        else:
+            x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
+            x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT).to(DTYPE).T
+        acc = tl.dot(w.to(DTYPE), x, acc)
     return acc.T
 
 

@@ -17,6 +17,7 @@ from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_gated, decode_linear
+from flashsvd.kernels.gate import gate
 from flashsvd.kernels.gated_linear import gated_linear
 
 STEP_FFN = Operation("decoding network", "{} to {} to {}, ranks {} and {}")
@@ -80,8 +81,8 @@ class PackedDecoderFFN(QuickModule):
         if not self.gated:
             m = first.matrices
             return decode_linear(x, m, first.bias, activation=activation, backend="triton", **options)
-        gate, up = first.matrices if first.first is not None else first.matrices[0].chunk(2)
-        return decode_gated(x, gate, up, first.bias, activation=activation, backend="triton", **options)
+        first_half, up = first.matrices if first.first is not None else first.matrices[0].chunk(2)
+        return decode_gated(x, first_half, up, first.bias, activation=activation, backend="triton", **options)
 
     def by_products(self, x: Tensor) -> Tensor:
         """Of any number of rows, a chunk after the other, so that little of the inner dimension exists at once."""
@@ -105,28 +106,30 @@ class PackedDecoderFFN(QuickModule):
         assert isinstance(activation, str)
         assert first.first is not None
         p = n @ first.first.T
-        (p_g, p_u), (gate, up) = p.split_with_sizes(first.ranks, 1), first.matrices
+        (p_g, p_u), (v_g, v_u) = p.split_with_sizes(first.ranks, 1), first.matrices
         b_g, b_u = (None, None) if first.bias is None else first.bias.split_with_sizes(first.widths)
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
-                return gated_linear(p_g, p_u, gate, up, b_g, b_u, activation=activation, backend="triton")
+                return gated_linear(p_g, p_u, v_g, v_u, b_g, b_u, activation=activation, backend="triton")
             y = n.new_empty(len(n), 2 * self.inner)
-            for p_i, m, b, y_i in zip((p_g, p_u), (gate, up), (b_g, b_u), y.chunk(2, 1), strict=True):
+            for p_i, m, b, y_i in zip((p_g, p_u), (v_g, v_u), (b_g, b_u), y.chunk(2, 1), strict=True):
                 torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)
             return self._activate(y)
 
         return run(self.choices.pick(LIFTS, (*first.ranks, self.inner), p, run))
 
     def _activate(self, y: Tensor) -> Tensor:
-        """y [n, both side by side] -> [n, inner]; y is overwritten."""
+        """y [n, both side by side] -> [n, inner]."""
+        if self.gated and isinstance(self.activation, str):
+            return gate(y, activation=self.activation, backend=self.choices.backend)
         function: Callable[[Tensor], Tensor] = (
             activation_function(self.activation) if isinstance(self.activation, str) else self.activation
         )
         if not self.gated:
             return function(y)
-        gate, up = y.chunk(2, 1)
-        return function(gate).mul_(up)
+        first, second = y.chunk(2, 1)
+        return function(first).mul_(second)
 
     def _chunk(self, x: Tensor) -> int:
         of_a_row = sum(self.first.widths) * x.element_size()
