@@ -174,6 +174,87 @@ def test_attention_with_all_its_options(splits: int) -> None:
     Step(3, 4, 4, 64, 1024, [3, 900, 64], torch.bfloat16, width_v=40, rotated=False).check(splits=splits)
 
 
+@pytest.mark.parametrize("position", [0, 63, 64, 200, 512, 767])
+@pytest.mark.parametrize("splits", [2, 8, 32])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(32, 32, 128), (32, 8, 128), (9, 3, 64), (12, 12, 64)])
+def test_splits_at_every_place_of_real_models(
+    heads: int, kv_heads: int, width: int, splits: int, position: int
+) -> None:
+    arrivals = torch.zeros(1, kv_heads, dtype=torch.int32, device="cuda")
+    step = Step(1, heads, kv_heads, width, 768, position, torch.bfloat16)
+    for _ in range(2):
+        step.check(splits=splits, arrivals=arrivals)
+        assert not arrivals.any()
+
+
+class Layers32:
+    """The attention of 32 layers of LLaMA-7B, one after the other, with counters that all of them share."""
+
+    def __init__(self, splits: int, position: int) -> None:
+        self.steps = [Step(1, 32, 32, 128, 768, position, torch.bfloat16) for _ in range(32)]
+        for i, step in enumerate(self.steps):
+            step.new = [x * (1 + i / 32) for x in step.new]
+        arrivals = torch.zeros(1, 32, dtype=torch.int32, device="cuda")
+        self.options: dict[str, Any] = {"splits": splits, "arrivals": arrivals, "backend": "triton"}
+
+    def __call__(self) -> Tensor:
+        return torch.stack([
+            decode_attention(*step.new, *step.caches, step.position, **step.options, **self.options)
+            for step in self.steps
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 8, 32])
+def test_fifty_replays_are_equal_to_the_last_bit(splits: int) -> None:
+    layers = Layers32(splits, 512)
+    expected = layers()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = layers()
+    for _ in range(50):
+        result.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["counters of each", "new counters"])
+@pytest.mark.parametrize("graphed", [True, False], ids=["graphs", "calls"])
+def test_two_streams_at_once(graphed: bool, own: bool) -> None:
+    """The same plan on both; graphs are captured on one stream and replayed on two."""
+    both = [Layers32(8, position) for position in (512, 700)]
+    if not own:
+        for layers in both:
+            layers.options["arrivals"] = None
+    expected = [layers() for layers in both]
+    calls: list[Any] = list(both)
+    if graphed:
+        calls = [Graphed(layers) for layers in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    found: list[list[Tensor]] = [[], []]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for call, stream, results in zip(calls, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(call().clone())
+    torch.cuda.synchronize()
+    for results, right in zip(found, expected, strict=True):
+        assert all(torch.equal(result, right) for result in results)
+
+
+class Graphed:
+    """A call as a CUDA graph."""
+
+    def __init__(self, call: Any) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = call()
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_one_graph_serves_every_place(splits: int) -> None:
     step = Step(2, 8, 2, 128, 256, 10, torch.bfloat16)

@@ -1,12 +1,17 @@
 """Prints the bytes of shared memory that each kernel takes on a Hopper GPU with the table's tiles, without having one.
 
+Of `spills` it prints the bytes of registers that a program stores because they are too many.
+
 Runs in a process of its own, since Triton's interpreter, once chosen, replaces the compiler.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -43,7 +48,7 @@ class Compiler:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.shared = 0
+        self.shared = self.spilled = 0
 
     def __getitem__(self, grid: object) -> Compiler:
         return self
@@ -55,8 +60,38 @@ class Compiler:
         signature = {name: "constexpr" if name in constants else kind(value) for name, value in named.items()}
         fixed = {name: named[name] for name, type_name in signature.items() if type_name == "constexpr"}
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
+        self.done(self.compiled(named, signature, fixed, options))
+
+    def compiled(
+        self, named: dict[str, Any], signature: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]
+    ) -> Any:
         source = ASTSource(self.kernel, signature, fixed)
-        self.shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    def done(self, compiled: Any) -> None:
+        self.shared = compiled.metadata.shared
+
+
+class Registers(Compiler):
+    """As a launch compiles it, which knows the sizes that are multiples of 16, with the bytes that are spilled."""
+
+    def compiled(
+        self, named: dict[str, Any], signature: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]
+    ) -> Any:
+        ones = {name: 1 for name, value in named.items() if type(value) is int and value == 1 and name not in fixed}
+        signature, fixed = signature | dict.fromkeys(ones, "constexpr"), fixed | ones
+        known = [isinstance(x, Tensor) or (type(x) is int and x % 16 == 0) for x in named.values()]
+        aligned = [i for i, name in enumerate(named) if known[i] and name not in fixed]
+        source = ASTSource(self.kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    def done(self, compiled: Any) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        (self.spilled,) = map(int, re.findall(r"STACK:(\d+)", said))
 
 
 def kind(argument: Any) -> str:
@@ -71,11 +106,15 @@ def kind(argument: Any) -> str:
 
 
 def shared_memory(module: Any, kernel: str, *call: Any) -> int:
-    op, compiler = module._op, Compiler(getattr(module, kernel))
+    return launched(Compiler(getattr(module, kernel)), module, kernel, *call).shared
+
+
+def launched(compiler: Compiler, module: Any, kernel: str, *call: Any) -> Compiler:
+    op = module._op
     hopper = patch.object(module, "generation", return_value="hopper", create=True)
     with patch.object(module, kernel, compiler), hopper:
         op.launch(op.call(*call), precision(call[0]))
-    return compiler.shared
+    return compiler
 
 
 def main(dtype: torch.dtype, rank: int) -> dict[str, int]:
@@ -196,18 +235,31 @@ def decode(dtype: torch.dtype, width: int) -> dict[str, int]:
 def decoded(n: int, zeros: Callable[..., Tensor], width: int) -> int:
     q, k, cache = zeros(n, 2, width), zeros(n, 1, width), zeros(n, 1, 512, width)
     table, place = zeros(n, width // 2), torch.zeros(1, dtype=torch.int32)
-    weight, rest = zeros(width), [place, None, None, 1.0, 1e-5, -1, 2]
+    weight, rest = zeros(width), [place, None, None, None, 1.0, 1e-5, -1, 2]
     operands = [q, weight, k, weight, k, table, table, cache, cache.clone(), *rest]
-    with (
-        patch.object(decode_attention, "early_start", return_value=EARLY),
-        patch.object(decode_attention, "_join_splits", Compiler(decode_attention._join_splits)),
-    ):
+    with patch.object(decode_attention, "early_start", return_value=EARLY):
         return shared_memory(decode_attention, "_decode_attention", *operands)
+
+
+def spills(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """Of attention of a decoding step, of heads with keys of their own and of four that share them."""
+
+    def of(group: int, splits: int) -> int:
+        q, k, cache = (
+            torch.zeros(1, *shape, dtype=dtype) for shape in ((8 * group, width), (8, width), (8, 512, width))
+        )
+        table, place = torch.zeros(1, width // 2, dtype=dtype), torch.zeros(1, dtype=torch.int32)
+        operands = [q, None, k, None, k, table, table, cache, cache, place, None, None, None, 1.0, 1e-5, -1, splits]
+        compiler = Registers(decode_attention._decode_attention)
+        with patch.object(decode_attention, "early_start", return_value=EARLY):
+            return launched(compiler, decode_attention, "_decode_attention", *operands).spilled
+
+    return {f"{group} heads, {splits} splits": of(group, splits) for group in (1, 4) for splits in (1, 8, 32)}
 
 
 EARLY = {"PDL": True, "launch_pdl": True}
 # What `KIND:RANK` compiles, for a rank that only some kernels have a row for.
-KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode, "norms": norms}
+KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode, "norms": norms, "spills": spills}
 
 
 def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor, causal: bool = False) -> int:

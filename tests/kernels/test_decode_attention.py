@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from decode_accuracy import Step
-from flashsvd.kernels.decode_attention import decode_attention
+from flashsvd.kernels import decode_attention as module
+from flashsvd.kernels.decode_attention import DecodeAttention, decode_attention, default_splits, default_tiles
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES
 
@@ -105,6 +106,48 @@ def test_two_runs_are_equal_to_the_last_bit(splits: int) -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("splits", [2, 5])
+def test_counters_of_arrivals_serve_step_after_step(splits: int) -> None:
+    """At the first places fewer programs arrive than there are, and later ones of the same steps more."""
+    arrivals = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    for position in (0, 15, 16, 40, 63):
+        step = Step(2, 4, 2, 32, 64, position)
+        expected, _ = step.run("triton", tiles=SMALL, splits=splits)
+        found, _ = step.run("triton", tiles=SMALL, splits=splits, arrivals=arrivals)
+        assert torch.equal(found, expected)
+        assert not arrivals.any()
+
+
+def test_the_last_program_to_arrive_joins_what_the_others_left() -> None:
+    """A program that does not count as the last one, as it would be if another was still to come, writes no result."""
+    step = Step(1, 2, 2, 16, 64, 63)
+    arrivals = torch.tensor([[0, -1]], dtype=torch.int32, device=DEVICE)
+    out = torch.full((1, 2, 16), torch.nan, device=DEVICE)
+    step.run("triton", tiles=SMALL, splits=4, arrivals=arrivals, out=out)
+    assert arrivals.tolist() == [[0, 3]]
+    assert out.isfinite().all(-1).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("n", "kv_heads", "length", "window", "splits"),
+    [
+        (1, 32, 256, -1, 4), (1, 32, 768, -1, 8), (1, 32, 8448, -1, 8), (8, 32, 8448, -1, 1), (32, 32, 8448, -1, 1),
+        (1, 8, 768, -1, 12), (1, 8, 8448, -1, 32), (8, 8, 8448, -1, 4), (1, 3, 768, -1, 12), (1, 3, 2304, -1, 32),
+        (1, 32, 8448, 128, 2), (1, 32, 48, 4096, 1),
+    ],
+)  # fmt: skip
+def test_the_tables_splits(
+    n: int, kv_heads: int, length: int, window: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with 132 multiprocessors: two programs on each, and a tile of keys for every one."""
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    step = Step(1, kv_heads, kv_heads, 2, 1, 0, torch.float16, rotated=False)
+    q, k, v = (x.expand(n, -1, -1) for x in step.new)
+    caches = [cache.expand(n, -1, length, -1) for cache in step.caches]
+    c = DecodeAttention(q, None, k, None, v, None, None, *caches, step.position, None, None, None, 1.0, 0, window, None)
+    assert default_splits(c, default_tiles(c)) == splits
+
+
 def test_in_a_compiled_graph() -> None:
     step = Step(2, 4, 2, 32, 40, 21)
     expected, expected_caches = step.run("triton")
@@ -133,6 +176,8 @@ def test_in_a_compiled_graph() -> None:
         ({"softmax_scale": 0.0}, "a positive number, not 0.0"),
         ({"window": 0}, "from 1 on, or -1 for none, not 0"),
         ({"splits": 33}, "from 1 to 32, not 33"),
+        ({"arrivals": torch.zeros(4, dtype=torch.int32)}, r"arrivals is contiguous int32 \(2, 2\), not .* \(4,\)"),
+        ({"arrivals": torch.zeros(2, 2)}, "arrivals is contiguous int32"),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong: dict[str, Any], why: str) -> None:

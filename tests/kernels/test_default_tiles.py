@@ -16,12 +16,22 @@ WIDTHS_OF_DECODING = (4096,)
 SIZES_OF_NORMS = (4096, 16_384)
 
 
+def compiled(*kinds: str, cache: Path) -> dict[tuple[str, str], int]:
+    command = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py")), "bfloat16", *kinds]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return {(kernel, rank): size for rank, sizes in json.loads(printed).items() for kernel, size in sizes.items()}
+
+
+def test_a_step_of_attention_keeps_all_it_holds_in_registers(tmp_path: Path) -> None:
+    spilled = compiled("spills:64", "spills:128", cache=tmp_path)
+    assert len(spilled) == 12
+    assert {case: size for case, size in spilled.items() if size} == {}
+
+
 def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> None:
     # The widest ranks that each row of the tables serves.
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("compile_for_hopper.py")),
-        "bfloat16",
+    kinds = [
         "128",
         "160",
         "256",
@@ -32,9 +42,7 @@ def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> No
         *(f"decode:{width}" for width in WIDTHS_OF_DECODING),
         *(f"norms:{size}" for size in SIZES_OF_NORMS),
     ]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    taken = {(kernel, rank): size for rank, sizes in json.loads(printed).items() for kernel, size in sizes.items()}
+    taken = compiled(*kinds, cache=tmp_path)
     feed_forward = len(WIDEST_OF_V1) * 4 + len(WIDEST_OF_GEGLU) * 3 + len(WIDEST_OF_LIFTS) * 6
     assert len(taken) == 4 * 19 + feed_forward + len(WIDTHS_OF_DECODING) * 9 + len(SIZES_OF_NORMS) * 2
     assert {case: size for case, size in taken.items() if not 0 < size <= SHARED_MEMORY_OF_HOPPER} == {}

@@ -11,8 +11,9 @@ f is the first real column of each row, where rows are padded on the left. With 
 attended to, the new one included.
 
 A program owns the heads that share a head of keys, and loads that once. Long caches are shared among `splits` programs,
-each of which takes as many tiles of what is there (flash decoding), and a second kernel joins them in a fixed order.
-Halves of heads are loaded and multiplied apart, so that rotation moves nothing.
+each of which takes as many tiles of what is there, give or take one (flash decoding); those for which there is none
+leave at once. Each of the others counts itself when its share is done, and the last one joins all shares in a fixed
+order. Halves of heads are loaded and multiplied apart, so that rotation moves nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ __all__ = ["decode_attention", "decode_attention_reference"]
 
 LARGEST_HEAD = 256
 MOST_SPLITS = 32
-# Keys for which another program is worth it.
-KEYS_OF_A_SPLIT = 128
 
 
 class DecodeAttention(NamedTuple):
@@ -59,6 +58,7 @@ class DecodeAttention(NamedTuple):
     v_cache: Tensor
     position: Tensor
     first: Tensor | None
+    arrivals: Tensor | None
     out: Tensor | None
     softmax_scale: float
     eps: float
@@ -166,16 +166,45 @@ def _keys_and_step(
     )  # fmt: skip
 
 
+@triton.jit
+def _join(
+    acc_ptr, high_ptr, total_ptr, out_ptr, shares, group, width, out_head,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    # Heads' attention [GROUP, WIDTH] out of that to shares of their keys, AT_ONCE of which are on their way together.
+    # Every thread reads by itself what it multiplies with, so that none waits for another.
+    o_head = tl.arange(0, GROUP)[:, None]
+    o_width = tl.arange(0, WIDTH)[None, :]
+    m_width = o_width < width
+    o_mark = tl.minimum(o_head, group - 1)
+    high = tl.full([GROUP, 1], float("-inf"), tl.float32)
+    for i in range(0, shares, AT_ONCE):
+        for s in tl.static_range(AT_ONCE):
+            m_share = tl.full([GROUP, 1], i + s, tl.int32) < shares
+            high = tl.maximum(high, tl.load(high_ptr + (i + s) * group + o_mark, mask=m_share, other=float("-inf")))
+    total = tl.zeros([GROUP, 1], tl.float32)
+    acc = tl.zeros([GROUP, WIDTH], tl.float32)
+    for i in range(0, shares, AT_ONCE):
+        for s in tl.static_range(AT_ONCE):
+            m_share = tl.full([GROUP, 1], i + s, tl.int32) < shares
+            o_share = (i + s) * group + o_mark
+            factor = tl.exp2(tl.load(high_ptr + o_share, mask=m_share, other=float("-inf")) - high)
+            total += factor * tl.load(total_ptr + o_share, mask=m_share, other=0.0)
+            acc += factor * tl.load(acc_ptr + o_share * width + o_width, mask=m_share & m_width, other=0.0)
+    y = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + o_head * out_head + o_width, y, mask=(o_head < group) & m_width)
+
+
 @kernel()
 def _decode_attention(
     q_ptr, q_norm_ptr, k_ptr, k_norm_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, position_ptr, first_ptr,
-    out_ptr, high_ptr, total_ptr,
+    arrivals_ptr, out_ptr, parts_ptr,
     kv_heads, group, width, width_v, position_row, cos_row, sin_row, q_row, q_head, k_row, k_head, v_row, v_head,
-    k_cache_row, k_cache_head, k_cache_column, v_cache_row, v_cache_head, v_cache_column, out_row, out_head, out_split,
+    k_cache_row, k_cache_head, k_cache_column, v_cache_row, v_cache_head, v_cache_column, out_row, out_head,
     eps, qk_scale, window,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, WINDOWED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATE: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, AT_ONCE: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0) // kv_heads
     i_kv = tl.program_id(0) % kv_heads
@@ -186,6 +215,17 @@ def _decode_attention(
         low = tl.maximum(tl.load(first_ptr + i_row).to(tl.int32), 0)
     if WINDOWED:
         low = tl.maximum(low, position + 1 - window)
+    start = low
+    end = position + 1
+    shares = 1
+    if SPLITS > 1:
+        tiles = tl.cdiv(end - low, COLUMNS)
+        shares = tl.maximum(tl.minimum(tiles, SPLITS), 1)
+        i_share = tl.program_id(1)
+        if i_share >= shares:
+            return
+        start += tl.cdiv(i_share * tiles, shares) * COLUMNS
+        end = tl.minimum(low + tl.cdiv((i_share + 1) * tiles, shares) * COLUMNS, end)
     if ROTATE:
         cos_ptr += i_row * cos_row
         sin_ptr += i_row * sin_row
@@ -215,9 +255,6 @@ def _decode_attention(
         tl.store(v_cache_ptr + position.to(tl.int64) * v_cache_column + o_v, v, mask=m_v)
     q1 = nearest(q1, PRECISION)
     q2 = nearest(q2, PRECISION)
-    share = tl.cdiv(tl.cdiv(position + 1 - low, SPLITS), COLUMNS) * COLUMNS
-    start = low + tl.program_id(1) * share
-    end = tl.minimum(start + share, position + 1)
     high, total, acc, unused = no_keys(ROWS, WIDTH_V, 0)
     # Tiles of old keys alone, and one at the most that takes in the new one.
     whole = start + tl.maximum(tl.minimum(end, position) - start, 0) // COLUMNS * COLUMNS
@@ -231,44 +268,38 @@ def _decode_attention(
             q1, q2, k1, k2, v, k_cache_ptr, v_cache_ptr, acc, unused, high, total, j, position, width, width_v,
             k_cache_column, v_cache_column, qk_scale, COLUMNS, HALF, WIDTH_V, True, PRECISION,
         )  # fmt: skip
-    i_head = i_kv * group + o_head
-    mask = m_head[:, None] & m_v
-    if SPLITS > 1:
-        place = i_row * out_row + i_head * out_head + tl.program_id(1) * out_split
-        tl.store(out_ptr + place[:, None] + o_v, acc, mask=mask)
-        place = (i_row * kv_heads * group + i_head) * SPLITS + tl.program_id(1)
-        tl.store(high_ptr + place, high, mask=m_head)
-        tl.store(total_ptr + place, total, mask=m_head)
-    else:
-        place = out_ptr + (i_row * out_row + i_head * out_head)[:, None] + o_v
-        tl.store(place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@kernel()
-def _join_splits(
-    acc_ptr, high_ptr, total_ptr, out_ptr, heads, width, out_row, out_head,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    # A head's attention out of those to shares of its keys, [SPLITS, width]; a share may have had no key.
-    i = tl.program_id(0)
-    await_inputs(PDL)
-    o_split = tl.arange(0, BLOCK)
-    m_split = o_split < SPLITS
-    high = tl.load(high_ptr + i * SPLITS + o_split, mask=m_split, other=float("-inf"))
-    factor = tl.exp2(high - tl.max(high, 0))
-    total = tl.sum(tl.load(total_ptr + i * SPLITS + o_split, mask=m_split, other=0.0) * factor, 0)
-    o_width = tl.arange(0, WIDTH)
-    place = acc_ptr + (i * SPLITS + o_split)[:, None] * width + o_width[None, :]
-    acc = tl.load(place, mask=m_split[:, None] & (o_width < width)[None, :], other=0.0)
-    y = tl.sum(acc * factor[:, None], 0) / total
-    place = out_ptr + i // heads * out_row + i % heads * out_head + o_width
-    tl.store(place, y.to(out_ptr.dtype.element_ty), mask=o_width < width)
+    out_ptr += i_row * out_row + i_kv * group * out_head
+    if shares == 1:
+        place = out_ptr + o_head[:, None] * out_head + o_v
+        tl.store(place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=m_head[:, None] & m_v)
+    elif SPLITS > 1:
+        i_pair = tl.program_id(0).to(tl.int64)
+        parts = tl.num_programs(0).to(tl.int64) * SPLITS * group
+        high_ptr = parts_ptr + parts * width_v
+        total_ptr = high_ptr + parts
+        i_part = (i_pair * SPLITS + tl.program_id(1)) * group + o_head
+        tl.store(parts_ptr + i_part[:, None] * width_v + o_v, acc, mask=m_head[:, None] & m_v)
+        tl.store(high_ptr + i_part, high, mask=m_head)
+        tl.store(total_ptr + i_part, total, mask=m_head)
+        # The one thread that counts publishes what all threads have stored before they met here.
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals_ptr + i_pair, 1, sem="acq_rel", scope="gpu") == shares - 1:
+            tl.store(arrivals_ptr + i_pair, 0)
+            first = i_pair * SPLITS * group
+            _join(
+                parts_ptr + first * width_v, high_ptr + first, total_ptr + first, out_ptr, shares, group, width_v,
+                out_head, GROUP, WIDTH_V, AT_ONCE,
+            )  # fmt: skip
 
 
 CANDIDATES = (
     Tiles(16, 32, warps=2, stages=3), Tiles(16, 64, warps=4, stages=2), Tiles(16, 64, warps=4, stages=3),
     Tiles(16, 128, warps=4, stages=2),
 )  # fmt: skip
+# So many programs find room on a Hopper's multiprocessor together; more of them would wait for the first ones' end.
+PROGRAMS = 2
+# Numbers of shares that a program asks for at once when it joins them.
+JOINED = 8192
 
 
 def default_tiles(c: DecodeAttention) -> Tiles:
@@ -277,6 +308,13 @@ def default_tiles(c: DecodeAttention) -> Tiles:
     if c.q.dtype == torch.float32:
         return Tiles(16, 32, warps=4, stages=1) if widest <= 128 else Tiles(16, 16, warps=8, stages=1)
     return Tiles(16, 64 if widest <= 128 else 32, warps=4, stages=2)
+
+
+def default_splits(c: DecodeAttention, t: Tiles) -> int:
+    """The table's programs for a head of keys: as many as there is room for, and no more than tiles."""
+    reach = c.k_cache.shape[2] if c.window < 0 else min(c.window, c.k_cache.shape[2])
+    room = PROGRAMS * multiprocessors(c.q.device) // (len(c.q) * c.k.shape[1])
+    return max(1, min(MOST_SPLITS, room, -(-reach // t.columns)))
 
 
 def _sizes(c: DecodeAttention) -> Hashable:
@@ -308,6 +346,9 @@ def _check_places(c: DecodeAttention) -> None:
         if x is not None and (tuple(x.shape) not in shapes or x.dtype not in (torch.int32, torch.int64)):
             wanted = " or ".join(map(str, shapes))
             raise ValueError(f"{name} is int32 or int64 {wanted}, not {x.dtype} {tuple(x.shape)}")
+    x, shape = c.arrivals, (len(c.q), c.k.shape[1])
+    if x is not None and (x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous()):
+        raise ValueError(f"arrivals is contiguous int32 {shape}, not {x.dtype} {tuple(x.shape)}")
 
 
 def _check_angles(c: DecodeAttention) -> None:
@@ -348,54 +389,44 @@ def _prepare(c: DecodeAttention, exact: str) -> DecodeAttention:
     return c._replace(q=q, k=k, v=v, cos=cos, sin=sin, first=first, q_norm=q_norm, k_norm=k_norm)
 
 
-def splits_of(c: DecodeAttention) -> int:
-    """How many programs share a head's keys: twice as many as fill the GPU, if the cache is long enough for them."""
-    programs, reach = len(c.q) * c.k.shape[1], c.k_cache.shape[2] if c.window < 0 else c.window
-    wanted = -(-2 * multiprocessors(c.q.device) // programs)
-    return c.splits or max(1, min(MOST_SPLITS, wanted, reach // KEYS_OF_A_SPLIT))
-
-
 def _plan(c: DecodeAttention, exact: str, t: Tiles) -> Plan:
-    shape, splits = _shape(c), splits_of(c)
+    shape, splits = _shape(c), c.splits or default_splits(c, t)
     n, heads, width_v = shape
-    kv_heads, block_v = c.k.shape[1], _block(width_v)
+    kv_heads = c.k.shape[1]
     out_row, out_head = (heads * width_v, width_v) if c.out is None else c.out.stride()[:2]
-    part = (heads * splits * width_v, splits * width_v, width_v)
     cos_row, sin_row = (0 if x is None else x.stride(0) for x in (c.cos, c.sin))
-    names = [*operand_names(DecodeAttention), "high", "total"]
-    early = early_start(c.q)
+    names = [*operand_names(DecodeAttention), "parts"]
     arguments = [
         *addresses(*names),
         *(kv_heads, c.group, c.q.shape[2], width_v, 0 if len(c.position) == 1 else c.position.stride(0)),
         *(cos_row, sin_row, *c.q.stride()[:2], *c.k.stride()[:2], *c.v.stride()[:2]),
         *(*c.k_cache.stride()[:3], *c.v_cache.stride()[:3]),
-        *(part if splits > 1 else (out_row, out_head, 0)),
-        *(c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0)),
+        *(out_row, out_head, c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0)),
     ]
+    group, block_v = triton.next_power_of_2(c.group), _block(width_v)
     rows = Tiles(max(t.rows, _block(c.group)), t.columns, t.warps, t.stages)
     attend = Launch(
         _decode_attention, (n * kv_heads, splits), names, arguments, rows,
-        HALF=_block(c.q.shape[2] // 2), WIDTH_V=block_v, SPLITS=splits, PADDED=c.first is not None,
+        HALF=_block(c.q.shape[2] // 2), WIDTH_V=block_v, SPLITS=splits, GROUP=group,
+        AT_ONCE=min(triton.next_power_of_2(splits), max(1, JOINED // (group * block_v))), PADDED=c.first is not None,
         WINDOWED=c.window >= 0, Q_NORM=c.q_norm is not None, K_NORM=c.k_norm is not None, ROTATE=c.cos is not None,
-        PRECISION=exact, **early,
+        PRECISION=exact, **early_start(c.q),
     )  # fmt: skip
-    joined = ["acc", "high", "total", "out"]
-    join = Launch(
-        _join_splits, (n * heads,), joined, [*addresses(*joined), heads, width_v, out_row, out_head],
-        SPLITS=splits, BLOCK=triton.next_power_of_2(splits), WIDTH=block_v, num_warps=4, **early,
-    )  # fmt: skip
+    parts = n * heads * splits * (width_v + 2)
 
     def run(q: Tensor, *others: Tensor | None) -> Tensor:
-        out = others[-1]
+        *given, arrivals, out = others
         if out is None:
             out = q.new_empty(*shape)
         if splits == 1:
-            attend(q, *others[:-1], out, None, None)
+            attend(q, *given, None, out, None)
             return out
-        acc = q.new_empty(n, heads, splits, width_v, dtype=torch.float32)
-        high, total = q.new_empty(2, n, heads, splits, dtype=torch.float32).unbind()
-        attend(q, *others[:-1], acc, high, total)
-        join(acc, high, total, out)
+        # Kept by plan and stream, counters would be shared by graphs that one stream captured and two replay at once.
+        # A caller may keep them with a cache, whose new column no two calls may write at once either; else they are of
+        # this call, and take a memset.
+        if arrivals is None:
+            arrivals = q.new_zeros(n, kv_heads, dtype=torch.int32)
+        attend(q, *given, arrivals, out, q.new_empty(parts, dtype=torch.float32))
         return out
 
     return run
@@ -409,7 +440,7 @@ def _block(width: int) -> int:
 _op = Op(
     "decode_attention", DecodeAttention, check=check_decode_attention, reference=_reference, shape=_shape,
     prepare=_prepare, plan=_plan, table=Table(default_tiles, CANDIDATES, _sizes),
-    writes=("out", "k_cache", "v_cache"),
+    writes=("out", "k_cache", "v_cache", "arrivals"),
 )  # fmt: skip
 
 
@@ -417,7 +448,8 @@ def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, *, softmax_scale: float,
     first: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6, window: int | None = None,
-    splits: int | None = None, backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+    splits: int | None = None, arrivals: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(softmax_scale * R(norm(q)) K^T) V over the keys up to a new one, which is written into the cache first.
 
@@ -439,6 +471,8 @@ def decode_attention(
         eps: what these add to the mean square.
         window: how many keys are attended to, the new one among them; None for all.
         splits: how many programs share a head's keys; None for as many as fill the GPU.
+        arrivals: zeros, int32 [n, kv_heads], where these programs count themselves, and which are zeros again in the
+            end: kept with a cache, they save each call a launch. No two calls use them at once. None for new ones.
         backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
         tiles: `rows` heads and `columns` keys; None takes the table's. There are as many rows as share keys at least.
         out: where to write, [n, heads, D_v].
@@ -450,5 +484,5 @@ def decode_attention(
         ValueError: the shapes or dtypes do not fit together, heads are too wide, or the scale is not positive.
         BackendError: `backend="triton"` cannot run here.
     """
-    operands = (q, q_norm, k, k_norm, v, cos, sin, k_cache, v_cache, position, first, out)
+    operands = (q, q_norm, k, k_norm, v, cos, sin, k_cache, v_cache, position, first, arrivals, out)
     return _op(operands, (softmax_scale, eps, -1 if window is None else window, splits), backend, tiles)

@@ -65,7 +65,8 @@ class PackedHeads(Packed):
         cos, sin = at.tables or (None, None)
         return decode_attention(
             q, k, v, stored.keys, stored.values, at.position, softmax_scale=self.scale, first=at.first, cos=cos,
-            sin=sin, q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, window=self.window, backend="triton",
+            sin=sin, q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, window=self.window, arrivals=stored.arrivals,
+            backend="triton",
         )  # fmt: skip
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
