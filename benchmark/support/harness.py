@@ -58,6 +58,11 @@ class Settings:
         """For kernels: they themselves, on a GPU or in the interpreter; plain torch is all that is left elsewhere."""
         return "triton" if self.cuda or interpreting() else "torch"
 
+    def wants(self, variant: str) -> bool:
+        """Whether to measure a variant of this name."""
+        chosen = not self.variants or any(part in variant for part in self.variants)
+        return chosen and not any(part in variant for part in self.without)
+
     def pick(self, full: Sequence[Any], small: Sequence[Any], tiny: Sequence[Any]) -> Sequence[Any]:
         return {"full": full, "small": small, "tiny": tiny}[self.sizes]
 
@@ -318,8 +323,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     rows: list[Row] = []
     try:
         for variant in case.build(settings):
-            wanted = not settings.variants or any(part in variant.name for part in settings.variants)
-            if not wanted or any(part in variant.name for part in settings.without):
+            if not settings.wants(variant.name):
                 continue
             rows.append(_attempt(variant, case, settings))
             _show(rows[-1])
@@ -327,7 +331,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
         status, note = failure(error)
         rows.append(Row(case.name, case.sizes, "set-up", status, short(settings.dtype), note=note))
         _show(rows[-1])
-    rows = [dataclasses.replace(row, speedups=_speedups(row, rows, case.baselines)) for row in rows]
+    rows = [dataclasses.replace(row, speedups=speedups(row, rows, case.baselines)) for row in rows]
     for row in rows:
         if row.speedups and row.variant not in case.baselines:
             print(f"  {row.variant}: {row.speedups}")
@@ -453,7 +457,8 @@ def _seconds(call: Callable[[], Any], settings: Settings) -> float:
     return time.perf_counter() - start
 
 
-def _speedups(row: Row, rows: list[Row], baselines: tuple[str, ...]) -> str:
+def speedups(row: Row, rows: Sequence[Row], baselines: tuple[str, ...]) -> str:
+    """How many times as long as a row each of these variants takes, as `baseline=times`."""
     if row.ms is None:
         return ""
     times = {other.variant: other.ms for other in rows if other.variant in baselines and other.ms is not None}

@@ -31,6 +31,7 @@ from support.ways import optimized
 # Compiling takes most of a dry run's time, and some cases are alike.
 SCRIPTS = {
     "classifier": ["--only", "bert-4x16,sst2,modernbert", "--without", "compiled", "--ratios", "0.5"],
+    "decode_attention": [],
     "decode_linears": [],
     "flashsvdattn_ranks": ["--without", "compiled"],
     "flashsvdffn": ["--without", "compiled"],
