@@ -105,7 +105,7 @@ class CompressionJob:
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
         else:
-            plan = plan_ranks(shapes, _division(config.rank_request(), model_config))
+            plan = plan_ranks(shapes, division(config.rank_request(), model_config))
         calibration = _calibration(config, method, task, model_class, model_config, source)
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
         factoring = Factoring(targets, plan, method, _layout(config), device, dtype)
@@ -199,7 +199,7 @@ class CompressionJob:
 
     @property
     def _request(self) -> RankRequest:
-        return _division(self.config.rank_request(), self.model_config)
+        return division(self.config.rank_request(), self.model_config)
 
     def _with_final_ranks(self, model: Any, factoring: Factoring) -> Factoring:
         """With the ranks asked for, or those that the method chooses."""
@@ -313,8 +313,8 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
         log.warning("the calibration data are not read: %s needs none here", method.name)
 
 
-def _division(request: RankRequest, model_config: Any) -> RankRequest:
-    """How a budget is divided; of what a decoder reads for a token, no division makes less."""
+def division(request: RankRequest, model_config: Any) -> RankRequest:
+    """How a budget is divided: of what a decoder reads for a token, no division makes less, so that its is even."""
     return replace(request, steps="fine") if architecture_of(model_config).generates else request
 
 
