@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.parts.linears import PackedLinears
@@ -105,13 +106,15 @@ class PackedDecoderFFN(QuickModule):
         first, activation = self.first, self.activation
         assert isinstance(activation, str)
         assert first.first is not None
-        p = n @ first.first.T
+        p = F.linear(n, first.first)
         (p_g, p_u), (v_g, v_u) = p.split_with_sizes(first.ranks, 1), first.matrices
         b_g, b_u = (None, None) if first.bias is None else first.bias.split_with_sizes(first.widths)
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
                 return gated_linear(p_g, p_u, v_g, v_u, b_g, b_u, activation=activation, backend="triton")
+            if not n.is_cuda:
+                return activation_function(activation)(F.linear(p_g, v_g, b_g)).mul_(F.linear(p_u, v_u, b_u))
             y = n.new_empty(len(n), 2 * self.inner)
             for p_i, m, b, y_i in zip((p_g, p_u), (v_g, v_u), (b_g, b_u), y.chunk(2, 1), strict=True):
                 torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)

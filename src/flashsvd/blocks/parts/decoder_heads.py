@@ -15,7 +15,7 @@ from flashsvd.blocks.running.stored import StoredLayer
 from flashsvd.kernels.decode_attention import decode_attention
 from flashsvd.kernels.flash_attn_triton import flash_attention_with_kvcache
 from flashsvd.kernels.launch import Backend, use_triton
-from flashsvd.kernels.rotary import rotate_heads
+from flashsvd.kernels.rotary import rotate, rotate_heads
 
 CAUSAL = Operation("causal attention", "{} and {} heads of {}, prompts up to {}, window {}")
 
@@ -58,10 +58,9 @@ class PackedHeads(Packed):
         if not use_triton(self.choices.backend, q):
             q, k = self._normed(q, k)
             if at.tables is not None:
-                rows = torch.arange(len(q), dtype=torch.int32, device=q.device)
-                self._rotate(q, k, at.tables, rows)
+                q, k = rotate(torch.cat([q, k], 1), *at.tables).split_with_sizes(self.counts, 1)
             stored.write(k[:, :, None], v[:, :, None], at.column)
-            return self.attend(q[:, :, None], *stored.upto(at.column + 1), at.mask(self.window))[:, :, 0]
+            return self._attend_once(q, *stored.upto(at.column + 1), at.mask(self.window))
         cos, sin = at.tables or (None, None)
         return decode_attention(
             q, k, v, stored.keys, stored.values, at.position, softmax_scale=self.scale, first=at.first, cos=cos,
@@ -89,6 +88,18 @@ class PackedHeads(Packed):
 
         longest = bucket(at.length)
         return run(self.choices.pick(CAUSAL, (*self.counts, self.width, longest, window or 0), q, run))
+
+    def _attend_once(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """One token's q [n, heads, D] over k, v [n, kv_heads, T, D], for which SDPA takes twice as long on a CPU.
+
+        Args:
+            mask: bool [n or 1, 1, 1, T], true for what is attended to; None for everything.
+        """
+        grouped = q.reshape(-1, q.shape[1] // k.shape[1], self.width)
+        scores = torch.bmm(grouped, k.flatten(0, 1).mT).mul_(self.scale)
+        if mask is not None:
+            scores = scores.view(len(q), -1, k.shape[2]).masked_fill_(~mask[:, 0], -torch.inf).view_as(scores)
+        return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape[0], -1, v.shape[-1])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         """q [B, heads, S, D] over k, v [B, kv_heads, T, D], by torch.

@@ -13,7 +13,7 @@ from flashsvd.blocks.parts.norm import NORM
 from flashsvd.blocks.running.choice import Choices, Implementation
 from flashsvd.kernels.flashsvddecode import FEW_ROWS
 from flashsvd.kernels.fused_ln import fused_ln
-from flashsvd.kernels.rms_norm import rms_norm
+from flashsvd.kernels.rms_norm import rms_norm, rms_norm_reference
 
 
 class RowNorm(Packed):
@@ -50,7 +50,9 @@ class RowNorm(Packed):
         def run(implementation: Implementation) -> Tensor:
             by_kernel = implementation == "triton"
             if self.kind == "rms":
-                return rms_norm(x, None, self.weight, eps=self.eps, backend="triton" if by_kernel else "torch")
+                if not by_kernel:
+                    return rms_norm_reference(x, None, self.weight, self.eps)[0]
+                return rms_norm(x, None, self.weight, eps=self.eps, backend="triton")
             if not by_kernel:
                 return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
             return fused_ln(x, None, self.weight, self.bias, eps=self.eps, backend="triton")
