@@ -56,7 +56,8 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
         graph: `auto` replays batches of up to 65,536 tokens as CUDA graphs where their shape has come before, from ids
             to the model's output, which spares the time to launch kernels; at most 64 shapes are kept, which share
             their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none. A
-            decoder's forwards are not captured; each step in which it generates is one graph, unless this is `False`.
+            decoder's forwards are not captured; each step in which it generates is one graph, as is a prompt whose
+            length comes again, unless this is `False`.
 
     Returns:
         What was given.
@@ -148,7 +149,9 @@ def add_generation(model: Any, decoder: FusedDecoder, choices: Choices, in_graph
 
     from flashsvd.blocks.running.generation import Decoders, Generates
 
-    if isinstance(model, GenerationMixin) and model.get_output_embeddings() is not None:
+    # What a class of the user's own does in its forward, a loop around the blocks would leave out.
+    known = type(model).__module__.startswith("transformers.models.")
+    if known and isinstance(model, GenerationMixin) and model.get_output_embeddings() is not None:
         mix_in(model, Generates)
         model.decoders = Decoders(functools.partial(decoder.describe, choices=choices), in_graphs)
 

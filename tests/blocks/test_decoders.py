@@ -129,6 +129,7 @@ def with_attentions(model: Any) -> None:
     [
         (with_attentions, r"config\.output_attentions is set"),
         (lambda m: setattr(m.config, "_attn_implementation", "flex_attention"), "attn_implementation='sdpa'"),
+        (lambda m: setattr(m.config, "is_causal", False), r"config\.is_causal is False"),
         (lambda m: m.model.layers[1].mlp.register_forward_hook(lambda *_: None), r"layers\.1\.mlp has a hook"),
         (lambda m: setattr(m.model.layers[0], "mlp", torch.nn.Identity()), r"layers\.0\.mlp is a Identity"),
         (lambda m: m.model.layers[0].float(), "float32 on cpu, float64 on cpu"),
@@ -153,6 +154,11 @@ def test_a_call_that_asks_for_more_is_refused() -> None:
     _, model = pair("gpt2")
     with pytest.raises(BackendError, match="keeps no attention weights"), torch.no_grad():
         model(prompts(), output_attentions=True)
+    with pytest.raises(BackendError, match=r"causal \(is_causal=False\)"), torch.no_grad():
+        model(prompts(), is_causal=False)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(BackendError, match="attn_implementation='sdpa'"), torch.no_grad():
+        model(prompts())
     with pytest.raises(BackendError, match="cannot be saved"):
         model.state_dict()
     with pytest.raises(BackendError, match="optimised already"):

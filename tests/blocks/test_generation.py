@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import string
 import threading
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from blocks.test_decoders import left_padded, pair, prompts
 from conftest import EVERY_DECODER, build_decoder
 from flashsvd import optimize, runtime
 from flashsvd.blocks.running import generation
+from flashsvd.errors import BackendError
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
@@ -58,7 +71,7 @@ def test_greedy_tokens_are_those_of_the_plain_model(name: str, padded: bool, loo
         {"eos_token_id": 7, "min_new_tokens": 5},
         {"repetition_penalty": 1.4},
         {"cache_implementation": "static"},
-        {"stop_strings": None, "max_length": 14, "max_new_tokens": None},
+        {"max_length": 14, "max_new_tokens": None},
         {"max_new_tokens": 1},
     ],
 )
@@ -141,6 +154,119 @@ def test_a_streamer_is_given_the_same_tokens_one_by_one(loops: list[Any]) -> Non
     assert loops
 
 
+def test_a_streamer_may_generate_too(loops: list[Any]) -> None:
+    plain, model = pair("gpt2")
+    other = prompts(1, 6)
+    written: list[Tensor] = []
+
+    class Asking(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            if not written:
+                written.append(generate(model, other))
+
+        def end(self) -> None:
+            pass
+
+    assert torch.equal(generate(model, prompts(1), streamer=Asking()), generate(plain, prompts(1)))
+    assert torch.equal(written[0], generate(plain, other))
+
+
+class Halved(torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).flip(-1)
+
+
+def other_embeddings(model: Any) -> None:
+    torch.manual_seed(0)
+    model.set_input_embeddings(torch.nn.Embedding(64, 32).double())
+
+
+def another_head(model: Any) -> None:
+    model.lm_head = Halved(model.lm_head)
+
+
+def another_norm(model: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.linspace(-1, 3, 32))
+
+
+def other_angles(model: Any) -> None:
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 1.5
+
+
+@pytest.mark.parametrize("change", [other_embeddings, another_head, another_norm, other_angles])
+def test_what_is_changed_around_the_blocks_holds_from_the_next_call_on(change: Any) -> None:
+    plain, model = pair("llama")
+    before = generate(model, prompts())
+    for of in (plain, model):
+        change(of)
+    expected = generate(plain, prompts())
+    assert not torch.equal(before, expected)
+    assert torch.equal(generate(model, prompts()), expected)
+
+
+def test_a_class_of_ones_own_writes_by_its_own_forward(loops: list[Any]) -> None:
+    plain, _ = pair("llama")
+
+    class Backwards(type(plain)):  # type: ignore[misc]  # of transformers, untyped
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            output = super().forward(*arguments, **options)
+            output["logits"] = output.logits.flip(-1)
+            return output
+
+    plain.__class__ = Backwards
+    model = optimize(copy.deepcopy(plain))
+    assert torch.equal(generate(model, prompts()), generate(plain, prompts()))
+    assert not loops
+
+
+def test_strings_that_stop(loops: list[Any]) -> None:
+    characters = (string.ascii_letters + string.digits + "+-")[:64]
+    letters = Tokenizer(BPE({character: i for i, character in enumerate(characters)}, []))
+    letters.decoder = Fuse()
+    plain, model = pair("gpt2")
+    free = generate(plain, prompts(1))[0, 11:].tolist()
+    options = {
+        "stop_strings": ["".join(characters[i] for i in free[4:6])],
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=letters),
+    }
+    expected = generate(plain, prompts(1), **options)
+    assert expected.shape[1] <= 17
+    assert torch.equal(generate(model, prompts(1), **options), expected)
+    assert len(loops) == 1
+
+
+def test_whoever_is_asked_may_keep_what_it_is_shown(loops: list[Any]) -> None:
+    plain, model = pair("llama")
+
+    class Keeping(LogitsProcessor):
+        def __init__(self) -> None:
+            self.seen: list[tuple[Tensor, Tensor]] = []
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.seen.append((input_ids, scores))
+            return scores
+
+    kept = []
+    for of in (plain, model):
+        kept.append(Keeping())
+        generate(of, prompts(), logits_processor=LogitsProcessorList([kept[-1]]))
+    generate(model, prompts(3, 9))
+    for (ids, scores), (own_ids, own_scores) in zip(kept[0].seen, kept[1].seen, strict=True):
+        assert torch.equal(own_ids, ids)
+        torch.testing.assert_close(own_scores, scores, rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast_a_fused_model_is_refused() -> None:
+    _, model = pair("llama")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(BackendError, match="not under autocast"):
+        generate(model, prompts())
+
+
 class UntilLonger(StoppingCriteria):
     def __init__(self, most: int) -> None:
         self.most = most
@@ -213,8 +339,9 @@ def test_what_is_handed_out_is_the_callers_own() -> None:
     with torch.inference_mode():
         generate(model, prompts())
     # Nothing of the cache was made in inference mode.
-    assert torch.equal(generate(model, prompts()), kept)
-    kept += 1
+    last = generate(model, prompts())
+    assert torch.equal(last, kept)
+    assert not last.is_inference()
 
 
 def test_threads_write_one_after_the_other() -> None:

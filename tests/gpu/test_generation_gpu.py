@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from conftest import DECODERS, build_decoder, factor
 from flashsvd import optimize
@@ -92,7 +93,7 @@ def test_twenty_prompts_share_their_graphs() -> None:
     for length in range(5, 105, 5):
         ids = prompts(1, length)
         assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
-    assert len(model.decoders) == 1
+    assert (len(model.decoders), model.decoders.graphs) == (1, 1)
 
 
 def test_prompts_of_a_length_that_comes_again() -> None:
@@ -103,6 +104,8 @@ def test_prompts_of_a_length_that_comes_again() -> None:
             mask = left_padded(ids) if turn % 2 else torch.ones_like(ids)
             expected = plain.generate(ids, attention_mask=mask, **GREEDY)
             assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    # A step and two lengths, each with padding and without.
+    assert model.decoders.graphs == 6
 
 
 def test_a_prompt_and_a_cache_longer_than_a_window() -> None:
@@ -154,4 +157,22 @@ def test_a_model_that_moves_takes_new_caches() -> None:
     expected = plain.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     assert torch.equal(model.cpu().generate(ids.cpu(), **GREEDY), plain.cpu().generate(ids.cpu(), **GREEDY))
-    assert torch.equal(model.cuda().generate(ids, **GREEDY), expected)
+    assert torch.equal(model.cuda().generate(ids, **GREEDY), expected.cuda())
+    exact = plain.cuda().double().generate(ids, **GREEDY)
+    assert torch.equal(model.double().generate(ids, **GREEDY), exact)
+    assert model.decoders.graphs == 0
+
+
+def test_ids_on_the_cpu_are_transformers_matter() -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids = prompts(1, 20).cpu()
+    assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
+
+
+def test_a_static_cache_of_the_callers() -> None:
+    plain, model = pair("llama", "joint", torch.float32)
+    ids, written = prompts(2, 30), []
+    for of in (plain, model):
+        cache = StaticCache(config=of.config, max_cache_len=200)
+        written.append(of.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY))
+    assert torch.equal(*written)

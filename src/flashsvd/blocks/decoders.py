@@ -21,7 +21,9 @@ from flashsvd.blocks.running.refusals import (
     refuse_watched,
 )
 from flashsvd.errors import BackendError
+from flashsvd.kernels.decode_attention import LARGEST_HEAD
 from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
+from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import JoinedProjections
 
 HEAD = Operation("decoding head", "{} to {}")
@@ -38,11 +40,31 @@ def refuse_decoder_config(config: Any) -> None:
     for name in ("add_cross_attention", "output_attentions"):
         if getattr(config, name, False):
             raise BackendError(f"fused blocks are those of a plain decoder, but config.{name} is set; unset it")
+    if getattr(config, "is_causal", True) is False:
+        raise BackendError("fused decoder blocks are causal, but config.is_causal is False; run the model as it is")
+    _refuse_masks(config)
+
+
+def _refuse_masks(config: Any) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ATTENTION:
         raise BackendError(
             f"fused decoder blocks take the masks of sdpa, not those of {attention}; load the model with "
             "attn_implementation='sdpa'"
+        )
+
+
+def refuse_heads(config: Any, backend: Backend, graph: bool) -> None:
+    """Refuse heads that the kernel of a decoding step does not take, where kernels or graphs may be wanted.
+
+    Raises:
+        BackendError: saying how wide they are.
+    """
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (width % 2 or width > LARGEST_HEAD) and (graph or backend != "torch"):
+        raise BackendError(
+            f"heads of {width} are none of an even width up to {LARGEST_HEAD}, which the kernel of a decoding step "
+            "takes; use backend torch"
         )
 
 
@@ -70,8 +92,8 @@ def refuse_layers(layers: Any, path: str, known: type, parts: Mapping[str, type]
     refuse_scattered(layers.parameters())
 
 
-def refuse_attentions(base: Any) -> None:
-    """Let a base model whose layers are fused refuse calls for attention weights, which nobody records any more."""
+def guard_calls(base: Any) -> None:
+    """Let a base model whose layers are fused refuse calls for what they do not compute."""
     own: Callable[..., Any] = type(base).forward
 
     @functools.wraps(own)
@@ -79,19 +101,23 @@ def refuse_attentions(base: Any) -> None:
         """The model's own.
 
         Raises:
-            BackendError: the call asks for attention weights.
+            BackendError: the call asks for attention weights or another mask than a causal one, or masks are made for
+                another implementation of attention than SDPA.
         """
         wanted = options.get("output_attentions")
         if self.config.output_attentions if wanted is None else wanted:
             raise BackendError("fused attention keeps no attention weights (output_attentions); use the plain model")
+        if options.get("is_causal") is False:
+            raise BackendError("fused decoder blocks are causal (is_causal=False); use the plain model")
+        _refuse_masks(self.config)
         return own(self, *arguments, **options)
 
     mix_in(base, type("FusedDecoder", (PackedModule,), {"forward": forward}))
 
 
-def head_of(model: Any, norm: RowNorm, choices: Choices) -> Callable[[Tensor], Tensor]:
+def head_of(model: Any, last_norm: Any, choices: Choices) -> Callable[[Tensor], Tensor]:
     """Hidden states [n, hidden] -> logits [n, vocabulary] of a causal language model, its last norm included."""
-    head = model.get_output_embeddings()
+    head, norm = model.get_output_embeddings(), RowNorm(last_norm, last_norm.weight.dtype, choices, shared=True)
     plain = type(head) is nn.Linear
 
     def logits(x: Tensor) -> Tensor:

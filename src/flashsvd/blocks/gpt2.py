@@ -9,10 +9,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2B
 
 from flashsvd.blocks.decoder import DecoderBlock, DecoderWeights
 from flashsvd.blocks.decoder_layer import FusedDecoderLayer
-from flashsvd.blocks.decoders import head_of, refuse_attentions, refuse_decoder_config, refuse_layers
+from flashsvd.blocks.decoders import guard_calls, head_of, refuse_decoder_config, refuse_heads, refuse_layers
 from flashsvd.blocks.parts.decoder_heads import Heads
 from flashsvd.blocks.parts.read import read_activation, read_matrices, read_whole
-from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.decoding import DecoderModel
 from flashsvd.blocks.running.packed import mix_in
@@ -51,6 +50,7 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
         BackendError: saying what stands against it.
     """
     refuse_decoder_config(base.config)
+    refuse_heads(base.config, backend, graph)
     refuse_other_class(base, "the model", GPT2Model)
     refuse_other_class(base.ln_f, "ln_f", nn.LayerNorm)
     refuse_watched({"ln_f": base.ln_f, "wpe": base.wpe})
@@ -70,8 +70,7 @@ def fuse(base: Any, choices: Choices) -> None:
         mix_in(layer, FusedGPT2Layer)
         layer.block, layer.place = block, i
         del layer.ln_1, layer.attn, layer.ln_2, layer.mlp
-    base.last_norm = RowNorm(base.ln_f, base.ln_f.weight.dtype, choices).eval()
-    refuse_attentions(base)
+    guard_calls(base)
 
 
 def describe(model: Any, choices: Choices) -> DecoderModel:
@@ -83,7 +82,7 @@ def describe(model: Any, choices: Choices) -> DecoderModel:
         return hidden
 
     blocks = [layer.block for layer in base.h]
-    return DecoderModel(blocks, embed, head_of(model, base.last_norm, choices), None, base.ln_f.weight)
+    return DecoderModel(blocks, embed, head_of(model, base.ln_f, choices), None, base.ln_f.weight)
 
 
 def read_layer(layer: Any, config: Any) -> DecoderWeights:

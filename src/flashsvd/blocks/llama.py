@@ -13,11 +13,10 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from flashsvd.blocks.decoder import DecoderBlock, DecoderWeights
 from flashsvd.blocks.decoder_layer import FusedDecoderLayer
-from flashsvd.blocks.decoders import head_of, refuse_attentions, refuse_decoder_config, refuse_layers
+from flashsvd.blocks.decoders import guard_calls, head_of, refuse_decoder_config, refuse_heads, refuse_layers
 from flashsvd.blocks.parts.decoder_heads import Heads
 from flashsvd.blocks.parts.read import read_activation, read_matrices, read_whole
 from flashsvd.blocks.parts.rotary_tables import RotaryTables
-from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.decoding import DecoderModel
 from flashsvd.blocks.running.packed import mix_in
@@ -55,6 +54,7 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
         BackendError: saying what stands against it.
     """
     refuse_decoder_config(base.config)
+    refuse_heads(base.config, backend, graph)
     kind = base.config.model_type
     classes = functools.partial(_class_of, kind)
     refuse_other_class(base, "the model", classes("Model"))
@@ -79,8 +79,7 @@ def fuse(base: Any, choices: Choices) -> None:
         mix_in(layer, FusedLlamaLayer)
         layer.block, layer.place = block, i
         del layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
-    base.last_norm = RowNorm(base.norm, base.norm.weight.dtype, choices).eval()
-    refuse_attentions(base)
+    guard_calls(base)
 
 
 def describe(model: Any, choices: Choices) -> DecoderModel:
@@ -95,7 +94,7 @@ def describe(model: Any, choices: Choices) -> DecoderModel:
     return DecoderModel(
         blocks=[layer.block for layer in base.layers],
         embed=embed,
-        head=head_of(model, base.last_norm, choices),
+        head=head_of(model, base.norm, choices),
         tables=functools.partial(RotaryTables(base.rotary_emb).take, None),
         weight=base.norm.weight,
     )

@@ -21,18 +21,21 @@ class RowNorm(Packed):
 
     Args:
         norm: a LayerNorm, or an RMSNorm of transformers' (`weight`, `variance_epsilon`).
+        shared: whether the weights stay the norm's own; otherwise they are copied.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, norm: Any, dtype: torch.dtype, choices: Choices) -> None:
+    def __init__(self, norm: Any, dtype: torch.dtype, choices: Choices, shared: bool = False) -> None:
         super().__init__()
         self.kind: Literal["rms", "layer"] = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
         self.eps = float(norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon)
-        self.keep("weight", norm.weight.detach(), dtype)
-        bias = getattr(norm, "bias", None)
-        self.keep("bias", None if bias is None else bias.detach(), dtype)
+        for name in ("weight", "bias"):
+            own = getattr(norm, name, None)
+            self.keep(name, None if own is None else own.detach(), dtype)
+            if shared and own is not None:
+                setattr(self, name, own.detach())
         self.choices = choices
 
     def before(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:

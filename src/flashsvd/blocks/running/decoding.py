@@ -7,6 +7,7 @@ one another without the host.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch import Tensor
 from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
+from flashsvd.errors import first_line
+
+log = logging.getLogger("flashsvd")
 
 WARMUP_RUNS = 2
 # Longer prompts keep a GPU busy without graphs, which would hold their activations.
@@ -82,6 +86,7 @@ class Decoder:
         self._prompts: OrderedDict[tuple[int, bool], tuple[Tensor, Any, Tensor]] = OrderedDict()
         self._seen: set[tuple[int, bool]] = set()
         self._pool: Any = None
+        self._stream: Any = None
 
     @property
     def bytes(self) -> int:
@@ -90,8 +95,8 @@ class Decoder:
 
     @property
     def graphs(self) -> int:
-        """How many were captured."""
-        return len(self._graphs)
+        """How many were captured, of steps and of prompts."""
+        return len(self._graphs) + len(self._prompts)
 
     def prompt(self, ids: Tensor, first: Tensor | None, ends: Sequence[int], pad: int) -> Tensor:
         """Begin with ids [rows, length]; returns the logits [rows, vocabulary] of what follows.
@@ -116,7 +121,9 @@ class Decoder:
             if not self._come_again(key):
                 return self._read(ids)
             place = ids.clone()
-            self._prompts[key] = place, *self._captured(lambda: self._read(place))
+            if (found := self._captured(lambda: self._read(place))) is None:
+                return self._read(ids)
+            self._prompts[key] = place, *found
         place, graph, logits = self._prompts[key]
         self._prompts.move_to_end(key)
         place.copy_(ids)
@@ -159,11 +166,11 @@ class Decoder:
         Args:
             greedy: whether the best ids are appended, too.
         """
+        key = greedy, self._padded
+        if self.in_graphs and key not in self._graphs:
+            self._graphs |= {key: found} if (found := self._captured_step(greedy)) else {}
         if not self.in_graphs:
             return self._run(greedy)
-        key = greedy, self._padded
-        if key not in self._graphs:
-            self._graphs[key] = self._captured_step(greedy)
         graph, logits = self._graphs[key]
         graph.replay()
         self.column += greedy
@@ -188,25 +195,37 @@ class Decoder:
             x = block.step(x, at, stored)
         return self.model.head(x)
 
-    def _captured_step(self, greedy: bool) -> tuple[Any, Tensor]:
+    def _captured_step(self, greedy: bool) -> tuple[Any, Tensor] | None:
         """The graph of a step. What it is warmed up with writes where the next token's key and value will lie."""
         column = self.column
         graph = self._captured(lambda: self._run(greedy), warm_up=self._logits)
         self.column = column
         return graph
 
-    def _captured(self, run: Callable[[], Tensor], warm_up: Callable[[], Tensor] | None = None) -> tuple[Any, Tensor]:
-        """The graph of a call, and its result, after it was run a few times, or what is as good for that."""
+    def _captured(
+        self, run: Callable[[], Tensor], warm_up: Callable[[], Tensor] | None = None
+    ) -> tuple[Any, Tensor] | None:
+        """The graph of a call, and its result, after it was run a few times, or what is as good for that.
+
+        None where there is no memory for it: from then on nothing is captured.
+        """
         with one_at_a_time:
             here = torch.cuda.current_stream()
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._stream = stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP_RUNS):
-                    (warm_up or run)()
-            here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                result = run()
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARMUP_RUNS):
+                        (warm_up or run)()
+                here.wait_stream(stream)
+                # A capture that fails leaves its stream in place.
+                capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+                with torch.cuda.stream(here), capture:
+                    result = run()
+            except torch.OutOfMemoryError as error:
+                log.warning("generation goes on without CUDA graphs: %s", first_line(error))
+                self.in_graphs, self._pool = False, None
+                return None
             self._pool = graph.pool()
         return graph, result

@@ -19,10 +19,11 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from flashsvd.blocks.running.decoding import MOST_ENDS, Decoder, DecoderModel
-from flashsvd.blocks.running.quick import moves
 from flashsvd.blocks.running.refusals import any_foreign_hooks
 from flashsvd.blocks.running.stack import on_device
+from flashsvd.blocks.running.watch import Watch
 from flashsvd.common.caller_state import ordinary_tensors
+from flashsvd.kernels.launch import why_not_triton
 
 # Room in a cache is a multiple of this many tokens, so that one serves prompts of about the same length.
 ROOM_STEP = 256
@@ -30,7 +31,13 @@ ROOM_STEP = 256
 MOST_DECODERS = 2
 # Steps after which the host looks whether all rows have ended.
 STEPS_A_LOOK = 8
-KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+KNOWN_INPUTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
+    # What `stop_strings` were tokenized by.
+    "tokenizer",
+}  # fmt: skip
+# What transformers' loop calls of a model; on an instance they are somebody's own.
+CALLED = ("forward", "__call__", "_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 OUTPUTS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
 
 
@@ -44,9 +51,11 @@ class Decoders:
 
     def __init__(self, describe: Callable[[Any], DecoderModel], in_graphs: bool) -> None:
         self.describe, self.in_graphs = describe, in_graphs
-        self.lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._running = False
         self._kept: OrderedDict[tuple[int, int], Decoder] = OrderedDict()
-        self._moves = moves()
+        self._watch: Watch | None = None
+        self._last: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoders:
         # Graphs read the weights of the model that they were captured from.
@@ -66,20 +75,66 @@ class Decoders:
         return sum(decoder.graphs for decoder in self._kept.values())
 
     def forget(self) -> None:
-        """Free all caches and graphs."""
-        self._kept.clear()
-
-    def take(self, model: Any, rows: int, length: int) -> Decoder:
-        """A decoder for so many rows of up to so many tokens; held under the lock."""
-        if self._moves != moves():
+        """Free all caches and graphs, once the last run is done."""
+        with self._lock:
+            self._finish()
             self._kept.clear()
-            self._moves = moves()
+            self._watch = None
+
+    def _finish(self) -> None:
+        if self._last is not None:
+            self._last.synchronize()
+
+    def run(self, model: Any, request: Request) -> Tensor | None:
+        """All ids [rows, tokens].
+
+        None where a streamer or a criterion asks for it in the middle of a run, and where memory for the whole length
+        is not to be had.
+        """
+        with self._lock, on_device(request.ids), ordinary_tensors(), torch.no_grad():
+            if self._running:
+                return None
+            self._running = True
+            try:
+                self._wait_for_last(request.ids)
+                decoder = self._take(model, len(request.ids), request.longest)
+                return None if decoder is None else run(decoder, request).clone()
+            finally:
+                self._running = False
+                if request.ids.is_cuda:
+                    self._last = torch.cuda.current_stream().record_event()
+
+    def _wait_for_last(self, x: Tensor) -> None:
+        """Another stream may still be at the caches."""
+        if self._last is not None and x.is_cuda:
+            torch.cuda.current_stream().wait_event(self._last)
+
+    def watched(self, model: Any) -> Watch:
+        """The model as it is now; what was kept of it as it was before is gone."""
+        with self._lock:
+            if self._watch is None or not self._watch.holds():
+                self.forget()
+                self._watch = Watch(model)
+            return self._watch
+
+    def _take(self, model: Any, rows: int, length: int) -> Decoder | None:
+        """A decoder for so many rows of up to so many tokens; None where there is no memory for it."""
+        watch = self.watched(model)
         key = rows, -(-length // ROOM_STEP) * ROOM_STEP
         if key not in self._kept:
-            while len(self._kept) >= MOST_DECODERS:
+            if len(self._kept) >= MOST_DECODERS:
+                self._finish()
                 self._kept.popitem(last=False)
-            described = self.describe(model)
-            self._kept[key] = Decoder(described, *key, self.in_graphs and described.weight.is_cuda)
+            weight = watch.weight
+            in_graphs = self.in_graphs and weight.is_cuda and not why_not_triton(weight) and not watch.foreign
+            try:
+                self._kept[key] = Decoder(self.describe(model), *key, in_graphs)
+            except torch.OutOfMemoryError:
+                if not self._kept:
+                    return None
+                self._finish()
+                self._kept.clear()
+                return self._take(model, rows, length)
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -123,18 +178,17 @@ class Generates:
         **model_kwargs: Any,
     ) -> Any:
         request = None
-        if not synced_gpus and may_loop(self, generation_config, model_kwargs):
+        at_hand = input_ids.device == next(self.parameters()).device  # type: ignore[attr-defined]  # as below
+        if at_hand and not synced_gpus and may_loop(self, generation_config, model_kwargs):
             request = request_of(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
-        if request is None:
-            return super()._sample(  # type: ignore[misc]  # of the model that this is mixed into
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        decoders = self.decoders
-        with decoders.lock, on_device(input_ids), ordinary_tensors(), torch.no_grad():
-            decoder = decoders.take(self, len(input_ids), request.longest)
-            return run(decoder, request).clone()
+        written = None if request is None else self.decoders.run(self, request)
+        if written is not None:
+            return written
+        return super()._sample(  # type: ignore[misc]  # of the model that this is mixed into
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def _valid_auto_compile_criteria(self, *_: Any, **__: Any) -> bool:
         # Fused blocks are not compiled again.
@@ -153,9 +207,11 @@ def may_loop(model: Any, config: Any, inputs: Mapping[str, Any]) -> bool:
         return False
     if any(value is not None for name, value in inputs.items() if name not in KNOWN_INPUTS):
         return False
-    if not _is_fresh(inputs.get("past_key_values")):
+    if not _is_fresh(inputs.get("past_key_values")) or torch.is_autocast_enabled(model.device.type):
         return False
-    return not any_foreign_hooks(model.modules())
+    if any(name in vars(model) for name in CALLED) or any_foreign_hooks([model]):
+        return False
+    return not model.decoders.watched(model).is_tampered()
 
 
 def _is_fresh(cache: Any) -> bool:
@@ -174,13 +230,19 @@ def request_of(
     ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, inputs: Mapping[str, Any]
 ) -> Request | None:
     """What is asked for; None where the loop does not do it."""
-    longest = [int(c.max_length) for c in criteria if isinstance(c, MaxLengthCriteria)]
-    ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
-    watched = type(criteria)(c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)))
+    longest = [int(c.max_length) for c in criteria if type(c) is MaxLengthCriteria]
+    ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
+    watched = type(criteria)(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
     ids_that_end = tuple(int(i) for tensor in ends for i in torch.as_tensor(tensor).flatten().tolist())
     if not longest or ids.shape[1] == 0 or min(longest) <= ids.shape[1] or len(ids_that_end) > MOST_ENDS:
         return None
-    padding = padding_of(ids, inputs.get("attention_mask"), inputs.get("position_ids"))
+    # By such a criterion transformers pads rows that have ended.
+    if any(hasattr(c, "eos_token_id") for c in watched):
+        return None
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if any(x is not None and x.device != ids.device for x in (mask, positions)):
+        return None
+    padding = padding_of(ids, mask, positions)
     if padding is None:
         return None
     pad = config._pad_token_tensor
@@ -230,8 +292,9 @@ def run(decoder: Decoder, request: Request) -> Tensor:
 def _one_by_one(decoder: Decoder, request: Request, logits: Tensor) -> Tensor:
     """The loop in which something is done with the logits or the ids of every step."""
     while True:
-        seen = decoder.tokens[:, : decoder.column + 1]
-        scores = logits.to(torch.float32)
+        # Whoever is asked may keep what it is shown.
+        seen = decoder.tokens[:, : decoder.column + 1].clone()
+        scores = logits.to(torch.float32, copy=True)
         if len(request.processors):
             scores = request.processors(seen, scores)
         if request.sampling:
@@ -243,7 +306,7 @@ def _one_by_one(decoder: Decoder, request: Request, logits: Tensor) -> Tensor:
             best = torch.where(decoder.ended, decoder.pad, best)
             decoder.ended |= (best[:, None] == decoder.ends).any(1)
         decoder.append(best)
-        seen = decoder.tokens[:, : decoder.column + 1]
+        seen = decoder.tokens[:, : decoder.column + 1].clone()
         if request.streamer is not None:
             request.streamer.put(best.cpu())
         if len(request.watched):
