@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flashsvd import runtime
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.blocks.running.graph import GraphOption
 from flashsvd.blocks.running.packed import refuse_packed
 from flashsvd.common.device import resolve_device, resolve_dtype
@@ -118,6 +119,7 @@ def load_compressed(
     optimize: bool = False,
     backend: Backend = "auto",
     graph: GraphOption = "auto",
+    kv_cache: KVCache = "auto",
     verify: bool = False,
 ) -> Any:
     """Load a compressed checkpoint as the transformers class that saved it, in eval mode.
@@ -125,7 +127,7 @@ def load_compressed(
     Args:
         device: `cuda`, `cuda:1` or `cpu`; None leaves the model on the CPU.
         dtype: None keeps the checkpoint's own.
-        optimize: run on fused blocks; `backend` and `graph` say how, as in `flashsvd.optimize`.
+        optimize: run on fused blocks; `backend`, `graph` and `kv_cache` say how, as in `flashsvd.optimize`.
         verify: hold its weight and tokenizer files against the digests that they were saved with.
 
     Raises:
@@ -143,14 +145,14 @@ def load_compressed(
     wanted = resolve_dtype(dtype) if isinstance(dtype, str) else dtype
     config = _compressed_config(directory)
     if optimize:
-        runtime.check(config, backend, target or torch.device("cpu"), graph)
-    elif backend != "auto" or graph != "auto":
-        raise ConfigError("backend and graph say how fused blocks run; pass optimize=True with them")
+        runtime.check(config, backend, target or torch.device("cpu"), graph, kv_cache)
+    elif (backend, graph, kv_cache) != ("auto", "auto", "auto"):
+        raise ConfigError("backend, graph and kv_cache say how fused blocks run; pass optimize=True with them")
     model = load_factored(str(directory), config, wanted)
     # Checkpoints from before do not carry it in their config.
     model.config.quantization_config.about = model.config.quantization_config.about or info.about()
     model = model.to(target) if target is not None else model
-    return runtime.optimize(model, backend, graph) if optimize else model
+    return runtime.optimize(model, backend, graph, kv_cache) if optimize else model
 
 
 def _refuse_name(optimize: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.blocks.registry import (
     FUSED,
     FusedArchitecture,
@@ -27,7 +28,7 @@ from flashsvd.blocks.running.packed import is_packed, mark_half_packed, mark_pac
 from flashsvd.blocks.running.whole import add_graphs
 from flashsvd.blocks.weights import refuse_quantized, refuse_weights
 from flashsvd.common.caller_state import ordinary_tensors
-from flashsvd.common.device import BACKENDS
+from flashsvd.common.device import BACKENDS, KV_CACHES
 from flashsvd.errors import BackendError
 from flashsvd.kernels.launch import Backend, why_not_triton
 from flashsvd.models.inside import model_inside
@@ -36,7 +37,7 @@ from flashsvd.models.registry import architecture_of, base_prefix
 __all__ = ["check", "choices", "optimize"]
 
 
-def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto") -> Any:
+def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto", kv_cache: KVCache = "auto") -> Any:
     """Turn a model's layers into fused blocks on packed weights, in place, for inference.
 
     Dense, factored and partly factored models will do. The model computes the same function, except that an encoder's
@@ -58,6 +59,10 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
             their memory. `True` captures every shape at once and refuses what cannot be captured, `False` none. A
             decoder's forwards are not captured; each step in which it generates is one graph, as is a prompt whose
             length comes again, unless this is `False`.
+        kv_cache: what a decoder keeps of keys and values. `auto` keeps the rank space that they are lifted from where
+            that is narrower, of keys only in GPT-2, where nothing turns them before they are read. `lowrank` does so
+            with all keys, which are then lifted, normed and rotated in each step: less memory, more work. `dense` keeps
+            them as they are.
 
     Returns:
         What was given.
@@ -65,9 +70,9 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     Raises:
         BackendError: the model cannot be fused, or the backend cannot run it; the model is left as it was.
     """
-    _check_options(backend, graph)
+    _check_options(backend, graph, kv_cache)
     given, model = model, model_inside(model)
-    _check_architecture(model.config)
+    _check_architecture(model.config, kv_cache)
     if is_packed(model):
         refuse_half_packed(model)
         raise BackendError("the model is optimised already; load the checkpoint again for other options")
@@ -83,7 +88,10 @@ def optimize(model: Any, backend: Backend = "auto", graph: GraphOption = "auto")
     choices = Choices(backend, queued=in_graphs)
     try:
         with ordinary_tensors():
-            architecture.fuse(base, choices)
+            if is_decoder(model.config):
+                decoder_architecture(model.config.model_type).fuse(base, choices, kv_cache)
+            else:
+                architecture.fuse(base, choices)
         model.requires_grad_(False)
         for whole in {id(m): m for m in (model, base)}.values():
             mark_packed(whole)
@@ -112,7 +120,9 @@ def choices(model: Any) -> dict[str, str]:
     raise BackendError("the model is not optimised, so nothing was picked; call optimize first")
 
 
-def check(config: Any, backend: Backend, device: torch.device, graph: GraphOption = "auto") -> None:
+def check(
+    config: Any, backend: Backend, device: torch.device, graph: GraphOption = "auto", kv_cache: KVCache = "auto"
+) -> None:
     """Refuse what `optimize` would refuse, as far as it is known before there is a model.
 
     Args:
@@ -122,8 +132,8 @@ def check(config: Any, backend: Backend, device: torch.device, graph: GraphOptio
     Raises:
         BackendError: as `optimize` does.
     """
-    _check_options(backend, graph)
-    _check_architecture(config)
+    _check_options(backend, graph, kv_cache)
+    _check_architecture(config, kv_cache)
     refuse_quantized(config)
     # In a dtype that kernels take; the model's own is known once it is loaded.
     _check_device(torch.empty(0, device=device), backend, graph)
@@ -156,20 +166,24 @@ def add_generation(model: Any, decoder: FusedDecoder, choices: Choices, in_graph
         model.decoders = Decoders(functools.partial(decoder.describe, choices=choices), in_graphs)
 
 
-def _check_options(backend: str, graph: object) -> None:
+def _check_options(backend: str, graph: object, kv_cache: str) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
+    if kv_cache not in KV_CACHES:
+        raise BackendError(f"--kv-cache {kv_cache!r} is not known; choose from {', '.join(KV_CACHES)}")
     if not isinstance(graph, bool) and graph != "auto":
         raise BackendError(f"graph is True, False or 'auto', not {graph!r}")
     if graph is True and backend == "torch":
         raise BackendError("CUDA graphs need the attention kernel; use --backend auto or triton, or leave out --graph")
 
 
-def _check_architecture(config: Any) -> None:
+def _check_architecture(config: Any, kv_cache: KVCache) -> None:
     model_type = getattr(config, "model_type", None)
     if model_type not in FUSED:
         known = ", ".join(FUSED)
         raise BackendError(f"there are no fused blocks for {model_type!r}, only for {known}; run the model as it is")
+    if kv_cache != "auto" and not is_decoder(config):
+        raise BackendError(f"{model_type} is an encoder, which keeps no keys and values; leave out --kv-cache")
 
 
 def _check_device(weight: torch.Tensor, backend: Backend, graph: GraphOption) -> None:

@@ -314,8 +314,8 @@ def test_the_caches_that_are_kept_can_be_counted_and_freed() -> None:
     _, model = pair("llama")
     for rows in (1, 3):
         generate(model, prompts(rows))
-    # Of four rows, two layers, keys and values of two heads of eight, in fp64.
-    assert model.decoders.bytes == 4 * 2 * 2 * 2 * generation.ROOM_STEP * 8 * 8
+    # Of four rows and two layers in fp64: keys of two heads of eight, and values in a rank space of eight.
+    assert model.decoders.bytes == 4 * 2 * generation.ROOM_STEP * (2 * 8 + 8) * 8
     assert model.decoders.graphs == 0
     model.decoders.forget()
     assert (len(model.decoders), model.decoders.bytes) == (0, 0)

@@ -7,25 +7,24 @@ The hidden states that it is given are left as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashsvd.blocks.parts.called_heads import Call, attend_called
 from flashsvd.blocks.parts.decoder_ffn import PackedDecoderFFN
-from flashsvd.blocks.parts.decoder_heads import Heads, PackedHeads, by_row
-from flashsvd.blocks.parts.linears import PackedLinears
+from flashsvd.blocks.parts.decoder_heads import Heads, PackedHeads
+from flashsvd.blocks.parts.decoder_qkv import PackedQKV
+from flashsvd.blocks.parts.kept import KVCache, choose_kept, lift_of
+from flashsvd.blocks.parts.linears import PackedLinears, smallest
 from flashsvd.blocks.parts.read import Activation, Matrices
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.quick import QuickModule
-from flashsvd.blocks.running.sequences import Prompt, Step, Tables
+from flashsvd.blocks.running.sequences import Prompt, Step
 from flashsvd.blocks.running.stored import StoredLayer
-
-# (Q [B, heads, S, D], K, V [B, kv_heads, S, D], all in a cache's order) -> [B, heads, S, D]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,26 @@ class DecoderWeights:
 class DecoderBlock(QuickModule):
     """A layer's packed weights, and its forward."""
 
-    def __init__(self, weights: DecoderWeights, choices: Choices) -> None:
+    def __init__(self, weights: DecoderWeights, choices: Choices, kv_cache: KVCache = "auto") -> None:
         super().__init__()
         w = weights
+        k, v = smallest(w.k), smallest(w.v)
+        in_rank_space = choose_kept(k, v, kv_cache, w.heads.turned)
+        keys, values = (
+            lift_of(layer, w.heads.kv_count, w.dtype) if is_kept else None
+            for layer, is_kept in zip((k, v), in_rank_space, strict=True)
+        )
+        counts = w.heads.count, w.heads.kv_count, w.heads.kv_count
         self.norm = RowNorm(w.attention_norm, w.dtype, choices)
-        self.qkv = PackedLinears([w.q, w.k, w.v], w.dtype, choices)
-        self.heads = PackedHeads(w.heads, w.dtype, choices)
+        self.qkv = PackedQKV([w.q, k, v], counts, (keys, values), w.dtype, choices)
+        self.heads = PackedHeads(w.heads, keys, values, w.dtype, choices)
         self.output = PackedLinears([w.o], w.dtype, choices)
         norm = RowNorm(w.ffn_norm, w.dtype, choices)
         self.ffn = PackedDecoderFFN(norm, w.first, w.second, w.activation, w.dtype, choices)
 
     def store(self, rows: int, room: int) -> StoredLayer:
         """A new cache for so many rows of so many tokens."""
-        return StoredLayer.empty(self.norm.weight, rows, self.heads.counts[1], room, self.heads.width)
+        return self.heads.store(self.norm.weight, rows, room)
 
     def step(self, x: Tensor, at: Step, stored: StoredLayer) -> Tensor:
         """One token of each row, x [rows, hidden]."""
@@ -74,23 +80,15 @@ class DecoderBlock(QuickModule):
         """All tokens of all rows, x [rows * length, hidden]."""
         return self._rest(self.heads.prompt(*self._projected(x), at, stored), x)
 
-    def forward(self, x: Tensor, tables: Tables | None, attend: Attend) -> Tensor:
-        """A batch x [B, S, hidden], with whatever cache and mask `attend` knows of.
-
-        Args:
-            tables: cos, sin of each token, [B * S, head_dim / 2].
-        """
-        batch, length, hidden = x.shape
-        rows = x.reshape(batch * length, hidden)
-        q, k, v = self._projected(rows)
-        q, k = self.heads.turned(q, k, tables)
-        a = attend(*(by_row(y, batch) for y in (q, k, v)))
-        return self._rest(a.transpose(1, 2).flatten(0, 1), rows).view(x.shape)
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """A batch x [B, S, hidden], with whatever cache and mask the call knows of."""
+        rows = x.reshape(-1, x.shape[-1])
+        attended = attend_called(self.heads, *self._projected(rows), call)
+        return self._rest(attended.transpose(1, 2).flatten(0, 1), rows).view(x.shape)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K, V [n, heads, head_dim], views of one buffer."""
-        y = self.qkv.step(x, self.norm)
-        q, k, v = (part.view(len(x), -1, self.heads.width) for part in y.split_with_sizes(self.qkv.widths, 1))
+        """Queries [n, heads, D], keys and values [n, their heads, width] as they are kept."""
+        q, k, v = self.qkv(x, self.norm)
         return q, k, v
 
     def _rest(self, a: Tensor, x: Tensor) -> Tensor:

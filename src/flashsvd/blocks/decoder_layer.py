@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.decoder import DecoderBlock
+from flashsvd.blocks.parts.called_heads import Call
+from flashsvd.blocks.parts.row_cache import update
 from flashsvd.blocks.running.packed import PackedModule
 from flashsvd.blocks.running.refusals import refuse_decoder_call
 from flashsvd.blocks.running.sequences import Tables
@@ -32,6 +34,7 @@ class FusedDecoderLayer(PackedModule):
         cache: Any,
         position_embeddings: tuple[Tensor, Tensor] | None,
         options: dict[str, Any],
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """hidden_states [batch, length, hidden] -> the same after the layer, in new memory.
 
@@ -39,19 +42,23 @@ class FusedDecoderLayer(PackedModule):
             mask: of scores, [batch or 1, 1, length, columns], as transformers makes it for SDPA; None for a causal one.
             cache: of transformers; None for none.
             position_embeddings: cos, sin [batch or 1, length, head_dim] of each token.
+            position_ids: [batch or 1, length], which keys that are rotated when they are read are kept with.
 
         Raises:
-            BackendError: the call asks for more than the layer's output.
+            BackendError: the call asks for more than the layer's output, or its cache holds another form of keys and
+                values than the layer's.
         """
         refuse_decoder_call(hidden_states, mask, options)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is not None:
-                k, v = cache.update(k, v, self.place)
-            return self.block.heads.attend(q, k, v, mask, causal=True)
+        def keep(keys: Tensor, values: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+            return update(cache, keys, values, self.place, exact)
 
+        batch, length, _ = hidden_states.shape
         with on_device(hidden_states):
-            result: Tensor = self.block(hidden_states, _by_token(position_embeddings, hidden_states), attend)
+            tables = _by_token(position_embeddings, hidden_states)
+            places = torch.arange(batch * length, dtype=torch.int32, device=hidden_states.device)
+            call = Call(batch, tables, places, position_ids, mask, None if cache is None else keep)
+            result: Tensor = self.block(hidden_states, call)
         return result
 
 

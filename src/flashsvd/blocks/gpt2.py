@@ -11,6 +11,7 @@ from flashsvd.blocks.decoder import DecoderBlock, DecoderWeights
 from flashsvd.blocks.decoder_layer import FusedDecoderLayer
 from flashsvd.blocks.decoders import guard_calls, head_of, refuse_decoder_config, refuse_heads, refuse_layers
 from flashsvd.blocks.parts.decoder_heads import Heads
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.blocks.parts.read import read_activation, read_matrices, read_whole
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.decoding import DecoderModel
@@ -63,10 +64,10 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
             raise BackendError(f"h.{i}.attn.c_attn cannot be fused: {error}; run the model as it is") from error
 
 
-def fuse(base: Any, choices: Choices) -> None:
+def fuse(base: Any, choices: Choices, kv_cache: KVCache = "auto") -> None:
     """Turn the layers of a base model into fused blocks, each of which gives up its own weights at once."""
     for i, layer in enumerate(base.h):
-        block = DecoderBlock(read_layer(layer, base.config), choices).eval()
+        block = DecoderBlock(read_layer(layer, base.config), choices, kv_cache).eval()
         mix_in(layer, FusedGPT2Layer)
         layer.block, layer.place = block, i
         del layer.ln_1, layer.attn, layer.ln_2, layer.mlp

@@ -14,7 +14,8 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from flashsvd.blocks.decoder import DecoderBlock, DecoderWeights
 from flashsvd.blocks.decoder_layer import FusedDecoderLayer
 from flashsvd.blocks.decoders import guard_calls, head_of, refuse_decoder_config, refuse_heads, refuse_layers
-from flashsvd.blocks.parts.decoder_heads import Heads
+from flashsvd.blocks.parts.decoder_heads import Angles, Heads
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.blocks.parts.read import read_activation, read_matrices, read_whole
 from flashsvd.blocks.parts.rotary_tables import RotaryTables
 from flashsvd.blocks.running.choice import Choices
@@ -43,7 +44,9 @@ class FusedLlamaLayer(FusedDecoderLayer):
         **options: Any,
     ) -> Tensor:
         """As the layer's own."""
-        result: Tensor = self.run(hidden_states, attention_mask, past_key_values, position_embeddings, options)
+        result: Tensor = self.run(
+            hidden_states, attention_mask, past_key_values, position_embeddings, options, position_ids
+        )
         return result
 
 
@@ -72,10 +75,11 @@ def check(base: Any, backend: Backend, graph: bool) -> None:
         )
 
 
-def fuse(base: Any, choices: Choices) -> None:
+def fuse(base: Any, choices: Choices, kv_cache: KVCache = "auto") -> None:
     """Turn the layers of a base model into fused blocks, each of which gives up its own weights at once."""
+    angles = RotaryTables(base.rotary_emb).of
     for i, layer in enumerate(base.layers):
-        block = DecoderBlock(read_layer(layer, base.config), choices).eval()
+        block = DecoderBlock(read_layer(layer, base.config, angles), choices, kv_cache).eval()
         mix_in(layer, FusedLlamaLayer)
         layer.block, layer.place = block, i
         del layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
@@ -100,7 +104,7 @@ def describe(model: Any, choices: Choices) -> DecoderModel:
     )
 
 
-def read_layer(layer: Any, config: Any) -> DecoderWeights:
+def read_layer(layer: Any, config: Any, angles: Angles) -> DecoderWeights:
     """The weights of a layer of the family."""
     attention, mlp = layer.self_attn, layer.mlp
     return DecoderWeights(
@@ -112,13 +116,13 @@ def read_layer(layer: Any, config: Any) -> DecoderWeights:
         o=read_whole(attention.o_proj),
         first=(read_whole(mlp.gate_proj), read_whole(mlp.up_proj)),
         second=read_whole(mlp.down_proj),
-        heads=_heads(attention, config),
+        heads=_heads(attention, config, angles),
         activation=read_activation(config.hidden_act, mlp.act_fn),
         dtype=layer.input_layernorm.weight.dtype,
     )
 
 
-def _heads(attention: Any, config: Any) -> Heads:
+def _heads(attention: Any, config: Any, angles: Angles) -> Heads:
     # Mistral's attention has no window of its own: all layers have the model's.
     window = attention.sliding_window if hasattr(attention, "sliding_window") else _window(config)
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -132,6 +136,7 @@ def _heads(attention: Any, config: Any) -> Heads:
         q_norm=q_norm,
         k_norm=k_norm,
         eps=config.rms_norm_eps,
+        angles=angles,
     )
 
 

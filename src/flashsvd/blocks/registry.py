@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.blocks.running.choice import Choices
 from flashsvd.blocks.running.decoding import DecoderModel
 from flashsvd.kernels.launch import Backend
@@ -42,6 +43,9 @@ class FusedArchitecture(Protocol):
 
 class FusedDecoder(FusedArchitecture, Protocol):
     """What a decoder's file has beside that."""
+
+    def fuse(self, base: nn.Module, choices: Choices, kv_cache: KVCache = "auto") -> None:
+        """Likewise; `kv_cache` as `optimize` takes it."""
 
     def describe(self, model: Any, choices: Choices) -> DecoderModel:
         """What a decoding step of a causal language model runs, whose layers are fused."""

@@ -13,6 +13,8 @@ DEVICES = ("cuda", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 # Those that `flashsvd.kernels.launch.Backend` is typed as, for whoever may not import torch.
 BACKENDS = ("auto", "torch", "triton")
+# What a decoder's cache may hold, as `flashsvd.blocks.parts.kept.KVCache` is typed.
+KV_CACHES = ("auto", "dense", "lowrank")
 # A model as it was loaded, without fused blocks.
 PLAIN = "plain"
 

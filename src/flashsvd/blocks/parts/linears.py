@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead, present
 from flashsvd.blocks.parts.row_norm import RowNorm
-from flashsvd.blocks.parts.widths import STEP, widen
+from flashsvd.blocks.parts.widths import decode_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
 
@@ -40,7 +40,7 @@ class PackedLinears(Packed):
     def __init__(self, layers: Sequence[Matrices], dtype: torch.dtype, choices: Choices) -> None:
         super().__init__()
         self.choices = choices
-        layers = [_smallest(layer) for layer in layers]
+        layers = [smallest(layer) for layer in layers]
         self.widths = [len(layer.bias) for layer in layers]
         self.ranks: list[int] = []
         self.each = nn.ModuleList()
@@ -62,16 +62,16 @@ class PackedLinears(Packed):
                 self.keep(name, None, dtype)
 
     def _keep_joint(self, layers: Sequence[Joint], dtype: torch.dtype) -> None:
-        columns = [widen(layer.u, 1, _to_step) for layer in layers]
+        columns = [widen(layer.u, 1, decode_width) for layer in layers]
         self.ranks = [u.shape[1] for u in columns]
         self.keep("first", torch.cat(columns, 1).T, dtype)
         for i, layer in enumerate(layers):
-            self.keep(f"m{i}", widen(layer.v, 0, _to_step).T, dtype)
+            self.keep(f"m{i}", widen(layer.v, 0, decode_width).T, dtype)
 
     def _keep_per_head(self, layer: PerHead, dtype: torch.dtype) -> None:
-        columns = widen(layer.u, 2, _to_step)
+        columns = widen(layer.u, 2, decode_width)
         self.keep("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
-        self.keep("blocks", widen(layer.v, 1, _to_step), dtype)
+        self.keep("blocks", widen(layer.v, 1, decode_width), dtype)
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -161,12 +161,7 @@ def product(x: Tensor, m: Tensor, bias: Tensor | None, residual: Tensor | None, 
     return y if bias is None else y.add_(bias)
 
 
-def _to_step(rank: int) -> int:
-    # A decoding step is bound by bytes, so that nothing is gained by more columns than alignment needs.
-    return -(-rank // STEP) * STEP
-
-
-def _smallest(layer: Matrices) -> Matrices:
+def smallest(layer: Matrices) -> Matrices:
     """The layer itself, or dense where its factors hold no less."""
     if isinstance(layer, Dense):
         return layer

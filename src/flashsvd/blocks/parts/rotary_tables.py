@@ -44,6 +44,11 @@ class RotaryTables:
             self._tables[key] = cos, sin
         return self._tables[key]
 
+    def of(self, x: Tensor, positions: Tensor) -> Tables:
+        """cos, sin [B, T, head_dim / 2] of these positions [B, T], in the dtype of x and on its device."""
+        cos, sin = (table[..., : table.shape[-1] // 2] for table in self._embedding(x, positions))
+        return cos, sin
+
 
 def half(table: Tensor) -> Tensor:
     """[1, P, D] -> [P, D / 2]"""

@@ -50,6 +50,11 @@ def gated_width(rank: int) -> int:
     return WIDE_CORE if 256 < rank <= WIDE_CORE else core_width(rank)
 
 
+def decode_width(rank: int) -> int:
+    """Of a rank in a decoding step, which is bound by bytes: no more columns than alignment needs."""
+    return _up(rank, STEP)
+
+
 def widen(tensor: Tensor, dim: int, on_gpu: Callable[[int], int] = product_width) -> Tensor:
     """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
     size = tensor.shape[dim]

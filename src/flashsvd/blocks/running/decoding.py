@@ -189,7 +189,7 @@ class Decoder:
         if self.tables is not None:
             cos, sin = (table.index_select(0, positions) for table in self.tables)
             tables = cos, sin
-        at = Step(self.column, self.position, first, tables)
+        at = Step(self.column, self.position, first, tables, self.tables)
         x = self.model.embed(self.ids, positions)
         for block, stored in zip(self.model.blocks, self.layers, strict=True):
             x = block.step(x, at, stored)

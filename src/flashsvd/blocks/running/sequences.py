@@ -20,17 +20,29 @@ class Step:
         position: the same on the device, int32 [1].
         first: the first column of each row that is not padding, int32 [rows]; None for 0.
         tables: cos, sin of each row's token, [rows, head_dim / 2]; None without rotation.
+        by_position: cos, sin by position, [positions, head_dim / 2]; None without rotation.
     """
 
     column: int
     position: Tensor
     first: Tensor | None
     tables: Tables | None
+    by_position: Tables | None
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [rows or 1, 1, 1, columns so far], true for what is attended to; None where that is everything."""
         columns = torch.arange(self.column + 1, device=self.position.device)
         return _seen(columns[-1:, None], columns, self.first, window) if self.first is not None or window else None
+
+    def tables_so_far(self) -> Tables | None:
+        """cos, sin of the tokens in all columns so far, [rows or 1, columns, head_dim / 2]; anything for padding."""
+        if self.by_position is None:
+            return None
+        positions = torch.arange(self.column + 1, device=self.position.device)[None]
+        if self.first is not None:
+            positions = (positions - self.first[:, None]).clamp_min(0)
+        cos, sin = (table[positions] for table in self.by_position)
+        return cos, sin
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Of one layer: keys [rows, kv_heads, room, D], rotated, and values [rows, kv_heads, room, D].
+    """Of one layer: keys and values [rows, heads, room, width], each of as many heads and as wide as they are kept.
 
     Attributes:
-        arrivals: zeros between steps, int32 [rows, kv_heads]; see `decode_attention`.
+        arrivals: zeros between steps, int32 [rows, counters]; see `decode_attention` and `latent_attention`.
     """
 
     keys: Tensor
@@ -21,13 +21,19 @@ class StoredLayer:
     arrivals: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, rows: int, heads: int, room: int, width: int) -> StoredLayer:
-        """Of the dtype of a tensor, and on its device."""
-        keys, values = (like.new_zeros(rows, heads, room, width) for _ in range(2))
-        return cls(keys, values, like.new_zeros(rows, heads, dtype=torch.int32))
+    def empty(
+        cls, like: Tensor, rows: int, room: int, keys: tuple[int, int], values: tuple[int, int], counters: int
+    ) -> StoredLayer:
+        """Of the dtype of a tensor, and on its device.
+
+        Args:
+            keys, values: their heads and width.
+        """
+        k, v = (like.new_zeros(rows, heads, room, width) for heads, width in (keys, values))
+        return cls(k, v, like.new_zeros(rows, counters, dtype=torch.int32))
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
-        """keys, values [rows, kv_heads, S, D] into the columns from `start` on."""
+        """keys, values [rows, heads, S, width] into the columns from `start` on."""
         for place, x in ((self.keys, keys), (self.values, values)):
             place[:, :, start : start + x.shape[2]] = x
 
