@@ -324,3 +324,24 @@ def test_options_that_cannot_be_are_refused() -> None:
         optimize(build_decoder("llama"), kv_cache="low")  # type: ignore[arg-type]  # what is refused
     with pytest.raises(BackendError, match="bert is an encoder, which keeps no keys and values"):
         optimize(build_model("bert"), kv_cache="lowrank")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "kv_cache", "kernel"),
+    [
+        ("gpt2", "per-head", "auto", "_decode_attention"),
+        ("gpt2", "joint", "auto", "_decode_attention"),
+        ("llama", "per-head", "auto", "_decode_attention"),
+        ("mistral", "joint", "auto", "latent_scores"),
+        ("llama with biases", "per-head", "lowrank", "latent_scores"),
+        ("qwen3", "joint", "lowrank", "latent_scores"),
+    ],
+)
+def test_steps_on_kernels(name: str, layout: str, kv_cache: KVCache, kernel: str, launched: list[str]) -> None:
+    plain = factored(name, layout)
+    model = optimize(copy.deepcopy(plain), backend="triton", kv_cache=kv_cache)
+    ids, mask = prompts(2, 6), left_padded(prompts(2, 6))
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 4}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    attention = {name for name in launched if name in ("_decode_attention", "latent_scores")}
+    assert attention == {kernel}

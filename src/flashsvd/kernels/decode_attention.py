@@ -27,6 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.kernels.attention_steps import attention_step, no_keys
+from flashsvd.kernels.cache_steps import (
+    MOST_SPLITS,
+    block_of,
+    cached,
+    check_numbers,
+    check_places,
+    join_shares,
+    turned_halves,
+)
 from flashsvd.kernels.checks import check_fit, has_dims
 from flashsvd.kernels.launch import Backend, multiprocessors
 from flashsvd.kernels.op import Op, operand_names
@@ -41,7 +50,6 @@ from flashsvd.kernels.triton_import import kernel, tl, triton
 __all__ = ["decode_attention", "decode_attention_reference"]
 
 LARGEST_HEAD = 256
-MOST_SPLITS = 32
 
 
 class DecodeAttention(NamedTuple):
@@ -105,41 +113,6 @@ def _turned(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, si
 
 
 @triton.jit
-def _turned_halves(
-    x_ptr, o_row, m_row, x_head, weight_ptr, cos_ptr, sin_ptr, width, eps,
-    HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    # R(norm(x)) of heads x [ROWS, D], in two halves [ROWS, HALF], in the dtype of x.
-    half = width // 2
-    o_half = tl.arange(0, HALF)
-    m_half = o_half < half
-    mask = m_row[:, None] & m_half[None, :]
-    place = x_ptr + o_row[:, None] * x_head + o_half[None, :]
-    x1 = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        factor = 1.0 / tl.sqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / width + eps)
-        x1 *= factor[:, None] * tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-        x2 *= factor[:, None] * tl.load(weight_ptr + half + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-    if ROTATE:
-        cos = tl.load(cos_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(sin_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-        turned = x1 * cos - x2 * sin
-        x2 = x2 * cos + x1 * sin
-        x1 = turned
-    return x1.to(x_ptr.dtype.element_ty), x2.to(x_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _cached(p, is_new, new, m_old, m_width, LAST: tl.constexpr):
-    # A tile of a cache. The new token's row is no other program's to write by then: it comes from where it was made.
-    if LAST:
-        return tl.where(is_new, new, tl.load(p, mask=m_old & m_width, other=0.0))
-    else:
-        return tl.load(p, mask=m_width, other=0.0)
-
-
-@triton.jit
 def _keys_and_step(
     q1, q2, k1, k2, v, k_cache_ptr, v_cache_ptr, acc, unused, high, total, j, position, width, width_v,
     k_cache_column, v_cache_column, qk_scale,
@@ -153,46 +126,17 @@ def _keys_and_step(
     half = width // 2
     m_half = o_half < half
     p_key = k_cache_ptr + o_key.to(tl.int64)[:, None] * k_cache_column + o_half
-    k = _cached(p_key, is_new, k1, m_old, m_half, LAST)
+    k = cached(p_key, is_new, k1, m_old, m_half, LAST)
     s = tl.dot(q1, nearest(k, PRECISION).T, input_precision=PRECISION)
-    k = _cached(p_key + half, is_new, k2, m_old, m_half, LAST)
+    k = cached(p_key + half, is_new, k2, m_old, m_half, LAST)
     s = add_dot(s, q2, nearest(k, PRECISION).T, PRECISION)
     o_v = tl.arange(0, WIDTH_V)[None, :]
     p_value = v_cache_ptr + o_key.to(tl.int64)[:, None] * v_cache_column + o_v
-    tile = _cached(p_value, is_new, v, m_old, o_v < width_v, LAST)
+    tile = cached(p_value, is_new, v, m_old, o_v < width_v, LAST)
     return attention_step(
         s, tile, tile, acc, unused, high, total, o_key <= position, position, o_key, qk_scale, 0,
         0, LAST, False, False, PRECISION,
     )  # fmt: skip
-
-
-@triton.jit
-def _join(
-    acc_ptr, high_ptr, total_ptr, out_ptr, shares, group, width, out_head,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    # Heads' attention [GROUP, WIDTH] out of that to shares of their keys, AT_ONCE of which are on their way together.
-    # Every thread reads by itself what it multiplies with, so that none waits for another.
-    o_head = tl.arange(0, GROUP)[:, None]
-    o_width = tl.arange(0, WIDTH)[None, :]
-    m_width = o_width < width
-    o_mark = tl.minimum(o_head, group - 1)
-    high = tl.full([GROUP, 1], float("-inf"), tl.float32)
-    for i in range(0, shares, AT_ONCE):
-        for s in tl.static_range(AT_ONCE):
-            m_share = tl.full([GROUP, 1], i + s, tl.int32) < shares
-            high = tl.maximum(high, tl.load(high_ptr + (i + s) * group + o_mark, mask=m_share, other=float("-inf")))
-    total = tl.zeros([GROUP, 1], tl.float32)
-    acc = tl.zeros([GROUP, WIDTH], tl.float32)
-    for i in range(0, shares, AT_ONCE):
-        for s in tl.static_range(AT_ONCE):
-            m_share = tl.full([GROUP, 1], i + s, tl.int32) < shares
-            o_share = (i + s) * group + o_mark
-            factor = tl.exp2(tl.load(high_ptr + o_share, mask=m_share, other=float("-inf")) - high)
-            total += factor * tl.load(total_ptr + o_share, mask=m_share, other=0.0)
-            acc += factor * tl.load(acc_ptr + o_share * width + o_width, mask=m_share & m_width, other=0.0)
-    y = (acc / total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + o_head * out_head + o_width, y, mask=(o_head < group) & m_width)
 
 
 @kernel()
@@ -231,12 +175,12 @@ def _decode_attention(
         sin_ptr += i_row * sin_row
     o_head = tl.arange(0, ROWS)
     m_head = o_head < group
-    q1, q2 = _turned_halves(
+    q1, q2 = turned_halves(
         q_ptr + i_row * q_row + i_kv * group * q_head, o_head, m_head, q_head, q_norm_ptr, cos_ptr, sin_ptr,
         width, eps, HALF, Q_NORM, ROTATE,
     )  # fmt: skip
     one = tl.arange(0, 1)
-    k1, k2 = _turned_halves(
+    k1, k2 = turned_halves(
         k_ptr + i_row * k_row + i_kv * k_head, one, one < 1, 0, k_norm_ptr, cos_ptr, sin_ptr, width, eps,
         HALF, K_NORM, ROTATE,
     )  # fmt: skip
@@ -286,7 +230,7 @@ def _decode_attention(
         if tl.atomic_add(arrivals_ptr + i_pair, 1, sem="acq_rel", scope="gpu") == shares - 1:
             tl.store(arrivals_ptr + i_pair, 0)
             first = i_pair * SPLITS * group
-            _join(
+            join_shares(
                 parts_ptr + first * width_v, high_ptr + first, total_ptr + first, out_ptr, shares, group, width_v,
                 out_head, GROUP, WIDTH_V, AT_ONCE,
             )  # fmt: skip
@@ -333,22 +277,12 @@ def check_decode_attention(c: DecodeAttention) -> None:
         fits = fits and all(x is None or x.shape == (width,) for x in (c.q_norm, c.k_norm))
     norms = {"q_norm": c.q_norm, "k_norm": c.k_norm}
     check_fit(fits, q=c.q, k=c.k, v=c.v, k_cache=c.k_cache, v_cache=c.v_cache, **norms, out=c.out)
-    _check_places(c)
+    check_places(c.position, c.first, c.arrivals, len(c.q), c.k.shape[1])
     _check_angles(c)
     _check_numbers(c)
     for name, x in (("k_cache", c.k_cache), ("v_cache", c.v_cache), ("out", c.out)):
         if x is not None and x.stride(-1) != 1:
             raise ValueError(f"the numbers of a head are not contiguous: {name} has strides {x.stride()}")
-
-
-def _check_places(c: DecodeAttention) -> None:
-    for name, x, shapes in (("position", c.position, [(1,), (len(c.q),)]), ("first", c.first, [(len(c.q),)])):
-        if x is not None and (tuple(x.shape) not in shapes or x.dtype not in (torch.int32, torch.int64)):
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} is int32 or int64 {wanted}, not {x.dtype} {tuple(x.shape)}")
-    x, shape = c.arrivals, (len(c.q), c.k.shape[1])
-    if x is not None and (x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous()):
-        raise ValueError(f"arrivals is contiguous int32 {shape}, not {x.dtype} {tuple(x.shape)}")
 
 
 def _check_angles(c: DecodeAttention) -> None:
@@ -363,12 +297,7 @@ def _check_numbers(c: DecodeAttention) -> None:
     for name, width in (("D", c.q.shape[2]), ("D_v", c.v.shape[2])):
         if width > LARGEST_HEAD or (name == "D" and width % 2):
             raise ValueError(f"heads are of an even width up to {LARGEST_HEAD}, not {name} = {width}")
-    if not (math.isfinite(c.softmax_scale) and c.softmax_scale > 0):
-        raise ValueError(f"softmax_scale is a positive number, not {c.softmax_scale}")
-    if c.window != -1 and c.window < 1:
-        raise ValueError(f"window is a number of keys from 1 on, or -1 for none, not {c.window}")
-    if c.splits is not None and not 1 <= c.splits <= MOST_SPLITS:
-        raise ValueError(f"splits is a number of programs from 1 to {MOST_SPLITS}, not {c.splits}")
+    check_numbers(c.softmax_scale, c.window, c.splits)
 
 
 def _reference(c: DecodeAttention) -> Tensor:
@@ -403,11 +332,11 @@ def _plan(c: DecodeAttention, exact: str, t: Tiles) -> Plan:
         *(*c.k_cache.stride()[:3], *c.v_cache.stride()[:3]),
         *(out_row, out_head, c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0)),
     ]
-    group, block_v = triton.next_power_of_2(c.group), _block(width_v)
-    rows = Tiles(max(t.rows, _block(c.group)), t.columns, t.warps, t.stages)
+    group, block_v = triton.next_power_of_2(c.group), block_of(width_v)
+    rows = Tiles(max(t.rows, block_of(c.group)), t.columns, t.warps, t.stages)
     attend = Launch(
         _decode_attention, (n * kv_heads, splits), names, arguments, rows,
-        HALF=_block(c.q.shape[2] // 2), WIDTH_V=block_v, SPLITS=splits, GROUP=group,
+        HALF=block_of(c.q.shape[2] // 2), WIDTH_V=block_v, SPLITS=splits, GROUP=group,
         AT_ONCE=min(triton.next_power_of_2(splits), max(1, JOINED // (group * block_v))), PADDED=c.first is not None,
         WINDOWED=c.window >= 0, Q_NORM=c.q_norm is not None, K_NORM=c.k_norm is not None, ROTATE=c.cos is not None,
         PRECISION=exact, **early_start(c.q),
@@ -430,11 +359,6 @@ def _plan(c: DecodeAttention, exact: str, t: Tiles) -> Plan:
         return out
 
     return run
-
-
-def _block(width: int) -> int:
-    """The tile that holds so many, as tensor cores take it."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 _op = Op(
