@@ -21,6 +21,7 @@ OPERATORS = (
     "flashsvdswiglu",
     "flashsvddecode",
     "decode_attention",
+    "latent_attention",
     "fused_ln",
     "rms_norm",
     "rotary",

@@ -34,6 +34,7 @@ from flashsvd.kernels import (
     flashsvdropeattn,
     fused_ln,
     gated_linear,
+    latent_attention,
     rms_norm,
 )
 from flashsvd.kernels.flashsvdropeattn import largest_rank
@@ -86,6 +87,7 @@ class Registers(Compiler):
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
     def done(self, compiled: Any) -> None:
+        super().done(compiled)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -257,9 +259,47 @@ def spills(dtype: torch.dtype, width: int) -> dict[str, int]:
     return {f"{group} heads, {splits} splits": of(group, splits) for group in (1, 4) for splits in (1, 8, 32)}
 
 
+def latent(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """Attention of a decoding step over rank space, of heads of 128: shared memory, and bytes that are spilled."""
+
+    def of(keys: int, lifted: bool, turned: bool) -> dict[str, int]:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        width = 128 if lifted or turned else rank
+        k, v = zeros(1, keys, rank if lifted or not turned else width), zeros(1, 1, rank)
+        lift, table = zeros(8, width, rank) if lifted else None, zeros(512, width // 2) if turned else None
+        caches = [zeros(1, x.shape[1], 512, x.shape[2]) for x in (k, v)]
+        rest = [torch.zeros(1, dtype=torch.int32), None, None, None, 1.0, 1e-5, -1, 2]
+        operands = [zeros(1, 32, width), None, k, None, v, table, table, lift, None, *caches, *rest]
+        scores, values = (Registers(getattr(latent_attention, name)) for name in LATENT)
+        both = dict(zip(LATENT, (scores, values), strict=True))
+        with (
+            patch.object(latent_attention, "early_start", return_value=EARLY),
+            patch.multiple(latent_attention, **both),
+        ):
+            latent_attention._op.launch(latent_attention._op.call(*operands), precision(operands[0]))
+        return {"scores": scores, "values": values}
+
+    forms = {"turned": (8, False, True), "walked": (1, False, False), "lifted": (1, True, True), "own": (8, True, True)}
+    taken = {f"{form} {part}": x for form, how in forms.items() for part, x in of(*how).items()}
+    return {f"{name}, shared": x.shared for name, x in taken.items()} | {
+        f"{name}, spilled": x.spilled for name, x in taken.items()
+    }
+
+
+LATENT = ("latent_scores", "_attend_by_scores")
 EARLY = {"PDL": True, "launch_pdl": True}
 # What `KIND:RANK` compiles, for a rank that only some kernels have a row for.
-KINDS = {"v1": ffn_v1, "geglu": geglu, "lifts": lifts, "decode": decode, "norms": norms, "spills": spills}
+KINDS = {
+    "v1": ffn_v1,
+    "geglu": geglu,
+    "lifts": lifts,
+    "decode": decode,
+    "norms": norms,
+    "spills": spills,
+    "latent": latent,
+}
 
 
 def rotary(zeros: Callable[..., Tensor], rank: int, head_dim: int, sequences: Tensor, causal: bool = False) -> int:

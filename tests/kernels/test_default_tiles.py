@@ -29,6 +29,14 @@ def test_a_step_of_attention_keeps_all_it_holds_in_registers(tmp_path: Path) -> 
     assert {case: size for case, size in spilled.items() if size} == {}
 
 
+def test_a_step_over_rank_space_fits_and_spills_nothing(tmp_path: Path) -> None:
+    """Of a rank whose lift stays on chip, and of one that is walked."""
+    found = compiled("latent:64", "latent:1024", cache=tmp_path)
+    assert len(found) == 32
+    assert {case: size for case, size in found.items() if size and "spilled" in case[0]} == {}
+    assert max(found.values()) <= SHARED_MEMORY_OF_HOPPER
+
+
 def test_the_tables_tiles_fit_into_a_hoppers_shared_memory(tmp_path: Path) -> None:
     # The widest ranks that each row of the tables serves.
     kinds = [

@@ -20,6 +20,7 @@ from flashsvd.kernels.flashsvdgeglu import flashsvd_geglu
 from flashsvd.kernels.flashsvdropeattn import flashsvd_rope_attention
 from flashsvd.kernels.flashsvdswiglu import flashsvd_swiglu
 from flashsvd.kernels.fused_ln import fused_ln
+from flashsvd.kernels.latent_attention import latent_attention
 from flashsvd.kernels.launch import LARGEST_RANK, Backend
 from flashsvd.kernels.rms_norm import rms_norm
 from flashsvd.kernels.rotary import rotate_heads
@@ -170,6 +171,21 @@ def decoding_attention(backend: Backend) -> Operation:
     return call, [*new, *caches, *places, make(3, 16), make(3, 16)]
 
 
+def rank_space_attention(backend: Backend) -> Operation:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lift: Tensor, *others: Tensor
+    ) -> Tensor:
+        position, first, cos, sin = others
+        caches = k_cache.clone(), v_cache.clone()
+        options = {"softmax_scale": 0.2, "first": first, "lift": lift, "cos": cos, "sin": sin, "splits": 2}
+        return latent_attention(q, k, v, *caches, position, **options, backend=backend)
+
+    make = Operands()
+    new, caches = [make(3, 4, 32), make(3, 1, 24), make(3, 1, 20)], [make(3, 1, 40, 24), make(3, 1, 40, 20)]
+    places = [torch.tensor([33], device=DEVICE), torch.tensor([0, 4, 20], device=DEVICE)]
+    return call, [*new, *caches, make.weight(2, 32, 24), *places, make(40, 16), make(40, 16)]
+
+
 OPERATIONS = pytest.mark.parametrize(
     "operation",
     [
@@ -188,6 +204,7 @@ OPERATIONS = pytest.mark.parametrize(
         rotation,
         decoding,
         decoding_attention,
+        rank_space_attention,
     ],
 )
 

@@ -39,6 +39,33 @@ def block_of(width: int) -> int:
 
 
 @triton.jit
+def reach(position_ptr, first_ptr, i_row, position_row, window, PADDED: tl.constexpr, WINDOWED: tl.constexpr):
+    # The new token's column, the row's first one, and the first that is attended to.
+    position = tl.load(position_ptr + i_row * position_row).to(tl.int32)
+    first = 0
+    if PADDED:
+        first = tl.maximum(tl.load(first_ptr + i_row).to(tl.int32), 0)
+    low = first
+    if WINDOWED:
+        low = tl.maximum(low, position + 1 - window)
+    return position, first, low
+
+
+@triton.jit
+def share_of_keys(low, end, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    # Of the keys from `low` on a program's own, whole tiles but for the last one, and among how many they are shared.
+    # Shares differ by a tile at most; a program beyond them has none.
+    if SPLITS == 1:
+        return low, end, 1
+    else:
+        tiles = tl.cdiv(end - low, COLUMNS)
+        shares = tl.maximum(tl.minimum(tiles, SPLITS), 1)
+        i_share = tl.program_id(1)
+        last = tl.minimum(low + tl.cdiv((i_share + 1) * tiles, shares) * COLUMNS, end)
+        return low + tl.cdiv(i_share * tiles, shares) * COLUMNS, last, shares
+
+
+@triton.jit
 def turned_halves(
     x_ptr, o_row, m_row, x_head, weight_ptr, cos_ptr, sin_ptr, width, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,

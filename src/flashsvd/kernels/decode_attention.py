@@ -34,6 +34,8 @@ from flashsvd.kernels.cache_steps import (
     check_numbers,
     check_places,
     join_shares,
+    reach,
+    share_of_keys,
     turned_halves,
 )
 from flashsvd.kernels.checks import check_fit, has_dims
@@ -153,23 +155,10 @@ def _decode_attention(
     i_row = tl.program_id(0) // kv_heads
     i_kv = tl.program_id(0) % kv_heads
     await_inputs(PDL)
-    position = tl.load(position_ptr + i_row * position_row).to(tl.int32)
-    low = 0
-    if PADDED:
-        low = tl.maximum(tl.load(first_ptr + i_row).to(tl.int32), 0)
-    if WINDOWED:
-        low = tl.maximum(low, position + 1 - window)
-    start = low
-    end = position + 1
-    shares = 1
-    if SPLITS > 1:
-        tiles = tl.cdiv(end - low, COLUMNS)
-        shares = tl.maximum(tl.minimum(tiles, SPLITS), 1)
-        i_share = tl.program_id(1)
-        if i_share >= shares:
-            return
-        start += tl.cdiv(i_share * tiles, shares) * COLUMNS
-        end = tl.minimum(low + tl.cdiv((i_share + 1) * tiles, shares) * COLUMNS, end)
+    position, _, low = reach(position_ptr, first_ptr, i_row, position_row, window, PADDED, WINDOWED)
+    start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
+    if tl.program_id(1) >= shares:
+        return
     if ROTATE:
         cos_ptr += i_row * cos_row
         sin_ptr += i_row * sin_row

@@ -28,9 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.kernels.attention_steps import attention_step, no_keys
-from flashsvd.kernels.cache_steps import MOST_SPLITS, block_of, check_numbers, check_places, join_shares
+from flashsvd.kernels.cache_steps import (
+    MOST_SPLITS,
+    block_of,
+    check_numbers,
+    check_places,
+    join_shares,
+    reach,
+    share_of_keys,
+)
 from flashsvd.kernels.checks import check_fit, has_dims
-from flashsvd.kernels.latent_scores import latent_scores, reach
+from flashsvd.kernels.latent_scores import latent_scores
 from flashsvd.kernels.launch import Backend, multiprocessors
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Launch, Plan, addresses
@@ -44,7 +52,8 @@ __all__ = ["latent_attention", "latent_attention_reference"]
 LARGEST_HEAD = 256
 # Columns of values that a program takes.
 VALUE_COLUMNS = 128
-# The most columns of rank space whose lift a program holds on chip, and of how many it takes others at a time.
+# The most columns of rank space whose lift a program holds on chip, in half precision, and how many it takes of others
+# at a time.
 WHOLE_RANK, WALKED, WALKED_FP32 = 128, 64, 32
 # As in `decode_attention`: programs with room on a multiprocessor, and numbers of shares asked for at once.
 PROGRAMS, JOINED = 2, 8192
@@ -150,17 +159,9 @@ def _attend_by_scores(
     i_row = tl.program_id(0) // chunks // v_heads
     await_inputs(PDL)
     position, _, low = reach(position_ptr, first_ptr, i_row, position_row, window, PADDED, WINDOWED)
-    start = low
-    end = position + 1
-    shares = 1
-    if SPLITS > 1:
-        tiles = tl.cdiv(end - low, COLUMNS)
-        shares = tl.maximum(tl.minimum(tiles, SPLITS), 1)
-        i_share = tl.program_id(1)
-        if i_share >= shares:
-            return
-        start += tl.cdiv(i_share * tiles, shares) * COLUMNS
-        end = tl.minimum(low + tl.cdiv((i_share + 1) * tiles, shares) * COLUMNS, end)
+    start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
+    if tl.program_id(1) >= shares:
+        return
     width = tl.minimum(width_v - i_chunk * WIDTH, WIDTH)
     o_head = tl.arange(0, ROWS)
     m_head = o_head < group
@@ -211,11 +212,18 @@ def _attend_by_scores(
 CANDIDATES = (Tiles(16, 32, warps=4, stages=2), Tiles(16, 64, warps=4, stages=3), Tiles(16, 128, warps=8, stages=2))
 
 
+def _is_whole(c: LatentAttention) -> bool:
+    return c.lift is not None and c.lift.shape[2] <= WHOLE_RANK and c.q.dtype != torch.float32
+
+
 def default_tiles(c: LatentAttention) -> Tiles:
     """The table; rows are the heads that share keys or values, and no fewer than tensor cores take."""
     wide = c.kind != "walked" and c.q.shape[2] > 128
     if c.q.dtype == torch.float32:
         return Tiles(16, 16, warps=8, stages=1) if wide else Tiles(16, 32, warps=4, stages=1)
+    if c.kind == "lifted" and not wide and not _is_whole(c):
+        # The lift is read anew for every tile of keys.
+        return Tiles(16, 128, warps=8, stages=3)
     return Tiles(16, 32 if wide else 64, warps=4, stages=2)
 
 
@@ -305,7 +313,7 @@ def _plan(c: LatentAttention, exact: str, t: Tiles) -> Plan:
 def _plan_scores(c: LatentAttention, t: Tiles, options: dict[str, object]) -> Launch:
     names = [*operand_names(LatentAttention), "scores"]
     width, rank, group = c.q.shape[2], c.k.shape[2], c.q.shape[1] // c.sharers
-    whole = c.lift is not None and rank <= WHOLE_RANK
+    whole = _is_whole(c)
     walked = WALKED_FP32 if c.q.dtype == torch.float32 else WALKED
     splits = c.splits or default_splits(c, t, c.sharers, c.k_cache.shape[2])
     arguments = [
@@ -317,8 +325,8 @@ def _plan_scores(c: LatentAttention, t: Tiles, options: dict[str, object]) -> La
     return Launch(
         latent_scores, (len(c.q) * c.sharers, splits), names, arguments, _rows(t, group), KIND=c.kind,
         HALF=16 if c.kind == "walked" else block_of(width // 2), RANK=block_of(rank) if whole else walked, WHOLE=whole,
-        SPLITS=splits, Q_NORM=c.q_norm is not None, K_NORM=c.k_norm is not None, ROTATE=c.cos is not None,
-        BIAS=c.lift_bias is not None, **options,
+        WIDEST=triton.next_power_of_2(max(rank, c.v.shape[2])), SPLITS=splits, Q_NORM=c.q_norm is not None,
+        K_NORM=c.k_norm is not None, ROTATE=c.cos is not None, BIAS=c.lift_bias is not None, **options,
     )  # fmt: skip
 
 
@@ -348,7 +356,8 @@ def _position_row(c: LatentAttention) -> int:
 
 
 def _rows(t: Tiles, group: int) -> Tiles:
-    return Tiles(max(t.rows, block_of(group)), t.columns, t.warps, t.stages)
+    # More rows would not find room in the registers of four warps.
+    return Tiles(max(t.rows, block_of(group)), t.columns, t.warps if group <= 32 else max(8, t.warps), t.stages)
 
 
 _op = Op(

@@ -11,7 +11,7 @@ that the kernel after this one finds it in its cache.
 
 from __future__ import annotations
 
-from flashsvd.kernels.cache_steps import cached, turned_halves
+from flashsvd.kernels.cache_steps import cached, reach, turned_halves
 from flashsvd.kernels.products import add_dot
 from flashsvd.kernels.programmatic import await_inputs
 from flashsvd.kernels.tf32 import nearest
@@ -19,23 +19,10 @@ from flashsvd.kernels.triton_import import kernel, tl, triton
 
 
 @triton.jit
-def reach(position_ptr, first_ptr, i_row, position_row, window, PADDED: tl.constexpr, WINDOWED: tl.constexpr):
-    # The new token's column, the row's first one, and the first that is attended to.
-    position = tl.load(position_ptr + i_row * position_row).to(tl.int32)
-    first = 0
-    if PADDED:
-        first = tl.maximum(tl.load(first_ptr + i_row).to(tl.int32), 0)
-    low = first
-    if WINDOWED:
-        low = tl.maximum(low, position + 1 - window)
-    return position, first, low
-
-
-@triton.jit
 def _copy_row(from_ptr, to_ptr, width, BLOCK: tl.constexpr):
-    for c in range(0, width, BLOCK):
-        o = c + tl.arange(0, BLOCK)
-        tl.store(to_ptr + o, tl.load(from_ptr + o, mask=o < width), mask=o < width)
+    # At once: parts of it one after the other would each wait for memory.
+    o = tl.arange(0, BLOCK)
+    tl.store(to_ptr + o, tl.load(from_ptr + o, mask=o < width), mask=o < width)
 
 
 @triton.jit
@@ -156,8 +143,9 @@ def latent_scores(
     sharers, k_heads, v_heads, group, width, rank, width_v, room, table_row, position_row, q_row, q_head, k_row, k_head,
     v_row, v_head, k_cache_row, k_cache_head, k_cache_column, v_cache_row, v_cache_head, v_cache_column, eps, window,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
-    WHOLE: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, ROTATE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, WIDEST: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # `sharers` are the groups of heads that share keys; those that are lifted may come from one and the same cache.
     i_row = tl.program_id(0) // sharers
@@ -208,12 +196,12 @@ def latent_scores(
             tl.store(p_new + o_new, k1, mask=o_new < width // 2)
             tl.store(p_new + width // 2 + o_new, k2, mask=o_new < width // 2)
     elif i_share == 0 and i_kv < k_heads:
-        _copy_row(k_ptr, p_new, rank, RANK)
+        _copy_row(k_ptr, p_new, rank, WIDEST)
     if i_share == 0:
         for i_v in range(i_kv, v_heads, sharers):
             p_value = v_cache_ptr + i_row.to(tl.int64) * v_cache_row + tl.cast(i_v, tl.int64) * v_cache_head
             p_value += position.to(tl.int64) * v_cache_column
-            _copy_row(v_ptr + i_row * v_row + i_v * v_head, p_value, width_v, RANK)
+            _copy_row(v_ptr + i_row * v_row + i_v * v_head, p_value, width_v, WIDEST)
     # Of the tiles that begin at `low` the new key's is the one behind all whole ones of old keys.
     old = tl.maximum(position - low, 0) // COLUMNS
     whole = low + old * COLUMNS
