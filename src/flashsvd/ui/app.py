@@ -105,7 +105,7 @@ def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str]
 
 
 def _leave() -> NoReturn:
-    """End the process around threads that serve: compiled code aborts it if the interpreter ends while it is in there."""
+    """End the process with its threads that serve: were only the interpreter to end, code outside it would abort."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
