@@ -74,7 +74,8 @@ class DecoderBlock(QuickModule):
 
     def step(self, x: Tensor, at: Step, stored: StoredLayer) -> Tensor:
         """One token of each row, x [rows, hidden]."""
-        return self._rest(self.heads.step(*self._projected(x), at, stored), x)
+        heads = self.heads.step(*self._projected(x, at.arrivals), at, stored)
+        return self._rest(heads, x, at.arrivals)
 
     def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
         """All tokens of all rows, x [rows * length, hidden]."""
@@ -86,12 +87,13 @@ class DecoderBlock(QuickModule):
         attended = attend_called(self.heads, *self._projected(rows), call)
         return self._rest(attended.transpose(1, 2).flatten(0, 1), rows).view(x.shape)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, arrivals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, heads, D], keys and values [n, their heads, width] as they are kept."""
-        q, k, v = self.qkv(x, self.norm)
+        q, k, v = self.qkv(x, self.norm, arrivals)
         return q, k, v
 
-    def _rest(self, a: Tensor, x: Tensor) -> Tensor:
+    def _rest(self, a: Tensor, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
         """What attends, [n, heads, head_dim], through the rest of the layer."""
-        result: Tensor = self.ffn(self.output.step(a.flatten(1), residual=x))
+        x = self.output.step(a.flatten(1), residual=x, arrivals=arrivals)
+        result: Tensor = self.ffn(x, arrivals)
         return result

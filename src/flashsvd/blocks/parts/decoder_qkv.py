@@ -57,26 +57,30 @@ class PackedQKV(Packed):
         biases = [layer.bias for layer, _ in zip(layers, self.together, strict=False)]
         self.keep("bias", present(torch.cat(biases)) if biases else None, dtype)
 
-    def forward(self, x: Tensor, norm: RowNorm) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x [n, hidden], which is normed first."""
-        y = self.linears.step(x, norm)
+    def forward(self, x: Tensor, norm: RowNorm, arrivals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x [n, hidden], which is normed first.
+
+        Args:
+            arrivals: as `decode_linear` has them.
+        """
+        y = self.linears.step(x, norm, arrivals=arrivals)
         parts = zip(y.split_with_sizes(self.linears.widths, 1), self.shapes, strict=True)
         found = [part.view(len(x), *shape) for part, shape in parts]
-        lifted = self._lifted_together(y, found) if self.together and len(x) <= MOST_ROWS else []
+        lifted = self._lifted_together(y, found, arrivals) if self.together and len(x) <= MOST_ROWS else []
         for i in range(len(lifted), len(found)):
             lift = self.lifts[i]
             lifted.append(found[i] if lift is None else lift.tokens(found[i]))
         q, k, v = lifted
         return q, k, v
 
-    def _lifted_together(self, y: Tensor, found: list[Tensor]) -> list[Tensor]:
+    def _lifted_together(self, y: Tensor, found: list[Tensor], arrivals: Tensor | None) -> list[Tensor]:
         """The first of `found`, which are the columns of y."""
         matrices, columns = [lift.matrix for lift in self.together], sum(lift.kept[1] for lift in self.together)
 
         def run(implementation: Implementation) -> list[Tensor]:
             if implementation == "torch":
                 return [lift.tokens(p) for lift, p in zip(self.together, found, strict=False)]
-            lifted = decode_linear(y[:, :columns], matrices, self.bias, backend="triton")
+            lifted = decode_linear(y[:, :columns], matrices, self.bias, arrivals=arrivals, backend="triton")
             parts = lifted.split_with_sizes([len(m) for m in matrices], 1)
             return [part.view(len(y), len(lift.weight), -1) for part, lift in zip(parts, self.together, strict=True)]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead, present
-from flashsvd.blocks.parts.widths import STEP, decode_width, widen
+from flashsvd.blocks.parts.widths import STEP, row_width, widen
 
 KVCache = Literal["auto", "dense", "lowrank"]
 
@@ -39,7 +39,7 @@ class PackedLift(Packed):
 
     def __init__(self, layer: Joint | PerHead, heads: int, dtype: torch.dtype) -> None:
         super().__init__()
-        factors = widen(layer.v, layer.v.ndim - 2, decode_width).mT
+        factors = widen(layer.v, layer.v.ndim - 2, row_width).mT
         self.shared = isinstance(layer, Joint)
         weight = factors.view(heads, -1, factors.shape[1]) if self.shared else factors
         self.kept = 1 if self.shared else heads, weight.shape[2]
@@ -89,7 +89,7 @@ def first_factor(layer: Matrices) -> Dense:
     """x -> P of all heads side by side; of a dense layer, its output."""
     if isinstance(layer, Dense):
         return layer
-    u = widen(layer.u, layer.u.ndim - 1, decode_width)
+    u = widen(layer.u, layer.u.ndim - 1, row_width)
     columns = u if isinstance(layer, Joint) else u.transpose(0, 1).flatten(1)
     return Dense(columns, columns.new_zeros(columns.shape[1]))
 
@@ -113,7 +113,9 @@ def choose_kept(k: Matrices, v: Matrices, kv_cache: KVCache, turned: bool) -> tu
 
 def _narrower(layer: Matrices, more: int = 0) -> bool:
     """Whether what all heads are lifted from, and `more`, has fewer columns than they have."""
-    if isinstance(layer, Dense):
+    # A form of factors that is more than its two matrices has its own ways to be read.
+    if type(layer) not in (Joint, PerHead):
         return False
+    assert isinstance(layer, (Joint, PerHead))
     heads = 1 if isinstance(layer, Joint) else len(layer.u)
-    return heads * decode_width(layer.rank) + more < len(layer.bias)
+    return heads * row_width(layer.rank) + more < len(layer.bias)

@@ -21,6 +21,7 @@ class Step:
         first: the first column of each row that is not padding, int32 [rows]; None for 0.
         tables: cos, sin of each row's token, [rows, head_dim / 2]; None without rotation.
         by_position: cos, sin by position, [positions, head_dim / 2]; None without rotation.
+        arrivals: as `decode_linear` has them, of this cache's steps alone.
     """
 
     column: int
@@ -28,6 +29,7 @@ class Step:
     first: Tensor | None
     tables: Tables | None
     by_position: Tables | None
+    arrivals: Tensor | None = None
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [rows or 1, 1, 1, columns so far], true for what is attended to; None where that is everything."""
