@@ -856,6 +856,8 @@ def test_a_checkpoint_loads_onto_fused_blocks(make_model: MakeModel, tmp_path: P
     plain, fused = load_compressed(tmp_path / "out"), load_compressed(tmp_path / "out", optimize=True, backend="torch")
     assert set(runtime.choices(fused)) == set()
     assert_as_exact(run(fused, inputs()).logits, plain, inputs(), "logits")
+    with pytest.raises(ConfigError, match=r"backend, graph and kv_cache .* pass optimize=True"):
+        load_compressed(tmp_path / "out", kv_cache="dense")
     with pytest.raises(ConfigError, match="pass optimize=True"):
         load_compressed(tmp_path / "out", backend="torch")
     name: Any = "triton"

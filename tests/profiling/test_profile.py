@@ -294,6 +294,8 @@ def test_models_run_in_the_dtype_of_the_checkpoint_unless_another_is_asked_for(
         ({"variants": "dense", "backend": "torch"}, "backend is for the variant fused, which variants leaves out"),
         ({"variants": "dense,fused", "backend": "plain"}, "backend plain leaves out the variant fused, which var"),
         ({"graph": "always", "backend": "plain"}, "graph.* is for the variant fused, which backend plain leaves out"),
+        ({"variants": "dense", "kv_cache": "dense"}, "kv_cache is for the variant fused"),
+        ({"kv_cache": "small"}, "kv_cache 'small' is not known; choose from auto, dense, lowrank"),
         ({"graph": "yes"}, "graph 'yes' is not known; choose from auto, always, never"),
         ({"backend": "cuda"}, "backend 'cuda' is not known; choose from plain, auto, torch, triton"),
     ],
@@ -309,6 +311,7 @@ def test_options_that_cannot_be_used_are_refused_at_once(options: dict[str, Any]
     [
         ({"offload": True}, "offload=True keeps weights off a GPU, and this runs on cpu; leave it out"),
         ({"graph": "always"}, "CUDA graphs cannot run here"),
+        ({"kv_cache": "auto,lowrank"}, "bert is an encoder, which keeps no keys and values; leave out kv_cache"),
         ({"micro_batches": 5}, "micro-batches does not apply: a batch of 4 has no 5 parts"),
         ({"dense": "./nowhere"}, "there is no directory"),
         ({"task": "mnli"}, "mnli|premise"),

@@ -105,6 +105,16 @@ def test_the_cache_has_the_keys_and_values_of_all_tokens_but_the_last(writer: Wr
     assert written.cache_bytes == 2 * LAYERS * BATCH * (11 + NEW - 1) * width * 4
 
 
+def test_the_fused_variant_is_measured_with_each_form_of_cache(config: MakeConfig) -> None:
+    result = run_profile(config(variants="fused", kv_cache="lowrank,dense,auto"))
+    assert [row.label for row in result.rows] == ["fused", "fused, dense cache", "fused, lowrank cache"]
+    small, dense, lowrank = (row.generation.cache_bytes for row in result.rows if row.generation)
+    # Of four heads of eight those that all share a rank space of four, stored in eight columns.
+    assert (4 * small, lowrank) == (dense, small)
+    assert "fused, lowrank cache" in str(result)
+    assert png(result)
+
+
 def test_a_static_cache_has_room_for_all_tokens() -> None:
     written = steps_as_they_are(build_decoder("llama")).write(torch.randint(2, 64, (BATCH, 11)), NEW, CPU)
     assert written.cache_bytes == 2 * LAYERS * BATCH * (11 + NEW) * HIDDEN // 2 * 4
@@ -306,8 +316,8 @@ def test_the_fused_variant_generates_the_same_tokens_as_people_call_it(
     fused, plain = result["fused"].generation, result["low-rank"].generation
     assert fused is not None
     assert plain is not None
-    # What is kept has room for a multiple of so many tokens.
-    assert fused.cache_bytes == 2 * LAYERS * BATCH * generation.ROOM_STEP * HIDDEN * 4
+    # What is kept has room for a multiple of so many tokens, of which it keeps a rank space of four in eight columns.
+    assert fused.cache_bytes == 2 * LAYERS * BATCH * generation.ROOM_STEP * 8 * 4
     assert fused.step_bytes == plain.step_bytes
 
 

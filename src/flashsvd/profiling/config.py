@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flashsvd.common.config import Config
-from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, PLAIN
+from flashsvd.common.device import BACKENDS, DEVICES, DTYPES, KV_CACHES, PLAIN
 from flashsvd.common.options import names_in, option
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
@@ -67,6 +67,13 @@ class ProfileConfig(Config):
         "which is an error where they cannot; never; a decoder's graphs are those of the steps in which it generates",
         choices=tuple(GRAPHS),
     )
+    kv_cache: str = option(
+        "auto",
+        help=f"what the fused variant's cache keeps, comma-separated, of {', '.join(KV_CACHES)}, with each of which it "
+        "is measured: auto keeps the rank space that keys and values are lifted from where that takes less memory and "
+        "no work to read, lowrank wherever it takes less memory, dense nowhere",
+        several=KV_CACHES,
+    )
     max_eval_samples: int | None = option(
         None, help="read only this many examples or windows, drawn by the seed", at_least=1
     )
@@ -108,7 +115,12 @@ class ProfileConfig(Config):
             )
         if "fused" not in names:
             left_out = f"--backend {PLAIN}" if self.backend == PLAIN else "--variants"
-            for given, asked in (("--graph", self.graph != "auto"), ("--backend", self.backend not in (None, PLAIN))):
+            of_fused = {
+                "--graph": self.graph != "auto",
+                "--kv-cache": self.kv_caches() != ("auto",),
+                "--backend": self.backend not in (None, PLAIN),
+            }
+            for given, asked in of_fused.items():
                 if asked:
                     raise ConfigError(
                         f"{given} is for the variant fused, which {left_out} leaves out; leave out one of them"
@@ -121,6 +133,14 @@ class ProfileConfig(Config):
             ConfigError: one of them is not known, or none is named.
         """
         return tuple(name for name in self._named() if name != "fused" or self.backend != PLAIN)
+
+    def kv_caches(self) -> tuple[str, ...]:
+        """What the fused variant is to keep of keys and values, in the order of `KV_CACHES`.
+
+        Raises:
+            ConfigError: one of them is not known, or none is named.
+        """
+        return names_in("kv_cache", self.kv_cache, KV_CACHES)
 
     def left_out(self) -> dict[str, str]:
         """The variants that are measured unless an option says otherwise, with the reason."""

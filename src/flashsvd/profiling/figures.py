@@ -74,7 +74,7 @@ def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult
                 continue
             shown.add((row.variant, _setting(result)))
             alone = len(results) == 1 or (is_dense and one_setting)
-            yield (row.variant if alone else f"{_name(result)}, {row.variant}"), result, row
+            yield (row.label if alone else f"{_name(result)}, {row.label}"), result, row
 
 
 def _setting(result: ProfileResult) -> tuple[Any, ...]:
@@ -250,9 +250,8 @@ def draw_bars(
 def _panel(
     panel: Any, title: str, rows: list[VariantRow], values: list[float | None], tops: Sequence[float | None] = ()
 ) -> None:
-    names = [row.variant for row in rows]
-    draw_bars(panel, range(len(rows)), names, values, tops)
-    panel.set_yticks(range(len(rows)), names)
+    draw_bars(panel, range(len(rows)), [row.variant for row in rows], values, tops)
+    panel.set_yticks(range(len(rows)), [row.label for row in rows])
     panel.set_title(title, fontsize=9)
     panel.tick_params(labelsize=8)
 

@@ -98,6 +98,7 @@ def _measure(
         weight_bytes=loaded.ready.weight_bytes,
         dtype=loaded.ready.dtype,
         cuda_graphs=graphs_kept(loaded.ready.model),
+        kv_cache=setting.kv_cache if name == "fused" else "",
         generation=generation,
         no_generation=no_generation,
     )

@@ -61,6 +61,7 @@ class VariantRow:
         parameters: of the checkpoint.
         weight_bytes: of the weights as they are in memory.
         cuda_graphs: how many it had captured in the end.
+        kv_cache: what it was asked to keep of keys and values; empty where it was not.
         speed_up: the dense variant's median latency over this one's.
         generation: None where it was not asked for, or where this variant cannot; `no_generation` then says why.
     """
@@ -81,9 +82,15 @@ class VariantRow:
     weight_bytes: int | None = None
     dtype: str | None = None
     cuda_graphs: int = 0
+    kv_cache: str = ""
     speed_up: float | None = None
     generation: Generation | None = None
     no_generation: str = ""
+
+    @property
+    def label(self) -> str:
+        """The variant, and how it differs from others of its name."""
+        return self.variant if self.kv_cache in ("", "auto") else f"{self.variant}, {self.kv_cache} cache"
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,7 +197,7 @@ class ProfileResult:
         metric = (row.metrics or {}).get(self.metric_name)
         size = None if row.weight_bytes is None else row.weight_bytes / 1e6
         return [
-            row.variant,
+            row.label,
             _text(metric, ".4f"),
             _text(row.latency_ms, ".2f"),
             _text(row.latency_p90_ms, ".2f"),
@@ -205,8 +212,8 @@ class ProfileResult:
 
     def notes(self) -> list[str]:
         """A line for each variant without figures, then what was measured."""
-        lines = [f"{row.variant} was {row.status}: {row.reason}" for row in self.rows if row.status != "ok"]
-        lines += [f"{row.variant} did not generate: {row.no_generation}" for row in self.rows if row.no_generation]
+        lines = [f"{row.label} was {row.status}: {row.reason}" for row in self.rows if row.status != "ok"]
+        lines += [f"{row.label} did not generate: {row.no_generation}" for row in self.rows if row.no_generation]
         return [*lines, self.title(), *(f"{name}: {text}" for name, text in self.definitions.items())]
 
     def title(self) -> str:
@@ -229,7 +236,7 @@ class ProfileResult:
 
     def __repr__(self) -> str:
         rows = ", ".join(
-            f"{row.variant} {row.status if row.latency_ms is None else f'{row.latency_ms:.2f} ms'}" for row in self.rows
+            f"{row.label} {row.status if row.latency_ms is None else f'{row.latency_ms:.2f} ms'}" for row in self.rows
         )
         return f"ProfileResult({self.task} of {self.checkpoint} on {self.device}: {rows})"
 

@@ -30,6 +30,7 @@ from flashsvd.profiling.variants import DENSE, Setting, check_offload, why_not
 from flashsvd.storage.result_file import ResultFile, holds_json
 
 if TYPE_CHECKING:
+    from flashsvd.blocks.parts.kept import KVCache
     from flashsvd.kernels.launch import Backend
 
 log = logging.getLogger("flashsvd")
@@ -57,9 +58,10 @@ def profile(config: ProfileConfig) -> ProfileResult:
     draw = None if config.max_eval_samples is None else Draw(config.max_eval_samples, config.seed)
     task, data = load_data(task, config.data, draw, subject)
     backend = cast("Backend", "auto" if config.backend in (None, PLAIN) else config.backend)
-    graph = GRAPHS[config.graph]
-    if graph is True:
-        runtime.check(subject.config, backend, device, graph)
+    graph, kv_caches = GRAPHS[config.graph], cast("tuple[KVCache, ...]", config.kv_caches())
+    for kept in kv_caches:
+        if graph is True or kept != "auto":
+            runtime.check(subject.config, backend, device, graph, kept)
     shape = batch_shape(task, subject, config.batch_size, config.seq_len, config.padding)
     workload = Workload.prepare(task, data, subject, shape, draw)
     setting = Setting(
@@ -70,6 +72,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         config.backend is not None and not config.may_skip,
         graph,
         config.offload,
+        kv_caches[0],
     )
     reasons = {name: why_not(name, subject, workload, setting) for name in names}
     _refuse_what_was_asked_for(config, reasons)
@@ -85,7 +88,9 @@ def profile(config: ProfileConfig) -> ProfileResult:
             log.info("%s is skipped: %s", name, reason)
             rows.append(VariantRow(name, "skipped", reason))
         else:
-            rows.append(measure(name, subjects[name], workload, setting, config.runs, prompts))
+            for kept in kv_caches if name == "fused" else kv_caches[:1]:
+                asked = dataclasses.replace(setting, kv_cache=kept)
+                rows.append(measure(name, subjects[name], workload, asked, config.runs, prompts))
     _refuse_nothing(rows)
     # After the variants, since what a process has freed may be used again uncounted.
     copied = copy_bandwidth(device) if prompts else None

@@ -16,6 +16,7 @@ from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling.memory import make_resident, parameter_count, step_bytes, weight_bytes
 
 if TYPE_CHECKING:
+    from flashsvd.blocks.parts.kept import KVCache
     from flashsvd.blocks.running.graph import GraphOption
     from flashsvd.kernels.launch import Backend
 
@@ -34,6 +35,7 @@ class Setting:
         must_fuse: whether that backend was asked for, so that it is an error where it cannot run the model.
         graph: whether they run as CUDA graphs, as `optimize` takes it.
         offload: whether weights stay on the host.
+        kv_cache: what fused decoders keep of keys and values, as `optimize` takes it.
     """
 
     device: torch.device
@@ -43,6 +45,7 @@ class Setting:
     must_fuse: bool
     graph: GraphOption
     offload: bool
+    kv_cache: KVCache = "auto"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
     else:
         model = model.to(setting.device)
         if name == "fused":
-            runtime.optimize(model, setting.backend, setting.graph)
+            runtime.optimize(model, setting.backend, setting.graph, setting.kv_cache)
         size = weight_bytes(model)
         make_resident(model)
     call: Any = model
@@ -106,7 +109,7 @@ def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -
         return f"a batch of {workload.shape.batch_size} has no {setting.micro_batches} parts"
     if name == "fused":
         try:
-            runtime.check(subject.config, setting.backend, setting.device, setting.graph)
+            runtime.check(subject.config, setting.backend, setting.device, setting.graph, setting.kv_cache)
             workload.check_fused(subject)
         except BackendError as error:
             return error.message
