@@ -55,7 +55,7 @@ class DecoderBlock(QuickModule):
         super().__init__()
         w = weights
         k, v = smallest(w.k), smallest(w.v)
-        in_rank_space = choose_kept(k, v, kv_cache, w.heads.turned)
+        in_rank_space = choose_kept(k, v, kv_cache, w.heads.turned, w.heads.width)
         keys, values = (
             lift_of(layer, w.heads.kv_count, w.dtype) if is_kept else None
             for layer, is_kept in zip((k, v), in_rank_space, strict=True)
