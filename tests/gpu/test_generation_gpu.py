@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from conftest import DECODERS, build_decoder, factor
 from flashsvd import optimize
+from flashsvd.blocks.parts.kept import KVCache
 from flashsvd.kernels.launch import interpreting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
@@ -30,13 +31,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEPS_OF_A_TIE = 4
 
 
-def pair(name: str, layout: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+def pair(name: str, layout: str, dtype: torch.dtype, kv_cache: KVCache = "auto", **options: Any) -> tuple[Any, Any]:
     own = {"head_dim": 48} if name == "qwen3" else {"num_key_value_heads": 4} if name != "gpt2" else {}
     model = build_decoder(name, **(SIZES | own | options))
     if layout != "dense":
         factor(model, layout, ratio=0.5)
     model = model.to("cuda", dtype)
-    return model, optimize(copy.deepcopy(model))
+    return model, optimize(copy.deepcopy(model), kv_cache=kv_cache)
 
 
 def prompts(rows: int, length: int) -> Tensor:
@@ -77,6 +78,30 @@ def test_greedy_tokens(name: str, layout: str, dtype: torch.dtype) -> None:
         expected = plain.generate(ids, attention_mask=mask, **GREEDY)
         for _ in range(2):
             assert_same_tokens(plain, model.generate(ids, attention_mask=mask, **GREEDY), expected, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_cache", ["dense", "lowrank"])
+@pytest.mark.parametrize("layout", ["joint", "per-head"])
+@pytest.mark.parametrize("name", ["gpt2", "llama with biases", "mistral", "qwen2", "qwen3"])
+def test_greedy_tokens_from_other_caches(name: str, layout: str, kv_cache: KVCache, dtype: torch.dtype) -> None:
+    plain, model = pair(name, layout, dtype, kv_cache)
+    for rows, length, padded in ((1, 20, False), (4, 33, True)):
+        ids = prompts(rows, length)
+        mask = left_padded(ids) if padded else torch.ones_like(ids)
+        expected = plain.generate(ids, attention_mask=mask, **GREEDY)
+        for _ in range(2):
+            assert_same_tokens(plain, model.generate(ids, attention_mask=mask, **GREEDY), expected, mask)
+    # A prompt whose length comes again is a graph, too.
+    assert model.decoders.graphs >= 2
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "lowrank"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "offloaded"}], ids=str)
+def test_caches_of_transformers_keep_rank_space(options: dict[str, Any], kv_cache: KVCache) -> None:
+    plain, model = pair("llama", "joint", torch.float32, kv_cache)
+    ids = prompts(2, 30)
+    assert torch.equal(model.generate(ids, **GREEDY, **options), plain.generate(ids, **GREEDY, **options))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 40])

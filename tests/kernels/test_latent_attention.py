@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_accuracy import in_fp64
 from flashsvd.kernels import latent_attention as module
 from flashsvd.kernels.decode_attention import decode_attention
 from flashsvd.kernels.latent_attention import (
@@ -18,69 +17,8 @@ from flashsvd.kernels.latent_attention import (
     latent_attention,
     value_programs,
 )
-from flashsvd.kernels.tiles import Tiles, TilesOption
-from kernel_accuracy import DEVICE, DTYPES, Operands, assert_accurate, error, on_triton
-
-SMALL = Tiles(16, 16)
-FLOOR = 1e-3
-
-
-class Step:
-    """Operands of one step of a batch whose caches hold NaN from the new token's column on, and before the first.
-
-    Args:
-        keys: heads and width of what is kept of keys.
-        values: likewise.
-        lifted: heads of keys that are lifted from it; 0 where they are read as they lie.
-    """
-
-    def __init__(
-        self, n: int, heads: int, keys: tuple[int, int], values: tuple[int, int], length: int,
-        position: int | list[int], dtype: torch.dtype = torch.float32, *, width: int = 0, lifted: int = 0,
-        rotated: bool = False, norms: bool = False, bias: bool = False, first: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        make = Operands(dtype)
-        width = width if lifted else keys[1]
-        places = position if isinstance(position, list) else [position] * n
-        self.new = [make(n, heads, width), make(n, *keys), make(n, *values)]
-        self.caches = [make(n, count, length, size) for count, size in (keys, values)]
-        for row, place in enumerate(places):
-            for cache in self.caches:
-                cache[row, :, place:] = torch.nan
-                cache[row, :, : (first or [0] * n)[row]] = torch.nan
-        self.position = torch.tensor(places if isinstance(position, list) else [position], device=DEVICE)
-        self.options: dict[str, Any] = {"softmax_scale": width**-0.5}
-        if lifted:
-            self.options["lift"] = make.weight(lifted, width, keys[1])
-            if bias:
-                self.options["lift_bias"] = make(lifted, width)
-        if rotated:
-            angles = torch.arange(length, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, width // 2).to(DEVICE)
-            self.options |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
-        if norms:
-            self.options |= {"q_norm": make(width), "k_norm": make(width), "eps": 1e-5}
-        if first is not None:
-            self.options["first"] = torch.tensor(first, device=DEVICE)
-
-    def run(self, backend: str, fp64: bool = False, **more: Any) -> tuple[Tensor, list[Tensor]]:
-        """The result, and copies of the caches that were written."""
-        exactly = in_fp64 if fp64 else lambda x: x
-        caches = [exactly(cache).clone() for cache in self.caches]
-        options = {name: exactly(x) for name, x in (self.options | more).items()}
-        return latent_attention(*map(exactly, self.new), *caches, self.position, **options, backend=backend), caches
-
-    def check(self, tiles: TilesOption = SMALL, splits: int | None = None, **more: Any) -> None:
-        (exact, exact_caches), (plain, _) = self.run("torch", True, **more), self.run("torch", **more)
-        with on_triton():
-            result, caches = self.run("triton", tiles=tiles, splits=splits, **more)
-        assert_accurate(result, plain, exact)
-        for cache, before, right in zip(caches, self.caches, exact_caches, strict=True):
-            written = torch.zeros_like(cache, dtype=torch.bool)
-            written[torch.arange(len(cache)), :, self.position.expand(len(cache))] = True
-            assert torch.equal(cache[~written].isnan(), before[~written].isnan())
-            assert torch.equal(cache[~written].nan_to_num(), before[~written].nan_to_num())
-            assert error(cache[written], right[written]) <= FLOOR
-
+from kernel_accuracy import DEVICE, DTYPES
+from latent_accuracy import SMALL, LatentStep
 
 # Heads, keys, values, and more: each way in which keys and values can be kept.
 FORMS: dict[str, tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]] = {
@@ -97,9 +35,9 @@ FORMS: dict[str, tuple[int, tuple[int, int], tuple[int, int], dict[str, Any]]] =
 }  # fmt: skip
 
 
-def step(form: str, n: int = 2, length: int = 48, position: int | list[int] = 37, **more: Any) -> Step:
+def step(form: str, n: int = 2, length: int = 48, position: int | list[int] = 37, **more: Any) -> LatentStep:
     heads, keys, values, options = FORMS[form]
-    return Step(n, heads, keys, values, length, position, **(options | more))
+    return LatentStep(n, heads, keys, values, length, position, **(options | more))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,26 +76,26 @@ def test_rows_at_different_places(form: str) -> None:
 @pytest.mark.parametrize("rank", [8, 16, 24, 40, 64, 96, 128])
 def test_ranks_of_heads(rank: int, dtype: torch.dtype) -> None:
     """In half precision their lifts stay on chip."""
-    Step(1, 2, (1, rank), (1, rank), 24, 19, dtype, width=128, lifted=1, rotated=True).check()
-    Step(1, 2, (2, 130), (1, rank), 24, 19, dtype).check()
+    LatentStep(1, 2, (1, rank), (1, rank), 24, 19, dtype, width=128, lifted=1, rotated=True).check()
+    LatentStep(1, 2, (2, 130), (1, rank), 24, 19, dtype).check()
 
 
 @pytest.mark.parametrize("rank", [136, 200, 264, 520])
 def test_ranks_of_whole_layers(rank: int) -> None:
     """Lifts of more than 128 columns are walked, and values divided among programs."""
-    Step(1, 4, (1, rank), (1, rank), 40, 33).check(splits=2)
-    Step(1, 4, (1, rank), (1, rank), 40, 33, width=32, lifted=2, rotated=True, bias=True).check(splits=2)
+    LatentStep(1, 4, (1, rank), (1, rank), 40, 33).check(splits=2)
+    LatentStep(1, 4, (1, rank), (1, rank), 40, 33, width=32, lifted=2, rotated=True, bias=True).check(splits=2)
 
 
 @pytest.mark.parametrize("width", [16, 24, 80, 256])
 def test_widths_of_heads(width: int) -> None:
-    Step(1, 2, (2, width), (1, 24), 24, 19, rotated=True).check()
-    Step(1, 2, (2, 8), (1, 24), 24, 19, width=width, lifted=2, rotated=True, norms=True).check()
+    LatentStep(1, 2, (2, width), (1, 24), 24, 19, rotated=True).check()
+    LatentStep(1, 2, (2, 8), (1, 24), 24, 19, width=width, lifted=2, rotated=True, norms=True).check()
 
 
 @pytest.mark.parametrize("heads", [1, 20, 71])
 def test_any_number_of_heads_shares_a_rank_space(heads: int) -> None:
-    Step(1, heads, (1, 24), (1, 24), 24, 19).check(splits=2)
+    LatentStep(1, heads, (1, 24), (1, 24), 24, 19).check(splits=2)
 
 
 def test_the_tables_tiles() -> None:
@@ -167,7 +105,7 @@ def test_the_tables_tiles() -> None:
 
 def test_the_same_as_the_kernel_of_dense_caches() -> None:
     """Where values are not shared otherwise than keys."""
-    one = Step(2, 4, (2, 32), (2, 32), 48, 37, rotated=True, first=[3, 0])
+    one = LatentStep(2, 4, (2, 32), (2, 32), 48, 37, rotated=True, first=[3, 0])
     found, caches = one.run("triton", tiles=SMALL)
     cos, sin = (one.options.pop(name)[torch.tensor([34, 37])] for name in ("cos", "sin"))
     copies = [cache.clone() for cache in one.caches]
@@ -188,7 +126,7 @@ def test_counters_of_arrivals_serve_step_after_step(splits: int) -> None:
     """At the first places fewer programs arrive than there are, and later ones of the same steps more."""
     arrivals = torch.zeros(2, value_programs(1, 264), dtype=torch.int32, device=DEVICE)
     for position in (0, 15, 16, 40, 63):
-        one = Step(2, 4, (1, 24), (1, 264), 64, position)
+        one = LatentStep(2, 4, (1, 24), (1, 264), 64, position)
         expected, _ = one.run("triton", tiles=SMALL, splits=splits)
         found, _ = one.run("triton", tiles=SMALL, splits=splits, arrivals=arrivals)
         assert torch.equal(found, expected)
@@ -219,7 +157,7 @@ def test_the_tables_splits(
 ) -> None:  # fmt: skip
     """On a GPU with 132 multiprocessors: two programs on each, and a tile of keys for every one."""
     monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    one = Step(1, heads, keys, values, 1, 0, torch.float16)
+    one = LatentStep(1, heads, keys, values, 1, 0, torch.float16)
     caches = [cache.expand(-1, -1, length, -1) for cache in one.caches]
     q, k, v = one.new
     empty = (None,) * 4
@@ -283,4 +221,4 @@ def test_what_does_not_fit_is_refused(wrong: dict[str, Any], why: str) -> None:
 @pytest.mark.parametrize("width", [258, 31])
 def test_heads_that_the_kernel_cannot_turn_are_refused(width: int) -> None:
     with pytest.raises(ValueError, match=f"even width up to 256, not D = {width}"):
-        Step(1, 1, (1, 8), (1, 8), 8, 3, width=width, lifted=1).run("torch")
+        LatentStep(1, 1, (1, 8), (1, 8), 8, 3, width=width, lifted=1).run("torch")
