@@ -37,6 +37,7 @@ SCRIPTS = {
     "flashsvdffn": ["--without", "compiled"],
     "long_context_attn": ["--only", "full,rope-window", "--without", "compiled"],
     "long_context_ffn": ["--without", "compiled"],
+    "rank_space_cache": [],
 }
 
 
