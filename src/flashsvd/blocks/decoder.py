@@ -16,7 +16,7 @@ from torch import Tensor
 from flashsvd.blocks.parts.called_heads import Call, attend_called
 from flashsvd.blocks.parts.decoder_ffn import PackedDecoderFFN
 from flashsvd.blocks.parts.decoder_heads import Heads, PackedHeads
-from flashsvd.blocks.parts.decoder_qkv import PackedQKV
+from flashsvd.blocks.parts.decoder_projections import DecoderProjections
 from flashsvd.blocks.parts.kept import KVCache, choose_kept, lift_of
 from flashsvd.blocks.parts.linears import PackedLinears, smallest
 from flashsvd.blocks.parts.read import Activation, Matrices
@@ -62,7 +62,7 @@ class DecoderBlock(QuickModule):
         )
         counts = w.heads.count, w.heads.kv_count, w.heads.kv_count
         self.norm = RowNorm(w.attention_norm, w.dtype, choices)
-        self.qkv = PackedQKV([w.q, k, v], counts, (keys, values), w.dtype, choices)
+        self.qkv = DecoderProjections([w.q, k, v], counts, (keys, values), w.dtype, choices)
         self.heads = PackedHeads(w.heads, keys, values, w.dtype, choices)
         self.output = PackedLinears([w.o], w.dtype, choices)
         norm = RowNorm(w.ffn_norm, w.dtype, choices)

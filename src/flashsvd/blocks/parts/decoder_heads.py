@@ -85,25 +85,22 @@ class PackedHeads(Packed):
         self.keys, self.values = keys, values
         self.late = keys is not None and heads.turned
         self.shapes = [(heads.kv_count, heads.width) if lift is None else lift.kept for lift in (keys, values)]
+        (k_heads, k_width), (v_heads, v_width) = self.shapes
+        # One kernel takes a step whose keys are read as they lie, and have one head of values for each of theirs.
+        self.at_once = not self.late and k_heads == v_heads and max(k_width, v_width) <= LARGEST_HEAD
         self.keep("q_norm", heads.q_norm, dtype)
         self.keep("k_norm", heads.k_norm, dtype)
 
     def store(self, like: Tensor, rows: int, room: int) -> StoredLayer:
         """A new cache for so many rows of so many tokens, of the dtype of a tensor and on its device."""
         (k_heads, k_width), (v_heads, v_width) = self.shapes
-        counters = k_heads if self._at_once else value_programs(v_heads, v_width)
+        counters = k_heads if self.at_once else value_programs(v_heads, v_width)
         return StoredLayer.empty(like, rows, room, (k_heads, k_width), (v_heads, v_width), counters)
 
     @property
     def in_rank_space(self) -> bool:
         """Whether keys or values are."""
         return self.keys is not None or self.values is not None
-
-    @property
-    def _at_once(self) -> bool:
-        """Whether one kernel takes a step: keys are read as they lie, and each head of them has one of values."""
-        (k_heads, k_width), (v_heads, v_width) = self.shapes
-        return not self.late and k_heads == v_heads and max(k_width, v_width) <= LARGEST_HEAD
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, at: Step, stored: StoredLayer) -> Tensor:
         """Of one token of each row, whose key and value go into the cache."""
@@ -123,7 +120,7 @@ class PackedHeads(Packed):
         keys, values = stored.upto(at.column + 1)
         queries = q[:, :, None]
         if self.late:
-            keys = self.read_late(keys, at.tables_so_far())
+            keys = self.read_late(keys, at.tables_so_far)
         elif self.keys is not None:
             queries = self.keys.absorb(queries)
         return attend_few(queries, keys, values, at.mask(self.window), self.scale)[:, :, 0]
@@ -136,7 +133,7 @@ class PackedHeads(Packed):
             "eps": self.eps, "window": self.window, "arrivals": stored.arrivals, "backend": "triton",
         }  # fmt: skip
         caches = stored.keys, stored.values, at.position
-        if self._at_once:
+        if self.at_once:
             cos, sin = at.tables or (None, None)
             return decode_attention(q, k, v, *caches, cos=cos, sin=sin, **options)
         cos, sin = at.by_position or (None, None)

@@ -65,9 +65,13 @@ class PackedLift(Packed):
         return lifted if bias is None else lifted.add_(bias[:, None])
 
     def tokens(self, p: Tensor) -> Tensor:
-        """P [n, 1 or heads, r] -> [n, heads, D]."""
-        lifted: Tensor = self(p.transpose(0, 1)[None])
-        return lifted[0].transpose(0, 1)
+        """P [n, 1 or heads, r] -> [n, heads, D], side by side."""
+        if self.shared:
+            lifted: Tensor = self(p.transpose(0, 1)[None])
+            return lifted[0].transpose(0, 1)
+        y = p.new_empty(len(p), *self.weight.shape[:2])
+        torch.bmm(p.transpose(0, 1), self.weight.mT, out=y.transpose(0, 1))
+        return y if self.bias is None else y.add_(self.bias)
 
     def absorb(self, q: Tensor) -> Tensor:
         """Queries into the rank space of keys: q [B, all heads, S, D] -> q L_h^T [B, all heads, S, r]."""
@@ -76,9 +80,9 @@ class PackedLift(Packed):
     def finish(self, a: Tensor) -> Tensor:
         """What attends to P, lifted: [B, all heads, S, r] -> [B, all heads, S, D]."""
         y = self._by_head(a, self.weight.mT)
-        if self.bias is None:
-            return y
-        return y.add_(self.bias.repeat_interleave(y.shape[1] // len(self.bias), 0)[:, None])
+        if self.bias is not None:
+            y.view(len(y), len(self.bias), -1, *y.shape[2:]).add_(self.bias[:, None, None])
+        return y
 
     def _by_head(self, x: Tensor, m: Tensor) -> Tensor:
         """x [B, all heads, S, w] times M [heads, w, w'], each of which serves as many heads as there are for it."""

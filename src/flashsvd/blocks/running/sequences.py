@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Step:
         columns = torch.arange(self.column + 1, device=self.position.device)
         return _seen(columns[-1:, None], columns, self.first, window) if self.first is not None or window else None
 
+    @functools.cached_property
     def tables_so_far(self) -> Tables | None:
         """cos, sin of the tokens in all columns so far, [rows or 1, columns, head_dim / 2]; anything for padding."""
         if self.by_position is None:

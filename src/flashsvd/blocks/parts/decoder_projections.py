@@ -21,7 +21,7 @@ from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
 LIFTS = Operation("decoding lifts", "{} to {}, matrices {}")
 
 
-class PackedQKV(Packed):
+class DecoderProjections(Packed):
     """The projections of a decoder layer.
 
     Args:
