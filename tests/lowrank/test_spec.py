@@ -47,9 +47,9 @@ def test_equal_parts_are_described_as_they_ever_were() -> None:
     }
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", True, None])
+@pytest.mark.parametrize("version", [0, 5, "1", True, None])
 def test_another_format_is_refused_by_its_version(version: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"of format {version!r}, this flashsvd reads 1 to 3; upgrade"):
+    with pytest.raises(CheckpointError, match=f"of format {version!r}, this flashsvd reads 1 to 4; upgrade"):
         read_modules({}, version)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -19,7 +20,7 @@ from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.base import FactoredModule
 from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
 from flashsvd.models.counts import check_counts
-from flashsvd.models.factored import build_layers, describe_layers, mark_as_stored, multiply_out
+from flashsvd.models.factored import build_layers, describe_layers, floating_dtype, mark_as_stored, multiply_out
 from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
@@ -88,7 +89,8 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in model.modules():
             if isinstance(module, FactoredModule):
                 module.mark(True)
-                module.weight = next(module.parameters()).new_empty(0)
+                dtype, device = floating_dtype(module, model.dtype), next(module.parameters()).device
+                module.weight = torch.empty(0, dtype=dtype, device=device)
         # As it would be written now, by whatever program, of this model, which may be another one than was saved.
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
