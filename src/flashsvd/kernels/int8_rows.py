@@ -19,5 +19,6 @@ def int8_rows(m: Tensor) -> tuple[Tensor, Tensor]:
 
 def real_rows(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """s I [..., N, K], rounded once, to `dtype`."""
-    exact = torch.promote_types(dtype, torch.float32)
-    return (integers.to(exact) * scale[..., None].to(exact)).to(dtype)
+    exact = scale.to(torch.promote_types(dtype, torch.float32))
+    # In one pass over memory.
+    return torch.mul(integers, exact[..., None], out=integers.new_empty(integers.shape, dtype=dtype))

@@ -6,6 +6,7 @@ Nothing trains or converts the integers, and their scales are fp32 whatever dtyp
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,17 @@ from flashsvd.lowrank.spec import LayerSpec
 
 # sigma^SHARE is the norm of V's columns, as stored, of a pair of factors whose product has singular values sigma.
 SHARE = 0.25
+
+
+@contextlib.contextmanager
+def unconverted(module: nn.Module, *names: str) -> Iterator[None]:
+    """Let these of a module's buffers keep their dtype and values in a cast; a move takes them along."""
+    before = {name: getattr(module, name) for name in names}
+    yield
+    for name, exact in before.items():
+        now = getattr(module, name)
+        if exact is not None and now.dtype != exact.dtype:
+            setattr(module, name, exact.to(now.device))
 
 
 class Int8Matrix(nn.Module):
@@ -52,11 +64,8 @@ class Int8Matrix(nn.Module):
         self.weight = nn.Parameter(integers, requires_grad=False)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        exact = self.scale
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.scale.dtype != exact.dtype:
-            self.scale = exact.to(self.scale.device)
-        return self
+        with unconverted(self, "scale"):
+            return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, bias={self.bias is not None}"
