@@ -37,19 +37,19 @@ class ScaledBehind(Int8Linear):
 
 
 def dense_int8(dense: Any) -> DenseInt8:
-    """A dense model with its linear layers' weights rounded; the model itself is left as it is."""
+    """A dense model with its linear layers' weights rounded, by torchao where it is installed."""
+    if HAS_TORCHAO:
+        return by_torchao(dense)
+    plain = rounded_dense(dense)
+    return DenseInt8(plain, plain)
+
+
+def rounded_dense(dense: Any) -> Any:
+    """A copy with plain modules, rounded as factors are."""
     plain = copy.deepcopy(dense)
-    paths = sorted({target.module for target in find_targets(plain)})
-    for path in paths:
+    for path in _paths(plain):
         plain.set_submodule(path, _rounded(plain.get_submodule(path)))
-    if not HAS_TORCHAO:
-        return DenseInt8(plain, plain)
-    model = _by_torchao(dense, paths)
-    for path in paths:
-        # It rounds by a scale of its own.
-        weight, own = model.get_submodule(path).weight, plain.get_submodule(path)
-        own.weight, own.scale = nn.Parameter(weight.qdata, requires_grad=False), weight.scale.flatten().float()
-    return DenseInt8(model, plain)
+    return plain
 
 
 def _rounded(layer: nn.Module) -> nn.Module:
@@ -61,18 +61,33 @@ def _rounded(layer: nn.Module) -> nn.Module:
     return made
 
 
-def _by_torchao(dense: Any, paths: list[str]) -> Any:
+def by_torchao(dense: Any) -> DenseInt8:
+    """By torchao, which rounds by a scale of its own.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = copy.deepcopy(dense)
+    model, plain, paths = copy.deepcopy(dense), rounded_dense(dense), _paths(dense)
     for path in paths:
-        # It knows of no other linear layers, such as GPT-2's.
-        layer = model.get_submodule(path)
-        stored, (_, bias) = weight_matrix(layer).T.detach(), dense_parameters(layer)
-        linear = nn.Linear(1, 1, bias=bias is not None, device="meta").eval()
-        linear.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        model.set_submodule(path, linear)
+        model.set_submodule(path, _linear(model.get_submodule(path)))
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, path: path in paths)
-    return model
+    for path in paths:
+        weight, own = model.get_submodule(path).weight, plain.get_submodule(path)
+        own.weight, own.scale = nn.Parameter(weight.qdata, requires_grad=False), weight.scale.flatten().float()
+    return DenseInt8(model, plain)
+
+
+def _linear(layer: nn.Module) -> nn.Module:
+    """The layer as the only kind of linear layer that torchao knows, which GPT-2's are not."""
+    stored, (_, bias) = weight_matrix(layer).T.detach(), dense_parameters(layer)
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta").eval()
+    linear.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def _paths(model: Any) -> list[str]:
+    return sorted({target.module for target in find_targets(model)})
