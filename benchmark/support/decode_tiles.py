@@ -1,8 +1,8 @@
 """The products of a decoding step with all tiles that their launches might take, to tune the table of `flashsvddecode`.
 
 A product is measured over the weights of all layers, one launch after the other in a CUDA graph, so that they come from
-memory. Pairs whose first product is divided among programs (`decode_partials`) stand beside the same pair undivided:
-the first product's tiles vary, the second one has the table's. Kernels are compiled first, in a process for each core.
+memory. First factors by tensor cores are measured with other numbers of programs for their columns, too. Kernels are
+compiled first, in a process for each core.
 A time is that of one layer, the least of a few groups of calls. A line for each product names the fastest tiles, as
 rows x columns / warps / stages, and how much longer the table's take; the CSV has all of them.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from flashsvd.kernels.flashsvddecode import (
+    ARRIVALS,
     CANDIDATES,
     MOST_OF_A_WARP,
     WIDEST_PRODUCT,
     DecodeLinear,
     decode_gated,
     decode_linear,
-    decode_partials,
+    default_splits,
     default_tiles,
 )
 from flashsvd.kernels.launch import Backend
@@ -38,9 +39,9 @@ from support.results import Environment, Row, csv_file, merge, read_rows, write_
 from support.timing import time_least, time_wall
 
 GROUPS = 3
-SPLITS = (2, 4)
+SPLITS = (1, 2, 4, 8, 16)
 TABLE = "the table's"
-# What no table has yet: without tensor cores, with them, and of products that are divided.
+# What no table has yet: without tensor cores, with them, and whose columns are shared among programs.
 MORE = (
     ThinTiles(1, 4096, warps=4), ThinTiles(2, 1024, warps=2), ThinTiles(4, 512, warps=2), ThinTiles(4, 2048, warps=8),
     ThinTiles(8, 256, warps=2), ThinTiles(8, 2048, warps=8), ThinTiles(16, 512, warps=8), ThinTiles(16, 256, warps=4),
@@ -52,8 +53,10 @@ MORE_BY_TENSOR_CORES = (
     ThinTiles(64, 128, warps=4, stages=5), ThinTiles(64, 256, warps=4, stages=3), ThinTiles(64, 256, warps=8, stages=4),
     ThinTiles(32, 512, warps=8, stages=3), ThinTiles(64, 64, warps=4, stages=6), ThinTiles(128, 64, warps=4, stages=4),
 )  # fmt: skip
-DIVIDED = (ThinTiles(4, 1024, warps=4), ThinTiles(8, 1024, warps=4), ThinTiles(2, 2048, warps=4))
-DIVIDED_BY_TENSOR_CORES = (ThinTiles(16, 512, warps=4, stages=3), ThinTiles(32, 256, warps=4, stages=4))
+SHARED = (
+    ThinTiles(64, 128, warps=4, stages=3), ThinTiles(64, 128, warps=4, stages=5), ThinTiles(64, 256, warps=4, stages=3),
+    ThinTiles(64, 256, warps=8, stages=4), ThinTiles(32, 256, warps=4, stages=4),
+)  # fmt: skip
 
 
 class Product(NamedTuple):
@@ -79,15 +82,20 @@ class Product(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A product, or two of which the second reads what the first gives, for so many rows of x."""
+    """A product for so many rows of x."""
 
-    launches: tuple[Product, ...]
+    product: Product
     kind: str
     n: int
 
     @property
     def name(self) -> str:
-        return f"{'+'.join(product.name for product in self.launches)} {self.kind}"
+        return f"{self.product.name} {self.kind}"
+
+    @property
+    def shared(self) -> bool:
+        """Whether programs may share its columns: those of first factors."""
+        return not self.product.gated and len(self.product.shapes) == 1 and not self.product.residual
 
 
 class Weights(NamedTuple):
@@ -108,14 +116,14 @@ class Weights(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Tiles of a cell's first product, and among how many programs its columns are divided, None for not at all."""
+    """Tiles of a product, and how many programs share its columns; None takes the table's."""
 
     tiles: Tiles | None
     splits: int | None = None
 
     def __str__(self) -> str:
-        t, divided = self.tiles, f"splits={self.splits} " if self.splits else ""
-        return TABLE if t is None else f"{divided}{t.rows}x{t.columns}/{t.warps}/{t.stages}"
+        t, shared = self.tiles, "" if self.splits is None else f"splits={self.splits} "
+        return TABLE if t is None else f"{shared}{t.rows}x{t.columns}/{t.warps}/{t.stages}"
 
 
 class Job(NamedTuple):
@@ -144,28 +152,24 @@ def products(s: Sizes) -> dict[str, Product]:
 
 def cells(sizes: Sizes, rows: Sequence[int], dtype: torch.dtype) -> list[Cell]:
     """Those of the same weights one after the other."""
-    known = products(sizes)
-    pairs = [tuple(known[f"{name}_{factor}"] for factor in "uv") for name in ("o", "down")]
-    launches = [*((product,) for product in known.values()), *pairs]
-    return [Cell(of, kind, n) for of in launches for kind in (short(dtype), "int8") for n in rows]
+    return [Cell(of, kind, n) for of in products(sizes).values() for kind in (short(dtype), "int8") for n in rows]
 
 
 def as_call(cell: Cell, dtype: torch.dtype) -> DecodeLinear:
-    """The call of a cell's first product, without memory."""
-    product = cell.launches[0]
+    """The call of a cell, without memory."""
+    product = cell.product
     kept = torch.int8 if cell.kind == "int8" else dtype
     x = torch.empty(cell.n, product.columns, dtype=dtype, device="meta")
     matrices = [torch.empty(*shape, dtype=kept, device="meta") for shape in product.shapes]
     m0, m1, m2 = (*matrices, None, None)[:3]
-    return DecodeLinear(x, None, None, m0, m1, m2, None, None, None, None, "none", EPS, "none", product.gated)
+    return DecodeLinear(x, None, None, m0, m1, m2, *[None] * 5, "none", EPS, "none", product.gated, None)
 
 
 def ways(cell: Cell, dtype: torch.dtype) -> list[Way]:
     """The table's tiles, and what else a cell is measured with."""
     c = as_call(cell, dtype)
-    if len(cell.launches) > 1:
-        some = fitting(c, DIVIDED_BY_TENSOR_CORES if c.by_tensor_cores else DIVIDED)
-        tiles = list(dict.fromkeys([default_tiles(c), *some]))
+    if c.by_tensor_cores and cell.shared:
+        tiles = list(fitting(c, SHARED))
         return [Way(None), *(Way(t, splits) for splits in SPLITS for t in tiles)]
     more = fitting(c, MORE_BY_TENSOR_CORES if c.by_tensor_cores else (*CANDIDATES, *MORE))
     return [Way(None), *(Way(t) for t in dict.fromkeys(more) if t != default_tiles(c))]
@@ -190,28 +194,23 @@ def weights(product: Product, kind: str, numbers: Numbers) -> Weights:
 
 
 def step(
-    cell: Cell, layer: Sequence[Weights], x: Tensor, residual: Tensor, backend: Backend, way: Way | None = None
-) -> Tensor:
+    cell: Cell, w: Weights, x: Tensor, residual: Tensor, backend: Backend, way: Way | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The cell's result for one layer, [n, N]; what is added to it, where anything is, is `residual`."""
-    way = way or Way(None)
-    for i, (product, w) in enumerate(zip(cell.launches, layer, strict=True)):
-        options: dict[str, Any] = {"scale": w.joined.scale, "backend": backend, "tiles": None if i else way.tiles}
-        if product.norm:
-            options |= {"norm": "rms", "norm_weight": w.norm, "eps": EPS}
-        if product.gated:
-            x = decode_gated(x, *w.joined.matrices, **options)
-        elif way.splits and not i:
-            x = decode_partials(x, w.joined.matrices, splits=way.splits, **options)
-        else:
-            out = torch.empty_like(residual) if x.ndim == 3 else None
-            added = residual if product.residual else None
-            x = decode_linear(x, w.joined.matrices, residual=added, out=out, **options)
-    return x
+    product, way = cell.product, way or Way(None)
+    options: dict[str, Any] = {"scale": w.joined.scale, "backend": backend, "tiles": way.tiles}
+    if product.norm:
+        options |= {"norm": "rms", "norm_weight": w.norm, "eps": EPS}
+    if product.gated:
+        return decode_gated(x, *w.joined.matrices, **options)
+    added = residual if product.residual else None
+    return decode_linear(x, w.joined.matrices, residual=added, splits=way.splits, arrivals=arrivals, **options)
 
 
 def inputs(cell: Cell, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """x and the residual."""
-    return numbers(cell.n, cell.launches[0].columns), numbers(cell.n, cell.launches[-1].width)
+    return numbers(cell.n, cell.product.columns), numbers(cell.n, cell.product.width)
 
 
 def jobs(of: Sequence[Cell], settings: Settings) -> list[Job]:
@@ -221,9 +220,9 @@ def jobs(of: Sequence[Cell], settings: Settings) -> list[Job]:
         c = as_call(cell, settings.dtype)
         for way in ways(cell, settings.dtype):
             # Sizes are all multiples of 16, for which Triton compiles the same.
-            alike = [product._replace(name="", shapes=((0, 0),) * len(product.shapes)) for product in cell.launches]
+            alike = cell.product._replace(name="", shapes=((0, 0),) * len(cell.product.shapes))
             tiles = way.tiles or default_tiles(c)
-            key = (*alike, cell.kind, c.held_rows, c.by_tensor_cores, way.splits, tiles)
+            key = (alike, cell.kind, c.held_rows, c.by_tensor_cores, way.splits, tiles)
             found.setdefault(key, Job(cell, way, settings))
     return list(found.values())
 
@@ -234,8 +233,7 @@ def compile_one(job: Job) -> str:
     try:
         with torch.no_grad():
             numbers = Numbers(settings)
-            layer = [weights(product, cell.kind, numbers) for product in cell.launches]
-            step(cell, layer, *inputs(cell, numbers), settings.backend, way)
+            step(cell, weights(cell.product, cell.kind, numbers), *inputs(cell, numbers), settings.backend, way)
     except Exception as error:
         return failure(error)[1]
     return ""
@@ -253,9 +251,9 @@ def sweep(sizes: Sizes, rows: Sequence[int], settings: Settings) -> list[Row]:
         print(f"{len(chosen)} products; compiling {len(work)} kernels", flush=True)
         print(f"{fill(work, compile_one)} of them do not compile, or run, here", flush=True)
     found: list[Row] = []
-    for (launches, kind), group in itertools.groupby(chosen, lambda cell: (cell.launches, cell.kind)):
+    for (product, kind), group in itertools.groupby(chosen, lambda cell: (cell.product, cell.kind)):
         numbers = Numbers(settings)
-        layers = [[weights(product, kind, numbers) for product in launches] for _ in range(sizes.layers)]
+        layers = [weights(product, kind, numbers) for _ in range(sizes.layers)]
         for cell in group:
             measured = [dataclasses.replace(row, **vars(environment)) for row in measure(cell, layers, settings)]
             print(summary(measured), flush=True)
@@ -265,25 +263,27 @@ def sweep(sizes: Sizes, rows: Sequence[int], settings: Settings) -> list[Row]:
     return found
 
 
-def measure(cell: Cell, layers: Sequence[Sequence[Weights]], settings: Settings) -> list[Row]:
+def measure(cell: Cell, layers: Sequence[Weights], settings: Settings) -> list[Row]:
     """A row for each way, the table's first."""
     x, residual = inputs(cell, Numbers(settings))
-    in_fp64 = [w.to(torch.float64) for w in layers[0]]
-    exact = step(cell, in_fp64, x.double(), residual.double(), "torch")
+    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=settings.device)
+    exact = step(cell, layers[0].to(torch.float64), x.double(), residual.double(), "torch")
     check = Check(exact, step(cell, layers[0], x, residual, "torch"), lambda result: result)
-    size = sum(w.bytes for w in layers[0])
+    size = layers[0].bytes
 
     def one(way: Way) -> Row:
         def whole() -> None:
             for layer in layers:
-                step(cell, layer, x, residual, settings.backend, way)
+                step(cell, layer, x, residual, settings.backend, way, arrivals)
 
         row = Row(cell.name, f"n={cell.n}", str(way), "failed", short(settings.dtype))
-        result = partial(step, cell, layers[0], x, residual, settings.backend, way)
+        result = partial(step, cell, layers[0], x, residual, settings.backend, way, arrivals)
         row = attempt(row, check, result, lambda: milliseconds(whole, settings) / len(layers))
         if row.ms is None:
             return row
         tiles = Way(default_tiles(as_call(cell, settings.dtype))) if way.tiles is None else way
+        c = as_call(cell, settings.dtype)._replace(x=x)
+        tiles = tiles._replace(splits=default_splits(c, tiles.tiles)) if way.tiles is None and tiles.tiles else tiles
         note = f"{tiles}, {size / row.ms / 1e9:.2f} TB/s"
         return dataclasses.replace(row, runs=GROUPS, timing="graph" if settings.cuda else "wall", note=note)
 

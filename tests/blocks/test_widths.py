@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import build_model
 from flashsvd import optimize
 from flashsvd.blocks.parts import widths
-from flashsvd.blocks.parts.widths import core_width, gated_width, head_width, product_width, widen
+from flashsvd.blocks.parts.widths import core_width, gated_width, head_width, product_width, row_width, widen
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model
 from flashsvd.kernels.launch import LARGEST_RANK
@@ -21,7 +21,7 @@ from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
 from flashsvd.models.registry import find_targets
 
-RULES = (product_width, head_width, core_width, gated_width)
+RULES = (product_width, head_width, core_width, gated_width, row_width)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -42,6 +42,7 @@ def test_ranks_fill_the_tiles_of_their_kernels() -> None:
     assert [core_width(rank) for rank in (16, 40, 80, 144, 200, 264, 304, 336, 552)] == [
         32, 64, 96, 160, 256, 288, 320, 384, 576,
     ]  # fmt: skip
+    assert [row_width(rank) for rank in (20, 72, 120, 136, 1488, 1496)] == [24, 72, 120, 144, 1488, 1504]
     assert [gated_width(rank) for rank in (40, 72, 128, 136, 264)] == [64, 128, 128, 160, 320]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decode_accuracy import Step, all_in_fp64, assert_decodes_accurately, norm_of
 from flashsvd.kernels.decode_attention import decode_attention
-from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear, decode_partials
+from flashsvd.kernels.flashsvddecode import ARRIVALS, decode_gated, decode_linear
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.launch import interpreting
 from kernel_accuracy import Operands, assert_accurate, assert_runs_accurately, on_triton
@@ -69,15 +69,36 @@ def test_int8_matrices(dtype: torch.dtype, n: int) -> None:
 
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("splits", [2, 5, 8])
-def test_partial_sums(splits: int, n: int) -> None:
+def test_programs_that_share_columns(splits: int, n: int) -> None:
     make = Operands(torch.bfloat16)
-    x, m, following = make(n, 11008), make.weight(1504, 11008), make.weight(4096, 1504)
+    options = {"bias": make(1504), "residual": make(n, 1504)}
+    assert_decodes_accurately(make(n, 11008), [make.weight(1504, 11008)], {"splits": splits}, **options)
 
-    def chain(x: Tensor, m: Tensor, following: Tensor, *, backend: Any) -> Tensor:
-        out = x.new_empty(n, 4096)
-        return decode_linear(decode_partials(x, m, splits=splits, backend=backend), following, backend=backend, out=out)
 
-    assert_runs_accurately(chain, x, m, following)
+@pytest.mark.parametrize("n", [5, 8, 16])
+@pytest.mark.parametrize("kept", [True, False], ids=["counters kept", "new counters"])
+def test_shares_are_added_alike_in_every_replay(kept: bool, n: int) -> None:
+    make = Operands(torch.bfloat16)
+    x, m = make(n, 4096), make.weight(3072, 4096)
+    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cuda") if kept else None
+
+    def call() -> Tensor:
+        y = x
+        for _ in range(8):
+            # Each reads what the one before has added up.
+            y = decode_linear(x + 0 * y[:, :1], m, arrivals=arrivals, backend="triton")
+        return y
+
+    expected = decode_linear(x, m, backend="triton")
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    for _ in range(50):
+        result.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(result, expected)
+    assert arrivals is None or not arrivals.any()
 
 
 @pytest.mark.parametrize("n", [1, 16])
@@ -111,6 +132,7 @@ class Layers:
         self.values = [[make.weight(h, r) for _ in range(3)] for _ in range(layers)]
         self.norm = {"norm": "rms", "norm_weight": make(h)}
         self.x = make(1, h)
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device="cuda")
 
     def run(self, wait: bool = False) -> Tensor:
         def done(y: Tensor) -> Tensor:
@@ -126,7 +148,7 @@ class Layers:
             x = done(linear(p, w["o_v"], residual=x))
             p = done(linear(x, w["gate_up_u"], **self.norm))
             inner = done(decode_gated(p, w["gate_v"], w["up_v"], backend="triton"))
-            p = done(decode_partials(inner, w["down_u"], splits=4, backend="triton"))
+            p = done(linear(inner, w["down_u"], splits=4, arrivals=self.arrivals))
             x = done(linear(p, w["down_v"], residual=x))
         return x
 

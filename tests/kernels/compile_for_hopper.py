@@ -220,11 +220,13 @@ def decode(dtype: torch.dtype, width: int) -> dict[str, int]:
 
     def of(n: int) -> dict[str, int]:
         x = zeros(n, width)
-        normed = [x, norm, norm, m, m, m, None, None, None, None, "layer", 1e-5, "none", False]
+        normed = [x, norm, norm, m, m, m, None, None, None, None, None, "layer", 1e-5, "none", False, 1]
+        shared = [x, None, None, m, None, None, None, None, None, None, None, "none", 0.0, "none", False, 4]
         pair = [zeros(n, 2 * width), None, None, integers, integers, None]
-        gated = [*pair, scale, None, None, None, "none", 0.0, "silu", True]
+        gated = [*pair, scale, None, None, None, None, "none", 0.0, "silu", True, None]
         return {
             f"{n} rows, normed": linear(*normed),
+            f"{n} rows, columns shared": linear(*shared),
             f"{n} rows, gated int8": linear(*gated),
             f"{n} rows, attention": decoded(n, zeros, min(width, decode_attention.LARGEST_HEAD)),
         }

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decode_accuracy import all_in_fp64, assert_decodes_accurately, norm_of
+from decode_accuracy import assert_decodes_accurately, norm_of
+from flashsvd.kernels import flashsvddecode
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.kernels.flashsvddecode import (
+    ARRIVALS,
     DecodeLinear,
     decode_gated,
     decode_linear,
-    decode_partials,
+    default_splits,
     default_tiles,
     within_registers,
 )
 from flashsvd.kernels.int8_rows import int8_rows
-from flashsvd.kernels.partial_sums import add_partials
 from flashsvd.kernels.tiles import ThinTiles
-from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately, on_triton
+from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately
 
 # Of more than four rows in 16 bits, tensor cores take sixteen.
 SMALL = {"tiles": ThinTiles(4, 16)}
@@ -165,31 +168,59 @@ def test_int8_gate_and_lift() -> None:
 @pytest.mark.parametrize("n", [1, 3, 6])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("kind", ["none", "rms", "layer"])
-def test_partial_sums_are_added_by_the_next_product(kind: str, splits: int, n: int) -> None:
+def test_programs_that_share_columns(kind: str, splits: int, n: int) -> None:
     make = Operands()
-    x, m, bias, residual, following = make(n, 70), make.weight(13, 70), make(13), make(n, 13), make.weight(9, 13)
-    options = norm_of(kind, 70) if kind != "none" else {}
-    with on_triton():
-        sums = decode_partials(x, m, bias, residual=residual, splits=splits, **options, backend="triton", **small(n))
-        result = decode_linear(sums, following, **norm_of("rms", 13), backend="triton", **small(n))
-    assert sums.shape == (splits, n, 13)
-    whole = decode_linear(x.double(), m.double(), bias.double(), residual=residual.double(), **all_in_fp64(options))
-    torch.testing.assert_close(add_partials(sums, torch.float32), whole.float())
-    expected = decode_linear(whole, following.double(), **all_in_fp64(norm_of("rms", 13)))
-    torch.testing.assert_close(result, expected.float())
+    norm = norm_of(kind, 70) if kind != "none" else {}
+    options = norm | {"bias": make(33), "residual": make(n, 33), "activation": "silu"}
+    assert_decodes_accurately(
+        make(n, 70), [make.weight(20, 70), make.weight(13, 70)], small(n) | {"splits": splits}, **options
+    )
 
 
-def test_partial_sums_become_results_of_the_matrices_dtype() -> None:
-    x, (m, following) = operands(2, 16, 16, 16, dtype=torch.float16)
-    sums = decode_partials(x, m, splits=2, backend="triton")
-    assert sums.dtype == torch.float32
-    assert decode_linear(sums, following, backend="triton").dtype == torch.float16
-    assert decode_linear(decode_partials(x, m, splits=2), following).dtype == torch.float16
-    integers, scale = int8_rows(following)
-    with pytest.raises(ValueError, match="pass out"):
-        decode_linear(sums, integers, scale=scale)
-    out = torch.empty_like(x)
-    assert decode_linear(sums, integers, scale=scale, out=out, backend="triton") is out
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_that_share_the_columns_of_matrices_of_different_widths(dtype: torch.dtype) -> None:
+    make = Operands(dtype)
+    matrices = [make.weight(20, 16), make.weight(13, 200), make.weight(5, 70)]
+    assert_decodes_accurately(make(6, 286), matrices, TALL | {"splits": 4})
+
+
+def test_programs_that_share_columns_of_integers() -> None:
+    make = Operands()
+    integers, scale = int8_rows(make.weight(20, 70))
+    assert_decodes_accurately(make(6, 70), [integers], TALL | {"splits": 3}, scale=scale, bias=make(20))
+
+
+def test_arrivals_that_are_kept_are_zeros_after_every_call() -> None:
+    x, matrices = operands(6, 70, 20, 13)
+    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=DEVICE)
+    expected = decode_linear(x, matrices, splits=3, backend="triton", **TALL)
+    for _ in range(3):
+        assert torch.equal(decode_linear(x, matrices, splits=3, arrivals=arrivals, backend="triton", **TALL), expected)
+        assert not arrivals.any()
+
+
+def call_of(n: int, width: int, *rows: int, gated: bool = False) -> DecodeLinear:
+    x, *matrices = (torch.empty(count, width, dtype=torch.bfloat16, device="meta") for count in (n, *rows))
+    m0, m1, m2 = (*matrices, None, None)[:3]
+    return DecodeLinear(x, None, None, m0, m1, m2, *[None] * 5, "none", 0.0, "none", gated, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "splits"),
+    [
+        (call_of(8, 4096, 3072), 4),
+        (call_of(8, 11008, 1504), 8),
+        (call_of(8, 1024, 4096, 4096, 4096), 1),
+        (call_of(8, 1504, 11008, 11008, gated=True), 1),
+        (call_of(1, 4096, 3072), 1),
+    ],
+)
+def test_columns_are_shared_where_rows_do_not_fill_the_gpu(call: DecodeLinear, splits: int) -> None:
+    hopper = {"multiprocessors": 132, "generation": "hopper"}
+    with ExitStack() as stack:
+        for name, value in hopper.items():
+            stack.enter_context(patch.object(flashsvddecode, name, return_value=value))
+        assert default_splits(call, default_tiles(call)) == splits
 
 
 def test_operands_whose_rows_are_strided() -> None:
@@ -219,8 +250,8 @@ def test_in_a_compiled_graph() -> None:
     options = norm_of("rms", 40)
 
     def call(x: Tensor) -> Tensor:
-        sums = decode_partials(x, matrices, splits=2, **options, backend="triton")
-        return decode_linear(sums, [torch.eye(13, device=DEVICE)], residual=sums[0], backend="triton") + 1
+        p = decode_linear(x, matrices, splits=2, **options, backend="triton")
+        return decode_linear(p, [torch.eye(13, device=DEVICE)], residual=p, backend="triton") + 1
 
     expected = call(x)
     torch.testing.assert_close(torch.compile(call, backend="aot_eager", fullgraph=True)(x), expected)
@@ -262,7 +293,12 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         decode_gated(x, matrices[0], matrices[1][:5])
     with pytest.raises(ValueError, match="splits is a number"):
-        decode_partials(x, matrices, splits=0)
+        decode_linear(x, matrices, splits=0)
+    with pytest.raises(ValueError, match=r"arrivals is contiguous int32 \(1024,\), not torch.int32 \(7,\)"):
+        decode_linear(x, matrices, splits=2, arrivals=torch.zeros(7, dtype=torch.int32, device=DEVICE))
+    wide = torch.zeros(ARRIVALS + 1, 40, device=DEVICE)
+    with pytest.raises(ValueError, match="at most 1024 tiles of rows can be shared among programs, not 1025"):
+        decode_linear(x, wide, splits=2, backend="triton", tiles=ThinTiles(1, 16))
     with pytest.raises(ValueError, match="power of two from 1 on, not 3"):
         ThinTiles(3, 64)
 
@@ -272,7 +308,7 @@ def test_other_refusals() -> None:
 @pytest.mark.parametrize(("width", "rows"), [(4096, 3072), (1504, 11008), (11008, 1504), (576, 192), (40, 24)])
 def test_the_tables_tiles_hold_what_fits(width: int, rows: int, n: int, dtype: torch.dtype) -> None:
     x, m = (torch.empty(count, width, dtype=dtype, device="meta") for count in (n, rows))
-    c = DecodeLinear(x, None, None, m, *[None] * 6, "none", 0.0, "none", False)
+    c = DecodeLinear(x, None, None, m, *[None] * 7, "none", 0.0, "none", False, None)
     tiles = default_tiles(c)
     assert c.by_tensor_cores == ((n > 4 or (n > 2 and width <= 2048)) and dtype != torch.float32)
     if c.by_tensor_cores:

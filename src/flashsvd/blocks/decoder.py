@@ -68,7 +68,8 @@ class DecoderBlock(QuickModule):
 
     def step(self, x: Tensor, at: Step, stored: StoredLayer) -> Tensor:
         """One token of each row, x [rows, hidden]."""
-        return self._rest(self.heads.step(*self._projected(x), at, stored), x)
+        heads = self.heads.step(*self._projected(x, at.arrivals), at, stored)
+        return self._rest(heads, x, at.arrivals)
 
     def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
         """All tokens of all rows, x [rows * length, hidden]."""
@@ -87,13 +88,14 @@ class DecoderBlock(QuickModule):
         a = attend(*(by_row(y, batch) for y in (q, k, v)))
         return self._rest(a.transpose(1, 2).flatten(0, 1), rows).view(x.shape)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, arrivals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K, V [n, heads, head_dim], views of one buffer."""
-        y = self.qkv.step(x, self.norm)
+        y = self.qkv.step(x, self.norm, arrivals=arrivals)
         q, k, v = (part.view(len(x), -1, self.heads.width) for part in y.split_with_sizes(self.qkv.widths, 1))
         return q, k, v
 
-    def _rest(self, a: Tensor, x: Tensor) -> Tensor:
+    def _rest(self, a: Tensor, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
         """What attends, [n, heads, head_dim], through the rest of the layer."""
-        result: Tensor = self.ffn(self.output.step(a.flatten(1), residual=x))
+        x = self.output.step(a.flatten(1), residual=x, arrivals=arrivals)
+        result: Tensor = self.ffn(x, arrivals)
         return result

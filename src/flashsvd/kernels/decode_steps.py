@@ -27,20 +27,17 @@ def weight_tile(m_ptr, o_row, o_column, rows, pitch, last):
 
 
 @triton.jit
-def input_tile(x_ptr, o_column, n, x_row, x_part, last, N: tl.constexpr, PARTS: tl.constexpr):
-    # [N, COLUMNS] of x in fp32, the sum of its parts in their order.
+def input_tile(x_ptr, o_column, n, x_row, last, N: tl.constexpr):
+    # [N, COLUMNS] of x in fp32.
     o_n = tl.arange(0, N)
     mask = (o_n < n)[:, None] & (o_column < last)[None, :]
     place = x_ptr + o_n[:, None] * x_row + o_column[None, :]
-    x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    for s in tl.static_range(1, PARTS):
-        x += tl.load(place + s * x_part, mask=mask, other=0.0).to(tl.float32)
-    return x
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def statistics(
-    x_ptr, n, x_row, x_part, width, eps, N: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    x_ptr, n, x_row, width, eps, N: tl.constexpr, COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     # Of each row its mean, 0 for RMSNorm, and by what it is multiplied once that is gone: [N], [N].
@@ -48,12 +45,12 @@ def statistics(
     if NORM == "layer":
         total = tl.zeros([N, COLUMNS], tl.float32)
         for k in range(0, width, COLUMNS):
-            total += input_tile(x_ptr, k + tl.arange(0, COLUMNS), n, x_row, x_part, width, N, PARTS)
+            total += input_tile(x_ptr, k + tl.arange(0, COLUMNS), n, x_row, width, N)
         mean = tl.sum(total, 1) / width
     squares = tl.zeros([N, COLUMNS], tl.float32)
     for k in range(0, width, COLUMNS):
         o_column = k + tl.arange(0, COLUMNS)
-        x = input_tile(x_ptr, o_column, n, x_row, x_part, width, N, PARTS)
+        x = input_tile(x_ptr, o_column, n, x_row, width, N)
         x = tl.where((o_column < width)[None, :], x - mean[:, None], 0.0)
         squares += x * x
     return mean, 1.0 / tl.sqrt(tl.sum(squares, 1) / width + eps)
@@ -61,16 +58,16 @@ def statistics(
 
 @triton.jit
 def walk(
-    w, x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, width, x_row, x_part, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+    w, x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, width, x_row, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
     NORM: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # x M^T [N, ROWS] over the columns from `first` to `last`, of which w is the first tile of M.
     # LATE: an RMSNorm whose factor comes out of the walk itself.
     if DOT:
         return walk_by_tensor_cores(
-            x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row, x_part,
-            ROWS, COLUMNS, N, PARTS, NORM, SHIFT, DTYPE,
+            x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row,
+            ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
         )  # fmt: skip
     else:
         acc = tl.zeros([N, ROWS, COLUMNS], tl.float32)
@@ -78,7 +75,7 @@ def walk(
         o_column = first + tl.arange(0, COLUMNS)
         for _ in range(first, last, COLUMNS):
             ahead = weight_tile(m_ptr, o_row, o_column + COLUMNS, rows, pitch, last)
-            x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
+            x = input_tile(x_ptr, o_column, n, x_row, last, N)
             if LATE:
                 squares += x * x
             x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT)
@@ -95,8 +92,8 @@ def walk(
 
 @triton.jit
 def walk_by_tensor_cores(
-    x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row, x_part,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    x_ptr, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows, pitch, x_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
     NORM: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # M stands on the left, where tiles have many rows; the compiler keeps several of its tiles on their way.
@@ -106,13 +103,13 @@ def walk_by_tensor_cores(
     for k in range(first, last, COLUMNS):
         o_column = k + tl.arange(0, COLUMNS)
         w = weight_tile(m_ptr, o_row, o_column, rows, pitch, last)
-        if PARTS == 1 and NORM == "none":
+        if NORM == "none":
             # As it lies in memory it goes to the tensor cores without a way through registers.
             x = tl.load(
                 x_ptr + o_n[None, :] * x_row + o_column[:, None], mask=m_n & (o_column < last)[:, None], other=0
             )
         else:
-            x = input_tile(x_ptr, o_column, n, x_row, x_part, last, N, PARTS)
+            x = input_tile(x_ptr, o_column, n, x_row, last, N)
             x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT).to(DTYPE).T
         acc = tl.dot(w.to(DTYPE), x, acc)
     return acc.T
@@ -132,10 +129,10 @@ def normed(
 
 
 @triton.jit
-def scaled_and_shifted(y, scale_ptr, bias_ptr, o_column, m_column, m_bias, SCALE: tl.constexpr, BIAS: tl.constexpr):
+def scaled_and_shifted(y, scale_ptr, bias_ptr, o_column, m_column, SCALE: tl.constexpr, BIAS: tl.constexpr):
     # y * scale + bias of y [N, ROWS], whose columns are o_column.
     if SCALE:
         y *= tl.load(scale_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        y += tl.load(bias_ptr + o_column, mask=m_bias, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     return y

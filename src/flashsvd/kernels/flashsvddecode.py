@@ -10,10 +10,10 @@ ranks and widths may differ. Two of them may be gate and lift of a gated network
 
 - The norm, RMSNorm or LayerNorm, is applied as X is read; every program takes its statistics by itself.
 - M may be int8 with a scale s for each row; the activations stay as they are.
-- With `splits` the columns are shared among several programs, whose sums Y [splits, n, N] are fp32. They take the place
-  of X in the next product, which adds them in their order as it reads them; s, b and R are in them.
 
-A program owns a few rows of M and walks their columns. It asks for the first tile of M before it waits for the kernel
+A program owns a few rows of M and walks their columns; where there are fewer such programs than keep a GPU busy, the
+columns are shared among `splits` of them. Each counts itself when its share is done, and the last one adds all shares
+in their order. A program asks for the first tile of M before it waits for the kernel
 before it (`programmatic`), and for each other one a step ahead or more. Up to four rows of X, and in fp32 all of them,
 are multiplied and added in fp32 without tensor cores, more of them with. Sums without are short: each column of a tile
 has its own.
@@ -32,15 +32,15 @@ from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.checks import check_fit, has_dims
 from flashsvd.kernels.decode_steps import fetch_lines, scaled_and_shifted, statistics, walk, weight_tile
-from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh
+from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh, multiprocessors
 from flashsvd.kernels.op import Op, operand_names
-from flashsvd.kernels.partial_sums import check_splits
-from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
+from flashsvd.kernels.partial_sums import check_splits, divided
+from flashsvd.kernels.plans import Launch, Plan, addresses
 from flashsvd.kernels.programmatic import await_inputs, early_start
 from flashsvd.kernels.tiles import Table, ThinTiles, Tiles, TilesOption, generation
-from flashsvd.kernels.triton_import import kernel, tl
+from flashsvd.kernels.triton_import import kernel, tl, triton
 
-__all__ = ["decode_gated", "decode_linear", "decode_linear_reference", "decode_partials"]
+__all__ = ["decode_gated", "decode_linear", "decode_linear_reference"]
 
 Norm = Literal["none", "rms", "layer"]
 
@@ -51,7 +51,7 @@ MOST_MATRICES = 3
 
 
 class DecodeLinear(NamedTuple):
-    """Operands and options of a call; `out` [splits, n, N] takes partial sums."""
+    """Operands and options of a call; `splits` None for as many as fill the GPU."""
 
     x: Tensor
     norm_weight: Tensor | None
@@ -62,11 +62,13 @@ class DecodeLinear(NamedTuple):
     scale: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
+    arrivals: Tensor | None
     out: Tensor | None
     norm: str
     eps: float
     activation: str
     gated: bool
+    splits: int | None
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -86,32 +88,22 @@ class DecodeLinear(NamedTuple):
         return [sum(given[:i]) for i in range(len(given))] if sum(given) == columns else None
 
     @property
-    def parts(self) -> int:
-        """Of how many sums X is made."""
-        return self.x.shape[0] if self.x.ndim == 3 else 1
-
-    @property
-    def splits(self) -> int | None:
-        """Into how many sums the result is divided; None for whole ones."""
-        return self.out.shape[0] if self.out is not None and self.out.ndim == 3 else None
-
-    @property
     def like(self) -> Tensor:
         """An operand of the dtype of numbers that are neither sums nor integers."""
-        given = (self.m0, self.bias, self.residual, self.norm_weight, None if self.splits else self.out, self.x)
+        given = (self.m0, self.bias, self.residual, self.norm_weight, self.out, self.x)
         return next(x for x in given if x is not None and x.is_floating_point())
 
     @property
     def by_tensor_cores(self) -> bool:
         """Whether they multiply."""
-        n = self.x.shape[-2]
+        n = len(self.x)
         short = n > VERY_FEW_ROWS and all(m.shape[1] <= SHORT for m in self.matrices)
         return (n > FEW_ROWS or short) and self.like.dtype != torch.float32
 
     @property
     def held_rows(self) -> int:
         """The rows of X that a program computes, some of which may be of nobody."""
-        return MOST_ROWS if self.by_tensor_cores else 1 << (self.x.shape[-2] - 1).bit_length()
+        return MOST_ROWS if self.by_tensor_cores else 1 << (len(self.x) - 1).bit_length()
 
 
 def decode_linear_reference(
@@ -121,12 +113,12 @@ def decode_linear_reference(
 ) -> Tensor:  # fmt: skip
     """`decode_linear`, or where `gated` is true `decode_gated`, in plain torch."""
     weights = (norm_weight, norm_bias, *_three(matrices))
-    c = DecodeLinear(x, *weights, scale, bias, residual, None, norm, eps, activation, gated)
+    c = DecodeLinear(x, *weights, scale, bias, residual, None, None, norm, eps, activation, gated, None)
     return _reference(c)
 
 
 def _reference(c: DecodeLinear) -> Tensor:
-    x = c.x if c.x.ndim == 2 else c.x.sum(0).to(c.like.dtype)
+    x = c.x
     if c.norm == "rms":
         x = F.rms_norm(x, x.shape[-1:], c.norm_weight, c.eps)
     elif c.norm == "layer":
@@ -142,19 +134,26 @@ def _reference(c: DecodeLinear) -> Tensor:
     if c.activation != "none":
         first = activation_function(c.activation)(first)
     y = first if gate is None else first * gate
-    y = y if c.residual is None else y + c.residual
-    if c.splits is None:
-        return y
-    # How a sum is divided is left open.
-    return torch.cat([y[None].float(), y.new_zeros(c.splits - 1, *y.shape, dtype=torch.float32)])
+    return y if c.residual is None else y + c.residual
+
+
+@triton.jit
+def _all_shares(p_part, y, o_n, o_row, n, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    # The shares of a sum [N, ROWS] that lie one after the other, added in their order.
+    place = o_n[:, None] * ROWS + o_row[None, :]
+    total = tl.zeros_like(y)
+    for s in tl.static_range(SPLITS):
+        total += tl.load(p_part + s * n * ROWS + place, mask=(o_n < n)[:, None], other=0.0)
+    return total
 
 
 @kernel("n")
 def _decode_linear(
-    x_ptr, weight_ptr, shift_ptr, m0_ptr, m1_ptr, m2_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    n, eps, x_row, x_part, residual_row, out_row, out_part,
+    x_ptr, weight_ptr, shift_ptr, m0_ptr, m1_ptr, m2_ptr, scale_ptr, bias_ptr, residual_ptr, arrivals_ptr, out_ptr,
+    parts_ptr,
+    n, eps, x_row, residual_row, out_row,
     rows0, rows1, rows2, width0, width1, width2, pitch0, pitch1, pitch2, start1, start2,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
     SPLITS: tl.constexpr, MATRICES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
     LATE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
@@ -203,30 +202,37 @@ def _decode_linear(
     mean = tl.zeros([N], tl.float32)
     factor = tl.full([N], 1.0, tl.float32)
     if NORM != "none" and not LATE:
-        mean, factor = statistics(x_ptr, n, x_row, x_part, width, eps, N, COLUMNS, PARTS, NORM)
+        mean, factor = statistics(x_ptr, n, x_row, width, eps, N, COLUMNS, NORM)
     y = walk(
         w, x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, width,
-        x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, DTYPE,
+        x_row, eps, ROWS, COLUMNS, N, DOT, NORM, SHIFT, LATE, DTYPE,
     )  # fmt: skip
+    o_n = tl.arange(0, N)
+    m_n = (o_n < n)[:, None]
+    if SPLITS > 1:
+        p_part = parts_ptr + tl.program_id(0) * SPLITS * n * ROWS
+        tl.store(p_part + tl.program_id(1) * n * ROWS + o_n[:, None] * ROWS + o_row[None, :], y, mask=m_n)
+        # The one thread that counts publishes what all threads have stored before they met here.
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+            return
+        tl.store(arrivals_ptr + tl.program_id(0), 0)
+        y = _all_shares(p_part, y, o_n, o_row, n, ROWS, SPLITS)
     o_column = i_out + i_row + o_row
     m_column = o_row < rows_left
-    # Where a sum has several parts, the first has the bias and the residual.
-    m_first = o_row < tl.where(tl.program_id(1) == 0, rows_left, 0)
-    y = scaled_and_shifted(y, scale_ptr, bias_ptr, o_column, m_column, m_first, SCALE, BIAS)
+    y = scaled_and_shifted(y, scale_ptr, bias_ptr, o_column, m_column, SCALE, BIAS)
     if ACTIVATION != "none":
         y = settle(apply(y, ACTIVATION, FAST), ACTIVATION, FAST)
     if GATED:
         lift = walk(
             w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
-            width1, x_row, x_part, eps, ROWS, COLUMNS, N, DOT, PARTS, NORM, SHIFT, LATE, DTYPE,
+            width1, x_row, eps, ROWS, COLUMNS, N, DOT, NORM, SHIFT, LATE, DTYPE,
         )  # fmt: skip
-        y *= scaled_and_shifted(lift, scale_ptr, bias_ptr, rows0 + o_column, m_column, m_first, SCALE, BIAS)
-    o_n = tl.arange(0, N)
-    m_n = (o_n < n)[:, None]
+        y *= scaled_and_shifted(lift, scale_ptr, bias_ptr, rows0 + o_column, m_column, SCALE, BIAS)
     if RESIDUAL:
         place = residual_ptr + o_n[:, None] * residual_row + o_column[None, :]
-        y += tl.load(place, mask=m_n & m_first[None, :], other=0.0).to(tl.float32)
-    place = out_ptr + tl.program_id(1) * out_part + o_n[:, None] * out_row + o_column[None, :]
+        y += tl.load(place, mask=m_n & m_column[None, :], other=0.0).to(tl.float32)
+    place = out_ptr + o_n[:, None] * out_row + o_column[None, :]
     tl.store(place, y.to(out_ptr.dtype.element_ty), mask=m_n & m_column[None, :])
 
 
@@ -248,6 +254,10 @@ TILE, MOST_OF_A_WARP = 8192, 4096
 PROGRAMS, SHORT = 370, 2048
 # What another step of a walk takes, in columns.
 COLUMNS_OF_A_STEP = 200
+# By tensor cores, programs that a Hopper's multiprocessor has room for; and the shares of a sum that one adds.
+RESIDENT, MOST_SPLITS = 2, 8
+# Sums whose shares can be counted at once.
+ARRIVALS = 1024
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
@@ -255,7 +265,7 @@ def default_tiles(c: DecodeLinear) -> Tiles:
 
     From `benchmark/benchmark_decode_linears.py --tiles` on an H200.
     """
-    n, widest = c.x.shape[-2], max(m.shape[1] for m in c.matrices)
+    n, widest = len(c.x), max(m.shape[1] for m in c.matrices)
     if c.by_tensor_cores:
         return _by_tensor_cores(c, widest)
     if c.held_rows > FEW_ROWS:
@@ -285,6 +295,20 @@ def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
     return ThinTiles(rows, columns, warps=4, stages=3)
 
 
+def default_splits(c: DecodeLinear, t: Tiles) -> int:
+    """The table's programs for the columns of a tile: as many as there is room for, each of two steps at least."""
+    if c.gated or not c.by_tensor_cores:
+        return 1
+    shortest = min(m.shape[1] for m in c.matrices)
+    room = RESIDENT * multiprocessors(c.x.device) // _tiles(c, t)
+    return divided(shortest, max(1, min(MOST_SPLITS, room, shortest // (2 * t.columns))), t.columns)[0]
+
+
+def _tiles(c: DecodeLinear, t: Tiles) -> int:
+    """Of all rows."""
+    return -(-c.width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in c.matrices)
+
+
 def _power_below(size: int) -> int:
     return 1 << max(0, size.bit_length() - 1)
 
@@ -295,26 +319,25 @@ def _power_above(size: int) -> int:
 
 def _sizes(c: DecodeLinear) -> Hashable:
     shapes = tuple((m.shape, m.dtype) for m in c.matrices)
-    return c.held_rows, shapes, c.norm, c.activation, c.gated, c.parts, c.splits
+    return c.held_rows, shapes, c.norm, c.activation, c.gated, c.splits
 
 
 def check_decode_linear(c: DecodeLinear) -> None:
     """Raises ValueError where the operands do not fit together."""
-    n, width = c.x.shape[-2] if c.x.ndim > 1 else 0, c.width
+    n, width = len(c.x), c.width
     both = 2 * width if c.gated else width
-    fits = c.x.ndim in (2, 3) and has_dims(2, *c.matrices) and c.starts is not None
+    fits = has_dims(2, c.x, *c.matrices, c.out) and c.starts is not None
     fits = fits and all(x is None or x.shape == (both,) for x in (c.scale, c.bias))
     fits = fits and (c.residual is None or c.residual.shape == (n, width))
     fits = fits and all(x is None or x.shape == c.x.shape[-1:] for x in (c.norm_weight, c.norm_bias))
-    fits = fits and (c.out is None or (c.out.ndim in (2, 3) and c.out.shape[-2:] == (n, width)))
+    fits = fits and (c.out is None or c.out.shape == (n, width))
     fits = fits and not (c.gated and (len(c.matrices) != 2 or len(c.matrices[0]) != len(c.matrices[1])))
     named = {f"M_{i}": m for i, m in enumerate(c.matrices)}
     exact = {name: m for name, m in named.items() if m.is_floating_point()}
     others = {"bias": c.bias, "residual": c.residual, "norm_weight": c.norm_weight, "norm_bias": c.norm_bias}
     if not fits:
         check_fit(False, x=c.x, **named, scale=c.scale, **others, out=c.out)
-    plain = {"x": c.x if c.x.ndim == 2 else None, "out": None if c.splits else c.out}
-    check_fit(True, **plain, **exact, **others)
+    check_fit(True, x=c.x, **exact, **others, out=c.out)
     _check_kinds(c, n)
 
 
@@ -331,8 +354,12 @@ def _check_kinds(c: DecodeLinear, n: int) -> None:
         raise ValueError(f"norm {c.norm!r} does not go with the norm's weight and bias that are given")
     if c.norm != "none" and c.starts != [0] * len(c.matrices):
         raise ValueError("a normed input is read whole by every matrix, not by columns of its own")
-    if c.splits is not None and (c.activation != "none" or c.gated):
-        raise ValueError("an activation is of whole sums, not of partial ones")
+    check_splits(c.splits)
+    if c.splits is not None and c.gated:
+        raise ValueError("the columns of a gated network are not shared among programs; leave out splits")
+    x, shape = c.arrivals, (ARRIVALS,)
+    if x is not None and (x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous()):
+        raise ValueError(f"arrivals is contiguous int32 {shape}, not {x.dtype} {tuple(x.shape)}")
     if c.activation != "none":
         activation_function(c.activation)
     # A copy would be made by a kernel that this one does not wait for before it reads its weights.
@@ -357,51 +384,52 @@ def within_registers(t: Tiles, held: int) -> Tiles:
 
 
 def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
-    n, matrices, width = c.x.shape[-2], c.matrices, c.width
+    n, matrices, width = len(c.x), c.matrices, c.width
     if c.by_tensor_cores:
-        # Parts of a sum take as much shared memory each as x does.
-        columns, stages = (
-            min(t.columns, WIDEST_PRODUCT) // (1 << (c.parts - 1).bit_length()),
-            2 if c.parts > 1 else t.stages,
-        )
-        t = Tiles(max(t.rows, 16), max(32, columns), t.warps, stages)
+        t = Tiles(max(t.rows, 16), max(32, min(t.columns, WIDEST_PRODUCT)), t.warps, t.stages)
     elif n > FEW_ROWS:
         t = within_registers(t, c.held_rows)
+    programs, splits = _tiles(c, t), c.splits or default_splits(c, t)
+    if splits > 1 and programs > ARRIVALS:
+        raise ValueError(f"at most {ARRIVALS} tiles of rows can be shared among programs, not {programs}")
     absent = [0] * (MOST_MATRICES - len(matrices))
     starts = c.starts or []
-    x_part, out_part = (0 if x is None or x.ndim == 2 else x.stride(0) for x in (c.x, c.out))
+    names = [*operand_names(DecodeLinear), "parts"]
     arguments = [
-        *addresses(*operand_names(DecodeLinear)),
-        *(n, c.eps, c.x.stride(-2), x_part, 0 if c.residual is None else c.residual.stride(0)),
-        *(width if c.out is None else c.out.stride(-2), out_part),
+        *addresses(*names),
+        *(n, c.eps, c.x.stride(0), 0 if c.residual is None else c.residual.stride(0)),
+        width if c.out is None else c.out.stride(0),
         *(*map(len, matrices), *absent),
         *(*(m.shape[1] for m in matrices), *absent),
         *(*(m.stride(0) for m in matrices), *absent),
         *(*starts, *absent)[1:],
     ]
-    programs = -(-width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in matrices)
     activation = "none" if c.activation == "none" else kernel_name(c.activation)
     numbers = {"ACTIVATION": activation, "FAST": has_fast_tanh(c.like)}
     # An RMSNorm's factor comes out of a walk over all columns, unless tensor cores first round what it is applied to.
-    late = c.norm == "rms" and c.splits is None and not c.by_tensor_cores
+    late = c.norm == "rms" and splits == 1 and not c.by_tensor_cores
     given = {"BIAS": c.bias is not None, "SCALE": c.scale is not None, "RESIDUAL": c.residual is not None}
     launch = Launch(
-        _decode_linear, (programs, c.splits or 1), operand_names(DecodeLinear), arguments, t,
-        N=c.held_rows, DOT=c.by_tensor_cores, PARTS=c.parts, SPLITS=c.splits or 1, MATRICES=len(matrices),
+        _decode_linear, (programs, splits), names, arguments, t,
+        N=c.held_rows, DOT=c.by_tensor_cores, SPLITS=splits, MATRICES=len(matrices),
         GATED=c.gated, NORM=c.norm, SHIFT=c.norm_bias is not None, LATE=late, DTYPE=element_type(c.like),
         **given, **numbers, **early_start(c.x),
     )  # fmt: skip
-    return into_last(launch, (n, width))
 
-
-def _with_place(x: Tensor, matrices: tuple[Tensor | None, ...], columns: int, out: Tensor | None) -> Tensor | None:
-    """`out`, or new memory for the product of partial sums, which are of another dtype than it."""
-    if out is not None or x.ndim == 2:
+    def run(x: Tensor, *others: Tensor | None) -> Tensor:
+        *given, arrivals, out = others
+        if out is None:
+            out = x.new_empty(n, width)
+        if splits == 1:
+            launch(x, *given, None, out, None)
+            return out
+        # As in `decode_attention`, counters are a caller's or of this call.
+        if arrivals is None:
+            arrivals = x.new_zeros(ARRIVALS, dtype=torch.int32)
+        launch(x, *given, arrivals, out, x.new_empty(programs * splits * n * t.rows, dtype=torch.float32))
         return out
-    m = matrices[0]
-    if m is None or not m.is_floating_point():
-        raise ValueError("partial sums times int8 matrices could be of any dtype; pass out")
-    return x.new_empty(x.shape[-2], columns, dtype=m.dtype)
+
+    return run
 
 
 def _three(matrices: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -415,8 +443,8 @@ def _three(matrices: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None, 
 
 _op = Op(
     "decode_linear", DecodeLinear, check=check_decode_linear, reference=_reference,
-    shape=lambda c: (c.x.shape[-2], c.width), idle=lambda c: c.x.shape[-2] == 0,
-    prepare=_prepare, plan=_plan, table=Table(default_tiles, (*CANDIDATES, *WIDE_CANDIDATES), _sizes), writes=("out",),
+    shape=lambda c: (len(c.x), c.width), prepare=_prepare, plan=_plan,
+    table=Table(default_tiles, (*CANDIDATES, *WIDE_CANDIDATES), _sizes), writes=("out", "arrivals"),
 )  # fmt: skip
 
 
@@ -424,14 +452,15 @@ def decode_linear(
     x: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None = None, *,
     scale: Tensor | None = None, residual: Tensor | None = None, activation: str = "none",
     norm: Norm = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6,
-    backend: Backend = "auto", tiles: TilesOption = None, out: Tensor | None = None,
+    splits: int | None = None, arrivals: Tensor | None = None, backend: Backend = "auto", tiles: TilesOption = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """f((norm(x) M^T) * scale + bias) + residual, for each of the matrices M, side by side.
 
     Matrices are not written by the kernel just before this one on the stream: it may still run when they are read.
 
     Args:
-        x: [n, K] of at most 16 rows; or the sums of `decode_partials`, [splits, n, K].
+        x: [n, K] of at most 16 rows.
         matrices: one to three, [N_i, K] each, which all read x; or [N_i, K_i], which read their own columns of it, one
             after the other. In the dtype of x, or all int8.
         bias: [N], the N_i side by side.
@@ -442,9 +471,12 @@ def decode_linear(
         norm_weight: [K], where there is a norm.
         norm_bias: [K], of a LayerNorm that has one.
         eps: what is added to the mean square or the variance.
+        splits: how many programs share a tile's columns; None for as many as fill the GPU.
+        arrivals: zeros, int32 [ARRIVALS], where these programs count themselves, and which are zeros again in the end:
+            kept by the caller, they save each call a launch. No two calls use them at once. None for new ones.
         backend: `triton` for the kernel, `torch` for plain torch, `auto` for the kernel on a GPU that can run it.
         tiles: `rows` of M and `columns` of them at a time, a `ThinTiles`; None takes the table's.
-        out: where to write, [n, N]; may be the residual itself, but not x. Partial sums times int8 matrices need it.
+        out: where to write, [n, N]; may be the residual itself, but not x.
 
     Returns:
         [n, N]; `out` where it is given.
@@ -455,10 +487,8 @@ def decode_linear(
     """
     if out is x:
         raise ValueError("out is x itself, which every program reads")
-    three = _three(matrices)
-    out = _with_place(x, three, sum(len(m) for m in three if m is not None), out)
-    operands = (x, norm_weight, norm_bias, *three, scale, bias, residual, out)
-    return _op(operands, (norm, eps, activation, False), backend, tiles)
+    operands = (x, norm_weight, norm_bias, *_three(matrices), scale, bias, residual, arrivals, out)
+    return _op(operands, (norm, eps, activation, False, splits), backend, tiles)
 
 
 def decode_gated(
@@ -470,7 +500,7 @@ def decode_gated(
     """f((norm(x)_g M_g^T) * scale_g + bias_g) * ((norm(x)_u M_u^T) * scale_u + bias_u).
 
     Args:
-        x: [n, K], or partial sums of it, as `decode_linear` takes them.
+        x: [n, K] of at most 16 rows.
         gate: M_g, the matrix whose product is activated, [N, K]; or [N, K_g], which reads the first columns of x.
         lift: M_u, [N, K]; or [N, K_u], which reads the columns after those.
         bias: of both, side by side, [2 N].
@@ -486,36 +516,5 @@ def decode_gated(
         ValueError: the shapes or dtypes do not fit together, or there are too many rows.
         BackendError: `backend="triton"` cannot run here.
     """
-    out = _with_place(x, (gate,), len(gate), out)
-    operands = (x, norm_weight, norm_bias, gate, lift, None, scale, bias, None, out)
-    return _op(operands, (norm, eps, activation, True), backend, tiles)
-
-
-def decode_partials(
-    x: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None = None, *, splits: int,
-    scale: Tensor | None = None, residual: Tensor | None = None,
-    norm: Norm = "none", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 1e-6,
-    backend: Backend = "auto", tiles: TilesOption = None,
-) -> Tensor:  # fmt: skip
-    """(norm(x) M^T) * scale + bias + residual as sums over shares of the columns: for few rows of many columns.
-
-    The next product takes them for its x; `flashsvd.kernels.partial_sums.add_partials` adds them by themselves.
-
-    Args:
-        splits: how many shares.
-        x, matrices, bias, scale, residual, norm, norm_weight, norm_bias, eps, backend, tiles: as `decode_linear` takes
-            them.
-
-    Returns:
-        fp32 [splits, n, N].
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit together, or there are too many rows or matrices.
-        BackendError: `backend="triton"` cannot run here.
-    """
-    check_splits(splits)
-    three = _three(matrices)
-    columns = sum(len(m) for m in three if m is not None)
-    out = x.new_empty(splits, x.shape[-2], columns, dtype=torch.float32)
-    operands = (x, norm_weight, norm_bias, *three, scale, bias, residual, out)
-    return _op(operands, (norm, eps, "none", False), backend, tiles)
+    operands = (x, norm_weight, norm_bias, gate, lift, None, scale, bias, None, None, out)
+    return _op(operands, (norm, eps, activation, True, None), backend, tiles)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flashsvd import cli
 from flashsvd.errors import ConfigError
@@ -99,6 +100,16 @@ def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str]
         threading.Event().wait()
     # Not the server: it would wait for visitors whose connections stay open.
     machine.close()
+    downloads.close()
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process with its threads that serve: were only the interpreter to end, code outside it would abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -55,64 +55,75 @@ class PackedDecoderFFN(QuickModule):
     def inner(self) -> int:
         return self.first.widths[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [n, hidden] of any number of rows -> x + its network, in new memory."""
+    def forward(self, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
+        """x [n, hidden] of any number of rows -> x + its network, of many rows in the place of x.
+
+        Args:
+            arrivals: as `decode_linear` has them.
+        """
 
         def run(implementation: Implementation) -> Tensor:
-            return self.by_kernels(x) if implementation == "triton" else self.by_products(x)
+            if implementation == "triton":
+                return self.by_kernels(x, arrivals)
+            return self.by_products(x, torch.empty_like(x))
 
-        if x.shape[0] > MOST_ROWS or not isinstance(self.activation, str):
+        if x.shape[0] > MOST_ROWS:
+            return self.by_products(x, x)
+        if not isinstance(self.activation, str):
             return run("torch")
         ranks = sum(self.first.ranks), sum(self.second.ranks)
         return run(self.choices.pick(STEP_FFN, (x.shape[1], self.inner, x.shape[1], *ranks), x, run))
 
-    def by_kernels(self, x: Tensor) -> Tensor:
+    def by_kernels(self, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
         """Of at most 16 rows: a launch for each factor, and one for both lifts of a gated network."""
-        return self.second.by_kernels(self._inner_by_kernels(x), residual=x)
+        return self.second.by_kernels(self._inner_by_kernels(x, arrivals), residual=x, arrivals=arrivals)
 
-    def _inner_by_kernels(self, x: Tensor) -> Tensor:
+    def _inner_by_kernels(self, x: Tensor, arrivals: Tensor | None) -> Tensor:
         first, activation = self.first, self.activation
         assert isinstance(activation, str)
         if len(first.each) or first.blocks is not None:
-            return self._activate(first.by_kernels(x, self.norm))
+            return self._activate(first.by_kernels(x, self.norm, arrivals=arrivals))
         x, options = self.norm.before(x)
         if first.first is not None:
-            x, options = first.ranks_by_kernels(x, options), {}
+            x, options = first.ranks_by_kernels(x, options | {"arrivals": arrivals}), {}
         options |= {"scale": first.scale, "activation": activation, "backend": "triton"}
         if not self.gated:
+            options["arrivals"] = arrivals
             return decode_linear(x, first.matrices, first.bias, **options)
         first_half, up = first.matrices if first.first is not None else first.matrices[0].chunk(2)
         return decode_gated(x, first_half, up, first.bias, **options)
 
-    def by_products(self, x: Tensor) -> Tensor:
-        """Of any number of rows, a chunk after the other, so that little of the inner dimension exists at once."""
-        out, first, second = torch.empty_like(x), self.first.for_products(x), self.second.for_products(x)
+    def by_products(self, x: Tensor, out: Tensor) -> Tensor:
+        """Of any number of rows, a chunk after the other, so that little of the inner dimension exists at once.
+
+        Args:
+            out: where to write, which may be x.
+        """
+        first, second = self.first.for_products(x), self.second.for_products(x)
         for start in range(0, len(x), step := self._chunk(x)):
             rows = slice(start, start + step)
             second.by_products(self._inner_by_products(x[rows], first), residual=x[rows], out=out[rows])
         return out
 
     def _inner_by_products(self, x: Tensor, first: PackedLinears) -> Tensor:
-        n = self.norm(x)
         if self.gated and len(first.ranks) == 2 and isinstance(self.activation, str):
-            return self._lifted(n, first)
-        return self._activate(first.by_products(n))
+            return self._lifted(first.ranks_by_products(self.norm(x)), first)
+        return self._activate(first.by_products(self.norm(x)))
 
-    def _lifted(self, n: Tensor, first: PackedLinears) -> Tensor:
-        """f(P_g V_g + b_g) * (P_u V_u + b_u), by one kernel where that is faster."""
+    def _lifted(self, p: Tensor, first: PackedLinears) -> Tensor:
+        """f(P_g V_g + b_g) * (P_u V_u + b_u) of P_g | P_u, by one kernel where that is faster."""
         activation = self.activation
         assert isinstance(activation, str)
-        p = first.ranks_by_products(n)
         (p_g, p_u), (v_g, v_u) = p.split_with_sizes(first.ranks, 1), first.matrices
         (b_g, b_u), (s_g, s_u) = first.of_each(first.bias), first.of_each(first.scale)
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
                 return gated_linear(p_g, p_u, v_g, v_u, b_g, b_u, activation=activation, backend="triton")
-            if not n.is_cuda:
+            if not p.is_cuda:
                 lifted, up = product(p_g, v_g, b_g, None, None, s_g), product(p_u, v_u, b_u, None, None, s_u)
                 return activation_function(activation)(lifted).mul_(up)
-            y = n.new_empty(len(n), 2 * self.inner)
+            y = p.new_empty(len(p), 2 * self.inner)
             for p_i, m, b, y_i in zip((p_g, p_u), (v_g, v_u), (b_g, b_u), y.chunk(2, 1), strict=True):
                 torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)
             return self._activate(y)
@@ -122,7 +133,8 @@ class PackedDecoderFFN(QuickModule):
     def _activate(self, y: Tensor) -> Tensor:
         """y [n, both side by side] -> [n, inner]."""
         if self.gated and isinstance(self.activation, str):
-            return gate(y, activation=self.activation, backend=self.choices.backend)
+            # Each number is read before it is written, by the same thread.
+            return gate(y, activation=self.activation, backend=self.choices.backend, out=y[:, : y.shape[1] // 2])
         function: Callable[[Tensor], Tensor] = (
             activation_function(self.activation) if isinstance(self.activation, str) else self.activation
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Int8Joint, Joint, Matrices, PerHead, present
 from flashsvd.blocks.parts.row_norm import RowNorm
-from flashsvd.blocks.parts.widths import INT8_STEP, STEP, int8_width, widen
+from flashsvd.blocks.parts.widths import INT8_STEP, int8_width, row_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
 from flashsvd.kernels.int8_rows import real_rows
@@ -74,11 +74,11 @@ class PackedLinears(Packed):
                 self.keep(name, None, dtype)
 
     def _keep_joint(self, layers: Sequence[Joint], dtype: torch.dtype) -> None:
-        columns = [widen(layer.u, 1, _to_step) for layer in layers]
+        columns = [widen(layer.u, 1, row_width) for layer in layers]
         self.ranks = [u.shape[1] for u in columns]
         self.keep("first", torch.cat(columns, 1).T, dtype)
         for i, layer in enumerate(layers):
-            self.keep(f"m{i}", widen(layer.v, 0, _to_step).T, dtype)
+            self.keep(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
 
     def _keep_integers(self, layers: Sequence[Int8Joint]) -> None:
         firsts = [widen(layer.first.integers, 0, int8_width, int8_width) for layer in layers]
@@ -95,9 +95,9 @@ class PackedLinears(Packed):
             return super()._apply(*arguments, **options)
 
     def _keep_per_head(self, layer: PerHead, dtype: torch.dtype) -> None:
-        columns = widen(layer.u, 2, _to_step)
+        columns = widen(layer.u, 2, row_width)
         self.keep("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
-        self.keep("blocks", widen(layer.v, 1, _to_step), dtype)
+        self.keep("blocks", widen(layer.v, 1, row_width), dtype)
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -111,12 +111,14 @@ class PackedLinears(Packed):
         own = [self.first, self.blocks, *self.matrices]
         return [m for m in own if m is not None] + [m for part in self.each for m in part.buffers()]
 
-    def step(self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        """Of any number of rows, by what is faster for so few or many; norm and residual as `by_kernels` has them."""
+    def step(
+        self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None
+    ) -> Tensor:
+        """Of any number of rows, by what is faster for so few or many; the rest as `by_kernels` has it."""
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
-                return self.by_kernels(x, norm, residual)
+                return self.by_kernels(x, norm, residual, arrivals)
             return self.by_products(x if norm is None else norm(x), residual)
 
         if x.shape[0] > MOST_ROWS:
@@ -124,22 +126,33 @@ class PackedLinears(Packed):
         sizes = (x.shape[1], sum(self.widths), sum(self.ranks), len(self.held))
         return run(self.choices.pick(LINEARS, sizes, x, run))
 
-    def by_kernels(self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        """norm(x) through the layers, + residual [n, N], of at most 16 rows."""
+    def by_kernels(
+        self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None
+    ) -> Tensor:
+        """norm(x) through the layers, + residual [n, N], of at most 16 rows.
+
+        Args:
+            arrivals: as `decode_linear` has them.
+        """
         if len(self.each):
-            return torch.cat([part.by_kernels(x, norm) for part in self.each], 1)  # type: ignore[operator]  # torch takes attributes of modules for tensors or modules
+            return torch.cat([part.by_kernels(x, norm, arrivals=arrivals) for part in self.each], 1)  # type: ignore[operator]  # torch takes attributes of modules for tensors or modules
         options: dict[str, Any] = {}
         if norm is not None:
             x, options = norm.before(x)
+        common: dict[str, Any] = {"arrivals": arrivals, "backend": "triton"}
         if self.first is None:
-            return decode_linear(x, self.matrices, self.bias, residual=residual, backend="triton", **options)
-        p = self.ranks_by_kernels(x, options)
+            return decode_linear(x, self.matrices, self.bias, residual=residual, **common, **options)
+        p = self.ranks_by_kernels(x, options | {"arrivals": arrivals})
         if self.blocks is None:
-            return decode_linear(p, self.matrices, self.bias, scale=self.scale, residual=residual, backend="triton")
+            return decode_linear(p, self.matrices, self.bias, scale=self.scale, residual=residual, **common)
         return self._lift_heads(p, residual)
 
     def ranks_by_kernels(self, x: Tensor, options: dict[str, Any]) -> Tensor:
-        """The rank-space activations of low-rank layers side by side, by the kernel; `options` are those of a norm."""
+        """The rank-space activations of low-rank layers side by side, by the kernel.
+
+        Args:
+            options: of `decode_linear`, such as the norm.
+        """
         assert self.first is not None
         return decode_linear(x, self.first, scale=self.first_scale, backend="triton", **options)
 
@@ -235,11 +248,6 @@ def _by_integers(x: Tensor, m: Tensor, scale: Tensor, bias: Tensor | None = None
     else:
         y = F.linear(x, m.to(x.dtype)).mul_(scale)
     return y if bias is None else y.add_(bias)
-
-
-def _to_step(rank: int) -> int:
-    # A decoding step is bound by bytes, so that nothing is gained by more columns than alignment needs.
-    return -(-rank // STEP) * STEP
 
 
 def _smallest(layer: Matrices, dtype: torch.dtype) -> Matrices:

@@ -20,6 +20,8 @@ STEP, INT8_STEP = 8, 16
 WIDE, WIDE_STEP = 64, 16
 WIDEST, WIDEST_STEP = 288, 32
 
+LONG_ROW, LONG_ROW_STEP = 128, 16
+
 HEAD_STEP = 16
 CORE_STEP = 32
 # What lies between these is left out: 224, and in gated networks 96 and 288.
@@ -29,6 +31,15 @@ WIDE_CORE, WIDE_CORE_STEP = 320, 64
 def product_width(rank: int) -> int:
     """Of a rank between two plain products."""
     return _up(rank, STEP if rank <= WIDE else WIDE_STEP if rank <= WIDEST else WIDEST_STEP)
+
+
+def row_width(rank: int) -> int:
+    """Of a rank by which few rows are multiplied, which takes the time of reading the factors.
+
+    Of rows that begin at multiples of 16 numbers a thread reads 16 bytes at once; of short ones the columns that this
+    adds would cost more.
+    """
+    return _up(rank, STEP if rank < LONG_ROW else LONG_ROW_STEP)
 
 
 def head_width(rank: int) -> int:

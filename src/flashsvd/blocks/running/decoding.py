@@ -20,6 +20,7 @@ from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
 from flashsvd.errors import first_line
+from flashsvd.kernels.flashsvddecode import ARRIVALS
 
 log = logging.getLogger("flashsvd")
 
@@ -80,8 +81,10 @@ class Decoder:
         self.ended = torch.zeros(rows, dtype=torch.bool, **options)
         self.ends = torch.full((MOST_ENDS,), NO_ID, dtype=torch.int64, **options)
         self.pad = torch.zeros(1, dtype=torch.int64, **options)
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, **options)
         self.column = 0
         self._padded = False
+        self._ends: tuple[int, ...] = ()
         self._graphs: dict[tuple[bool, bool], tuple[Any, Tensor]] = {}
         self._prompts: OrderedDict[tuple[int, bool], tuple[Tensor, Any, Tensor]] = OrderedDict()
         self._seen: set[tuple[int, bool]] = set()
@@ -110,9 +113,11 @@ class Decoder:
         self.tokens[:, :length] = ids
         self.column, self._padded = length - 1, first is not None
         self.position.fill_(length - 1)
-        self.first.copy_(torch.zeros_like(self.first) if first is None else first)
+        self.first.zero_() if first is None else self.first.copy_(first)
         self.ended.zero_()
-        self.ends.copy_(torch.tensor([*ends, *[NO_ID] * (MOST_ENDS - len(ends))]))
+        if (ends := tuple(ends)) != self._ends:
+            self.ends.copy_(torch.tensor([*ends, *[NO_ID] * (MOST_ENDS - len(ends))]))
+            self._ends = ends
         self.pad.fill_(pad)
         if not self.in_graphs or ids.numel() > MOST_PROMPT_TOKENS:
             return self._read(ids)
@@ -189,7 +194,7 @@ class Decoder:
         if self.tables is not None:
             cos, sin = (table.index_select(0, positions) for table in self.tables)
             tables = cos, sin
-        at = Step(self.column, self.position, first, tables)
+        at = Step(self.column, self.position, first, tables, self.arrivals)
         x = self.model.embed(self.ids, positions)
         for block, stored in zip(self.model.blocks, self.layers, strict=True):
             x = block.step(x, at, stored)

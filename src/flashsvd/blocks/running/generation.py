@@ -7,6 +7,7 @@ CUDA graphs could not do, the loop below runs, which waits for the GPU every few
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -231,10 +232,8 @@ def request_of(
 ) -> Request | None:
     """What is asked for; None where the loop does not do it."""
     longest = [int(c.max_length) for c in criteria if type(c) is MaxLengthCriteria]
-    ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
     watched = type(criteria)(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
-    ids_that_end = tuple(int(i) for tensor in ends for i in torch.as_tensor(tensor).flatten().tolist())
-    if not longest or ids.shape[1] == 0 or min(longest) <= ids.shape[1] or len(ids_that_end) > MOST_ENDS:
+    if not longest or ids.shape[1] == 0 or min(longest) <= ids.shape[1]:
         return None
     # By such a criterion transformers pads rows that have ended.
     if any(hasattr(c, "eos_token_id") for c in watched):
@@ -242,35 +241,49 @@ def request_of(
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if any(x is not None and x.device != ids.device for x in (mask, positions)):
         return None
-    padding = padding_of(ids, mask, positions)
-    if padding is None:
+    layout = layout_of(ids, mask, positions)
+    if layout is None:
         return None
+    first, facts = layout
     pad = config._pad_token_tensor
-    if ids_that_end and pad is None:
+    tensors = [torch.as_tensor(c.eos_token_id) for c in criteria if type(c) is EosTokenCriteria]
+    (fits, padded), pads, ends = read_at_once(facts, pad, torch.cat(tensors) if tensors else None)
+    if not fits or len(ends) > MOST_ENDS or (ends and pad is None):
         return None
     return Request(
-        ids, padding if bool(padding.any()) else None, min(longest), ids_that_end, 0 if pad is None else int(pad),
-        processors, watched, bool(config.do_sample), streamer,
+        ids, first if padded else None, min(longest), tuple(ends), pads[0] if pads else 0, processors, watched,
+        bool(config.do_sample), streamer,
     )  # fmt: skip
 
 
-def padding_of(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    """The column of each row's first token, int32 [rows]; None where there is other padding, or other positions."""
+def layout_of(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The column of each row's first token, int32 [rows]; and on the device, whether there is no other padding and no
+    other position than that says, and whether there is any padding, bool [2]. None for shapes that are not those of
+    ids.
+    """
     rows, length = ids.shape
+    if (mask is not None and mask.shape != ids.shape) or (positions is not None and positions.shape[-1] != length):
+        return None
     columns = torch.arange(length, device=ids.device)
-    first = torch.zeros(rows, dtype=torch.int32, device=ids.device)
-    if mask is not None:
-        if mask.shape != ids.shape:
-            return None
+    fits = torch.ones((), dtype=torch.bool, device=ids.device)
+    if mask is None:
+        first = torch.zeros(rows, dtype=torch.int32, device=ids.device)
+    else:
         real = mask != 0
         first = (length - real.sum(1)).int()
-        if not bool((real == (columns >= first[:, None])).all()) or bool((first == length).any()):
-            return None
+        fits = (real == (columns >= first[:, None])).all() & (first < length).all()
     if positions is not None:
         counted = columns - first[:, None]
-        if positions.shape[-1] != length or not bool(((positions == counted) | (counted < 0)).all()):
-            return None
-    return first
+        fits = fits & ((positions == counted) | (counted < 0)).all()
+    return first, torch.stack([fits, first.any()])
+
+
+def read_at_once(*tensors: Tensor | None) -> list[list[int]]:
+    """The numbers of each, none of None; the host waits for them once."""
+    given = [() if x is None else x.flatten().long() for x in tensors]
+    device = next(x.device for x in given if isinstance(x, Tensor))
+    numbers = iter(torch.cat([x.to(device) for x in given if isinstance(x, Tensor)]).tolist())
+    return [list(itertools.islice(numbers, len(x))) for x in given]
 
 
 def run(decoder: Decoder, request: Request) -> Tensor:

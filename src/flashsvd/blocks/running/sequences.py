@@ -20,12 +20,14 @@ class Step:
         position: the same on the device, int32 [1].
         first: the first column of each row that is not padding, int32 [rows]; None for 0.
         tables: cos, sin of each row's token, [rows, head_dim / 2]; None without rotation.
+        arrivals: as `decode_linear` has them, of this cache's steps alone.
     """
 
     column: int
     position: Tensor
     first: Tensor | None
     tables: Tables | None
+    arrivals: Tensor | None = None
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [rows or 1, 1, 1, columns so far], true for what is attended to; None where that is everything."""
