@@ -74,6 +74,7 @@ def test_every_decoder_is_written_and_loaded_as_it_was(tmp_path: Path, name: str
     integers = {key for key, tensor in files.items() if tensor.dtype == torch.int8}
     assert integers == {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Int8Matrix)}
     assert len(integers) == 2 * len(layers)
+    assert not model.hf_quantizer.is_trainable
     state = state_of(model)
     assert_same_state(load_compressed(directory), state)
     # Through what transformers itself writes, in several files, and another dtype on the way.

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.base import FactoredModule
-from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
+from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, factor_kind, read_modules
 from flashsvd.models.counts import check_counts
 from flashsvd.models.factored import build_layers, describe_layers, floating_dtype, mark_as_stored, multiply_out
 from flashsvd.models.precision import check_loaded_finite
@@ -95,7 +95,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
         check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
-        # Nothing here forbids casting or training, as it would for integer weights.
+        # Nothing here forbids casting, which integers of ours survive, or the training of what is none.
         model.is_quantized = False
         return model
 
@@ -110,7 +110,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return factor_kind(self.quantization_config.specs()) == "float"
 
     @property
     def is_compileable(self) -> bool:
