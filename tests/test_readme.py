@@ -291,8 +291,8 @@ def test_the_documents_have_the_scores_and_times_of_sentence_encoders_that_the_r
     assert len(printed) > 30
     measurements, readme = ((ROOT / name).read_text().splitlines() for name in ("docs/measurements.md", "README.md"))
     assert printed <= set(measurements)
-    shown = [line for line in readme if line.startswith(("| flashsvd ", "| dense"))]
-    assert len(shown) > 5
+    shown = [line for line in readme if line.startswith("| flashsvd ")]
+    assert len(shown) >= 5
     assert set(shown) <= printed
 
 
