@@ -75,7 +75,7 @@ class PackedDecoderFFN(QuickModule):
         return run(self.choices.pick(STEP_FFN, (x.shape[1], self.inner, x.shape[1], *ranks), x, run))
 
     def by_kernels(self, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
-        """Of at most 16 rows: a launch for each factor, and one for both lifts of a gated network."""
+        """Of at most 32 rows: a launch for each factor, and one for both lifts of a gated network."""
         return self.second.by_kernels(self._inner_by_kernels(x, arrivals), residual=x, arrivals=arrivals)
 
     def _inner_by_kernels(self, x: Tensor, arrivals: Tensor | None) -> Tensor:

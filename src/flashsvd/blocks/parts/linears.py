@@ -2,7 +2,7 @@
 
     y = norm(x) M^T + b,    or  y = (norm(x) U) V + b  of a low-rank layer
 
-Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 16
+Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 32
 rows, a decoding step, the time is that of reading the matrices, which kernels of ours do at a launch for each factor.
 
 Factors of integers stay integers with a scale for each row. The kernels read them so; before products of many rows they
@@ -129,7 +129,7 @@ class PackedLinears(Packed):
     def by_kernels(
         self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None
     ) -> Tensor:
-        """norm(x) through the layers, + residual [n, N], of at most 16 rows.
+        """norm(x) through the layers, + residual [n, N], of at most 32 rows.
 
         Args:
             arrivals: as `decode_linear` has them.
