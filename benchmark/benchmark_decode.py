@@ -9,6 +9,10 @@ time by 128. `llama-7b-prefill` reads 2,048 tokens, in ms: compiled forwards wit
 one token, whose memory holds its cache. Only the last token's logits are computed. The first ratio is measured for all,
 the others for a step at the first batch. `TB/s` counts the plain model's weights once a token.
 
+`int8` are integers of 8 bits with a scale for each row: of ours the factors, rounded; of the dense model the weights of
+the same layers, by torchao's weight-only int8 where it can be imported and else by plain modules, as the name says,
+compiled in the mode that makes the fastest steps of either.
+
 Each variant is first held against the plain model in fp64, on the first and the last row. Of eight tokens each must be
 the exact greedy one, or what its exact logit lacks to the largest at most twice what the plain model's logits err by in
 this dtype, plus half a unit in the last place; behind the first other token nothing is compared. Logits may err by as
@@ -21,11 +25,13 @@ A case of LLaMA-7B takes some five minutes on an H200, most of them torch.compil
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from flashsvd.io import round_factors
 from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.ranks import RankRequest
 from flashsvd.profiling.memory import step_bytes
@@ -41,6 +47,7 @@ from support.decoders import (
     prompts,
     steps,
 )
+from support.dense_int8 import BY, dense_int8
 from support.harness import Case, Settings, Variant, finish, names, parse, run
 from support.low_rank import low_rank
 from support.plot import bars
@@ -55,8 +62,9 @@ PREFILLED = {"llama-7b": (1, 8)}
 COMPARED = 8
 DENSE_STEP = "dense step, compiled reduce-overhead"
 PLAIN_STEP = "plain low-rank step, compiled reduce-overhead"
+INT8_STEP = f"dense int8 step by {BY}, compiled max-autotune"
 BASELINES: dict[Kind, tuple[str, ...]] = {
-    "step": (DENSE_STEP, PLAIN_STEP),
+    "step": (DENSE_STEP, PLAIN_STEP, INT8_STEP),
     "generate": ("dense generate", "dense generate, static cache, compiled"),
     "prefill": ("dense, compiled", "dense, compiled, no cache", "plain low-rank, compiled, no cache"),
 }
@@ -115,25 +123,34 @@ def case(name: str, kind: Kind, shapes: dict[str, int], ratio: float) -> Case:
 
 def stepping(dense: Any, model: Any, ids: Any, new: int, settings: Settings) -> Iterator[Variant]:
     """A step after the other."""
+    rounded, integers = rounded_copy(model), dense_int8(dense)
     for name, plain in ((DENSE_STEP, dense), (PLAIN_STEP, model)):
         held_to = TokensOf(Reference(plain, ids, COMPARED))
         yield Variant(name, partial(steps, plain, ids, new, settings), held_to, read=step_bytes(plain))
+    exact = TokensOf(Reference(integers.plain, ids, COMPARED))
+    # Of few rows, only this mode has the compiler read integers as it multiplies by them.
+    prepare = partial(steps, integers.model, ids, new, settings, mode="max-autotune")
+    yield Variant(INT8_STEP, prepare, exact, read=step_bytes(integers.plain))
     whole, first = partial(generate, ids, new + 1), partial(generate, ids, 1)
-    ours = partial(optimized, model, whole, less=first, note=partial(cache_of, ids, new + 1))
+    note = partial(cache_of, ids, new + 1)
+    ours = partial(optimized, model, whole, less=first, note=note)
     yield Variant("flashsvd step", ours, held_to, read=step_bytes(model))
+    ours = partial(optimized, rounded, whole, less=first, note=note)
+    yield Variant("flashsvd int8 step", ours, TokensOf(Reference(rounded, ids, COMPARED)), read=step_bytes(rounded))
 
 
 def generating(dense: Any, model: Any, ids: Any, new: int, settings: Settings) -> Iterator[Variant]:
     """The whole of `generate`."""
+    rounded = rounded_copy(model)
     held_to = TokensOf(Reference(dense, ids, COMPARED))
     read = step_bytes(dense)
     yield Variant("dense generate", partial(dense_generate, dense, ids, new), held_to, read=read)
     if settings.cuda or settings.sizes == "tiny":
         static = partial(dense_generate, dense, ids, new, cache_implementation="static")
         yield Variant("dense generate, static cache, compiled", static, held_to, read=read)
-    held_to = TokensOf(Reference(model, ids, COMPARED))
-    ours = partial(optimized, model, partial(generate, ids, new), note=partial(cache_of, ids, new))
-    yield Variant("flashsvd generate", ours, held_to, read=step_bytes(model))
+    for name, ours in (("flashsvd generate", model), ("flashsvd int8 generate", rounded)):
+        prepare = partial(optimized, ours, partial(generate, ids, new), note=partial(cache_of, ids, new))
+        yield Variant(name, prepare, TokensOf(Reference(ours, ids, COMPARED)), read=step_bytes(ours))
 
 
 def prefilling(dense: Any, model: Any, ids: Any, new: int, settings: Settings) -> Iterator[Variant]:
@@ -148,6 +165,13 @@ def prefilling(dense: Any, model: Any, ids: Any, new: int, settings: Settings) -
     yield Variant("flashsvd, no cache", partial(optimized, model, without), held_to)
     ours = partial(optimized, model, partial(generate, ids, new), note=partial(cache_of, ids, new))
     yield Variant("flashsvd generate, one token", ours, TokensOf(reference))
+
+
+def rounded_copy(model: Any) -> Any:
+    """A low-rank model with its factors rounded to integers."""
+    rounded = copy.deepcopy(model)
+    round_factors(rounded)
+    return rounded
 
 
 def ranks_of(model: Any) -> dict[str, int]:

@@ -30,7 +30,7 @@ from support.ffn_operands import Numbers
 from support.harness import Case, Check, Settings, Variant, finish, gpu_parser, gpu_settings, run
 from support.plot import lines
 
-ROWS, FEW_ROWS = (1, 2, 4, 8, 16), (1, 4)
+ROWS, FEW_ROWS = (1, 2, 4, 8, 16, 32), (1, 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

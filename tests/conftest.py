@@ -191,10 +191,13 @@ def build(name: str, head: str | None = None) -> Any:
     return build_model(name, head or "masked-lm") if name in ENCODERS else build_decoder(name, head or "causal-lm")
 
 
-def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
+def factor(model: Any, layout: str = "joint", ratio: float | None = None) -> list[FactoredMatrix]:
     """Factor a model in place by truncated SVD, at full rank unless a ratio is given.
 
     The ranks of a ratio are the fine ones, which differ between matrices and fill no tile.
+
+    Args:
+        layout: `joint` or `per-head`, with ` int8` behind it for factors of integers.
     """
     from flashsvd.compression.factoring import Factoring
     from flashsvd.compression.factorize import factor_model, matrix_shapes
@@ -202,12 +205,13 @@ def factor(model: Any, qkv: str = "joint", ratio: float | None = None) -> list[F
     from flashsvd.methods.registry import get_method
     from flashsvd.models.registry import find_targets
 
+    qkv, _, kind = layout.partition(" ")
     targets = find_targets(model)
     shapes = matrix_shapes(model, targets, qkv)
     plan = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
     if ratio is not None:
         plan = plan_ranks(shapes, RankRequest(ratio=ratio, steps="fine"))
-    return factor_model(model, Factoring(targets, plan, get_method("standard"), qkv))
+    return factor_model(model, Factoring(targets, plan, get_method("standard"), qkv, factors=kind or "float"))
 
 
 def shared_model(name: str) -> Path:

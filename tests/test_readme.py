@@ -35,6 +35,9 @@ from markdown import DOCUMENTS, ROOT, Block, blocks, inline_code
 from stand_ins import GIVEN, MADE, load_dataset
 from support.finetune_rows import FILE, read_rows, tables
 from support.results import RESULTS
+from support.results import read_rows as read_results
+from support.sentence_rows import Row as SentenceRow
+from support.sentence_rows import markdown
 from training_data import write_task_data
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
@@ -276,6 +279,21 @@ def test_the_documents_have_the_tables_that_the_results_give(capsys: pytest.Capt
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert len(printed) > 10
         assert "\n".join(printed) in (ROOT / document).read_text()
+
+
+def test_the_documents_have_the_scores_and_times_of_sentence_encoders_that_the_results_give() -> None:
+    printed = {
+        line
+        for file in RESULTS.glob("sentences_*.csv")
+        for line in markdown(read_results(file, SentenceRow)).splitlines()
+        if line.startswith("| ") and not line.startswith(("| |", "| ---"))
+    }
+    assert len(printed) > 30
+    measurements, readme = ((ROOT / name).read_text().splitlines() for name in ("docs/measurements.md", "README.md"))
+    assert printed <= set(measurements)
+    shown = [line for line in readme if line.startswith("| flashsvd ")]
+    assert len(shown) >= 5
+    assert set(shown) <= printed
 
 
 def test_the_readme_has_the_rows_that_the_fine_tuning_results_give() -> None:

@@ -271,6 +271,11 @@ def measure(cell: Cell, layers: Sequence[Weights], settings: Settings) -> list[R
     check = Check(exact, step(cell, layers[0], x, residual, "torch"), lambda result: result)
     size = layers[0].bytes
 
+    def tables(x: Tensor) -> Way:
+        c = as_call(cell, settings.dtype)._replace(x=x)
+        tiles = default_tiles(c)
+        return Way(tiles, default_splits(c, tiles))
+
     def one(way: Way) -> Row:
         def whole() -> None:
             for layer in layers:
@@ -281,10 +286,7 @@ def measure(cell: Cell, layers: Sequence[Weights], settings: Settings) -> list[R
         row = attempt(row, check, result, lambda: milliseconds(whole, settings) / len(layers))
         if row.ms is None:
             return row
-        tiles = Way(default_tiles(as_call(cell, settings.dtype))) if way.tiles is None else way
-        c = as_call(cell, settings.dtype)._replace(x=x)
-        tiles = tiles._replace(splits=default_splits(c, tiles.tiles)) if way.tiles is None and tiles.tiles else tiles
-        note = f"{tiles}, {size / row.ms / 1e9:.2f} TB/s"
+        note = f"{way if way.tiles else tables(x)}, {size / row.ms / 1e9:.2f} TB/s"
         return dataclasses.replace(row, runs=GROUPS, timing="graph" if settings.cuda else "wall", note=note)
 
     return [one(way) for way in ways(cell, settings.dtype)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaCo
 from flashsvd.profiling.static_steps import StaticSteps
 from flashsvd.profiling.writers import bytes_left, cache_bytes
 from support.harness import Prepared, Settings, error, most_allowed
-from support.ways import compiled
+from support.ways import CompileMode, compiled
 
 # Random prompts have ids from here on.
 FIRST_ID = 4
@@ -177,7 +177,7 @@ def dense_generate(model: Any, ids: Tensor, count: int, **options: Any) -> Prepa
     return Prepared(partial(run, **options), describe=partial(note, **options))
 
 
-def steps(model: Any, ids: Tensor, count: int, settings: Settings) -> Prepared:
+def steps(model: Any, ids: Tensor, count: int, settings: Settings, mode: CompileMode = "reduce-overhead") -> Prepared:
     """A compiled step on a static cache, called `count` times after the prompts and their first tokens."""
     own = StaticSteps(model, ids.shape[1] + count)
     first = own.prefill(ids)
@@ -186,7 +186,7 @@ def steps(model: Any, ids: Tensor, count: int, settings: Settings) -> Prepared:
         own.rewind(ids.shape[1])
         return torch.cat([first, own.decode(step, first, count)], 1)
 
-    prepared, before = compiled(own.step, run, settings, mode="reduce-overhead"), _graphs_skipped()
+    prepared, before = compiled(own.step, run, settings, mode), _graphs_skipped()
 
     def describe() -> str:
         skipped = _graphs_skipped() - before

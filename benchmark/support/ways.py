@@ -17,7 +17,7 @@ from flashsvd.blocks.running.graph import GraphOption
 from flashsvd.errors import BackendError
 from support.harness import Prepared, Settings
 
-CompileMode = Literal["default", "reduce-overhead"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 # A model -> what it makes of the inputs that it is called with last.
 Run = Callable[[Any], Tensor]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashsvd.evaluation.result import EvalResult
     from flashsvd.finetune import FinetuneConfig, run_finetune
     from flashsvd.info import read_info, show_checkpoint_info
-    from flashsvd.io import export_dense, load_compressed, save_compressed
+    from flashsvd.io import export_dense, load_compressed, round_factors, save_compressed
     from flashsvd.profile import ProfileConfig, run_profile
     from flashsvd.profiling.result import ProfileResult
     from flashsvd.runtime import optimize
@@ -42,6 +42,7 @@ _HOMES = {
     "load_compressed": "flashsvd.io",
     "optimize": "flashsvd.runtime",
     "read_info": "flashsvd.info",
+    "round_factors": "flashsvd.io",
     "run_compress": "flashsvd.compress",
     "run_eval": "flashsvd.evaluate",
     "run_finetune": "flashsvd.finetune",
@@ -65,6 +66,7 @@ __all__ = [
     "load_compressed",
     "optimize",
     "read_info",
+    "round_factors",
     "run_compress",
     "run_eval",
     "run_finetune",

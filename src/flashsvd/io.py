@@ -20,7 +20,10 @@ from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ConfigError, ModelError, first_line
 from flashsvd.integrations.quantizer import FlashSVDConfig
 from flashsvd.kernels.launch import Backend
-from flashsvd.models.factored import build_layers, dense_skeleton, mark_as_stored
+from flashsvd.lowrank.base import FactoredLayer
+from flashsvd.lowrank.build import rounded
+from flashsvd.lowrank.spec import factor_kind
+from flashsvd.models.factored import build_layers, dense_skeleton, describe_layers, mark_as_stored
 from flashsvd.models.found import find_info, is_compressed, load_config
 from flashsvd.models.heads import own_class
 from flashsvd.models.loading import load_model
@@ -35,7 +38,7 @@ from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
 from flashsvd.storage.verify import INDEX, tensor_shapes, weight_files
 
-__all__ = ["export_dense", "load_compressed", "save_compressed"]
+__all__ = ["export_dense", "load_compressed", "round_factors", "save_compressed"]
 
 
 def save_compressed(
@@ -53,7 +56,7 @@ def save_compressed(
 
     Args:
         model: a transformers model with factored layers.
-        info: becomes `compression_info.json`.
+        info: becomes `compression_info.json`, with the kind of factors that the model has.
         companions: the tokenizer and sentence-transformers files, or the local directory or hub name to copy them from.
         state_dict: also write `flashsvd_state_dict.pt` for tools that want one.
         ranks: also write them, by matrix, as `ranks.json` for further runs.
@@ -71,6 +74,7 @@ def save_compressed(
         companions = find_companions(companions)
     companions = companions or Companions({})
     directory = Path(directory)
+    info = dataclasses.replace(info, factors=factor_kind(describe_layers(model)))
     model.config.quantization_config = FlashSVDConfig.of(model, info.about())
     with atomic_directory(directory, overwrite) as temporary:
         _save_pretrained(model, temporary, max_shard_size)
@@ -181,6 +185,27 @@ def load_factored(source: str, config: Any, dtype: torch.dtype | None = None) ->
     if loaded.untrained:
         raise CheckpointError(f"{source} lacks the tensor {loaded.untrained[0]}; compress the model again")
     return loaded.model
+
+
+def round_factors(model: Any) -> None:
+    """Round the factors of a compressed model to integers of 8 bits with a scale for each row, in place.
+
+    It is what `flashsvd compress --factors int8` does in the end, for a model that was trained in between. Layers that
+    stayed dense stay as they are.
+
+    Raises:
+        ModelError: no layer has factors to round.
+        BackendError: the model is optimised, so its factors are gone.
+    """
+    refuse_packed(model)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, FactoredLayer)}
+    if all(layer.spec().factors == "int8" for layer in layers.values()):
+        raise ModelError("the model has no factors to round; give one that `flashsvd compress --factors float` made")
+    for path, layer in layers.items():
+        model.set_submodule(path, rounded(layer))
+    # For whatever program saves it next.
+    about = getattr(getattr(model.config, "quantization_config", None), "about", None)
+    model.config.quantization_config = FlashSVDConfig.of(model, about)
 
 
 def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool = False) -> None:

@@ -17,8 +17,11 @@ import benchmark_decode
 from flashsvd import runtime
 from flashsvd.blocks.running.generation import ROOM_STEP
 from flashsvd.errors import BackendError
+from flashsvd.models.registry import find_targets
+from flashsvd.profiling.memory import step_bytes
 from support import harness, results
 from support.decoders import END, LogitsOf, Reference, TokensOf, decoder, generate, prompts
+from support.dense_int8 import ScaledBehind, dense_int8
 from support.harness import Settings
 from support.results import Row
 
@@ -132,26 +135,27 @@ def test_one_that_stops_early_is_an_error(settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("only", "ours", "heads"),
+    ("only", "columns"),
     [
-        ("smollm2-step", ["flashsvd step"], 2),
-        ("gpt2-generate", ["flashsvd generate"], 4),
-        ("llama-7b-prefill", ["flashsvd, no cache", "flashsvd generate, one token"], 2),
+        ("smollm2-step", {"flashsvd step": 16 + 8, "flashsvd int8 step": 16 + 16}),
+        ("gpt2-generate", {"flashsvd generate": 8 + 8, "flashsvd int8 generate": 32 + 32}),
+        ("llama-7b-prefill", {"flashsvd, no cache": None, "flashsvd generate, one token": 16 + 8}),
     ],
 )
 def test_ours_stands_beside_all_others(
-    only: str, ours: list[str], heads: int, measure: Measure, tmp_path: Path
+    only: str, columns: dict[str, int | None], measure: Measure, tmp_path: Path
 ) -> None:
-    rows = measure(only, None)
+    rows, ours = measure(only, None), list(columns)
     assert {row.status for row in rows.values()} == {"ok"}
     assert list(rows)[-len(ours) :] == ours
     for name in ours:
         assert (rows[name].ms or 0) > 0
         assert "=" in rows[name].speedups
         assert "float32 on cpu: torch" in rows[name].note
-    # Keys and values of two layers and two rows, of heads of 8; ours has room for a multiple of so many tokens.
-    kept = 2 * 2 * 2 * heads * ROOM_STEP * 8 * 4
-    assert f"cache {kept / 1e6:.4g} MB" in rows[ours[-1]].note
+    # Of two layers and two rows; ours has room for a multiple of so many tokens, and keeps values, and GPT-2's keys, in
+    # the rank space of factors that are no integers.
+    for name, kept in columns.items():
+        assert kept is None or f"cache {2 * 2 * kept * ROOM_STEP * 4 / 1e6:.4g} MB" in rows[name].note
     if "prefill" not in only:
         assert all("TB/s of" in row.note for row in rows.values())
         assert all("cache 0.0" in row.note for name, row in rows.items() if name not in ours)
@@ -164,9 +168,22 @@ def test_a_step_of_ours_is_what_one_token_more_takes(measure: Measure, monkeypat
         benchmark_decode, "generate", lambda ids, count, model: asked.append(count) or generate(ids, count, model)
     )
     monkeypatch.setattr(harness, "time_wall", lambda call, runs: {10: 29.0, 1: 2.0}[call().shape[1]])
-    row = measure("gpt2-step", as_it_is, "--variants", "flashsvd")["flashsvd step"]
+    row = measure("gpt2-step", as_it_is, "--variants", "flashsvd step")["flashsvd step"]
     assert set(asked) == {1, 10}
     assert row.ms == 3.0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-7b"])
+def test_a_dense_model_is_rounded_where_a_low_rank_one_is(name: str, settings: Settings) -> None:
+    dense = decoder(name, settings)
+    rounded, ids = dense_int8(dense), prompts(dense, 2, 5)
+    logits = [m(input_ids=ids).logits for m in (dense, rounded.model, rounded.plain)]
+    assert 0 < harness.error(logits[1], logits[0]) < 0.05
+    # The same integers, whoever multiplies by them.
+    assert harness.error(logits[2], logits[1]) < 1e-5
+    integers = {path for path, module in rounded.plain.named_modules() if isinstance(module, ScaledBehind)}
+    assert integers == {target.module for target in find_targets(dense)}
+    assert step_bytes(rounded.plain) < 0.6 * step_bytes(dense)
 
 
 def test_one_that_writes_other_tokens_is_refused(measure: Measure) -> None:
@@ -174,7 +191,7 @@ def test_one_that_writes_other_tokens_is_refused(measure: Measure) -> None:
         model.get_output_embeddings().weight.neg_()
         return model
 
-    row = measure("gpt2-generate", spoil, "--variants", "flashsvd")["flashsvd generate"]
+    row = measure("gpt2-generate", spoil, "--variants", "flashsvd generate")["flashsvd generate"]
     assert (row.status, row.ms) == ("refused", None)
     assert "allowed" in row.note
 
@@ -183,7 +200,7 @@ def test_what_optimize_refuses_is_skipped_with_its_reason(measure: Measure) -> N
     def refuse(model: Any) -> Any:
         raise BackendError("there are no fused blocks for it")
 
-    rows = measure("gpt2-generate", refuse, "--variants", "flashsvd,dense generate", "--without", "static")
+    rows = measure("gpt2-generate", refuse, "--variants", "flashsvd generate,dense generate", "--without", "static")
     assert {name: (row.status, row.note) for name, row in rows.items() if row.status != "ok"} == {
         "flashsvd generate": ("skipped", "there are no fused blocks for it")
     }

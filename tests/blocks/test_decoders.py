@@ -15,7 +15,7 @@ from conftest import EVERY_DECODER, build_decoder, factor
 from flashsvd import optimize
 from flashsvd.errors import BackendError
 
-LAYOUTS = ["dense", "joint", "per-head"]
+LAYOUTS = ["dense", "joint", "per-head", "joint int8", "per-head int8"]
 
 
 def pair(name: str, layout: str = "joint", **options: Any) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from blocks.test_decoders import left_padded, pair, prompts
 from conftest import EVERY_DECODER, build_decoder
 from flashsvd import optimize, runtime
 from flashsvd.blocks.running import generation
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.errors import BackendError
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -357,6 +358,30 @@ def test_threads_write_one_after_the_other() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[i], tokens) for i, tokens in enumerate(expected))
+
+
+def test_nobody_waits_for_a_generation_that_waits_for_its_capture() -> None:
+    """A thread that captures another model's graph calls `generate` in it, while one that generates is to capture."""
+    plain, model = pair("llama")
+    ids, generating, capturing = prompts(), threading.Event(), threading.Event()
+
+    def another() -> None:
+        with model.decoders.turn():
+            generating.set()
+            capturing.wait()
+            with one_at_a_time:
+                pass
+
+    thread = threading.Thread(target=another)
+    with one_at_a_time:
+        thread.start()
+        generating.wait()
+        capturing.set()
+        assert torch.equal(generate(model, ids), generate(plain, ids))
+    thread.join(10)
+    assert not thread.is_alive()
+    with model.decoders.turn() as has_turn:
+        assert has_turn
 
 
 def test_a_copy_has_caches_of_its_own() -> None:

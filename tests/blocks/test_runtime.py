@@ -79,7 +79,7 @@ def run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("padding", [None, "right", "left", "holes"])
-@pytest.mark.parametrize("qkv", ["dense", "joint", "per-head"])
+@pytest.mark.parametrize("qkv", ["dense", "joint", "per-head", "joint int8", "per-head int8"])
 @pytest.mark.parametrize("family", POST_LN)
 def test_real_tokens_get_the_plain_models_states_and_padding_gets_zeros(
     family: str, qkv: str, padding: str | None, dtype: torch.dtype

@@ -15,13 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flashsvd import CompressConfig
 from flashsvd.errors import CheckpointError, ConfigError
-from flashsvd.lowrank.layers import (
-    LowRankLinear,
-    PerHeadLowRankLinear,
-    build_layer,
-    layer_from_factors,
-    weight_matrix,
-)
+from flashsvd.lowrank.build import build_layer, layer_from_factors
+from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear, weight_matrix
 from flashsvd.lowrank.spec import LayerSpec
 from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.methods.weighted import weighted_svd

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(),
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Of LLaMA-7B at half of its parameters, of SmolLM2-135M and of GPT-2: columns, and rows of the matrices.
 FIRST_FACTORS = [(4096, (3072,)), (11008, (1504,)), (576, (144, 72, 72)), (768, (2304,)), (577, (101, 33))]
-ROWS = [1, 2, 4, 5, 16]
+ROWS = [1, 2, 4, 5, 16, 32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -68,7 +68,7 @@ def assert_same_tokens(plain: Any, found: Tensor, expected: Tensor, mask: Tensor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["dense", "joint", "per-head"])
+@pytest.mark.parametrize("layout", ["dense", "joint", "per-head", "joint int8", "per-head int8"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_tokens(name: str, layout: str, dtype: torch.dtype) -> None:
     plain, model = pair(name, layout, dtype)

@@ -1,4 +1,4 @@
-"""What a later form of factored layer must be, to be read, described, fused and exported like those there are."""
+"""What every form of factored layer must be, to be read, described, fused and exported: shown of that of integers."""
 
 from __future__ import annotations
 
@@ -6,87 +6,51 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conftest import build_model
 from flashsvd import optimize
 from flashsvd.blocks.parts.read import Joint, check_linear, head_rank, joint_rank, read_matrices
 from flashsvd.errors import BackendError
 from flashsvd.lowrank.base import FactoredLayer
+from flashsvd.lowrank.build import rounded
 from flashsvd.lowrank.joined import JoinedProjections, dense_bias, dense_matrix
 from flashsvd.lowrank.layers import LowRankLinear, PerHeadLowRankLinear
 from flashsvd.lowrank.spec import JoinedSpec, LayerSpec
 from flashsvd.models.factored import _dense_layer, describe_layers
 
 
-class IntegerLinear(nn.Module):
-    """x -> x W s^T + b, W whole numbers and s a scale for each output."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(weight.abs().amax(1) / 127)
-        self.register_buffer("weight", (weight / self.scale[:, None]).round().to(torch.int8))
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def real(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        weight = self.weight
-        assert isinstance(weight, Tensor)
-        return weight.to(dtype) * self.scale[:, None].to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.real(x.dtype), self.bias)
-
-
-class IntegerFactors(FactoredLayer):
-    """A form that flashsvd does not have."""
-
-    u: IntegerLinear
-    v: IntegerLinear
-    made_of = (IntegerLinear, IntegerLinear)
-
-    def __init__(self, layer: LowRankLinear) -> None:
-        super().__init__()
-        self.u = IntegerLinear(layer.u.weight.detach(), None)
-        self.v = IntegerLinear(layer.v.weight.detach(), layer.v.bias)
-
-    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        return self.u.real(dtype).T, self.v.real(dtype).T
-
-    def spec(self) -> LayerSpec:
-        return LayerSpec(len(self.u.real()))
-
-
 @pytest.fixture
-def layer() -> IntegerFactors:
+def layer() -> FactoredLayer:
     torch.manual_seed(0)
-    return IntegerFactors(LowRankLinear(12, 8, 4)).eval()
+    return rounded(LowRankLinear(12, 8, 4)).eval()
 
 
-def test_it_multiplies_by_its_matrix(layer: IntegerFactors) -> None:
+def test_it_multiplies_by_its_matrix(layer: FactoredLayer) -> None:
     x = torch.randn(3, 12)
     torch.testing.assert_close(layer(x), x @ dense_matrix(layer) + dense_bias(layer))
     assert (layer.rank, layer.heads) == (4, None)
     assert (joint_rank(layer), head_rank(layer)) == (4, None)
 
 
-def test_it_is_described_alone_and_as_a_part(layer: IntegerFactors) -> None:
+def test_it_is_described_alone_and_as_a_part(layer: FactoredLayer) -> None:
     joined = JoinedProjections({"a": layer, "b": nn.Linear(12, 8)})
     assert describe_layers(nn.ModuleDict({"x": layer, "y": joined})) == {
-        "x": LayerSpec(4), "y": JoinedSpec((("a", LayerSpec(4)), ("b", None))),
+        "x": LayerSpec(4, factors="int8"), "y": JoinedSpec((("a", LayerSpec(4, factors="int8")), ("b", None))),
     }  # fmt: skip
 
 
-def test_it_is_multiplied_out_for_export(layer: IntegerFactors) -> None:
+def test_it_is_multiplied_out_for_export(layer: FactoredLayer) -> None:
     with torch.device("meta"):
         skeleton = nn.Linear(12, 8)
-    dense, x = _dense_layer(layer, skeleton), torch.randn(3, 12)
+    dense, x = _dense_layer(layer, skeleton, torch.float32), torch.randn(3, 12)
     torch.testing.assert_close(dense(x), layer(x))
 
 
 def test_a_fused_block_reads_it() -> None:
     model: Any = build_model("bert", "base").double()
     for part in model.encoder.layer:
-        part.output.dense = IntegerFactors(LowRankLinear(48, 32, 8).double()).eval()
+        part.output.dense = rounded(LowRankLinear(48, 32, 8).double()).eval()
     check_linear(model.encoder.layer[0].output.dense, "output.dense")
     read = read_matrices(model.encoder.layer[0].output.dense)
     assert isinstance(read, Joint)
@@ -95,7 +59,6 @@ def test_a_fused_block_reads_it() -> None:
     tokens = torch.arange(2, 9)[None]
     with torch.inference_mode():
         expected = model(tokens).last_hidden_state
-        # The scales are parameters in the model's dtype, as are all others.
         torch.testing.assert_close(optimize(model)(tokens).last_hidden_state, expected, rtol=1e-10, atol=1e-10)
 
 

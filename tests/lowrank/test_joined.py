@@ -19,9 +19,10 @@ from flashsvd import CompressConfig, export_dense, load_compressed, run_compress
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import factor_model, matrix_shapes
 from flashsvd.errors import CheckpointError, ModelError
+from flashsvd.lowrank.build import build_layer
 from flashsvd.lowrank.columns import Columns
 from flashsvd.lowrank.joined import JoinedProjections, build_module, dense_bias, dense_matrix, dense_share
-from flashsvd.lowrank.layers import LowRankLinear, build_layer, weight_matrix
+from flashsvd.lowrank.layers import LowRankLinear, weight_matrix
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.lowrank.spec import JoinedSpec, LayerSpec, spec_from_json
 from flashsvd.methods.registry import get_method

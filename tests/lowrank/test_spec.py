@@ -11,13 +11,24 @@ import pytest
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.columns import Columns
-from flashsvd.lowrank.spec import FORMAT_VERSION, JoinedSpec, LayerSpec, ModuleSpec, read_modules, spec_from_json
+from flashsvd.lowrank.spec import (
+    FORMAT_VERSION,
+    JoinedSpec,
+    LayerSpec,
+    ModuleSpec,
+    factor_kind,
+    read_modules,
+    spec_from_json,
+)
 
 UNEQUAL = Columns((4, 1, 1))
 PARTS = (("q", LayerSpec(8, 4)), ("k", None), ("v", LayerSpec(2)))
 SPECS: list[ModuleSpec] = [
     LayerSpec(8),
     LayerSpec(8, heads=2),
+    LayerSpec(8, factors="int8"),
+    LayerSpec(8, 2, "int8"),
+    JoinedSpec((("q", LayerSpec(8, factors="int8")), ("k", None))),
     JoinedSpec(PARTS),
     JoinedSpec(PARTS, UNEQUAL),
     JoinedSpec(PARTS, Columns((1, 1, 1), groups=4)),
@@ -47,10 +58,28 @@ def test_equal_parts_are_described_as_they_ever_were() -> None:
     }
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", True, None])
+@pytest.mark.parametrize("version", [0, 5, "1", True, None])
 def test_another_format_is_refused_by_its_version(version: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"of format {version!r}, this flashsvd reads 1 to 3; upgrade"):
+    with pytest.raises(CheckpointError, match=f"of format {version!r}, this flashsvd reads 1 to 4; upgrade"):
         read_modules({}, version)
+
+
+def test_factors_in_floats_are_described_as_they_ever_were() -> None:
+    assert LayerSpec(8, 2).to_json() == {"rank": 8, "heads": 2}
+    assert LayerSpec(8, factors="int8").to_json() == {"rank": 8, "factors": "int8"}
+
+
+def test_a_model_has_integers_where_any_layer_has() -> None:
+    floats: dict[str, ModuleSpec] = {"a": LayerSpec(8), "b": JoinedSpec(PARTS)}
+    assert factor_kind(floats) == "float"
+    assert factor_kind(floats | {"c": JoinedSpec((("q", None), ("k", LayerSpec(2, factors="int8"))))}) == "int8"
+    assert factor_kind({}) == "float"
+
+
+@pytest.mark.parametrize("factors", ["int4", "", None, 8, ["int8"]])
+def test_other_factors_are_refused_by_their_kind(factors: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"describes x with factors .*, and this flashsvd knows float and int8"):
+        spec_from_json("x", {"rank": 4, "factors": factors})
 
 
 def test_what_is_not_known_is_refused_by_its_name() -> None:

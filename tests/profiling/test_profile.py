@@ -32,7 +32,7 @@ from flashsvd.cli import main
 from flashsvd.errors import BackendError, CheckpointError, ConfigError, FlashSVDError, ModelError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.profiling import run, variants
-from flashsvd.profiling.config import VARIANTS
+from flashsvd.profiling.config import BY_DEFAULT, ON_BLOCKS, VARIANTS
 from flashsvd.profiling.definitions import memory_definitions
 from flashsvd.profiling.figures import png
 from flashsvd.profiling.measure import graphs_kept, untimed_passes
@@ -106,9 +106,11 @@ def test_figures_fit_together(config: MakeConfig) -> None:
 
 
 @pytest.mark.slow
-def test_the_default_is_every_variant_and_the_compiled_one_computes_the_same(config: MakeConfig) -> None:
+def test_the_default_is_every_variant_but_the_rounded_one_and_the_compiled_one_computes_the_same(
+    config: MakeConfig,
+) -> None:
     result = run_profile(config(variants=None))
-    assert tuple(row.variant for row in result.rows) == VARIANTS
+    assert tuple(row.variant for row in result.rows) == BY_DEFAULT
     compiled = result["compiled"]
     if compiled.status == "skipped":
         assert "C++ compiler" in compiled.reason
@@ -194,14 +196,14 @@ def test_earlier_profiles_say_whether_graphs_were_asked_for(written: object, rea
 
 @pytest.mark.parametrize(
     ("variant", "device", "passes"),
-    [("dense", "cpu", 0), ("compiled", "cpu", 1), ("dense", "cuda", 1), ("fused", "cuda", 2)],
+    [("dense", "cpu", 0), ("compiled", "cpu", 1), ("dense", "cuda", 1), ("fused", "cuda", 2), ("int8", "cuda", 2)],
 )
 def test_a_variant_is_not_timed_before_it_has_what_it_makes_for_a_size(variant: str, device: str, passes: int) -> None:
     assert untimed_passes(variant, torch.device(device)) == passes
 
 
 def test_plain_leaves_the_fused_variant_out(config: MakeConfig) -> None:
-    assert config(variants=None, backend="plain").variant_names() == tuple(n for n in VARIANTS if n != "fused")
+    assert config(variants=None, backend="plain").variant_names() == tuple(n for n in VARIANTS if n not in ON_BLOCKS)
     result = run_profile(config(variants="low-rank", backend="plain"))
     assert result.backend == "plain"
     assert "fused by" not in result.title()
@@ -213,7 +215,7 @@ def test_a_result_says_that_plain_left_the_fused_variant_out(
 ) -> None:
     monkeypatch.setattr(run, "measure", lambda name, *_: VariantRow(name, "ok", latency_ms=1.0))
     result = run_profile(config(variants=None, backend="plain"))
-    assert [row.variant for row in result.rows] == list(VARIANTS)
+    assert tuple(row.variant for row in result.rows) == BY_DEFAULT
     assert (result["fused"].status, result["fused"].reason) == ("skipped", "backend plain leaves it out")
     assert "fused was skipped: backend plain leaves it out" in str(result)
 

@@ -243,7 +243,7 @@ def taller(one: bytes, other: bytes) -> bool:
     [
         ({"new_tokens": 1}, "new_tokens must be at least 2"),
         ({"new_tokens": 2.5}, "new_tokens must be a whole number"),
-        ({"variants": "micro-batches"}, "new_tokens is for the variants dense, low-rank, fused, compiled"),
+        ({"variants": "micro-batches"}, "new_tokens is for the variants dense, low-rank, fused, int8, compiled"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused_at_once(options: dict[str, Any], says: str) -> None:
@@ -426,3 +426,32 @@ def test_a_peak_that_is_forgotten_counts_from_where_it_began() -> None:
     memory.forget()
     assert 30 < memory.mib() < 150
     assert kept[0] == 1
+
+
+def test_factors_are_rounded_for_the_variant_that_is_named_after_it(config: MakeConfig, tmp_path: Path) -> None:
+    result = run_profile(config(variants="low-rank,fused,int8"))
+    fused, rounded = result["fused"], result["int8"]
+    assert fused.generation is not None
+    assert rounded.generation is not None
+    assert rounded.generation.step_bytes < fused.generation.step_bytes
+    assert (rounded.weight_bytes or 0) < (fused.weight_bytes or 0)
+    assert rounded.parameters == fused.parameters
+    assert (fused.dtype, rounded.dtype) == ("float32", "float32 with factors in int8")
+    assert rounded.metrics["perplexity"] == pytest.approx(fused.metrics["perplexity"], rel=0.05)
+    assert ", int8 by auto" in result.title()
+    run_compress(
+        CompressConfig(
+            model=str(tmp_path / "dense"), rank=4, task="perplexity", factors="int8", output=str(tmp_path / "integers")
+        )
+    )
+    own = run_profile(config(checkpoint=str(tmp_path / "integers"), variants="low-rank,fused,int8", may_skip=True))
+    assert own["fused"].metrics == pytest.approx(rounded.metrics, rel=1e-4)
+    assert {own["low-rank"].dtype, own["fused"].dtype} == {"float32 with factors in int8"}
+    assert (own["int8"].status, own["int8"].reason.split(",")[0]) == (
+        "skipped", "the checkpoint's factors are integers already",
+    )  # fmt: skip
+
+
+def test_plain_does_not_go_with_the_rounded_variant(config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="backend plain leaves out the variant int8, which variants names"):
+        config(variants="low-rank,int8", backend="plain")

@@ -54,7 +54,7 @@ class DecoderBlock(QuickModule):
     def __init__(self, weights: DecoderWeights, choices: Choices, kv_cache: KVCache = "auto") -> None:
         super().__init__()
         w = weights
-        k, v = smallest(w.k), smallest(w.v)
+        k, v = (smallest(layer, w.dtype) for layer in (w.k, w.v))
         in_rank_space = choose_kept(k, v, kv_cache, w.heads.turned, w.heads.width)
         keys, values = (
             lift_of(layer, w.heads.kv_count, w.dtype) if is_kept else None

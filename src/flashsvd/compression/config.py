@@ -12,6 +12,7 @@ from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import RANK_STEPS, RankRequest, RankSteps
+from flashsvd.lowrank.spec import FACTOR_KINDS, FactorKind
 
 OUTPUT_ROOT = "compressed_models"
 # Those of `flashsvd.methods.registry`, which needs torch.
@@ -61,6 +62,12 @@ class CompressConfig(Config):
         "joint",
         help="factor each of Q, K, V as a whole, or every head by itself",
         choices=("joint", "per-head"),
+    )
+    factors: str = option(
+        "float",
+        help="keep the factors in the model's dtype, or as integers of 8 bits with a scale for each row, which cannot "
+        "be trained",
+        choices=FACTOR_KINDS,
     )
     calib_data: str | None = option(
         None,
@@ -139,6 +146,10 @@ class CompressConfig(Config):
         steps: RankSteps = "fine" if self.rank_steps == "fine" else "fast"
         return RankRequest.from_options(*options, steps=steps)
 
+    @property
+    def factor_kind(self) -> FactorKind:
+        return "int8" if self.factors == "int8" else "float"
+
     def output_directory(self, method: str) -> Path:
         """Where the checkpoint goes."""
         if self.output is not None:
@@ -148,4 +159,5 @@ class CompressConfig(Config):
         named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
         label = "ranks-json" if self.ranks_json else self.rank_request().label
         layout = "_per-head" if self.qkv == "per-head" else ""
-        return Path(OUTPUT_ROOT) / f"{named.name}_{method}_{label}{layout}"
+        integers = "_int8" if self.factors == "int8" else ""
+        return Path(OUTPUT_ROOT) / f"{named.name}_{method}_{label}{layout}{integers}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.lowrank.ranks import RankChoice
+from flashsvd.lowrank.spec import FactorKind
 from flashsvd.methods.method import Method, Statistics
 from flashsvd.models.architecture import Target
 
@@ -32,6 +33,7 @@ class Factoring:
         qkv: whether each head of Q, K and V gets factors of its own.
         device: where the factorisation runs; the model itself stays where it is. None takes each weight's own.
         dtype: of the factors; None takes the model's own.
+        factors: whether they are kept in that dtype, or as integers.
         read_weight: another place to read a parameter from, by its name, than the model's own memory; None from it
             means the model's own.
         statistics_of: what the method needs to know of a target in so many blocks; None where it needs nothing.
@@ -43,6 +45,7 @@ class Factoring:
     qkv: QKVLayout = "joint"
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    factors: FactorKind = "float"
     read_weight: ReadWeight | None = None
     statistics_of: StatisticsOf | None = None
 

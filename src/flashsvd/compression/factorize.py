@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from flashsvd.compression.factoring import Factoring, QKVLayout, block_count
 from flashsvd.errors import ModelError
 from flashsvd.lowrank.base import FactoredLayer
+from flashsvd.lowrank.build import layer_from_factors
 from flashsvd.lowrank.joined import JoinedProjections, dense_share
-from flashsvd.lowrank.layers import layer_from_factors, weight_matrix
+from flashsvd.lowrank.layers import weight_matrix
 from flashsvd.lowrank.shapes import MatrixShape, Role
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import check_finite
@@ -135,8 +136,8 @@ def _factor_target(
     work = weight.to(factoring.device) if factoring.device is not None else weight
     blocked = _split_columns(work, blocks) if blocks > 1 else work
     factors = factoring.method.factorize(blocked, choice.rank, factoring.statistics(target).to(work.device))
-    layer = layer_from_factors(dense, factors.u, factors.v).to(dtype=factoring.dtype)
-    # The error of what is stored, so in the stored dtype's rounding; in place, since these are the largest tensors.
+    layer = layer_from_factors(dense, factors.u, factors.v, factoring.factors).to(dtype=factoring.dtype)
+    # The error of what is stored, so with its rounding; in place, since these are the largest tensors.
     original = work.float()
     residual = layer.matrix().to(work.device).sub_(original)
     error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)

@@ -72,7 +72,9 @@ def search_ranks(
     shapes = matrix_shapes(model, factoring.targets, factoring.qkv)
     full = {shape.name: RankChoice(shape.full_rank) for shape in shapes}
     with working_on(model, device, torch.float32):
-        _, factored = factor_layers(model, replace(factoring, plan=full, device=device, dtype=None, read_weight=None))
+        _, factored = factor_layers(
+            model, replace(factoring, plan=full, device=device, dtype=None, factors="float", read_weight=None)
+        )
         layers = {target: MaskedLinear(dense_layer(model, target), layer) for target, layer in factored.items()}
         with _installed(model, layers), _frozen(model):
             problem = _MaskedModel(

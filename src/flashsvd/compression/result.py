@@ -76,7 +76,8 @@ class CompressReport:
             f"({p['target_compressed'] / p['target_dense']:.1%} kept)",
             f"whole model:     {p['dense']:,} -> {p['compressed']:,} parameters "
             f"({p['compressed'] / p['dense']:.1%} kept), weights "
-            f"{self.info.dense_bytes / 1e6:.1f} -> {self.bytes_on_disk / 1e6:.1f} MB",
+            f"{self.info.dense_bytes / 1e6:.1f} -> {self.bytes_on_disk / 1e6:.1f} MB"
+            + (f", factors in {self.info.factors}" if self.info.factors != "float" else ""),
         ]
         if self.info.rank_steps is not None:
             lines.append(f"ranks:           in {self.info.rank_steps} steps")

@@ -108,7 +108,7 @@ class CompressionJob:
             plan = plan_ranks(shapes, division(config.rank_request(), model_config))
         calibration = _calibration(config, method, task, model_class, model_config, source)
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
-        factoring = Factoring(targets, plan, method, _layout(config), device, dtype)
+        factoring = Factoring(targets, plan, method, _layout(config), device, dtype, config.factor_kind)
         return cls(
             config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions
         )
@@ -242,6 +242,7 @@ class CompressionJob:
             module_errors={m.name: None if m.rank is None else m.error for m in matrices},
             module_places={target.name: target.place for target in self.factoring.targets},
             qkv=config.qkv,
+            factors=config.factors,
             base_model=config.model,
             task=config.task,
             calibration=calibration,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,9 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.base import FactoredModule
-from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, read_modules
+from flashsvd.lowrank.spec import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, factor_kind, read_modules
 from flashsvd.models.counts import check_counts
-from flashsvd.models.factored import build_layers, describe_layers, mark_as_stored, multiply_out
+from flashsvd.models.factored import build_layers, describe_layers, floating_dtype, mark_as_stored, multiply_out
 from flashsvd.models.precision import check_loaded_finite
 from flashsvd.models.state import check_base_state
 from flashsvd.storage.verify import TensorShape, check_same_directory, tensor_shapes
@@ -88,12 +89,13 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in model.modules():
             if isinstance(module, FactoredModule):
                 module.mark(True)
-                module.weight = next(module.parameters()).new_empty(0)
+                dtype, device = floating_dtype(module, model.dtype), next(module.parameters()).device
+                module.weight = torch.empty(0, dtype=dtype, device=device)
         # As it would be written now, by whatever program, of this model, which may be another one than was saved.
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
         check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
-        # Nothing here forbids casting or training, as it would for integer weights.
+        # Nothing here forbids casting, which integers of ours survive, or the training of what is none.
         model.is_quantized = False
         return model
 
@@ -108,7 +110,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return factor_kind(self.quantization_config.specs()) == "float"
 
     @property
     def is_compileable(self) -> bool:

@@ -1,4 +1,4 @@
-"""The products of one decoding step, of 1 to 16 rows: bound by the bytes of the matrices, each of which is read once.
+"""The products of one decoding step, of 1 to 32 rows: bound by the bytes of the matrices, each of which is read once.
 
     Y = f((norm(X) M^T) * s + b) + R
 
@@ -13,10 +13,9 @@ ranks and widths may differ. Two of them may be gate and lift of a gated network
 
 A program owns a few rows of M and walks their columns; where there are fewer such programs than keep a GPU busy, the
 columns are shared among `splits` of them. Each counts itself when its share is done, and the last one adds all shares
-in their order. A program asks for the first tile of M before it waits for the kernel
-before it (`programmatic`), and for each other one a step ahead or more. Up to four rows of X, and in fp32 all of them,
-are multiplied and added in fp32 without tensor cores, more of them with. Sums without are short: each column of a tile
-has its own.
+in their order. A program asks for the first tile of M before it waits for the kernel before it (`programmatic`), and
+for each other one a step ahead or more. One or two rows of X, and in fp32 all of them, are multiplied and added in fp32
+without tensor cores, more of them with. Sums without are short: each column of a tile has its own.
 """
 
 from __future__ import annotations
@@ -44,9 +43,11 @@ __all__ = ["decode_gated", "decode_linear", "decode_linear_reference"]
 
 Norm = Literal["none", "rms", "layer"]
 
-MOST_ROWS = 16
-# Up to here rows are multiplied one by one, in fp32 all of them; by matrices of few columns up to fewer.
-FEW_ROWS, VERY_FEW_ROWS = 4, 2
+MOST_ROWS = 32
+# Up to here rows are multiplied one by one, in fp32 all of them.
+FEW_ROWS = 2
+# What tensor cores take at least.
+FEWEST_HELD = 16
 MOST_MATRICES = 3
 
 
@@ -96,14 +97,13 @@ class DecodeLinear(NamedTuple):
     @property
     def by_tensor_cores(self) -> bool:
         """Whether they multiply."""
-        n = len(self.x)
-        short = n > VERY_FEW_ROWS and all(m.shape[1] <= SHORT for m in self.matrices)
-        return (n > FEW_ROWS or short) and self.like.dtype != torch.float32
+        return len(self.x) > FEW_ROWS and self.like.dtype != torch.float32
 
     @property
     def held_rows(self) -> int:
         """The rows of X that a program computes, some of which may be of nobody."""
-        return MOST_ROWS if self.by_tensor_cores else 1 << (len(self.x) - 1).bit_length()
+        held = 1 << (len(self.x) - 1).bit_length()
+        return max(FEWEST_HELD, held) if self.by_tensor_cores else held
 
 
 def decode_linear_reference(
@@ -254,8 +254,10 @@ TILE, MOST_OF_A_WARP = 8192, 4096
 PROGRAMS, SHORT = 370, 2048
 # What another step of a walk takes, in columns.
 COLUMNS_OF_A_STEP = 200
-# By tensor cores, programs that a Hopper's multiprocessor has room for; and the shares of a sum that one adds.
-RESIDENT, MOST_SPLITS = 2, 8
+# By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and steps of a
+# share; and of integers, of which more must be on their way.
+RESIDENT, MOST_SPLITS, FEWEST_STEPS = 1, 8, 2
+RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8 = 6, 16, 1
 # Sums whose shares can be counted at once.
 ARRIVALS = 1024
 
@@ -287,21 +289,23 @@ def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
     columns = min(256, _power_above(widest))
     if generation(c.x.device) == "ampere":
         return ThinTiles(16, columns, warps=2, stages=3)
-    if c.gated:
+    if c.gated or c.m0.dtype == torch.int8:
         return ThinTiles(32, columns, warps=4, stages=4)
-    rows = 64 if c.width >= SHORT else 32 if c.width >= SHORT // 2 else 16
-    if c.width < SHORT < widest:
-        return ThinTiles(64, 128, warps=4, stages=5)
+    rows = 64 if c.width >= SHORT or widest > SHORT else 32 if c.width >= SHORT // 2 else 16
     return ThinTiles(rows, columns, warps=4, stages=3)
 
 
 def default_splits(c: DecodeLinear, t: Tiles) -> int:
-    """The table's programs for the columns of a tile: as many as there is room for, each of two steps at least."""
+    """The table's programs for the columns of a tile: as many as there is room for."""
     if c.gated or not c.by_tensor_cores:
         return 1
+    if c.m0.dtype == torch.int8:
+        resident, most, steps = RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8
+    else:
+        resident, most, steps = RESIDENT, MOST_SPLITS, FEWEST_STEPS
     shortest = min(m.shape[1] for m in c.matrices)
-    room = RESIDENT * multiprocessors(c.x.device) // _tiles(c, t)
-    return divided(shortest, max(1, min(MOST_SPLITS, room, shortest // (2 * t.columns))), t.columns)[0]
+    room = resident * multiprocessors(c.x.device) // _tiles(c, t)
+    return divided(shortest, max(1, min(most, room, shortest // (steps * t.columns))), t.columns)[0]
 
 
 def _tiles(c: DecodeLinear, t: Tiles) -> int:
@@ -460,7 +464,7 @@ def decode_linear(
     Matrices are not written by the kernel just before this one on the stream: it may still run when they are read.
 
     Args:
-        x: [n, K] of at most 16 rows.
+        x: [n, K] of at most 32 rows.
         matrices: one to three, [N_i, K] each, which all read x; or [N_i, K_i], which read their own columns of it, one
             after the other. In the dtype of x, or all int8.
         bias: [N], the N_i side by side.
@@ -500,7 +504,7 @@ def decode_gated(
     """f((norm(x)_g M_g^T) * scale_g + bias_g) * ((norm(x)_u M_u^T) * scale_u + bias_u).
 
     Args:
-        x: [n, K] of at most 16 rows.
+        x: [n, K] of at most 32 rows.
         gate: M_g, the matrix whose product is activated, [N, K]; or [N, K_g], which reads the first columns of x.
         lift: M_u, [N, K]; or [N, K_u], which reads the columns after those.
         bias: of both, side by side, [2 N].

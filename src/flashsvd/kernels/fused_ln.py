@@ -31,6 +31,7 @@ from flashsvd.kernels.norm_rows import (
 )
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.plans import Plan
+from flashsvd.kernels.programmatic import await_inputs
 from flashsvd.kernels.triton_import import kernel, tl
 
 __all__ = ["fused_ln", "fused_ln_reference"]
@@ -63,9 +64,10 @@ def _fused_ln(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, shift_ptr, out_ptr, sum_ptr,
     eps, tokens, size, x_row, residual_row, out_row, sum_row,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows, o_column, mask, m_column = places(tokens, size, ROWS, BLOCK)
+    await_inputs(PDL)
     s = summed_rows(x_ptr, residual_ptr, rows, o_column, mask, x_row, residual_row, RESIDUAL)
     if SHIFT:
         s += vector(shift_ptr, o_column, m_column)

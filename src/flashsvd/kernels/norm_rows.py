@@ -15,7 +15,11 @@ from torch import Tensor
 
 from flashsvd.kernels.checks import check_fit
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
+from flashsvd.kernels.programmatic import early_start
 from flashsvd.kernels.triton_import import tl, triton
+
+# Of so few rows a norm takes no longer than its launch, which then overlaps with the kernel before.
+FEW_TOKENS = 64
 
 
 class NormCall(Protocol):
@@ -76,7 +80,7 @@ def plan_rows(kernel: Any, operands: Sequence[str], vectors: Sequence[str], c: N
             rows of x, residual, result and sum are. Its constants RESIDUAL and SUM say whether these are there.
         operands: the names of the call's operands, in order.
         vectors: the names of those that are vectors, in the kernel's order.
-        constants: the kernel's other constants.
+        constants: the kernel's other constants, beside PDL, which says whether it starts early.
     """
     tokens, size = c.x.shape
     block = triton.next_power_of_2(size)
@@ -87,9 +91,10 @@ def plan_rows(kernel: Any, operands: Sequence[str], vectors: Sequence[str], c: N
         *addresses("x", "residual", *vectors, "out", "sum_out"),
         *(c.eps, tokens, size, c.x.stride(0), residual_row, out_row, sum_row),
     ]
+    early = early_start(c.x) if tokens <= FEW_TOKENS else {"PDL": False}
     launch = Launch(
         kernel, (-(-tokens // rows),), operands, arguments, ROWS=rows, BLOCK=block,
-        RESIDUAL=c.residual is not None, SUM=c.sum_out is not None, num_warps=warps, **constants,
+        RESIDUAL=c.residual is not None, SUM=c.sum_out is not None, num_warps=warps, **constants, **early,
     )  # fmt: skip
     return into_last(launch, (tokens, size))
 

@@ -30,6 +30,7 @@ from flashsvd.kernels.norm_rows import (
     whole_rows,
 )
 from flashsvd.kernels.op import Op, operand_names
+from flashsvd.kernels.programmatic import await_inputs
 from flashsvd.kernels.triton_import import kernel, tl
 
 __all__ = ["rms_norm", "rms_norm_reference"]
@@ -57,9 +58,10 @@ def rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: 
 @kernel("tokens")
 def _rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, tokens, size, x_row, residual_row, out_row, sum_row,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows, o_column, mask, m_column = places(tokens, size, ROWS, BLOCK)
+    await_inputs(PDL)
     s = summed_rows(x_ptr, residual_ptr, rows, o_column, mask, x_row, residual_row, RESIDUAL)
     dtype = x_ptr.dtype.element_ty
     s = s.to(dtype).to(tl.float32)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.lowrank.base import FactoredLayer, FactoredModule
+from flashsvd.lowrank.build import build_layer
 from flashsvd.lowrank.columns import Columns
-from flashsvd.lowrank.layers import build_layer, dense_parameters, weight_matrix
+from flashsvd.lowrank.layers import dense_parameters, weight_matrix
 from flashsvd.lowrank.spec import JoinedSpec, ModuleSpec
 
 

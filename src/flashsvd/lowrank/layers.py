@@ -1,7 +1,8 @@
 """Low-rank linear layers: W ~ U V, with W [in, out] = weight^T of the dense layer, U [in, r] and V [r, out].
 
 Both layers call their factors `u` (in -> r, no bias) and `v` (r -> out, with the bias), and `u` is always a plain
-`nn.Linear`, so that sharding plans, weight quantisation and compilers treat it like any other.
+`nn.Linear`, so that sharding plans, weight quantisation and compilers treat it like any other. Those of integers are in
+`int8.py`, and `build.py` makes either.
 """
 
 from __future__ import annotations
@@ -46,11 +47,7 @@ class PerHeadLift(nn.Module):
         self.bias = nn.Parameter(torch.empty(heads * head_dim)) if bias else None
 
     def forward(self, p: Tensor) -> Tensor:
-        # [T, H, r] -> [H, T, r] @ [H, r, hd] -> [H, T, hd] -> [T, H * hd]
-        tokens = p.reshape(-1, self.heads, self.rank).transpose(0, 1)
-        lifted = torch.bmm(tokens, self.weight.mT).transpose(0, 1)
-        out = lifted.reshape(*p.shape[:-1], self.heads * self.head_dim)
-        return out if self.bias is None else out + self.bias
+        return lift_heads(p, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, rank={self.rank}, bias={self.bias is not None}"
@@ -70,7 +67,7 @@ class PerHeadLowRankLinear(FactoredLayer):
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """U [heads, in, r] and V [heads, r, head_dim]."""
-        return self.u.weight.view(self.v.heads, self.v.rank, -1).mT.to(dtype), self.v.weight.mT.to(dtype)
+        return of_heads(self.u.weight, self.v.rank).to(dtype), self.v.weight.mT.to(dtype)
 
     def spec(self) -> LayerSpec:
         return LayerSpec(self.v.rank, self.v.heads)
@@ -80,47 +77,19 @@ class PerHeadLowRankLinear(FactoredLayer):
         return ""
 
 
-def build_layer(
-    spec: LayerSpec, dense: nn.Module, device: torch.device | None = None
-) -> LowRankLinear | PerHeadLowRankLinear:
-    """An uninitialised factored layer of the dense layer's sizes and dtype.
-
-    Args:
-        device: None takes the dense layer's.
-
-    Raises:
-        ValueError: its columns do not divide into that many heads, or the rank is above its own.
-    """
-    weight, bias = dense_parameters(dense)
-    in_features, out_features = weight_matrix(dense).shape
-    if spec.rank > min(in_features, out_features):
-        raise ValueError(f"a matrix [{in_features}, {out_features}] has no such rank")
-    if out_features % (spec.heads or 1):
-        raise ValueError(f"its {out_features} columns are not {spec.heads} heads of equal size")
-    layer: LowRankLinear | PerHeadLowRankLinear
-    with torch.device(device or weight.device):
-        if spec.heads is None:
-            layer = LowRankLinear(in_features, out_features, spec.rank, bias=bias is not None)
-        else:
-            head_dim = out_features // spec.heads
-            layer = PerHeadLowRankLinear(in_features, spec.heads, head_dim, spec.rank, bias=bias is not None)
-    return layer.to(weight.dtype)
+def lift_heads(p: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """P [..., heads * r] -> [..., heads * head_dim], by a weight [heads, head_dim, r]."""
+    heads, head_dim, rank = weight.shape
+    # [T, H, r] -> [H, T, r] @ [H, r, hd] -> [H, T, hd] -> [T, H * hd]
+    tokens = p.reshape(-1, heads, rank).transpose(0, 1)
+    lifted = torch.bmm(tokens, weight.mT).transpose(0, 1)
+    out = lifted.reshape(*p.shape[:-1], heads * head_dim)
+    return out if bias is None else out + bias
 
 
-def layer_from_factors(dense: nn.Module, u: Tensor, v: Tensor) -> FactoredLayer:
-    """The factored layer with U and V in it and the dense layer's bias, in the dense layer's dtype.
-
-    U is [in, r] and V [r, out], or U [heads, in, r] and V [heads, r, head_dim] in the per-head layout.
-    """
-    weight, bias = dense_parameters(dense)
-    # Without storage: torch would fill it with random numbers of the caller's.
-    layer = build_layer(LayerSpec(u.shape[-1], len(u) if u.ndim > 2 else None), dense, torch.device("meta"))
-    layer.u.weight = _parameter(u.mT.reshape(-1, u.shape[-2]), like=weight)
-    layer.v.weight = _parameter(v.mT, like=weight)
-    layer.weight = weight.new_empty(0)
-    if bias is not None:
-        layer.v.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return layer.train(dense.training)
+def of_heads(weight: Tensor, rank: int) -> Tensor:
+    """A first factor as it is stored, [heads * r, in], as U [heads, in, r]."""
+    return weight.view(-1, rank, weight.shape[-1]).mT
 
 
 def weight_matrix(dense: nn.Module, stored: Tensor | None = None) -> Tensor:
@@ -139,8 +108,3 @@ def dense_parameters(dense: nn.Module) -> tuple[Tensor, Tensor | None]:
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     return weight, bias
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    data = value.detach().to(device=like.device, dtype=like.dtype).contiguous()
-    return nn.Parameter(data, requires_grad=like.requires_grad)

@@ -18,20 +18,29 @@ multiplies its input by:
 Format 2 adds to a module of parts the `shares` and `groups` of columns that are divided otherwise (`columns.Columns`).
 Format 3 adds an empty `path.weight` [0] beside the tensors of each factored module and part, by which a program that
 does not know the format fails to load the dense layer it takes the module for. It also has, under `about`, what is
-known of the compression beyond the modules. Every checkpoint is written in the last format.
+known of the compression beyond the modules. Format 4 has factors as integers: with `"factors": "int8"` in a description
+
+    `path.u.weight` and `path.v.weight` are int8, and beside them lie `path.u.scale` and `path.v.scale`, fp32, of the
+    weight's shape without its last dimension: a scale for each row. What is multiplied with is scale * weight.
+
+Every checkpoint is written in the last format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from flashsvd.errors import CheckpointError
 from flashsvd.lowrank.columns import Columns
 
 QUANT_METHOD = "flashsvd"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+
+# How the numbers of factors are kept: in the model's dtype, or as integers with a scale for each row.
+FactorKind = Literal["float", "int8"]
+FACTOR_KINDS: tuple[FactorKind, ...] = get_args(FactorKind)
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,11 @@ class LayerSpec:
 
     rank: int
     heads: int | None = None
+    factors: FactorKind = "float"
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.rank} if self.heads is None else {"rank": self.rank, "heads": self.heads}
+        heads = {} if self.heads is None else {"heads": self.heads}
+        return {"rank": self.rank} | heads | ({} if self.factors == "float" else {"factors": self.factors})
 
     @classmethod
     def from_json(cls, name: str, data: Any) -> LayerSpec:
@@ -55,10 +66,17 @@ class LayerSpec:
             CheckpointError: `data` is something else, or says more than this flashsvd knows.
         """
         if isinstance(data, Mapping):
-            _refuse_unknown(name, data, ("rank", "heads"))
-        if not isinstance(data, Mapping) or "rank" not in data or not all(map(_is_count, data.values())):
+            _refuse_unknown(name, data, ("rank", "heads", "factors"))
+        counts = {key: value for key, value in data.items() if key != "factors"} if isinstance(data, Mapping) else {}
+        if "rank" not in counts or not all(map(_is_count, counts.values())):
             raise CheckpointError(f"config.json describes {name} as {data!r}, which is no factored layer")
-        return cls(**data)
+        factors = data.get("factors", "float")
+        if factors not in FACTOR_KINDS:
+            raise CheckpointError(
+                f"config.json describes {name} with factors {factors!r}, and this flashsvd knows "
+                f"{' and '.join(FACTOR_KINDS)}; upgrade flashsvd"
+            )
+        return cls(**counts, factors=factors)
 
 
 @dataclass(frozen=True)
@@ -141,6 +159,22 @@ def read_modules(modules: Any, version: Any, others: Collection[str] = ()) -> di
     if not isinstance(modules, Mapping):
         raise CheckpointError("config.json has no `modules` map in quantization_config; compress the model again")
     return {path: spec_from_json(path, spec) for path, spec in modules.items()}
+
+
+def layer_specs(specs: Mapping[str, ModuleSpec]) -> dict[str, LayerSpec]:
+    """The factored layers by path, those of joined modules among them."""
+    layers: dict[str, LayerSpec] = {}
+    for path, spec in specs.items():
+        if isinstance(spec, JoinedSpec):
+            layers |= {f"{path}.{name}": part for name, part in spec.parts if part is not None}
+        else:
+            layers[path] = spec
+    return layers
+
+
+def factor_kind(specs: Mapping[str, ModuleSpec]) -> FactorKind:
+    """How the factors of a model are kept: as integers where those of any layer are."""
+    return "int8" if any(layer.factors == "int8" for layer in layer_specs(specs).values()) else "float"
 
 
 def _refuse_unknown(name: str, data: Mapping[Any, Any], known: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashsvd.lowrank.spec import JoinedSpec, LayerSpec, ModuleSpec, read_modules
+from flashsvd.lowrank.spec import factor_kind, layer_specs, read_modules
 from flashsvd.models.factored import build_layers, dense_skeleton
 from flashsvd.models.loading import own_dtype
 from flashsvd.models.registry import find_targets
@@ -51,7 +51,7 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
     modules = sorted({target.module for target in targets})
     dense, target_dense = _count(model), _count_matrices(model, modules)
     build_layers(model, specs)
-    layers = _layers(specs)
+    layers = layer_specs(specs)
     dtype = own_dtype(source, config) or torch.float32
     about.setdefault("dense_bytes", dense * dtype.itemsize)
     return CompressionInfo(
@@ -59,6 +59,7 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
         module_ranks={t.name: layers[t.name].rank if t.name in layers else None for t in targets},
         module_places={target.name: target.place for target in targets},
         qkv="per-head" if any(layer.heads for layer in layers.values()) else "joint",
+        factors=factor_kind(specs),
         model_type=str(config.model_type),
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
@@ -69,17 +70,6 @@ def derive_info(config: Any, source: str) -> CompressionInfo:
             "target_compressed": _count_matrices(model, modules),
         },
     )
-
-
-def _layers(specs: Mapping[str, ModuleSpec]) -> dict[str, LayerSpec]:
-    """The factored layers by path, those of joined modules among them."""
-    layers: dict[str, LayerSpec] = {}
-    for path, spec in specs.items():
-        if isinstance(spec, JoinedSpec):
-            layers |= {f"{path}.{name}": part for name, part in spec.parts if part is not None}
-        else:
-            layers[path] = spec
-    return layers
 
 
 def _count(model: nn.Module) -> int:

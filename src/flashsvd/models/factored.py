@@ -85,14 +85,23 @@ def multiply_out(model: Any) -> None:
     """
     dense = dense_skeleton(model.config, type(model))
     for path in describe_layers(model):
-        model.set_submodule(path, _dense_layer(model.get_submodule(path), dense.get_submodule(path)))
+        model.set_submodule(path, _dense_layer(model.get_submodule(path), dense.get_submodule(path), model.dtype))
 
 
-def _dense_layer(factored: nn.Module, empty: Any) -> Any:
-    """The dense layer, empty so far, that holds the product of the factors and the bias."""
+def floating_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """That of a module's first parameter of real numbers; another where all are integers."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), otherwise)
+
+
+def _dense_layer(factored: nn.Module, empty: Any, otherwise: torch.dtype) -> Any:
+    """The dense layer, empty so far, that holds the product of the factors and the bias.
+
+    Args:
+        otherwise: its dtype where all of the factored one are integers.
+    """
     if any(parameter.is_meta for parameter in factored.parameters()):
         raise ModelError("layers that lie on disk cannot be made dense; load the model without device_map for that")
-    dtype = next(factored.parameters()).dtype
+    dtype = floating_dtype(factored, otherwise)
     weight, bias = dense_matrix(factored, torch.promote_types(dtype, torch.float32)), dense_bias(factored)
     layer = empty.to_empty(device=weight.device).to(dtype).train(factored.training)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from flashsvd.common.json_file import read_object
 from flashsvd.common.lfs import POINTER, is_lfs_pointer
 from flashsvd.common.paths import expand
 from flashsvd.errors import CheckpointError, ModelError, described, library_errors
-from flashsvd.lowrank.spec import QUANT_METHOD
+from flashsvd.lowrank.spec import QUANT_METHOD, FactorKind, factor_kind, read_modules
 from flashsvd.models.counts import check_counts
 from flashsvd.models.heads import own_class
 from flashsvd.models.registry import architecture_of
@@ -59,6 +59,19 @@ class Found:
     def compressed(self) -> bool:
         """Whether its layers are factored."""
         return is_compressed(self.config)
+
+    @property
+    def factors(self) -> FactorKind | None:
+        """How the factors are kept; None for a dense model.
+
+        Raises:
+            CheckpointError: the config describes layers that cannot be.
+        """
+        if not self.compressed:
+            return None
+        described = self.config.quantization_config
+        described = described if isinstance(described, Mapping) else described.to_dict()
+        return factor_kind(read_modules(described.get("modules"), described.get("format_version", 1)))
 
     @property
     def quantized(self) -> bool:

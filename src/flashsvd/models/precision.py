@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.errors import CheckpointError, ConfigError, ModelError
+from flashsvd.lowrank.int8 import scales
 
 
 @contextlib.contextmanager
@@ -44,15 +45,15 @@ def is_finite(values: Tensor) -> bool:
 
 
 def first_not_finite(model: nn.Module, read_weight: Callable[[str], Tensor | None] | None = None) -> str | None:
-    """The name of the first parameter that holds NaN or infinite values; None where all are finite.
+    """The name of the first parameter, or scale of one, that holds NaN or infinite values; None where all are finite.
 
     Args:
         read_weight: another place to read a parameter from than the model's own memory; None from it means the model's
             own.
     """
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *scales(model)):
         stored = read_weight(name) if read_weight else None
-        if not is_finite(parameter if stored is None else stored):
+        if not is_finite(tensor if stored is None else stored):
             return name
     return None
 
@@ -77,7 +78,7 @@ def check_loaded_finite(model: nn.Module, source: str) -> None:
         CheckpointError: naming the first such parameter.
     """
     if name := first_not_finite(model):
-        dtype = model.get_parameter(name).dtype
+        dtype = dict((*model.named_parameters(), *scales(model)))[name].dtype
         raise CheckpointError(
             f"{source} holds NaN or infinite values in {name}, or values too large for {dtype}; "
             "choose another dtype, or compress the model again"

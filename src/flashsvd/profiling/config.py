@@ -13,11 +13,14 @@ from flashsvd.errors import ConfigError
 from flashsvd.evaluation.config import BATCH_SIZE_HELP, SEQ_LEN_HELP
 
 # In the order in which they are measured; what compiling leaves in the process comes after all others.
-VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "compiled")
+VARIANTS = ("dense", "micro-batches", "low-rank", "fused", "int8", "compiled")
+# Those on fused blocks; the second only where it is named.
+ON_BLOCKS = ("fused", "int8")
+BY_DEFAULT = tuple(name for name in VARIANTS if name != "int8")
 # What `optimize` is told of CUDA graphs, by its name on the command line.
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "always": True, "never": False}
 # Those that can generate; the last on a GPU.
-GENERATING = ("dense", "low-rank", "fused", "compiled")
+GENERATING = ("dense", "low-rank", *ON_BLOCKS, "compiled")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class ProfileConfig(Config):
     )
     variants: str | None = option(
         None,
-        help=f"comma-separated, of {', '.join(VARIANTS)}; the default is all, where one that does not apply is "
-        "reported as skipped",
+        help=f"comma-separated, of {', '.join(VARIANTS)}; the default is all but int8, which is fused with the factors "
+        "rounded to integers, where one that does not apply is reported as skipped",
         several=VARIANTS,
     )
     batch_size: int | None = option(None, help=BATCH_SIZE_HELP, at_least=1)
@@ -109,11 +112,15 @@ class ProfileConfig(Config):
             raise ConfigError(
                 f"--new-tokens is for the variants {', '.join(GENERATING)}, which --variants leaves out; name one"
             )
-        if self.backend == PLAIN and self.variants is not None and "fused" in self._named():
+        if (
+            self.backend == PLAIN
+            and self.variants is not None
+            and (fused := [n for n in self._named() if n in ON_BLOCKS])
+        ):
             raise ConfigError(
-                "--backend plain leaves out the variant fused, which --variants names; leave out one of them"
+                f"--backend plain leaves out the variant {fused[0]}, which --variants names; leave out one of them"
             )
-        if "fused" not in names:
+        if not set(names) & set(ON_BLOCKS):
             left_out = f"--backend {PLAIN}" if self.backend == PLAIN else "--variants"
             of_fused = {
                 "--graph": self.graph != "auto",
@@ -132,7 +139,7 @@ class ProfileConfig(Config):
         Raises:
             ConfigError: one of them is not known, or none is named.
         """
-        return tuple(name for name in self._named() if name != "fused" or self.backend != PLAIN)
+        return tuple(name for name in self._named() if name not in ON_BLOCKS or self.backend != PLAIN)
 
     def kv_caches(self) -> tuple[str, ...]:
         """What the fused variant is to keep of keys and values, in the order of `KV_CACHES`.
@@ -147,4 +154,4 @@ class ProfileConfig(Config):
         return {name: f"backend {PLAIN} leaves it out" for name in self._named() if name not in self.variant_names()}
 
     def _named(self) -> tuple[str, ...]:
-        return VARIANTS if self.variants is None else names_in("variants", self.variants, VARIANTS)
+        return BY_DEFAULT if self.variants is None else names_in("variants", self.variants, VARIANTS)

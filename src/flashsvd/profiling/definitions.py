@@ -9,6 +9,7 @@ from flashsvd.evaluation.measure import peak_resident_bytes
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.profiling import generation
+from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.profiling.generation import Prompts
 from flashsvd.profiling.memory import freed_at_once
 from flashsvd.profiling.result import VariantRow
@@ -32,10 +33,10 @@ def definitions(
     cuda = setting.device.type == "cuda"
     compiled = any(row.variant == "compiled" and row.status == "ok" for row in rows)
     warmed = "after a pass over the data and " if cuda else "after "
-    fused = any(row.variant == "fused" and row.status == "ok" for row in rows)
+    fused = any(row.variant in ON_BLOCKS and row.status == "ok" for row in rows)
     also = " (the compiled variant: a pass over the data)" if compiled and not cuda else ""
     if fused and cuda:
-        also = f" (the fused variant: {FORWARDS_OF_EACH_SIZE} passes, so that its CUDA graphs, if any, are captured)"
+        also = f" (fused variants: {FORWARDS_OF_EACH_SIZE} passes, so that its CUDA graphs, if any, are captured)"
     none_full = "" if any(row.full_batches for row in rows) else " (none was full, so on those there were)"
     return {
         "latency": (

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.profiling.result import ProfileResult, VariantRow
 from flashsvd.storage.layer_places import LayerPlace, place_of
 
 # Variants of the checkpoint itself; the others are of its dense model.
-_SMALL = ("low-rank", "fused")
+_SMALL = ("low-rank", *ON_BLOCKS)
 # Inches; the text of a plot is as large as the text around it where it is shown some 400 pixels wide.
 _WIDTH = 4.4
 # What a plot of ours is told from others by.
@@ -80,7 +81,7 @@ def _bars(results: Sequence[ProfileResult]) -> Iterator[tuple[str, ProfileResult
 def _setting(result: ProfileResult) -> tuple[Any, ...]:
     """What figures of the dense model depend on: it, and what it ran on."""
     sizes = (result.batch_size, result.seq_len, result.padding, result.micro_batches, result.offload)
-    dtypes = frozenset(row.dtype for row in result.rows if row.dtype)
+    dtypes = frozenset(row.dtype.partition(" ")[0] for row in result.rows if row.dtype)
     return (result.dense, result.task, result.data, result.num_eval_samples, result.seed, result.device, dtypes, *sizes)
 
 
@@ -186,6 +187,7 @@ COLOURS = {
     "compiled": "#5f6570",
     "low-rank": "#f2a65a",
     "fused": "#c2560c",
+    "int8": "#7d3405",
 }
 
 

@@ -117,6 +117,6 @@ def definition(prompts: Prompts, device: torch.device, copied: float | None) -> 
         "step reads, which is all but tables of which it takes a row, over the time of a token" + share + "; cache is "
         "the memory of keys and values in the end, and prefill and decode MiB the most memory above the loaded model, "
         "cache included; dense and low-rank call the model token by token, compiled a step of it, on a static cache, "
-        "after a prefill that is not compiled, and fused is model.generate, whose time for one token is the prefill "
-        "and is taken off that for all, and whose cache is what the model keeps after a call"
+        "after a prefill that is not compiled, and fused and int8 are model.generate, whose time for one token is the "
+        "prefill and is taken off that for all, and whose cache is what the model keeps after a call"
     )

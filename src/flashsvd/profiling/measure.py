@@ -17,6 +17,7 @@ from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE, EvalJob, Timings, ru
 from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
+from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.profiling.generation import Prompts, measure_generation, memory_of_generation
 from flashsvd.profiling.memory import freed_at_once, in_own_arena, settle
 from flashsvd.profiling.result import VariantRow
@@ -98,7 +99,7 @@ def _measure(
         weight_bytes=loaded.ready.weight_bytes,
         dtype=loaded.ready.dtype,
         cuda_graphs=graphs_kept(loaded.ready.model),
-        kv_cache=setting.kv_cache if name == "fused" else "",
+        kv_cache=setting.kv_cache if name in ON_BLOCKS else "",
         generation=generation,
         no_generation=no_generation,
     )
@@ -140,7 +141,7 @@ def untimed_passes(name: str, device: torch.device) -> int:
     """How often a variant has to see the size of a batch until it has its kernels and, fused, its CUDA graph."""
     if device.type != "cuda":
         return int(name == "compiled")
-    return FORWARDS_OF_EACH_SIZE if name == "fused" else 1
+    return FORWARDS_OF_EACH_SIZE if name in ON_BLOCKS else 1
 
 
 def _run_untimed(job: EvalJob, ready: Ready, device: torch.device, batches: Iterable[Batch] | None = None) -> None:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from flashsvd.lowrank.int8 import scales
+
 T = TypeVar("T")
 
 # Of glibc's malloc.h.
@@ -94,7 +96,8 @@ def step_bytes(model: Any) -> int:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     # Tied, the table is a matrix that the last product reads whole.
     tables.discard(id(getattr(model.get_output_embeddings(), "weight", None)))
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+    read = (*model.parameters(), *(scale for _, scale in scales(model)))
+    return sum(w.numel() * w.element_size() for w in read if id(w) not in tables)
 
 
 def make_resident(model: nn.Module) -> None:
@@ -105,5 +108,5 @@ def make_resident(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    return list(tensors.values())
+    kept = (*model.parameters(), *model.buffers())
+    return list({id(t): t for t in kept if t.is_floating_point() or t.dtype == torch.int8}.values())

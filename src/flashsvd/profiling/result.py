@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from flashsvd.common.json_file import read_json
 from flashsvd.common.tables import counted, html_table, text_table
 from flashsvd.errors import CheckpointError, described
+from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.storage.layer_places import LayerPlace, read_places
 
 Status = Literal["ok", "skipped", "failed"]
@@ -221,8 +222,8 @@ class ProfileResult:
         against = f" against {self.dense}" if self.dense and self.dense != self.checkpoint else ""
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
-        fused = [row for row in self.rows if row.variant == "fused" and row.status == "ok"]
-        options = "".join(f", fused by {self.backend}{_graphs_of(row, self.graph)}" for row in fused)
+        fused = [row for row in self.rows if row.variant in ON_BLOCKS and row.status == "ok"]
+        options = "".join(f", {row.variant} by {self.backend}{_graphs_of(row, self.graph)}" for row in fused)
         options += ", weights offloaded" * self.offload
         samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (

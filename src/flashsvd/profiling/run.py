@@ -20,7 +20,7 @@ from flashsvd.evaluation.workload import Workload, batch_shape, load_data
 from flashsvd.models.found import find_model
 from flashsvd.models.loading import own_dtype
 from flashsvd.profiling.bandwidth import copy_bandwidth
-from flashsvd.profiling.config import GRAPHS, VARIANTS, ProfileConfig
+from flashsvd.profiling.config import GRAPHS, ON_BLOCKS, VARIANTS, ProfileConfig
 from flashsvd.profiling.definitions import definitions
 from flashsvd.profiling.figures import is_plot, png
 from flashsvd.profiling.generation import Prompts
@@ -88,7 +88,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
             log.info("%s is skipped: %s", name, reason)
             rows.append(VariantRow(name, "skipped", reason))
         else:
-            for kept in kv_caches if name == "fused" else kv_caches[:1]:
+            for kept in kv_caches if name in ON_BLOCKS else kv_caches[:1]:
                 asked = dataclasses.replace(setting, kv_cache=kept)
                 rows.append(measure(name, subjects[name], workload, asked, config.runs, prompts))
     _refuse_nothing(rows)

@@ -13,6 +13,9 @@ from flashsvd import runtime
 from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
+from flashsvd.io import round_factors
+from flashsvd.lowrank.int8 import scales
+from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.profiling.memory import make_resident, parameter_count, step_bytes, weight_bytes
 
 if TYPE_CHECKING:
@@ -76,14 +79,17 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
         FlashSVDError: the weights cannot be loaded, or not be fused.
     """
     model = subject.load(setting.dtype)
+    if name == "int8":
+        round_factors(model)
     parameters, dtype = parameter_count(model), str(model.dtype).removeprefix("torch.")
+    dtype += " with factors in int8" if any(scales(model)) else ""
     read = step_bytes(model)
     if setting.offload:
         size = weight_bytes(model)
         model = offloaded(model, setting.device)
     else:
         model = model.to(setting.device)
-        if name == "fused":
+        if name in ON_BLOCKS:
             runtime.optimize(model, setting.backend, setting.graph, setting.kv_cache)
         size = weight_bytes(model)
         make_resident(model)
@@ -103,11 +109,13 @@ def why_not(name: str, subject: Subject, workload: Workload, setting: Setting) -
     """
     if name not in DENSE and not subject.compressed:
         return f"{subject.source} is dense, not compressed"
-    if setting.offload and name in ("compiled", "fused"):
+    if setting.offload and name in ("compiled", *ON_BLOCKS):
         return "it keeps its weights on the device, and --offload on the host"
     if name == "micro-batches" and setting.micro_batches > workload.shape.batch_size:
         return f"a batch of {workload.shape.batch_size} has no {setting.micro_batches} parts"
-    if name == "fused":
+    if name == "int8" and subject.factors == "int8":
+        return "the checkpoint's factors are integers already, with which the variant fused runs"
+    if name in ON_BLOCKS:
         try:
             runtime.check(subject.config, setting.backend, setting.device, setting.graph, setting.kv_cache)
             workload.check_fused(subject)

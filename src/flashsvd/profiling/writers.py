@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashsvd.evaluation.loop import FORWARDS_OF_EACH_SIZE
 from flashsvd.evaluation.measure import timed
+from flashsvd.profiling.config import ON_BLOCKS
 
 # A run that compiles, and one that records the CUDA graph; later ones replay it.
 _COMPILING_RUNS = 2
@@ -174,7 +175,7 @@ def writer_of(variant: str, call: Any, model: Any) -> Writer:
     """
     if variant == "compiled":
         return ByCompiledSteps(model)
-    return ByGenerate(model) if variant == "fused" else ByForwards(call)
+    return ByGenerate(model) if variant in ON_BLOCKS else ByForwards(call)
 
 
 def why_no_generation(variant: str, device: torch.device) -> str:

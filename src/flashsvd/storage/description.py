@@ -25,7 +25,7 @@ def describe(c: CompressionInfo, weight_bytes: int) -> list[tuple[str, str]]:
         ("ranks", _rank_summary(c.module_ranks, c.module_places)),
         ("factored layers", _reduction(p["target_dense"], p["target_compressed"], "parameters")),
         ("whole model", _reduction(p["dense"], p["compressed"], "parameters")),
-        ("weights", f"{_reduction(c.dense_bytes, weight_bytes, 'bytes')}, {c.dtype}"),
+        ("weights", f"{_reduction(c.dense_bytes, weight_bytes, 'bytes')}, {_dtypes(c)}"),
         ("made", _made(c)),
     ]
     if c.calibration:
@@ -55,6 +55,10 @@ def _made(c: CompressionInfo) -> str:
     if not c.versions:
         return "unknown: another program saved it, and its config does not say"
     return f"{c.timestamp} by flashsvd {c.versions.get('flashsvd')}, commit {c.git_commit or 'unknown'}"
+
+
+def _dtypes(c: CompressionInfo) -> str:
+    return c.dtype if c.factors == "float" else f"{c.dtype} with factors in {c.factors}"
 
 
 def _options(options: Mapping[str, Any]) -> list[str]:

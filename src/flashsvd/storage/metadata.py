@@ -22,6 +22,10 @@ ABOUT = (
     "method", "method_options", "ranks", "ratio", "ranks_json", "rank_steps", "base_model", "task", "calibration",
     "untrained", "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
 )  # fmt: skip
+# What files written before lack, and then have.
+_LATER: dict[str, Any] = {
+    "trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None, "factors": "float",
+}  # fmt: skip
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
 
@@ -37,6 +41,8 @@ class CompressionInfo:
         rank_steps: `fast` or `fine`, the steps of ranks that were looked for; None where all were given. Files written
             before lack it, and then it is None.
         ranks_json: the file that gave the rank of each matrix, None where none did.
+        factors: how the factors are kept, `float` in the dtype of the model or `int8` as integers with a scale for each
+            row, which `parameters` does not count. Files written before lack it, and then it is `float`.
         module_ranks: the rank each target really has, by module path; None where it stayed dense.
         module_errors: the relative error of each target's weights as they were compressed, ||W - U V||_F / ||W||_F, by
             module path; None where it stayed dense. Files written before lack it, and then it is empty.
@@ -78,6 +84,7 @@ class CompressionInfo:
     module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rank_steps: str | None = None
+    factors: str = "float"
     format_version: int = FORMAT_VERSION
 
     def about(self) -> dict[str, Any]:
@@ -103,7 +110,7 @@ class CompressionInfo:
             raise CheckpointError(f"{path} cannot be read ({described(error)}); compress the model again") from error
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version!r}, this flashsvd reads {FORMAT_VERSION}; upgrade it")
-        data = {"trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None} | data
+        data = _LATER | data
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(data)):
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; compress the model again")
@@ -160,7 +167,9 @@ def _map_of(fits: Check, *required: str) -> Check:
 
 
 _CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("method", "qkv", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text),
+    **dict.fromkeys(
+        ("method", "qkv", "factors", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text
+    ),
     **dict.fromkeys(("task", "git_commit", "ranks_json", "rank_steps"), _or_null(_text)),
     "method_options": _map_of(lambda value: True),
     "ranks": _map_of(_or_null(_count)),

@@ -22,6 +22,8 @@ _LARGE = 64 * 2**20
 # In bytes, on all usual file systems.
 _LONGEST_NAME = 255
 _FLOATS = ("F16", "BF16", "F32", "F64")
+# Factors as integers, and what they are multiplied by.
+_INTEGER, _WEIGHT, _SCALE = "I8", ".weight", ".scale"
 
 
 def is_plain_name(name: object) -> bool:
@@ -91,14 +93,18 @@ def tensor_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:
     """Names and shapes of all tensors, from the files' headers alone.
 
     Raises:
-        CheckpointError: a file is truncated or no safetensors file, or holds something else than real numbers.
+        CheckpointError: a file is truncated or no safetensors file, or holds something else than real numbers, and
+            integers with their scales.
     """
-    shapes: dict[str, TensorShape] = {}
-    for file, name, dtype, shape in _headers(files):
-        if dtype not in _FLOATS:
+    headers = {name: (file, dtype, shape) for file, name, dtype, shape in _headers(files)}
+    for name, (file, dtype, _) in headers.items():
+        # Since each has its scale, and nothing else has, the names of tensors say which of them are integers.
+        scaled = name.endswith(_WEIGHT) and f"{name.removesuffix(_WEIGHT)}{_SCALE}" in headers
+        if scaled and dtype != _INTEGER:
+            raise CheckpointError(f"{file} holds {name} as {dtype}, and its scale, which is of integers; copy it again")
+        if dtype not in _FLOATS and not (scaled and dtype == _INTEGER):
             raise CheckpointError(f"{file} holds {name} as {dtype}, no floating-point number")
-        shapes[name] = shape
-    return shapes
+    return {name: shape for name, (_, _, shape) in headers.items()}
 
 
 def all_shapes(files: Sequence[str | Path]) -> dict[str, TensorShape]:

@@ -69,6 +69,11 @@ class HeadedModel(Found):
         name, config, compressed = found.name, found.config, found.compressed
         if found.quantized:
             raise ModelError(f"{name} is quantized, and rounded weights cannot be trained; give the unquantized model")
+        if trains and found.factors == "int8":
+            raise ModelError(
+                f"{name} has int8 factors, and rounded weights cannot be trained; compress with --factors float, train "
+                "that, and round it with flashsvd.round_factors"
+            )
         if mode == "mlm":
             model_class = head_class(config, "masked-lm")
         else:
@@ -110,7 +115,8 @@ class HeadedModel(Found):
         dtype = model.dtype
         # The parameters alone: buffers such as rotary frequencies have a precision of their own.
         for parameter in model.parameters():
-            parameter.data = parameter.data.float()
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
         return LoadedModel(model, dtype, loaded.untrained)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashsvd.blocks.parts.linears import PackedLinears
+from flashsvd.blocks.parts.linears import PackedLinears, product
 from flashsvd.blocks.parts.read import Activation, Matrices
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
@@ -76,7 +75,7 @@ class PackedDecoderFFN(QuickModule):
         return run(self.choices.pick(STEP_FFN, (x.shape[1], self.inner, x.shape[1], *ranks), x, run))
 
     def by_kernels(self, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
-        """Of at most 16 rows: a launch for each factor, and one for both lifts of a gated network."""
+        """Of at most 32 rows: a launch for each factor, and one for both lifts of a gated network."""
         return self.second.by_kernels(self._inner_by_kernels(x, arrivals), residual=x, arrivals=arrivals)
 
     def _inner_by_kernels(self, x: Tensor, arrivals: Tensor | None) -> Tensor:
@@ -86,12 +85,13 @@ class PackedDecoderFFN(QuickModule):
             return self._activate(first.by_kernels(x, self.norm, arrivals=arrivals))
         x, options = self.norm.before(x)
         if first.first is not None:
-            x, options = decode_linear(x, first.first, arrivals=arrivals, backend="triton", **options), {}
+            x, options = first.ranks_by_kernels(x, options | {"arrivals": arrivals}), {}
+        options |= {"scale": first.scale, "activation": activation, "backend": "triton"}
         if not self.gated:
-            options |= {"activation": activation, "arrivals": arrivals, "backend": "triton"}
+            options["arrivals"] = arrivals
             return decode_linear(x, first.matrices, first.bias, **options)
         first_half, up = first.matrices if first.first is not None else first.matrices[0].chunk(2)
-        return decode_gated(x, first_half, up, first.bias, activation=activation, backend="triton", **options)
+        return decode_gated(x, first_half, up, first.bias, **options)
 
     def by_products(self, x: Tensor, out: Tensor) -> Tensor:
         """Of any number of rows, a chunk after the other, so that little of the inner dimension exists at once.
@@ -99,32 +99,30 @@ class PackedDecoderFFN(QuickModule):
         Args:
             out: where to write, which may be x.
         """
+        first, second = self.first.for_products(x), self.second.for_products(x)
         for start in range(0, len(x), step := self._chunk(x)):
             rows = slice(start, start + step)
-            self._of_rows(x[rows], out[rows])
+            second.by_products(self._inner_by_products(x[rows], first), residual=x[rows], out=out[rows])
         return out
 
-    def _of_rows(self, x: Tensor, out: Tensor) -> None:
-        first = self.first
+    def _inner_by_products(self, x: Tensor, first: PackedLinears) -> Tensor:
         if self.gated and len(first.ranks) == 2 and isinstance(self.activation, str):
-            assert first.first is not None
-            inner = self._lifted(F.linear(self.norm(x), first.first))
-        else:
-            inner = self._activate(first.by_products(self.norm(x)))
-        self.second.by_products(inner, residual=x, out=out)
+            return self._lifted(first.ranks_by_products(self.norm(x)), first)
+        return self._activate(first.by_products(self.norm(x)))
 
-    def _lifted(self, p: Tensor) -> Tensor:
+    def _lifted(self, p: Tensor, first: PackedLinears) -> Tensor:
         """f(P_g V_g + b_g) * (P_u V_u + b_u) of P_g | P_u, by one kernel where that is faster."""
-        first, activation = self.first, self.activation
+        activation = self.activation
         assert isinstance(activation, str)
         (p_g, p_u), (v_g, v_u) = p.split_with_sizes(first.ranks, 1), first.matrices
-        b_g, b_u = (None, None) if first.bias is None else first.bias.split_with_sizes(first.widths)
+        (b_g, b_u), (s_g, s_u) = first.of_each(first.bias), first.of_each(first.scale)
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
                 return gated_linear(p_g, p_u, v_g, v_u, b_g, b_u, activation=activation, backend="triton")
             if not p.is_cuda:
-                return activation_function(activation)(F.linear(p_g, v_g, b_g)).mul_(F.linear(p_u, v_u, b_u))
+                lifted, up = product(p_g, v_g, b_g, None, None, s_g), product(p_u, v_u, b_u, None, None, s_u)
+                return activation_function(activation)(lifted).mul_(up)
             y = p.new_empty(len(p), 2 * self.inner)
             for p_i, m, b, y_i in zip((p_g, p_u), (v_g, v_u), (b_g, b_u), y.chunk(2, 1), strict=True):
                 torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)

@@ -39,7 +39,7 @@ class DecoderProjections(Packed):
         super().__init__()
         self.choices = choices
         in_rank = any(lift is not None for lift in kept)
-        layers = [smallest(layer) for layer in layers] if in_rank else layers
+        layers = [smallest(layer, dtype) for layer in layers] if in_rank else layers
         self.linears = PackedLinears([first_factor(layer) for layer in layers] if in_rank else layers, dtype, choices)
         self.lifts = [
             lift_of(layer, count, dtype) if in_rank and other is None else None

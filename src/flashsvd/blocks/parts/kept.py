@@ -123,7 +123,7 @@ def choose_kept(k: Matrices, v: Matrices, kv_cache: KVCache, turned: bool, width
 
 def _narrower(layer: Matrices, more: int = 0) -> bool:
     """Whether what all heads are lifted from, and `more`, has fewer columns than they have."""
-    # A form of factors that is more than its two matrices has its own ways to be read.
+    # Factors of integers are read as such, and by themselves.
     if type(layer) not in (Joint, PerHead):
         return False
     assert isinstance(layer, (Joint, PerHead))

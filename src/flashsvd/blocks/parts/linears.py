@@ -2,12 +2,16 @@
 
     y = norm(x) M^T + b,    or  y = (norm(x) U) V + b  of a low-rank layer
 
-Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 16
+Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 32
 rows, a decoding step, the time is that of reading the matrices, which kernels of ours do at a launch for each factor.
+
+Factors of integers stay integers with a scale for each row. The kernels read them so; before products of many rows they
+are made real numbers, for as long as the products take.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsvd.blocks.parts.buffers import Packed
-from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead, present
+from flashsvd.blocks.parts.read import Dense, Int8Joint, Joint, Matrices, PerHead, present
 from flashsvd.blocks.parts.row_norm import RowNorm
-from flashsvd.blocks.parts.widths import row_width, widen
+from flashsvd.blocks.parts.widths import INT8_STEP, int8_width, row_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
+from flashsvd.kernels.int8_rows import real_rows
+from flashsvd.lowrank.int8 import unconverted
 
 LINEARS = Operation("decoding linears", "{} to {}, ranks {}, matrices {}")
 
@@ -31,22 +37,28 @@ class PackedLinears(Packed):
     Attributes:
         widths: of each output.
         ranks: of each layer where all are low-rank with one pair of factors, else empty.
+        first_scale, scale: of each row of the first factors and of the last ones side by side, [sum of ranks] and
+            [N], where they are integers.
     """
 
     first: Tensor | None
+    first_scale: Tensor | None
+    scale: Tensor | None
     blocks: Tensor | None
     bias: Tensor | None
 
     def __init__(self, layers: Sequence[Matrices], dtype: torch.dtype, choices: Choices) -> None:
         super().__init__()
         self.choices = choices
-        layers = [smallest(layer) for layer in layers]
+        layers = [smallest(layer, dtype) for layer in layers]
         self.widths = [len(layer.bias) for layer in layers]
         self.ranks: list[int] = []
         self.each = nn.ModuleList()
         bias = present(torch.cat([layer.bias for layer in layers]))
         if all(isinstance(layer, Dense) for layer in layers):
             self.keep("m0", torch.cat([layer.matrix for layer in layers], 1).T, dtype)
+        elif all(isinstance(layer, Int8Joint) for layer in layers):
+            self._keep_integers([layer for layer in layers if isinstance(layer, Int8Joint)])
         elif all(isinstance(layer, Joint) for layer in layers):
             self._keep_joint([layer for layer in layers if isinstance(layer, Joint)], dtype)
         elif len(layers) == 1:
@@ -57,7 +69,7 @@ class PackedLinears(Packed):
             bias = None
             self.each.extend(PackedLinears([layer], dtype, choices) for layer in layers)
         self.keep("bias", bias, dtype)
-        for name in ("first", "blocks"):
+        for name in ("first", "blocks", "first_scale", "scale"):
             if name not in self._buffers:
                 self.keep(name, None, dtype)
 
@@ -67,6 +79,20 @@ class PackedLinears(Packed):
         self.keep("first", torch.cat(columns, 1).T, dtype)
         for i, layer in enumerate(layers):
             self.keep(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
+
+    def _keep_integers(self, layers: Sequence[Int8Joint]) -> None:
+        firsts = [widen(layer.first.integers, 0, int8_width, int8_width) for layer in layers]
+        self.ranks = [len(first) for first in firsts]
+        self.keep("first", torch.cat(firsts), torch.int8)
+        scales = [widen(layer.first.scale, 0, int8_width, int8_width) for layer in layers]
+        self.keep("first_scale", torch.cat(scales), torch.float32)
+        for i, layer in enumerate(layers):
+            self.keep(f"m{i}", widen(layer.second.integers, 1, int8_width, int8_width), torch.int8)
+        self.keep("scale", torch.cat([layer.second.scale for layer in layers]), torch.float32)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        with unconverted(self, "first_scale", "scale"):
+            return super()._apply(*arguments, **options)
 
     def _keep_per_head(self, layer: PerHead, dtype: torch.dtype) -> None:
         columns = widen(layer.u, 2, row_width)
@@ -103,7 +129,7 @@ class PackedLinears(Packed):
     def by_kernels(
         self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None
     ) -> Tensor:
-        """norm(x) through the layers, + residual [n, N], of at most 16 rows.
+        """norm(x) through the layers, + residual [n, N], of at most 32 rows.
 
         Args:
             arrivals: as `decode_linear` has them.
@@ -116,10 +142,19 @@ class PackedLinears(Packed):
         common: dict[str, Any] = {"arrivals": arrivals, "backend": "triton"}
         if self.first is None:
             return decode_linear(x, self.matrices, self.bias, residual=residual, **common, **options)
-        p = decode_linear(x, self.first, **common, **options)
+        p = self.ranks_by_kernels(x, options | {"arrivals": arrivals})
         if self.blocks is None:
-            return decode_linear(p, self.matrices, self.bias, residual=residual, **common)
+            return decode_linear(p, self.matrices, self.bias, scale=self.scale, residual=residual, **common)
         return self._lift_heads(p, residual)
+
+    def ranks_by_kernels(self, x: Tensor, options: dict[str, Any]) -> Tensor:
+        """The rank-space activations of low-rank layers side by side, by the kernel.
+
+        Args:
+            options: of `decode_linear`, such as the norm.
+        """
+        assert self.first is not None
+        return decode_linear(x, self.first, scale=self.first_scale, backend="triton", **options)
 
     def by_products(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """The same of any number of rows, in plain torch, of an x that is normed already.
@@ -129,21 +164,46 @@ class PackedLinears(Packed):
         """
         if len(self.each):
             return torch.cat([part.by_products(x) for part in self.each], 1, out=out)  # type: ignore[operator]  # as above
+        if (real := self.for_products(x)) is not self:
+            return real.by_products(x, residual, out)
         if self.first is None:
             return product(x, self.matrices[0], self.bias, residual, out)
-        p = F.linear(x, self.first)
+        p = self.ranks_by_products(x)
         if self.blocks is not None:
             return self._lift_heads(p, residual)
         if len(self.widths) == 1:
-            return product(p, self.matrices[0], self.bias, residual, out)
+            return product(p, self.matrices[0], self.bias, residual, out, self.scale)
         y = x.new_empty(len(x), sum(self.widths)) if out is None else out
-        biases = [None] * len(self.widths) if self.bias is None else self.bias.split_with_sizes(self.widths)
+        biases, scales = self.of_each(self.bias), self.of_each(self.scale)
         parts = zip(
-            p.split_with_sizes(self.ranks, 1), self.matrices, biases, y.split_with_sizes(self.widths, 1), strict=True
-        )
-        for p_i, m, b, y_i in parts:
-            product(p_i, m, b, None, y_i)
+            p.split_with_sizes(self.ranks, 1), self.matrices, biases, y.split_with_sizes(self.widths, 1), scales,
+            strict=True,
+        )  # fmt: skip
+        for p_i, m, b, y_i, s in parts:
+            product(p_i, m, b, None, y_i, s)
         return y
+
+    def ranks_by_products(self, x: Tensor) -> Tensor:
+        """The rank-space activations of low-rank layers side by side, of an x as `for_products` was asked for."""
+        assert self.first is not None
+        return F.linear(x, self.first) if self.first_scale is None else _by_integers(x, self.first, self.first_scale)
+
+    def of_each(self, numbers: Tensor | None) -> Sequence[Tensor | None]:
+        """Numbers [N] of all outputs as those of each layer."""
+        return [None] * len(self.widths) if numbers is None else numbers.split_with_sizes(self.widths)
+
+    def for_products(self, x: Tensor) -> PackedLinears:
+        """What products with the rows of x are quickest by: itself, or the same with its integers as real numbers."""
+        if self.first is None or self.first_scale is None or not (x.is_cuda or len(x) > MOST_ROWS):
+            return self
+        real = copy.copy(self)
+        vars(real)["_buffers"] = dict(self._buffers)
+        real.first = real_rows(self.first, self.first_scale, x.dtype)
+        for i, (m, s) in enumerate(zip(self.matrices, self.of_each(self.scale), strict=True)):
+            assert s is not None
+            setattr(real, f"m{i}", real_rows(m, s, x.dtype))
+        real.first_scale = real.scale = None
+        return real
 
     def _lift_heads(self, p: Tensor, residual: Tensor | None) -> Tensor:
         """p [n, heads * r] -> [n, heads * D]."""
@@ -157,11 +217,17 @@ class PackedLinears(Packed):
         return y if residual is None else y.add_(residual)
 
 
-def product(x: Tensor, m: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
-    """x M^T + bias + residual, M [N, K]."""
+def product(
+    x: Tensor, m: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """x M^T + bias + residual, M [N, K].
+
+    Args:
+        scale: [N], of an M that is integers, which goes with few rows on a CPU.
+    """
     if not x.is_cuda and len(x) <= MOST_ROWS:
         # Of few rows a CPU computes this in two thirds of the time that it needs for `mm` and `addmm`.
-        y = F.linear(x, m, bias)
+        y = F.linear(x, m, bias) if scale is None else _by_integers(x, m, scale, bias)
         y = y if residual is None else y.add_(residual)
         return y if out is None else out.copy_(y)
     if residual is None:
@@ -170,9 +236,24 @@ def product(x: Tensor, m: Tensor, bias: Tensor | None, residual: Tensor | None, 
     return y if bias is None else y.add_(bias)
 
 
-def smallest(layer: Matrices) -> Matrices:
-    """The layer itself, or dense where its factors hold no less."""
+def _by_integers(x: Tensor, m: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x M^T + bias of M ~ scale * m, for few rows on a CPU."""
+    if x.dtype == torch.bfloat16 and m.shape[1] % INT8_STEP == 0:
+        # In a third of the time that M takes as bf16 numbers; in other dtypes it takes ten times as long. It reads so
+        # many columns at once, whether they are there or not, and takes rows for contiguous.
+        y = torch._weight_int8pack_mm(x.contiguous(), m, scale.to(x.dtype))
+    elif x.dtype == torch.float16:
+        # Sums of whole numbers may be too large for it.
+        y = F.linear(x, real_rows(m, scale, x.dtype))
+    else:
+        y = F.linear(x, m.to(x.dtype)).mul_(scale)
+    return y if bias is None else y.add_(bias)
+
+
+def smallest(layer: Matrices, dtype: torch.dtype) -> Matrices:
+    """The layer itself, or dense where its factors take no fewer bytes."""
     if isinstance(layer, Dense):
         return layer
-    dense = layer.u.shape[-2] * len(layer.bias)
-    return Dense(layer.matrix, layer.bias) if layer.u.numel() + layer.v.numel() >= dense else layer
+    factors = (layer.u.numel() + layer.v.numel()) * (1 if isinstance(layer, Int8Joint) else dtype.itemsize)
+    dense = layer.u.shape[-2] * len(layer.bias) * dtype.itemsize
+    return Dense(layer.matrix, layer.bias) if factors >= dense else layer

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flashsvd.errors import BackendError
 from flashsvd.kernels.activations import ACTIVATIONS
 from flashsvd.lowrank.base import FactoredLayer, beside
+from flashsvd.lowrank.int8 import Int8LowRankLinear
 from flashsvd.lowrank.joined import dense_bias, dense_matrix
 
 # Folding multiplies factors together once; in this dtype the product is exact to the model's own.
@@ -46,6 +47,22 @@ class Joint:
 
 
 @dataclass(frozen=True)
+class Int8Rows:
+    """A matrix as it is stored, M ~ s I: I int8 [N, K], s fp32 [N]."""
+
+    integers: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Int8Joint(Joint):
+    """Factors of integers, which `u` and `v` are as real numbers: U^T [r, in] and V^T [out, r]."""
+
+    first: Int8Rows
+    second: Int8Rows
+
+
+@dataclass(frozen=True)
 class PerHead:
     """y_h = (x U_h) V_h + b_h: U [heads, in, r], V [heads, r, head_dim], b [heads * head_dim]."""
 
@@ -71,6 +88,9 @@ def read_matrices(module: nn.Module) -> Matrices:
         matrix = dense_matrix(module, EXACT).detach()
         return Dense(matrix, _bias(module, matrix))
     u, v = (factor.detach() for factor in module.factors(EXACT))
+    if isinstance(module, Int8LowRankLinear):
+        first, second = (Int8Rows(child.weight.detach(), child.scale) for child in (module.u, module.v))
+        return Int8Joint(u, v, _bias(module, v), first, second)
     return Joint(u, v, _bias(module, v)) if module.heads is None else PerHead(u, v, _bias(module, v))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashsvd.kernels.launch import LARGEST_RANK
 
 # Columns of 16 bytes in half precision: what tensor cores, and the descriptors of tiles, want rows to start at.
-STEP = 8
+STEP, INT8_STEP = 8, 16
 # Wider rows that end within a tile take a tenth longer than those that fill it.
 WIDE, WIDE_STEP = 64, 16
 WIDEST, WIDEST_STEP = 288, 32
@@ -61,10 +61,22 @@ def gated_width(rank: int) -> int:
     return WIDE_CORE if 256 < rank <= WIDE_CORE else core_width(rank)
 
 
-def widen(tensor: Tensor, dim: int, on_gpu: Callable[[int], int] = product_width) -> Tensor:
+def cpu_width(rank: int) -> int:
+    """Of a rank on a CPU."""
+    return _up(rank, STEP)
+
+
+def int8_width(rank: int) -> int:
+    """Of a rank of integers, by themselves: columns of 16 bytes."""
+    return _up(rank, INT8_STEP)
+
+
+def widen(
+    tensor: Tensor, dim: int, on_gpu: Callable[[int], int] = product_width, on_cpu: Callable[[int], int] = cpu_width
+) -> Tensor:
     """The tensor with zeros behind it, so that its size along `dim` is a width to store; products stay as they are."""
     size = tensor.shape[dim]
-    missing = (on_gpu(size) if is_on_gpu(tensor) else _up(size, STEP)) - size
+    missing = (on_gpu if is_on_gpu(tensor) else on_cpu)(size) - size
     if not missing:
         return tensor
     shape = list(tensor.shape)

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
+
+
+class Alone:
+    """A lock that one thread holds, any number of times, and that knows whether it is the one that asks."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._owner = threading.RLock(), 0, 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner, self._depth = threading.get_ident(), self._depth + 1
+
+    def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
+        self._owner = self._owner if self._depth else 0
+        self._lock.release()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread holds it."""
+        return self._owner == threading.get_ident()
+
 
 # Measuring, and capturing a graph, at whose beginning torch waits for the whole device, which nobody may do in the
 # middle of another capture. A capture measures what it comes upon first. Other threads' forwards go on. Whoever takes
 # this and a model's own lock takes this first: within it a model's forward may come upon another model, and its lock.
-one_at_a_time = threading.RLock()
+one_at_a_time = Alone()

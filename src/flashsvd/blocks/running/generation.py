@@ -7,10 +7,11 @@ CUDA graphs could not do, the loop below runs, which waits for the GPU every few
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.decoding import MOST_ENDS, Decoder, DecoderModel
 from flashsvd.blocks.running.refusals import any_foreign_hooks
 from flashsvd.blocks.running.stack import on_device
@@ -74,6 +76,20 @@ class Decoders:
     def graphs(self) -> int:
         """How many CUDA graphs are kept."""
         return sum(decoder.graphs for decoder in self._kept.values())
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """This thread's turn to generate, for which it waits.
+
+        It does not, and has none, in the middle of a capture or a measurement, which another thread's generation may
+        be waiting for.
+        """
+        taken = self._lock.acquire(blocking=not one_at_a_time.is_mine)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._lock.release()
 
     def forget(self) -> None:
         """Free all caches and graphs, once the last run is done."""
@@ -178,18 +194,31 @@ class Generates:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
+        with self.decoders.turn() as has_turn:
+            written = None
+            if has_turn:
+                written = self._written(
+                    input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+                    model_kwargs,
+                )  # fmt: skip
+        if written is not None:
+            return written
+        return super()._sample(  # type: ignore[misc]  # of the model that this is mixed into
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
+
+    def _written(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        synced_gpus: bool, streamer: Any, model_kwargs: dict[str, Any],
+    ) -> Tensor | None:  # fmt: skip
+        """All ids by the loop of our own; None for calls that it does not serve."""
         request = None
         at_hand = input_ids.device == next(self.parameters()).device  # type: ignore[attr-defined]  # as below
         if at_hand and not synced_gpus and may_loop(self, generation_config, model_kwargs):
             request = request_of(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
-        written = None if request is None else self.decoders.run(self, request)
-        if written is not None:
-            return written
-        return super()._sample(  # type: ignore[misc]  # of the model that this is mixed into
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-        )
+        return None if request is None else self.decoders.run(self, request)
 
     def _valid_auto_compile_criteria(self, *_: Any, **__: Any) -> bool:
         # Fused blocks are not compiled again.

@@ -99,7 +99,9 @@ def refuse_scattered(parameters: Iterable[Tensor]) -> None:
         BackendError: saying where they are.
     """
     kinds = {(p.device, p.dtype) for p in parameters}
-    if len(kinds) != 1:
+    # Integers of our own are computed with in the dtype of the others.
+    real = {dtype for _, dtype in kinds if dtype.is_floating_point}
+    if len(real) != 1 or len({device for device, _ in kinds}) != 1:
         listed = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in kinds))
         raise BackendError(f"the layers' weights are {listed}; load the model in one dtype on one device")
 
