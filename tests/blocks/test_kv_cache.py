@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from blocks.test_decoders import left_padded, prompts
 from conftest import EVERY_DECODER, build_decoder, build_model, factor
-from flashsvd import optimize
+from flashsvd import optimize, round_factors
 from flashsvd.blocks.parts.kept import KVCache, PackedLift, choose_kept
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead
 from flashsvd.blocks.parts.row_cache import with_positions, without_positions
@@ -318,6 +318,15 @@ def test_by_itself_it_keeps_what_takes_no_longer_to_attend_to(monkeypatch: pytes
     assert choose_kept(wide, wide, "lowrank", False, 16) == (True, True)
     monkeypatch.setattr("flashsvd.blocks.parts.kept.is_on_gpu", lambda tensor: True)
     assert choose_kept(wide, wide, "auto", False, 16) == (True, True)
+
+
+@pytest.mark.parametrize("kv_cache", KINDS)
+def test_factors_of_integers_are_read_as_such_and_leave_caches_dense(kv_cache: KVCache) -> None:
+    plain = factored("llama", "joint")
+    round_factors(plain)
+    model = optimize(copy.deepcopy(plain), kv_cache=kv_cache)
+    assert widths(model) == [(2, 16), (2, 16)]
+    assert torch.equal(model.generate(prompts(), **GREEDY), plain.generate(prompts(), **GREEDY))
 
 
 @torch.no_grad()
