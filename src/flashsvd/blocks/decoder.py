@@ -79,7 +79,7 @@ class DecoderBlock(QuickModule):
 
     def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
         """All tokens of all rows, x [rows * length, hidden]."""
-        return self._rest(self.heads.prompt(*self._projected(x), at, stored), x)
+        return self._rest(self.heads.prompt(self.qkv.in_turn(x, self.norm), at, stored), x)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """A batch x [B, S, hidden], with whatever cache and mask the call knows of."""

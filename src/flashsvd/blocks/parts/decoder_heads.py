@@ -141,15 +141,16 @@ class PackedHeads(Packed):
             options |= {"lift": self.keys.weight, "lift_bias": self.keys.bias}
         return latent_attention(q, k, v, *caches, cos=cos, sin=sin, **options)
 
-    def prompt(self, q: Tensor, k: Tensor, v: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
-        """Of all tokens of all rows, whose keys and values go into the cache."""
-        whole_k = k if self.keys is None else self.keys.tokens(k)
-        whole_v = v if self.values is None else self.values.tokens(v)
-        q, whole_k = self.turn(self.norm_q(q), at), self.turn(self.norm_k(whole_k), at)
-        queries, keys, values = (by_row(x, at.rows) for x in (q, whole_k, whole_v))
-        kept_k = keys if self.keys is None else by_row(k, at.rows)
-        kept_v = values if self.values is None else by_row(v, at.rows)
-        stored.write(kept_k, kept_v, 0)
+    def prompt(self, project: Callable[[int], Tensor], at: Prompt, stored: StoredLayer) -> Tensor:
+        """Of all tokens of all rows, whose keys and values go into the cache.
+
+        Args:
+            project: gives queries, keys and values as they are kept, by 0, 1 and 2.
+        """
+        values = self._stored(project(2), self.values, stored.values, at, lambda v: v)
+        keys = self._stored(project(1), self.keys, stored.keys, at, lambda k: self.turn(self.norm_k(k), at))
+        q = self.turn(self.norm_q(project(0)), at)
+        queries = by_row(q, at.rows)
         window = self.window if self.window is not None and self.window < at.length else None
 
         def run(implementation: Implementation) -> Tensor:
@@ -165,6 +166,16 @@ class PackedHeads(Packed):
 
         longest = bucket(at.length)
         return run(self.choices.pick(CAUSAL, (*self.counts, self.width, longest, window or 0), q, run))
+
+    def _stored(
+        self, x: Tensor, lift: PackedLift | None, place: Tensor, at: Prompt, turn: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Keys or values [rows, kv_heads, length, D] of a prompt's x, which is stored: where they lie, or lifted."""
+        kept = place[:, :, : at.length]
+        if lift is None:
+            return kept.copy_(by_row(turn(x), at.rows))
+        kept.copy_(by_row(x, at.rows))
+        return by_row(turn(lift.tokens(x)), at.rows)
 
     def read_late(self, keys: Tensor, tables: Tables | None) -> Tensor:
         """Keys kept in rank space, [B, 1 or kv_heads, T, r] -> [B, kv_heads, T, D]; tables [B or 1, T, D / 2]."""

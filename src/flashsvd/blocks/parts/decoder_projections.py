@@ -5,7 +5,7 @@ Where some are kept in rank space, the first factors of all three are one matrix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class DecoderProjections(Packed):
     ) -> None:  # fmt: skip
         super().__init__()
         self.choices = choices
-        in_rank = any(lift is not None for lift in kept)
+        self.in_rank = in_rank = any(lift is not None for lift in kept)
         layers = [smallest(layer, dtype) for layer in layers] if in_rank else layers
         self.linears = PackedLinears([first_factor(layer) for layer in layers] if in_rank else layers, dtype, choices)
         self.lifts = [
@@ -72,6 +72,23 @@ class DecoderProjections(Packed):
             lifted.append(found[i] if lift is None else lift.tokens(found[i]))
         q, k, v = lifted
         return q, k, v
+
+    def in_turn(self, x: Tensor, norm: RowNorm) -> Callable[[int], Tensor]:
+        """The same one by one, 0 for queries, 1 and 2 for keys and values, so that of many not all exist at once."""
+        if len(x) <= MOST_ROWS:
+            found: tuple[Tensor, ...] = self(x, norm)
+            return found.__getitem__
+        output: Callable[[int], Tensor]
+        if self.in_rank:
+            output = self.linears.by_products(norm(x)).split_with_sizes(self.linears.widths, 1).__getitem__
+        else:
+            output = self.linears.in_turn(norm(x))
+
+        def one(i: int) -> Tensor:
+            y, lift = output(i).view(len(x), *self.shapes[i]), self.lifts[i]
+            return y if lift is None else lift.tokens(y)
+
+        return one
 
     def _lifted_together(self, y: Tensor, found: list[Tensor], arrivals: Tensor | None) -> list[Tensor]:
         """The first of `found`, which are the columns of y."""

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead, present
-from flashsvd.blocks.parts.widths import STEP, is_on_gpu, row_width, widen
+from flashsvd.blocks.parts.widths import STEP, row_width, widen
 
 KVCache = Literal["auto", "dense", "lowrank"]
 
-# On a CPU one token attends in a rank space that heads share as quickly as in their own where that is so many times as
-# wide as one of them, by measurement of 9 to 32 heads and caches of 300 to 2,000 tokens.
+# One token attends in a rank space that heads share as quickly as in their own where that is so many times as wide as
+# one of them: on a CPU by measurement of 9 to 32 heads and caches of 300 to 2,000 tokens. On an H200 a step of LLaMA-7B
+# at half, whose heads share eight widths, takes 2.74 ms instead of 2.36 after 512 tokens, 4.16 of 3.45 after 8,192.
 SHARED_WIDTHS = 2
 # Beside keys that are rotated when they are read, a cache of transformers' keeps their position.
 POSITION_COLUMNS = STEP
@@ -134,7 +135,6 @@ def _narrower(layer: Matrices, more: int = 0) -> bool:
 def _as_quick(layer: Matrices, width: int) -> bool:
     """Whether heads of this width attend in a rank space as quickly as in their own.
 
-    All heads multiply with all columns of one that they share. On the tensor cores of a GPU that takes less time than
-    reading the columns does.
+    All heads multiply with all columns of one that they share.
     """
-    return not isinstance(layer, Joint) or is_on_gpu(layer.u) or layer.rank <= SHARED_WIDTHS * width
+    return not isinstance(layer, Joint) or layer.rank <= SHARED_WIDTHS * width

@@ -12,7 +12,7 @@ are made real numbers, for as long as the products take.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -182,6 +182,22 @@ class PackedLinears(Packed):
         for p_i, m, b, y_i, s in parts:
             product(p_i, m, b, None, y_i, s)
         return y
+
+    def in_turn(self, x: Tensor) -> Callable[[int], Tensor]:
+        """The same of layers one by one: gives the i-th one's output [n, N_i], which exists from then on only."""
+        if len(self.each):
+            return lambda i: self.each[i].by_products(x)  # type: ignore[operator]  # as above
+        if (real := self.for_products(x)) is not self:
+            return real.in_turn(x)
+        biases, scales = self.of_each(self.bias), self.of_each(self.scale)
+        if self.first is None:
+            rows = self.matrices[0].split_with_sizes(self.widths)
+            return lambda i: product(x, rows[i], biases[i], None, None)
+        p = self.ranks_by_products(x)
+        if self.blocks is not None:
+            return lambda i: self._lift_heads(p, None)
+        parts = p.split_with_sizes(self.ranks, 1)
+        return lambda i: product(parts[i], self.matrices[i], biases[i], None, None, scales[i])
 
     def ranks_by_products(self, x: Tensor) -> Tensor:
         """The rank-space activations of low-rank layers side by side, of an x as `for_products` was asked for."""
