@@ -72,7 +72,9 @@ def by_torchao(dense: Any) -> DenseInt8:
     model, plain, paths = copy.deepcopy(dense), rounded_dense(dense), _paths(dense)
     for path in paths:
         model.set_submodule(path, _linear(model.get_submodule(path)))
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, path: path in paths)
+    # What it would set of the compiler holds for all that is compiled afterwards; max-autotune tunes as much.
+    rounding = Int8WeightOnlyConfig(set_inductor_config=False)
+    quantize_(model, rounding, filter_fn=lambda _, path: path in paths)
     for path in paths:
         weight, own = model.get_submodule(path).weight, plain.get_submodule(path)
         own.weight, own.scale = nn.Parameter(weight.qdata, requires_grad=False), weight.scale.flatten().float()
