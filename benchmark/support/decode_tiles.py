@@ -18,17 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashsvd.kernels.flashsvddecode import (
-    ARRIVALS,
-    CANDIDATES,
-    MOST_OF_A_WARP,
-    WIDEST_PRODUCT,
-    DecodeLinear,
-    decode_gated,
-    decode_linear,
-    default_splits,
-    default_tiles,
-)
+from flashsvd.kernels.decode_call import ARRIVALS, DecodeLinear
+from flashsvd.kernels.decode_table import CANDIDATES, MOST_OF_A_WARP, WIDEST_PRODUCT, default_splits, default_tiles
+from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear
 from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.tiles import ThinTiles, Tiles
 from support.decode_layers import EPS, Joined, Matrix, Sizes, norm_weight

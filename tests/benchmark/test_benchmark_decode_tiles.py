@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import benchmark_decode_linears
-from flashsvd.kernels.flashsvddecode import MOST_OF_A_WARP, default_tiles
+from flashsvd.kernels.decode_table import MOST_OF_A_WARP, default_tiles
 from support import decode_tiles, harness
 from support.decode_layers import SIZES
 from support.decode_tiles import TABLE, Cell, Way, as_call, cells, jobs, summary, ways

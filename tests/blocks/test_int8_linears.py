@@ -13,7 +13,7 @@ from flashsvd.blocks.parts.linears import PackedLinears
 from flashsvd.blocks.parts.read import Int8Joint, read_matrices
 from flashsvd.blocks.parts.widths import INT8_STEP
 from flashsvd.blocks.running.choice import Choices
-from flashsvd.kernels.flashsvddecode import MOST_ROWS
+from flashsvd.kernels.decode_call import MOST_ROWS
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.build import rounded
 from flashsvd.lowrank.layers import LowRankLinear

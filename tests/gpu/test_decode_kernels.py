@@ -11,7 +11,8 @@ from torch import Tensor
 
 from decode_accuracy import Step, all_in_fp64, assert_decodes_accurately, norm_of
 from flashsvd.kernels.decode_attention import decode_attention
-from flashsvd.kernels.flashsvddecode import ARRIVALS, decode_gated, decode_linear
+from flashsvd.kernels.decode_call import ARRIVALS
+from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.launch import interpreting
 from kernel_accuracy import Operands, assert_accurate, assert_runs_accurately, on_triton

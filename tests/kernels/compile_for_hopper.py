@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from flashsvd.kernels import (
     activated_linear,
     decode_attention,
+    decode_table,
     flash_attn_rotary,
     flash_attn_triton,
     flashsvddecode,
@@ -217,7 +218,8 @@ def decode(dtype: torch.dtype, width: int) -> dict[str, int]:
     norm, integers = zeros(width), zeros(width, width, dtype=torch.int8)
 
     def linear(*call: Any) -> int:
-        with patch.object(flashsvddecode, "early_start", return_value=EARLY):
+        early = patch.object(flashsvddecode, "early_start", return_value=EARLY)
+        with early, patch.object(decode_table, "generation", return_value="hopper"):
             return shared_memory(flashsvddecode, "_decode_linear", *call)
 
     def of(n: int) -> dict[str, int]:

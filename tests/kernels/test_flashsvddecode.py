@@ -12,17 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decode_accuracy import assert_decodes_accurately, norm_of
-from flashsvd.kernels import flashsvddecode
+from flashsvd.kernels import decode_table
 from flashsvd.kernels.activations import ACTIVATIONS
-from flashsvd.kernels.flashsvddecode import (
-    ARRIVALS,
-    DecodeLinear,
-    decode_gated,
-    decode_linear,
-    default_splits,
-    default_tiles,
-    within_registers,
-)
+from flashsvd.kernels.decode_call import ARRIVALS, DecodeLinear
+from flashsvd.kernels.decode_table import default_splits, default_tiles, within_registers
+from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.tiles import ThinTiles
 from kernel_accuracy import DEVICE, DTYPES, Operands, assert_runs_accurately
@@ -219,7 +213,7 @@ def test_columns_are_shared_where_rows_do_not_fill_the_gpu(call: DecodeLinear, s
     hopper = {"multiprocessors": 132, "generation": "hopper"}
     with ExitStack() as stack:
         for name, value in hopper.items():
-            stack.enter_context(patch.object(flashsvddecode, name, return_value=value))
+            stack.enter_context(patch.object(decode_table, name, return_value=value))
         assert default_splits(call, default_tiles(call)) == splits
 
 

@@ -22,7 +22,8 @@ from flashsvd.blocks.running.refusals import (
 )
 from flashsvd.errors import BackendError
 from flashsvd.kernels.decode_attention import LARGEST_HEAD
-from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
+from flashsvd.kernels.decode_call import MOST_ROWS
+from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.launch import Backend
 from flashsvd.lowrank.joined import JoinedProjections
 

@@ -21,7 +21,7 @@ without tensor cores, more of them with. Sums without are short: each column of 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,80 +30,30 @@ from torch import Tensor
 from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.checks import check_fit, has_dims
+from flashsvd.kernels.decode_call import ARRIVALS, FEW_ROWS, MOST_ROWS, DecodeLinear
 from flashsvd.kernels.decode_steps import fetch_lines, scaled_and_shifted, statistics, walk, weight_tile
-from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh, multiprocessors
+from flashsvd.kernels.decode_table import (
+    CANDIDATES,
+    WIDE_CANDIDATES,
+    WIDEST_PRODUCT,
+    count_tiles,
+    default_splits,
+    default_tiles,
+    within_registers,
+)
+from flashsvd.kernels.launch import Backend, element_type, has_fast_tanh
 from flashsvd.kernels.op import Op, operand_names
-from flashsvd.kernels.partial_sums import check_splits, divided
+from flashsvd.kernels.partial_sums import check_splits
 from flashsvd.kernels.plans import Launch, Plan, addresses
 from flashsvd.kernels.programmatic import await_inputs, early_start
-from flashsvd.kernels.tiles import Table, ThinTiles, Tiles, TilesOption, generation
+from flashsvd.kernels.tiles import Table, Tiles, TilesOption
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
 __all__ = ["decode_gated", "decode_linear", "decode_linear_reference"]
 
 Norm = Literal["none", "rms", "layer"]
 
-MOST_ROWS = 32
-# Up to here rows are multiplied one by one, in fp32 all of them.
-FEW_ROWS = 2
-# What tensor cores take at least.
-FEWEST_HELD = 16
 MOST_MATRICES = 3
-
-
-class DecodeLinear(NamedTuple):
-    """Operands and options of a call; `splits` None for as many as fill the GPU."""
-
-    x: Tensor
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    m0: Tensor
-    m1: Tensor | None
-    m2: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    arrivals: Tensor | None
-    out: Tensor | None
-    norm: str
-    eps: float
-    activation: str
-    gated: bool
-    splits: int | None
-
-    @property
-    def matrices(self) -> list[Tensor]:
-        return [m for m in (self.m0, self.m1, self.m2) if m is not None]
-
-    @property
-    def width(self) -> int:
-        """Columns of the result."""
-        return len(self.m0) if self.gated else sum(map(len, self.matrices))
-
-    @property
-    def starts(self) -> list[int] | None:
-        """The first column of X that each matrix reads; None where the columns of X are no matrices'."""
-        columns, given = self.x.shape[-1], [m.shape[1] for m in self.matrices]
-        if all(k == columns for k in given):
-            return [0] * len(given)
-        return [sum(given[:i]) for i in range(len(given))] if sum(given) == columns else None
-
-    @property
-    def like(self) -> Tensor:
-        """An operand of the dtype of numbers that are neither sums nor integers."""
-        given = (self.m0, self.bias, self.residual, self.norm_weight, self.out, self.x)
-        return next(x for x in given if x is not None and x.is_floating_point())
-
-    @property
-    def by_tensor_cores(self) -> bool:
-        """Whether they multiply."""
-        return len(self.x) > FEW_ROWS and self.like.dtype != torch.float32
-
-    @property
-    def held_rows(self) -> int:
-        """The rows of X that a program computes, some of which may be of nobody."""
-        held = 1 << (len(self.x) - 1).bit_length()
-        return max(FEWEST_HELD, held) if self.by_tensor_cores else held
 
 
 def decode_linear_reference(
@@ -236,91 +186,6 @@ def _decode_linear(
     tl.store(place, y.to(out_ptr.dtype.element_ty), mask=m_n & m_column[None, :])
 
 
-CANDIDATES = (
-    ThinTiles(2, 4096, warps=4), ThinTiles(2, 2048, warps=4), ThinTiles(4, 2048, warps=8), ThinTiles(4, 1024, warps=4),
-    ThinTiles(4, 512, warps=2), ThinTiles(8, 1024, warps=4), ThinTiles(8, 512, warps=4), ThinTiles(16, 512, warps=8),
-    ThinTiles(16, 256, warps=2), ThinTiles(16, 256, warps=4), ThinTiles(32, 128, warps=4),
-)  # fmt: skip
-# The same by tensor cores.
-WIDE_CANDIDATES = (
-    ThinTiles(64, 256, warps=4, stages=3), ThinTiles(64, 128, warps=4, stages=5), ThinTiles(32, 256, warps=4, stages=4),
-    ThinTiles(32, 512, warps=8, stages=3), ThinTiles(16, 512, warps=4, stages=5),
-)  # fmt: skip
-# Columns of a tile for tensor cores, which read it from shared memory.
-WIDEST_PRODUCT = 512
-# Products that a program holds at once without tensor cores: as a rule, and for a warp at the most.
-TILE, MOST_OF_A_WARP = 8192, 4096
-# Programs that keep the memory of a large GPU busy, and the columns up to which many rows do so better than long ones.
-PROGRAMS, SHORT = 370, 2048
-# What another step of a walk takes, in columns.
-COLUMNS_OF_A_STEP = 200
-# By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and steps of a
-# share; and of integers, of which more must be on their way.
-RESIDENT, MOST_SPLITS, FEWEST_STEPS = 1, 8, 2
-RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8 = 6, 16, 1
-# Sums whose shares can be counted at once.
-ARRIVALS = 1024
-
-
-def default_tiles(c: DecodeLinear) -> Tiles:
-    """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits.
-
-    From `benchmark/benchmark_decode_linears.py --tiles` on an H200.
-    """
-    n, widest = len(c.x), max(m.shape[1] for m in c.matrices)
-    if c.by_tensor_cores:
-        return _by_tensor_cores(c, widest)
-    if c.held_rows > FEW_ROWS:
-        return ThinTiles(4, max(16, min(TILE // (4 * c.held_rows), _power_above(widest))), warps=4, stages=1)
-    # Of a gated network each program walks two matrices.
-    rows = 4 if c.gated else min(8, max(2, _power_below(c.width // PROGRAMS)))
-    many = c.width > 4 * SHORT and not c.gated
-    if widest > SHORT:
-        rows = min(rows, 4) if c.held_rows >= 4 else rows
-        return ThinTiles(rows, max(128, TILE // (rows * c.held_rows)), 8 if rows == 4 and n == 1 else 4, stages=1)
-    if many:
-        return ThinTiles(16, min(256, _power_above(widest)), 2 if n == 1 else 4, stages=1)
-    most = TILE // 2 // rows if n == 1 else 512
-    columns = min((most, most // 2, most // 4), key=lambda step: -(-widest // step) * (step + COLUMNS_OF_A_STEP))
-    return ThinTiles(min(rows, 8 if n == 1 else 4), min(columns, _power_above(widest)), 4 if n == 1 else 2, stages=1)
-
-
-def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
-    columns = min(256, _power_above(widest))
-    if generation(c.x.device) == "ampere":
-        return ThinTiles(16, columns, warps=2, stages=3)
-    if c.gated or c.m0.dtype == torch.int8:
-        return ThinTiles(32, columns, warps=4, stages=4)
-    rows = 64 if c.width >= SHORT or widest > SHORT else 32 if c.width >= SHORT // 2 else 16
-    return ThinTiles(rows, columns, warps=4, stages=3)
-
-
-def default_splits(c: DecodeLinear, t: Tiles) -> int:
-    """The table's programs for the columns of a tile: as many as there is room for."""
-    if c.gated or not c.by_tensor_cores:
-        return 1
-    if c.m0.dtype == torch.int8:
-        resident, most, steps = RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8
-    else:
-        resident, most, steps = RESIDENT, MOST_SPLITS, FEWEST_STEPS
-    shortest = min(m.shape[1] for m in c.matrices)
-    room = resident * multiprocessors(c.x.device) // _tiles(c, t)
-    return divided(shortest, max(1, min(most, room, shortest // (steps * t.columns))), t.columns)[0]
-
-
-def _tiles(c: DecodeLinear, t: Tiles) -> int:
-    """Of all rows."""
-    return -(-c.width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in c.matrices)
-
-
-def _power_below(size: int) -> int:
-    return 1 << max(0, size.bit_length() - 1)
-
-
-def _power_above(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _sizes(c: DecodeLinear) -> Hashable:
     shapes = tuple((m.shape, m.dtype) for m in c.matrices)
     return c.held_rows, shapes, c.norm, c.activation, c.gated, c.splits
@@ -381,19 +246,13 @@ def _prepare(c: DecodeLinear, exact: str) -> DecodeLinear:
     return c._replace(x=x, residual=residual, scale=scale, bias=bias, norm_weight=weight, norm_bias=shift)
 
 
-def within_registers(t: Tiles, held: int) -> Tiles:
-    """Tiles of so many columns at the most as programs can hold for these rows of X."""
-    most = MOST_OF_A_WARP * t.warps // (t.rows * held)
-    return ThinTiles(t.rows, max(16, min(t.columns, most)), t.warps, t.stages)
-
-
 def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     n, matrices, width = len(c.x), c.matrices, c.width
     if c.by_tensor_cores:
         t = Tiles(max(t.rows, 16), max(32, min(t.columns, WIDEST_PRODUCT)), t.warps, t.stages)
     elif n > FEW_ROWS:
         t = within_registers(t, c.held_rows)
-    programs, splits = _tiles(c, t), c.splits or default_splits(c, t)
+    programs, splits = count_tiles(c, t), c.splits or default_splits(c, t)
     if splits > 1 and programs > ARRIVALS:
         raise ValueError(f"at most {ARRIVALS} tiles of rows can be shared among programs, not {programs}")
     absent = [0] * (MOST_MATRICES - len(matrices))

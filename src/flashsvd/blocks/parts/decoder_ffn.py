@@ -16,7 +16,8 @@ from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.blocks.running.quick import QuickModule
 from flashsvd.kernels.activations import activation as activation_function
-from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_gated, decode_linear
+from flashsvd.kernels.decode_call import MOST_ROWS
+from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear
 from flashsvd.kernels.gate import gate
 from flashsvd.kernels.gated_linear import gated_linear
 

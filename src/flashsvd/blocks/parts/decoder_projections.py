@@ -16,7 +16,8 @@ from flashsvd.blocks.parts.linears import PackedLinears, smallest
 from flashsvd.blocks.parts.read import Matrices, present
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
-from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
+from flashsvd.kernels.decode_call import MOST_ROWS
+from flashsvd.kernels.flashsvddecode import decode_linear
 
 LIFTS = Operation("decoding lifts", "{} to {}, matrices {}")
 

@@ -24,7 +24,8 @@ from flashsvd.blocks.parts.read import Dense, Int8Joint, Joint, Matrices, PerHea
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.parts.widths import INT8_STEP, int8_width, row_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
-from flashsvd.kernels.flashsvddecode import MOST_ROWS, decode_linear
+from flashsvd.kernels.decode_call import MOST_ROWS
+from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.int8_rows import real_rows
 from flashsvd.lowrank.int8 import unconverted
 

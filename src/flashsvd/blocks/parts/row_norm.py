@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.norm import NORM
 from flashsvd.blocks.running.choice import Choices, Implementation
-from flashsvd.kernels.flashsvddecode import FEW_ROWS
+from flashsvd.kernels.decode_call import FEW_ROWS
 from flashsvd.kernels.fused_ln import fused_ln
 from flashsvd.kernels.rms_norm import rms_norm, rms_norm_reference
 

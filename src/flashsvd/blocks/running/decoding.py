@@ -20,7 +20,7 @@ from flashsvd.blocks.running.alone import one_at_a_time
 from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
 from flashsvd.errors import first_line
-from flashsvd.kernels.flashsvddecode import ARRIVALS
+from flashsvd.kernels.decode_call import ARRIVALS
 
 log = logging.getLogger("flashsvd")
 

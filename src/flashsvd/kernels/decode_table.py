@@ -1,0 +1,98 @@
+"""The tiles of a decoding step's products, and how many programs share their columns, as an H200 likes them."""
+
+from __future__ import annotations
+
+import torch
+
+from flashsvd.kernels.decode_call import FEW_ROWS, DecodeLinear
+from flashsvd.kernels.launch import multiprocessors
+from flashsvd.kernels.partial_sums import divided
+from flashsvd.kernels.tiles import ThinTiles, Tiles, generation
+
+CANDIDATES = (
+    ThinTiles(2, 4096, warps=4), ThinTiles(2, 2048, warps=4), ThinTiles(4, 2048, warps=8), ThinTiles(4, 1024, warps=4),
+    ThinTiles(4, 512, warps=2), ThinTiles(8, 1024, warps=4), ThinTiles(8, 512, warps=4), ThinTiles(16, 512, warps=8),
+    ThinTiles(16, 256, warps=2), ThinTiles(16, 256, warps=4), ThinTiles(32, 128, warps=4),
+)  # fmt: skip
+# The same by tensor cores.
+WIDE_CANDIDATES = (
+    ThinTiles(64, 256, warps=4, stages=3), ThinTiles(64, 128, warps=4, stages=5), ThinTiles(32, 256, warps=4, stages=4),
+    ThinTiles(32, 512, warps=8, stages=3), ThinTiles(16, 512, warps=4, stages=5),
+)  # fmt: skip
+# Columns of a tile for tensor cores, which read it from shared memory.
+WIDEST_PRODUCT = 512
+# Products that a program holds at once without tensor cores: as a rule, and for a warp at the most.
+TILE, MOST_OF_A_WARP = 8192, 4096
+# Programs that keep the memory of a large GPU busy, and the columns up to which many rows do so better than long ones.
+PROGRAMS, SHORT = 370, 2048
+# What another step of a walk takes, in columns.
+COLUMNS_OF_A_STEP = 200
+# By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and steps of a
+# share; and of integers, of which more must be on their way.
+RESIDENT, MOST_SPLITS, FEWEST_STEPS = 1, 8, 2
+RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8 = 6, 16, 1
+
+
+def default_tiles(c: DecodeLinear) -> Tiles:
+    """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits.
+
+    From `benchmark/benchmark_decode_linears.py --tiles` on an H200.
+    """
+    n, widest = len(c.x), max(m.shape[1] for m in c.matrices)
+    if c.by_tensor_cores:
+        return _by_tensor_cores(c, widest)
+    if c.held_rows > FEW_ROWS:
+        return ThinTiles(4, max(16, min(TILE // (4 * c.held_rows), _power_above(widest))), warps=4, stages=1)
+    # Of a gated network each program walks two matrices.
+    rows = 4 if c.gated else min(8, max(2, _power_below(c.width // PROGRAMS)))
+    many = c.width > 4 * SHORT and not c.gated
+    if widest > SHORT:
+        rows = min(rows, 4) if c.held_rows >= 4 else rows
+        return ThinTiles(rows, max(128, TILE // (rows * c.held_rows)), 8 if rows == 4 and n == 1 else 4, stages=1)
+    if many:
+        return ThinTiles(16, min(256, _power_above(widest)), 2 if n == 1 else 4, stages=1)
+    most = TILE // 2 // rows if n == 1 else 512
+    columns = min((most, most // 2, most // 4), key=lambda step: -(-widest // step) * (step + COLUMNS_OF_A_STEP))
+    return ThinTiles(min(rows, 8 if n == 1 else 4), min(columns, _power_above(widest)), 4 if n == 1 else 2, stages=1)
+
+
+def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
+    columns = min(256, _power_above(widest))
+    if generation(c.x.device) == "ampere":
+        return ThinTiles(16, columns, warps=2, stages=3)
+    if c.gated or c.m0.dtype == torch.int8:
+        return ThinTiles(32, columns, warps=4, stages=4)
+    rows = 64 if c.width >= SHORT or widest > SHORT else 32 if c.width >= SHORT // 2 else 16
+    return ThinTiles(rows, columns, warps=4, stages=3)
+
+
+def default_splits(c: DecodeLinear, t: Tiles) -> int:
+    """The table's programs for the columns of a tile: as many as there is room for."""
+    if c.gated or not c.by_tensor_cores:
+        return 1
+    if c.m0.dtype == torch.int8:
+        resident, most, steps = RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8
+    else:
+        resident, most, steps = RESIDENT, MOST_SPLITS, FEWEST_STEPS
+    shortest = min(m.shape[1] for m in c.matrices)
+    room = resident * multiprocessors(c.x.device) // count_tiles(c, t)
+    return divided(shortest, max(1, min(most, room, shortest // (steps * t.columns))), t.columns)[0]
+
+
+def count_tiles(c: DecodeLinear, t: Tiles) -> int:
+    """How many programs all rows take."""
+    return -(-c.width // t.rows) if c.gated else sum(-(-len(m) // t.rows) for m in c.matrices)
+
+
+def _power_below(size: int) -> int:
+    return 1 << max(0, size.bit_length() - 1)
+
+
+def _power_above(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def within_registers(t: Tiles, held: int) -> Tiles:
+    """Tiles of so many columns at the most as programs can hold for these rows of X."""
+    most = MOST_OF_A_WARP * t.warps // (t.rows * held)
+    return ThinTiles(t.rows, max(16, min(t.columns, most)), t.warps, t.stages)
