@@ -2,7 +2,8 @@
 
     y = norm(x) M^T + b,    or  y = (norm(x) U) V + b  of a low-rank layer
 
-Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 32
+Matrices lie as `nn.Linear` stores them, but on a CPU in fp32 by columns: a row times a matrix of short rows takes up to
+half of the time then. The first factors of layers that are all low-rank are one matrix. Of up to 32
 rows, a decoding step, the time is that of reading the matrices, which kernels of ours do at a launch for each factor.
 
 Factors of integers stay integers with a scale for each row. The kernels read them so; before products of many rows they
@@ -27,6 +28,7 @@ from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.decode_call import MOST_ROWS
 from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.int8_rows import real_rows
+from flashsvd.kernels.launch import use_triton
 from flashsvd.lowrank.int8 import unconverted
 
 LINEARS = Operation("decoding linears", "{} to {}, ranks {}, matrices {}")
@@ -57,7 +59,7 @@ class PackedLinears(Packed):
         self.each = nn.ModuleList()
         bias = present(torch.cat([layer.bias for layer in layers]))
         if all(isinstance(layer, Dense) for layer in layers):
-            self.keep("m0", torch.cat([layer.matrix for layer in layers], 1).T, dtype)
+            self._keep_matrix("m0", torch.cat([layer.matrix for layer in layers], 1).T, dtype)
         elif all(isinstance(layer, Int8Joint) for layer in layers):
             self._keep_integers([layer for layer in layers if isinstance(layer, Int8Joint)])
         elif all(isinstance(layer, Joint) for layer in layers):
@@ -77,9 +79,9 @@ class PackedLinears(Packed):
     def _keep_joint(self, layers: Sequence[Joint], dtype: torch.dtype) -> None:
         columns = [widen(layer.u, 1, row_width) for layer in layers]
         self.ranks = [u.shape[1] for u in columns]
-        self.keep("first", torch.cat(columns, 1).T, dtype)
+        self._keep_matrix("first", torch.cat(columns, 1).T, dtype)
         for i, layer in enumerate(layers):
-            self.keep(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
+            self._keep_matrix(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
 
     def _keep_integers(self, layers: Sequence[Int8Joint]) -> None:
         firsts = [widen(layer.first.integers, 0, int8_width, int8_width) for layer in layers]
@@ -91,13 +93,28 @@ class PackedLinears(Packed):
             self.keep(f"m{i}", widen(layer.second.integers, 1, int8_width, int8_width), torch.int8)
         self.keep("scale", torch.cat([layer.second.scale for layer in layers]), torch.float32)
 
+    def _keep_matrix(self, name: str, m: Tensor, dtype: torch.dtype) -> None:
+        """Own a matrix [N, K], which lies as products of few rows read it fastest."""
+        self.keep(name, m, dtype)
+        self._lay(name)
+
+    def _lay(self, name: str) -> None:
+        m = self._buffers.get(name)
+        if m is None or not m.is_floating_point():
+            return
+        by_columns = m.dtype == torch.float32 and not m.is_cuda and not use_triton(self.choices.backend, m)
+        setattr(self, name, m.T.contiguous().T if by_columns else m.contiguous())
+
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         with unconverted(self, "first_scale", "scale"):
-            return super()._apply(*arguments, **options)
+            super()._apply(*arguments, **options)
+        for name in ("first", *(f"m{i}" for i in range(len(self.widths)))):
+            self._lay(name)
+        return self
 
     def _keep_per_head(self, layer: PerHead, dtype: torch.dtype) -> None:
         columns = widen(layer.u, 2, row_width)
-        self.keep("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
+        self._keep_matrix("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
         self.keep("blocks", widen(layer.v, 1, row_width), dtype)
 
     @property
