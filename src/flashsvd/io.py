@@ -197,10 +197,12 @@ def round_factors(model: Any) -> None:
         ModelError: no layer has factors to round.
         BackendError: the model is optimised, so its factors are gone.
     """
-    refuse_packed(model)
+    refuse_packed(model, "rounded")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FactoredLayer)}
+    if not layers:
+        raise ModelError("the model has no factors to round; compress it first")
     if all(layer.spec().factors == "int8" for layer in layers.values()):
-        raise ModelError("the model has no factors to round; give one that `flashsvd compress --factors float` made")
+        raise ModelError("the model's factors are integers already; nothing is left to round")
     for path, layer in layers.items():
         model.set_submodule(path, rounded(layer))
     # For whatever program saves it next.

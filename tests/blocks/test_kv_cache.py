@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from blocks.test_decoders import left_padded, prompts
 from conftest import EVERY_DECODER, build_decoder, build_model, factor
 from flashsvd import optimize, round_factors
+from flashsvd.blocks.parts.few_queries import attend_few
 from flashsvd.blocks.parts.kept import KVCache, PackedLift, choose_kept
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead
 from flashsvd.blocks.parts.row_cache import with_positions, without_positions
@@ -319,12 +320,28 @@ def test_by_itself_it_keeps_what_takes_no_longer_to_attend_to() -> None:
 
 
 @pytest.mark.parametrize("kv_cache", KINDS)
-def test_factors_of_integers_are_read_as_such_and_leave_caches_dense(kv_cache: KVCache) -> None:
+def test_joint_factors_of_integers_are_read_as_such_and_leave_caches_dense(kv_cache: KVCache) -> None:
     plain = factored("llama", "joint")
     round_factors(plain)
     model = optimize(copy.deepcopy(plain), kv_cache=kv_cache)
     assert widths(model) == [(2, 16), (2, 16)]
     assert torch.equal(model.generate(prompts(), **GREEDY), plain.generate(prompts(), **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_factors_of_integers_of_each_head_are_kept_in_rank_space(name: str) -> None:
+    plain = factored(name, "per-head")
+    round_factors(plain)
+    model = optimize(copy.deepcopy(plain), kv_cache="lowrank")
+    assert all(width < 16 for _, width in widths(model))
+    assert torch.equal(model.generate(prompts(), **GREEDY), plain.generate(prompts(), **GREEDY))
+
+
+@torch.no_grad()
+def test_scores_that_half_precision_cannot_hold() -> None:
+    q = torch.full((1, 4, 1, 64), 40.0, dtype=torch.float16)
+    v = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(attend_few(q, q, v, None, 0.125), v)
 
 
 @torch.no_grad()

@@ -180,10 +180,10 @@ def test_what_was_trained_in_floats_is_rounded_afterwards(make_model: MakeModel,
     # As any other program would save it.
     model.save_pretrained(tmp_path / "by others")
     assert_same_state(load_compressed(tmp_path / "by others"), state_of(model))
-    with pytest.raises(ModelError, match="the model has no factors to round; give one that"):
+    with pytest.raises(ModelError, match="the model's factors are integers already; nothing is left to round"):
         round_factors(model)
     packed = optimize(load_compressed(tmp_path / "trained"), "torch")
-    with pytest.raises(BackendError, match="an optimised model cannot be saved"):
+    with pytest.raises(BackendError, match="an optimised model cannot be rounded"):
         round_factors(packed)
 
 

@@ -313,7 +313,7 @@ def test_options_that_cannot_be_used_are_refused_at_once(options: dict[str, Any]
     [
         ({"offload": True}, "offload=True keeps weights off a GPU, and this runs on cpu; leave it out"),
         ({"graph": "always"}, "CUDA graphs cannot run here"),
-        ({"kv_cache": "auto,lowrank"}, "bert is an encoder, which keeps no keys and values; leave out kv_cache"),
+        ({"kv_cache": "auto,lowrank"}, "kv_cache is of what is generated; add new_tokens, or leave it out"),
         ({"micro_batches": 5}, "micro-batches does not apply: a batch of 4 has no 5 parts"),
         ({"dense": "./nowhere"}, "there is no directory"),
         ({"task": "mnli"}, "mnli|premise"),

@@ -19,6 +19,7 @@ from flashsvd.evaluation.measure import PeakMemory
 from flashsvd.evaluation.result import KEYS, EvalResult
 from flashsvd.evaluation.subject import Subject, task_of
 from flashsvd.evaluation.workload import Workload, batch_shape, load_data
+from flashsvd.lowrank.int8 import dtype_text
 from flashsvd.models.found import find_model
 from flashsvd.storage.result_file import ResultFile, holds_json
 
@@ -50,7 +51,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     log.info("loading %s", config.checkpoint)
     memory = PeakMemory(device)
     model = subject.load(dtype).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, dtype_said = sum(p.numel() for p in model.parameters()), dtype_text(model)
     blocks = blocks.fuse(model)
     warmed = ""
     if blocks.backend is not None and compiles(device):
@@ -89,7 +90,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         backend=blocks.backend or PLAIN,
         why_plain=blocks.why_plain,
         device=describe_device(device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_said,
         checkpoint_dir=config.checkpoint,
         data=config.data or f"hub:{task.hub_config}",
         timestamp=timestamp(),

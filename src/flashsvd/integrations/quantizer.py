@@ -95,7 +95,7 @@ class FlashSVDQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         self.quantization_config = FlashSVDConfig.of(model, self.quantization_config.about)
         model.config.quantization_config = self.quantization_config
         check_loaded_finite(model, str(model.config.name_or_path or "the checkpoint"))
-        # Nothing here forbids casting, which integers of ours survive, or the training of what is none.
+        # transformers would forbid casting, which integers of ours survive, and the training of all that is none.
         model.is_quantized = False
         return model
 

@@ -48,12 +48,6 @@ def summed(launch: Launch, splits: int, shape: tuple[int, int]) -> Plan:
     return run
 
 
-def add_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of contiguous fp32 partial sums [S, T, r] as [T, r], added in order, in another dtype."""
-    out = torch.empty(x.shape[1:], dtype=dtype, device=x.device)
-    return plan_sum(x.shape[0], out.numel())(x, out)
-
-
 def plan_sum(count: int, size: int) -> Plan:
     """A plan that adds `count` partial sums of `size` numbers each into the memory of its second operand."""
     arguments = [*addresses("x", "out"), size]
@@ -64,11 +58,6 @@ def plan_sum(count: int, size: int) -> Plan:
         return out
 
     return run
-
-
-def add_partials_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`add_partials` in plain torch."""
-    return x.sum(0).to(dtype)
 
 
 @kernel("size")

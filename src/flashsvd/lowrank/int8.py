@@ -155,3 +155,9 @@ def scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         if isinstance(module, Int8Matrix):
             yield f"{path}.scale" if path else "scale", module.scale
+
+
+def dtype_text(model: Any) -> str:
+    """A model's dtype for people, such as `bfloat16`, and what its factors are in where that is another."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{dtype} with factors in int8" if any(scales(model)) else dtype

@@ -132,6 +132,8 @@ class ProfileConfig(Config):
                     raise ConfigError(
                         f"{given} is for the variant fused, which {left_out} leaves out; leave out one of them"
                     )
+        if self.new_tokens is None and self.kv_caches() != ("auto",):
+            raise ConfigError("--kv-cache is of what is generated; add --new-tokens, or leave it out")
 
     def variant_names(self) -> tuple[str, ...]:
         """The variants to measure, in the order of `VARIANTS`.

@@ -223,7 +223,7 @@ class ProfileResult:
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if row.dtype))
         drawn = "" if self.seed is None else f" drawn by seed {self.seed}"
         fused = [row for row in self.rows if row.variant in ON_BLOCKS and row.status == "ok"]
-        options = "".join(f", {row.variant} by {self.backend}{_graphs_of(row, self.graph)}" for row in fused)
+        options = "".join(f", {row.label} by {self.backend}{_graphs_of(row, self.graph)}" for row in fused)
         options += ", weights offloaded" * self.offload
         samples = f"{counted(self.num_eval_samples, 'sample')} of {self.data}{drawn}"
         return (

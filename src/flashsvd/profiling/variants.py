@@ -14,7 +14,7 @@ from flashsvd.errors import BackendError, ConfigError
 from flashsvd.evaluation.subject import Subject
 from flashsvd.evaluation.workload import Workload
 from flashsvd.io import round_factors
-from flashsvd.lowrank.int8 import scales
+from flashsvd.lowrank.int8 import dtype_text
 from flashsvd.profiling.config import ON_BLOCKS
 from flashsvd.profiling.memory import make_resident, parameter_count, step_bytes, weight_bytes
 
@@ -81,8 +81,7 @@ def prepare(name: str, subject: Subject, setting: Setting) -> Ready:
     model = subject.load(setting.dtype)
     if name == "int8":
         round_factors(model)
-    parameters, dtype = parameter_count(model), str(model.dtype).removeprefix("torch.")
-    dtype += " with factors in int8" if any(scales(model)) else ""
+    parameters, dtype = parameter_count(model), dtype_text(model)
     read = step_bytes(model)
     if setting.offload:
         size = weight_bytes(model)

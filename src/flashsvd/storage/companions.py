@@ -88,11 +88,6 @@ def find_tokenizer(source: str) -> Companions:
     return Companions(_tokenizer_files(_Finder(source), source))
 
 
-def has_tokenizer_files(directory: Path) -> bool:
-    """Whether any file of a tokenizer lies in a directory."""
-    return any((directory / name).is_file() for name in tokenizer_names(directory))
-
-
 def find_pointer(directory: Path) -> Path | None:
     """A file of the tokenizer in a directory that is a git-lfs pointer; None where none is."""
     files = (directory / name for name in tokenizer_names(directory))

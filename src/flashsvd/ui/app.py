@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import os
 import sys
@@ -26,6 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve the page until it is interrupted; returns the exit code."""
     command = cli.Command("compress, train and measure models in a browser", add_page_arguments, _run)
     return cli.run(command, sys.argv[1:] if arguments is None else arguments, prog="flashsvd-ui")
+
+
+def console() -> NoReturn:
+    """`flashsvd-ui`. The process ends with its threads that serve: were only the interpreter to end, code outside it
+    would abort."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,39 +87,27 @@ def _check_address(host: str, port: int, has_auth: bool) -> None:
 
 def _serve(root: Root, host: str, port: int, hosts: Hosts, auth: tuple[str, str] | None) -> None:
     sockets = listen(host, port)
-    downloads = Downloads()
-    atexit.register(downloads.close)
-    # Read when gradio is imported: it would ask its makers whether it is the newest, and tell them that it is used.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    # So that it hands out the downloads as they are.
-    os.environ["GRADIO_TEMP_DIR"] = str(downloads.path)
-    from flashsvd.ui import server
-    from flashsvd.ui.machine import Machine
-    from flashsvd.ui.page import Site, build_page
-    from flashsvd.ui.visitors import Visitors
+    with contextlib.ExitStack() as held:
+        downloads = held.enter_context(contextlib.closing(Downloads()))
+        # Read when gradio is imported: it would ask its makers whether it is the newest, and tell them that it is used.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        # So that it hands out the downloads as they are.
+        os.environ["GRADIO_TEMP_DIR"] = str(downloads.path)
+        from flashsvd.ui import server
+        from flashsvd.ui.machine import Machine
+        from flashsvd.ui.page import Site, build_page
+        from flashsvd.ui.visitors import Visitors
 
-    machine, visitors = Machine(), Visitors()
-    atexit.register(machine.close)
-    page = build_page(Site(root, machine, downloads, visitors))
-    machine.prepare()
-    server.start(server.application(page, visitors, hosts, auth), sockets)
-    print(f"flashsvd is at {to_open(host, port)} (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
-    # Not the server: it would wait for visitors whose connections stay open.
-    machine.close()
-    downloads.close()
-    _leave()
-
-
-def _leave() -> NoReturn:
-    """End the process with its threads that serve: were only the interpreter to end, code outside it would abort."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(0)
+        # Not the server: it would wait for visitors whose connections stay open.
+        machine, visitors = held.enter_context(contextlib.closing(Machine())), Visitors()
+        page = build_page(Site(root, machine, downloads, visitors))
+        machine.prepare()
+        server.start(server.application(page, visitors, hosts, auth), sockets)
+        print(f"flashsvd is at {to_open(host, port)} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -19,8 +19,9 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         [B, heads, S, w_v]; zeros of a query that attends to nothing.
     """
     batch, heads, length, _ = q.shape
-    if q.is_cuda:
-        # Scores of half precision would lose what SDPA keeps. On a CPU that takes longer than the products.
+    if q.is_cuda or q.dtype == torch.float16:
+        # Scores of half precision would lose what SDPA keeps, and those of fp16 overflow. On a CPU the conversion takes
+        # longer than the products.
         exact = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(exact), k.to(exact)
     queries = q.reshape(batch * k.shape[1], -1, q.shape[-1])

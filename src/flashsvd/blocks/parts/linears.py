@@ -153,6 +153,7 @@ class PackedLinears(Packed):
             arrivals: as `decode_linear` has them.
         """
         if len(self.each):
+            assert residual is None
             return torch.cat([part.by_kernels(x, norm, arrivals=arrivals) for part in self.each], 1)  # type: ignore[operator]  # torch takes attributes of modules for tensors or modules
         options: dict[str, Any] = {}
         if norm is not None:
@@ -181,6 +182,7 @@ class PackedLinears(Packed):
             out: where to write, [n, N].
         """
         if len(self.each):
+            assert residual is None
             return torch.cat([part.by_products(x) for part in self.each], 1, out=out)  # type: ignore[operator]  # as above
         if (real := self.for_products(x)) is not self:
             return real.by_products(x, residual, out)

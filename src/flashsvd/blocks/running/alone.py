@@ -28,6 +28,8 @@ class Alone:
 
 
 # Measuring, and capturing a graph, at whose beginning torch waits for the whole device, which nobody may do in the
-# middle of another capture. A capture measures what it comes upon first. Other threads' forwards go on. Whoever takes
-# this and a model's own lock takes this first: within it a model's forward may come upon another model, and its lock.
+# middle of another capture. A capture measures what it comes upon first. Other threads' forwards go on. Within it
+# a model's forward may come upon another model, and its lock. So whoever takes this and an encoder's lock takes this
+# first; a decoder's lock is held for whole generations, and whoever holds this does not wait for its turn to
+# generate.
 one_at_a_time = Alone()

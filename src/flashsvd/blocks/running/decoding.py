@@ -231,6 +231,9 @@ class Decoder:
             except torch.OutOfMemoryError as error:
                 log.warning("generation goes on without CUDA graphs: %s", first_line(error))
                 self.in_graphs, self._pool = False, None
+                # What those hold is wanted now.
+                self._graphs.clear()
+                self._prompts.clear()
                 return None
             self._pool = graph.pool()
         return graph, result

@@ -71,11 +71,15 @@ class HalfPacked(PackedModel):
         )
 
 
-def refuse_packed(model: nn.Module) -> None:
-    """Raises BackendError where a model was packed, wholly or in part."""
+def refuse_packed(model: nn.Module, what: str = "saved") -> None:
+    """Raises BackendError where a model was packed, wholly or in part.
+
+    Args:
+        what: cannot be done with it, as a participle.
+    """
     for module in model.modules():
         if isinstance(module, PackedModule):
-            module._refuse("saved")
+            module._refuse(what)
 
 
 def refuse_half_packed(model: nn.Module) -> None:
