@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-GPU_BENCHMARKS := classifier decode decode_attention decode_linears flashsvdattn_ranks flashsvdffn long_context_attn long_context_ffn rank_space_cache launch
+GPU_BENCHMARKS := classifier decode decode_attention decode_linears flashsvdattn_ranks flashsvdffn long_context_attn long_context_decoder_attn long_context_decoder_ffn long_context_ffn launch
 # A process of pytest for each core. One that has nothing left to do takes tests over from another.
 PARALLEL ?= -n logical --maxprocesses=8 --dist=worksteal
 export HF_HUB_OFFLINE ?= 1

@@ -37,7 +37,8 @@ SCRIPTS = {
     "flashsvdffn": ["--without", "compiled"],
     "long_context_attn": ["--only", "full,rope-window", "--without", "compiled"],
     "long_context_ffn": ["--without", "compiled"],
-    "rank_space_cache": [],
+    "long_context_decoder_attn": [],
+    "long_context_decoder_ffn": ["--without", "compiled"],
 }
 
 

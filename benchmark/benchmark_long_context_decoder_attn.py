@@ -1,12 +1,12 @@
 """Attention of one decoding step over dense caches, and over ones that keep keys or values in rank space.
 
-    python benchmark/benchmark_rank_space_cache.py [--only llama-7b,gpt2] [--variants shared]
+    python benchmark/benchmark_long_context_decoder_attn.py [--only llama-7b,gpt2] [--variants shared]
 
-Ranks are those of half the parameters. Caches of 512, 2,048 and 8,192 keys, for 1 and 8 rows, one for each of as many
-layers as make dense ones come from memory, in one CUDA graph; a time is that of one layer, and TB/s count what is kept
-of the keys and values that are attended to. `values` are kept so alone, beside dense keys, as `kv_cache="auto"` does
-where keys are rotated; `both` lifts and rotates keys as well (`lowrank`), or where nothing rotates them reads them as
-they are. What is lifted once a token, and not once a key, is left out, as it is of dense caches.
+Ranks are those of half the parameters. Caches of 512 to 32,768 keys for one row and to 8,192 for 8, one for each of as
+many layers as make dense ones come from memory, in one CUDA graph; a time is that of one layer, and TB/s count what is
+kept of the keys and values that are attended to. `values` are kept so alone, beside dense keys, as `kv_cache="auto"`
+does per head where keys are rotated; `both` lifts and rotates keys as well (`lowrank`), or where nothing rotates them
+reads them as they are. What is lifted once a token, and not once a key, is left out, as it is of dense caches.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from support.plot import lines
 HIDDEN = {"llama-7b": 4096, "llama-3-8b": 4096, "smollm2": 576, "gpt2": 768}
 DENSE = "dense"
 KEEP = 0.5
+LENGTHS = (512, 2048, 8192, 32768)
 # Columns that ranks are stored in multiples of.
 STEP = 8
 
@@ -49,7 +50,7 @@ class Form:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(__doc__, arguments)
-    file, rows = run("benchmark_rank_space_cache", cases(settings), settings)
+    file, rows = run("benchmark_long_context_decoder_attn", cases(settings), settings)
     lines(file, "keys", ("n",))
     finish(rows)
 
@@ -58,7 +59,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for name, of in (TINY if settings.sizes == "tiny" else MODELS).items():
         hidden = of.heads * of.width if settings.sizes == "tiny" else HIDDEN[name]
         for n in settings.pick((1, 8), (1,), (2,)):
-            for keys in settings.pick((512, 2048, 8192), (512, 8192), (5,)):
+            for keys in settings.pick(LENGTHS if n == 1 else LENGTHS[:3], (512, 8192), (5,)):
                 build = partial(variants, of, forms(of, hidden), n, keys)
                 yield Case(name, {"n": n, "keys": keys}, build, (DENSE,), per_call=layers(of, n, keys, settings))
 
