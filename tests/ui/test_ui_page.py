@@ -105,7 +105,8 @@ def seconds_to_load(chromium: Any, address: str) -> float:
 
 
 def test_a_model_is_compressed_while_one_watches_and_its_files_are_downloaded(visit: Visit) -> None:
-    visit.fill("compress", model="dense", task="sst2", rank="4", output="small")
+    # Of a method that takes a while for each layer, so that there is something to watch.
+    visit.fill("compress", model="dense", method="adasvd", task="sst2", rank="4", calib_data="data", output="small")
     visit.start("compress")
     visit.state("compress").get_by_role("progressbar").wait_for(timeout=PATIENCE)
     visit.done("compress")

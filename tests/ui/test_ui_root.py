@@ -18,7 +18,7 @@ from flashsvd.ui.root import Root
 
 CONFIGS = (CompressConfig, EvalConfig, FinetuneConfig, ProfileConfig)
 # Text that names no file. A new option is on this list, has choices, or says in its own field what path it is.
-NO_PATHS = {"method", "task", "adasvd_base", "device", "freeze", "variants"}
+NO_PATHS = {"method", "task", "adasvd_base", "device", "freeze", "variants", "kv_cache"}
 OUTSIDE = r"lies outside of .*, the directory that this page may use; name one inside of it"
 LEADS_OUT = r"holds the link .*, which leads out of"
 
