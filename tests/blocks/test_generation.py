@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from blocks.test_decoders import left_padded, pair, prompts
@@ -274,6 +275,15 @@ class UntilLonger(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.most)
+
+
+def test_an_id_that_ends_by_a_criterion_of_the_callers(loops: list[Any]) -> None:
+    plain, model = pair("llama")
+    end = generate(plain, prompts())[0, -4]
+    criteria = StoppingCriteriaList([EosTokenCriteria(end)])
+    options = {"stopping_criteria": criteria, "eos_token_id": 63, "pad_token_id": 0}
+    assert torch.equal(generate(model, prompts(), **options), generate(plain, prompts(), **options))
+    assert int(end) in loops[0].ends
 
 
 def test_criteria_of_the_callers_are_asked_after_every_token(loops: list[Any]) -> None:

@@ -276,7 +276,8 @@ def request_of(
     first, facts = layout
     pad = config._pad_token_tensor
     tensors = [torch.as_tensor(c.eos_token_id) for c in criteria if type(c) is EosTokenCriteria]
-    (fits, padded), pads, ends = read_at_once(facts, pad, torch.cat(tensors) if tensors else None)
+    (fits, padded), pads, *found = read_at_once(facts, pad, *tensors)
+    ends = list(itertools.chain.from_iterable(found))
     if not fits or len(ends) > MOST_ENDS or (ends and pad is None):
         return None
     return Request(
