@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 # Milliseconds to wait for what takes seconds, on a machine that has other things to do.
 PATIENCE = 120_000
+# Milliseconds that people take from a tab to the first letter in one of its fields.
+REACTION = 300
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Visit:
     root: Path
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    typed: dict[str, str] = field(default_factory=dict)
 
     def open(self, address: str) -> None:
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -40,16 +43,25 @@ class Visit:
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
+        self.page.wait_for_timeout(REACTION)
 
     def fill(self, tab: str, **values: str) -> None:
         for name, value in values.items():
-            place = self.page.locator(f"#{tab}-{name.replace('_', '-')}").locator("input, textarea").first
+            widget = f"#{tab}-{name.replace('_', '-')}"
+            place = self._place(widget)
             place.fill(value)
             if place.get_attribute("role") == "combobox":
                 place.press("Enter")
+            self.typed[widget] = value
 
     def start(self, tab: str) -> None:
+        """Press the button, before which all that was typed must still be there."""
+        mine = {widget: value for widget, value in self.typed.items() if widget.startswith(f"#{tab}-")}
+        assert {widget: self._place(widget).input_value() for widget in mine} == mine
         self.page.locator(f"#{tab}-start").click()
+
+    def _place(self, widget: str) -> Any:
+        return self.page.locator(widget).locator("input, textarea").first
 
     def can_start(self, tab: str) -> None:
         """Whether the buttons are as in the beginning; those follow the state, but not at the same moment."""
