@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashsvd.blocks.parts.products import linear
 from flashsvd.blocks.parts.read import check_linear
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
@@ -127,7 +127,7 @@ def head_of(model: Any, last_norm: Any, choices: Choices) -> Callable[[Tensor], 
                 rows, options = norm.before(x)
                 return decode_linear(rows, head.weight, head.bias, backend="triton", **options)
             n = norm(x)
-            result: Tensor = F.linear(n, head.weight, head.bias) if plain else head(n)
+            result: Tensor = linear(n, head.weight, head.bias) if plain else head(n)
             return result
 
         if x.shape[0] > MOST_ROWS or not plain:

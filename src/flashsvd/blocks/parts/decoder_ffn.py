@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flashsvd.blocks.parts.linears import PackedLinears, product
+from flashsvd.blocks.parts.linears import PackedLinears, scaled
+from flashsvd.blocks.parts.products import linear
 from flashsvd.blocks.parts.read import Activation, Matrices
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
@@ -122,11 +123,11 @@ class PackedDecoderFFN(QuickModule):
             if implementation == "triton":
                 return gated_linear(p_g, p_u, v_g, v_u, b_g, b_u, activation=activation, backend="triton")
             if not p.is_cuda:
-                lifted, up = product(p_g, v_g, b_g, None, None, s_g), product(p_u, v_u, b_u, None, None, s_u)
+                lifted, up = scaled(p_g, v_g, b_g, scale=s_g), scaled(p_u, v_u, b_u, scale=s_u)
                 return activation_function(activation)(lifted).mul_(up)
             y = p.new_empty(len(p), 2 * self.inner)
             for p_i, m, b, y_i in zip((p_g, p_u), (v_g, v_u), (b_g, b_u), y.chunk(2, 1), strict=True):
-                torch.mm(p_i, m.T, out=y_i) if b is None else torch.addmm(b, p_i, m.T, out=y_i)
+                linear(p_i, m, b, out=y_i)
             return self._activate(y)
 
         return run(self.choices.pick(LIFTS, (*first.ranks, self.inner), p, run))

@@ -9,6 +9,7 @@ from flashsvd.blocks.parts.buffers import Packed
 from flashsvd.blocks.parts.chunks import materialised_parts
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
+from flashsvd.blocks.parts.products import linear, product
 from flashsvd.blocks.parts.read import Activation, Dense, Joint
 from flashsvd.blocks.parts.widths import core_width, widen
 from flashsvd.blocks.running.choice import Choices, Implementation, Operation
@@ -61,7 +62,7 @@ class PackedFFN(Packed):
         self.norm = PackedNorm(norm, dtype, choices, shift=second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = x if self.u1 is None else x @ self.u1
+        p = x if self.u1 is None else product(x, self.u1)
         picked = self._pick(p)
         for part, rows in zip(materialised_parts(p, picked), materialised_parts(x, picked), strict=True):
             self.output(self._core(part, picked), rows)
@@ -87,14 +88,14 @@ class PackedFFN(Packed):
             assert isinstance(self.activation, str)
             return flashsvd_ffn_v1(p, self.w1, self.b1, self.u2, activation=self.activation, backend="triton")
         h = self._activated(p, implementation)
-        return h if self.u2 is None else h @ self.u2
+        return h if self.u2 is None else product(h, self.u2)
 
     def _activated(self, p: Tensor, implementation: Implementation) -> Tensor:
         if not isinstance(self.activation, str):
-            return self.activation(torch.addmm(self.b1, p, self.w1.T))
+            return self.activation(linear(p, self.w1, self.b1))
         if implementation == "products":
             return activated_linear(p, self.w1, self.b1, activation=self.activation, backend="triton")
-        return IN_PLACE[self.activation](torch.addmm(self.b1, p, self.w1.T))
+        return IN_PLACE[self.activation](linear(p, self.w1, self.b1))
 
 
 def can_walk(activation: Activation, *ranks: int) -> bool:

@@ -6,7 +6,6 @@ Any of the matrices may be low-rank or dense.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
@@ -14,6 +13,7 @@ from flashsvd.blocks.parts.chunks import equal_parts, materialised_parts, pre_ln
 from flashsvd.blocks.parts.ffn import can_walk
 from flashsvd.blocks.parts.norm import PackedNorm
 from flashsvd.blocks.parts.output import PackedResidual
+from flashsvd.blocks.parts.products import linear, product
 from flashsvd.blocks.parts.projections import PackedProjections, Projection
 from flashsvd.blocks.parts.read import Activation, Dense, Joint, present
 from flashsvd.blocks.parts.widths import gated_width, widen
@@ -81,7 +81,7 @@ class PackedGatedFFN(Packed):
         # Meanwhile a token takes its norm, its two ranks, and the second layer's.
         width = x.shape[1] + self.u.shape[1] + (0 if self.u2 is None else self.u2.shape[1])
         for rows in equal_parts(x, pre_ln_chunk_tokens(x, width)):
-            p = self.norm(rows) @ self.u
+            p = product(self.norm(rows), self.u)
             picked = self._pick(p)
             for part, target in zip(materialised_parts(p, picked), materialised_parts(rows, picked), strict=True):
                 self.output(self._core(part, picked), target)
@@ -103,13 +103,14 @@ class PackedGatedFFN(Packed):
         p_a, p_g = p.split_with_sizes((self.v_a.shape[1], self.v_g.shape[1]), 1)
         lifts = (p_a, p_g, self.v_a, self.v_g)
         if implementation == "torch":
-            h = IN_PLACE[self.activation](F.linear(p_a, self.v_a, self.b_a)).mul_(F.linear(p_g, self.v_g, self.b_g))
+            h = IN_PLACE[self.activation](linear(p_a, self.v_a, self.b_a))
+            h.mul_(linear(p_g, self.v_g, self.b_g))
         elif implementation == "products":
             h = gated_linear(*lifts, self.b_a, self.b_g, activation=self.activation, backend="triton")
         else:
             assert self.u2 is not None
             return self._walk(*lifts, self.u2, self.activation)
-        return h if self.u2 is None else h @ self.u2
+        return h if self.u2 is None else product(h, self.u2)
 
     def _walk(self, p_a: Tensor, p_g: Tensor, v_a: Tensor, v_g: Tensor, u2: Tensor, activation: str) -> Tensor:
         return flashsvd_geglu(p_a, p_g, v_a, v_g, u2, self.b_a, self.b_g, activation=activation, backend="triton")
@@ -118,4 +119,4 @@ class PackedGatedFFN(Packed):
         act = IN_PLACE[self.activation] if isinstance(self.activation, str) else self.activation
         activated, gate = self.first.project(n).chunk(2, dim=1)
         h = act(activated).mul_(gate)
-        return h if self.u2 is None else h @ self.u2
+        return h if self.u2 is None else product(h, self.u2)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.products import linear, products
 from flashsvd.blocks.parts.read import Dense, Joint, Matrices, PerHead, present
 from flashsvd.blocks.parts.widths import STEP, row_width, widen
 
@@ -60,8 +60,9 @@ class PackedLift(Packed):
         """P [B, 1 or heads, T, r] -> [B, heads, T, D]."""
         bias = self.bias
         if self.shared:
-            lifted = F.linear(p[:, 0], self.matrix, None if bias is None else bias.flatten())
-            return lifted.view(*p[:, 0].shape[:2], len(self.weight), -1).transpose(1, 2)
+            rows = p[:, 0].reshape(-1, p.shape[-1])
+            lifted = linear(rows, self.matrix, None if bias is None else bias.flatten())
+            return lifted.view(len(p), p.shape[2], len(self.weight), -1).transpose(1, 2)
         lifted = torch.matmul(p, self.weight.mT)
         return lifted if bias is None else lifted.add_(bias[:, None])
 
@@ -71,7 +72,7 @@ class PackedLift(Packed):
             lifted: Tensor = self(p.transpose(0, 1)[None])
             return lifted[0].transpose(0, 1)
         y = p.new_empty(len(p), *self.weight.shape[:2])
-        torch.bmm(p.transpose(0, 1), self.weight.mT, out=y.transpose(0, 1))
+        products(p, self.weight.mT, y)
         return y if self.bias is None else y.add_(self.bias)
 
     def absorb(self, q: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
     y = norm(x) M^T + b,    or  y = (norm(x) U) V + b  of a low-rank layer
 
-Matrices lie as `nn.Linear` stores them, but on a CPU in fp32 by columns: a row times a matrix of short rows takes up to
-half of the time then. The first factors of layers that are all low-rank are one matrix. Of up to 32
+Matrices lie as `nn.Linear` stores them. The first factors of layers that are all low-rank are one matrix. Of up to 32
 rows, a decoding step, the time is that of reading the matrices, which kernels of ours do at a launch for each factor.
 
 Factors of integers stay integers with a scale for each row. The kernels read them so; before products of many rows they
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.products import linear, products
 from flashsvd.blocks.parts.read import Dense, Int8Joint, Joint, Matrices, PerHead, present
 from flashsvd.blocks.parts.row_norm import RowNorm
 from flashsvd.blocks.parts.widths import INT8_STEP, int8_width, row_width, widen
@@ -28,7 +28,6 @@ from flashsvd.blocks.running.choice import Choices, Implementation, Operation
 from flashsvd.kernels.decode_call import MOST_ROWS
 from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.int8_rows import real_rows
-from flashsvd.kernels.launch import use_triton
 from flashsvd.lowrank.int8 import unconverted
 
 LINEARS = Operation("decoding linears", "{} to {}, ranks {}, matrices {}")
@@ -59,7 +58,7 @@ class PackedLinears(Packed):
         self.each = nn.ModuleList()
         bias = present(torch.cat([layer.bias for layer in layers]))
         if all(isinstance(layer, Dense) for layer in layers):
-            self._keep_matrix("m0", torch.cat([layer.matrix for layer in layers], 1).T, dtype)
+            self.keep("m0", torch.cat([layer.matrix for layer in layers], 1).T, dtype)
         elif all(isinstance(layer, Int8Joint) for layer in layers):
             self._keep_integers([layer for layer in layers if isinstance(layer, Int8Joint)])
         elif all(isinstance(layer, Joint) for layer in layers):
@@ -79,9 +78,9 @@ class PackedLinears(Packed):
     def _keep_joint(self, layers: Sequence[Joint], dtype: torch.dtype) -> None:
         columns = [widen(layer.u, 1, row_width) for layer in layers]
         self.ranks = [u.shape[1] for u in columns]
-        self._keep_matrix("first", torch.cat(columns, 1).T, dtype)
+        self.keep("first", torch.cat(columns, 1).T, dtype)
         for i, layer in enumerate(layers):
-            self._keep_matrix(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
+            self.keep(f"m{i}", widen(layer.v, 0, row_width).T, dtype)
 
     def _keep_integers(self, layers: Sequence[Int8Joint]) -> None:
         firsts = [widen(layer.first.integers, 0, int8_width, int8_width) for layer in layers]
@@ -93,28 +92,14 @@ class PackedLinears(Packed):
             self.keep(f"m{i}", widen(layer.second.integers, 1, int8_width, int8_width), torch.int8)
         self.keep("scale", torch.cat([layer.second.scale for layer in layers]), torch.float32)
 
-    def _keep_matrix(self, name: str, m: Tensor, dtype: torch.dtype) -> None:
-        """Own a matrix [N, K], which lies as products of few rows read it fastest."""
-        self.keep(name, m, dtype)
-        self._lay(name)
-
-    def _lay(self, name: str) -> None:
-        m = self._buffers.get(name)
-        if m is None or not m.is_floating_point():
-            return
-        by_columns = m.dtype == torch.float32 and not m.is_cuda and not use_triton(self.choices.backend, m)
-        setattr(self, name, m.T.contiguous().T if by_columns else m.contiguous())
-
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         with unconverted(self, "first_scale", "scale"):
             super()._apply(*arguments, **options)
-        for name in ("first", *(f"m{i}" for i in range(len(self.widths)))):
-            self._lay(name)
         return self
 
     def _keep_per_head(self, layer: PerHead, dtype: torch.dtype) -> None:
         columns = widen(layer.u, 2, row_width)
-        self._keep_matrix("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
+        self.keep("first", columns.permute(0, 2, 1).flatten(0, 1), dtype)
         self.keep("blocks", widen(layer.v, 1, row_width), dtype)
 
     @property
@@ -187,12 +172,12 @@ class PackedLinears(Packed):
         if (real := self.for_products(x)) is not self:
             return real.by_products(x, residual, out)
         if self.first is None:
-            return product(x, self.matrices[0], self.bias, residual, out)
+            return scaled(x, self.matrices[0], self.bias, residual, out)
         p = self.ranks_by_products(x)
         if self.blocks is not None:
             return self._lift_heads(p, residual)
         if len(self.widths) == 1:
-            return product(p, self.matrices[0], self.bias, residual, out, self.scale)
+            return scaled(p, self.matrices[0], self.bias, residual, out, self.scale)
         y = x.new_empty(len(x), sum(self.widths)) if out is None else out
         biases, scales = self.of_each(self.bias), self.of_each(self.scale)
         parts = zip(
@@ -200,7 +185,7 @@ class PackedLinears(Packed):
             strict=True,
         )  # fmt: skip
         for p_i, m, b, y_i, s in parts:
-            product(p_i, m, b, None, y_i, s)
+            scaled(p_i, m, b, None, y_i, s)
         return y
 
     def in_turn(self, x: Tensor) -> Callable[[int], Tensor]:
@@ -212,17 +197,17 @@ class PackedLinears(Packed):
         biases, scales = self.of_each(self.bias), self.of_each(self.scale)
         if self.first is None:
             rows = self.matrices[0].split_with_sizes(self.widths)
-            return lambda i: product(x, rows[i], biases[i], None, None)
+            return lambda i: scaled(x, rows[i], biases[i])
         p = self.ranks_by_products(x)
         if self.blocks is not None:
             return lambda i: self._lift_heads(p, None)
         parts = p.split_with_sizes(self.ranks, 1)
-        return lambda i: product(parts[i], self.matrices[i], biases[i], None, None, scales[i])
+        return lambda i: scaled(parts[i], self.matrices[i], biases[i], scale=scales[i])
 
     def ranks_by_products(self, x: Tensor) -> Tensor:
         """The rank-space activations of low-rank layers side by side, of an x as `for_products` was asked for."""
         assert self.first is not None
-        return F.linear(x, self.first) if self.first_scale is None else _by_integers(x, self.first, self.first_scale)
+        return scaled(x, self.first, scale=self.first_scale)
 
     def of_each(self, numbers: Tensor | None) -> Sequence[Tensor | None]:
         """Numbers [N] of all outputs as those of each layer."""
@@ -247,29 +232,25 @@ class PackedLinears(Packed):
         assert blocks is not None
         heads, rank, width = blocks.shape
         y = p.new_empty(len(p), heads, width)
-        torch.bmm(p.view(len(p), heads, rank).transpose(0, 1), blocks, out=y.transpose(0, 1))
-        y = y.flatten(1)
+        y = products(p.view(len(p), heads, rank), blocks, y).flatten(1)
         y = y if self.bias is None else y.add_(self.bias)
         return y if residual is None else y.add_(residual)
 
 
-def product(
-    x: Tensor, m: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None, scale: Tensor | None = None
-) -> Tensor:
+def scaled(
+    x: Tensor, m: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x M^T + bias + residual, M [N, K].
 
     Args:
         scale: [N], of an M that is integers, which goes with few rows on a CPU.
     """
-    if not x.is_cuda and len(x) <= MOST_ROWS:
-        # Of few rows a CPU computes this in two thirds of the time that it needs for `mm` and `addmm`.
-        y = F.linear(x, m, bias) if scale is None else _by_integers(x, m, scale, bias)
-        y = y if residual is None else y.add_(residual)
-        return y if out is None else out.copy_(y)
-    if residual is None:
-        return torch.mm(x, m.T, out=out) if bias is None else torch.addmm(bias, x, m.T, out=out)
-    y = torch.addmm(residual, x, m.T, out=out)
-    return y if bias is None else y.add_(bias)
+    if scale is None:
+        return linear(x, m, bias, residual, out)
+    y = _by_integers(x, m, scale, bias)
+    y = y if residual is None else y.add_(residual)
+    return y if out is None else out.copy_(y)
 
 
 def _by_integers(x: Tensor, m: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -282,7 +263,7 @@ def _by_integers(x: Tensor, m: Tensor, scale: Tensor, bias: Tensor | None = None
         # Sums of whole numbers may be too large for it.
         y = F.linear(x, real_rows(m, scale, x.dtype))
     else:
-        y = F.linear(x, m.to(x.dtype)).mul_(scale)
+        y = linear(x, m.to(x.dtype)).mul_(scale)
     return y if bias is None else y.add_(bias)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.products import product
 from flashsvd.blocks.parts.projections import faster_as_one
 from flashsvd.blocks.parts.qkv import ValueLift
 from flashsvd.blocks.parts.read import Dense, Joint, present
@@ -29,10 +30,7 @@ class PackedResidual(Packed):
         self.keep("bias", None if bias is None else present(bias), dtype)
 
     def forward(self, a: Tensor, residual: Tensor) -> None:
-        torch.addmm(residual, a if self.m1 is None else a @ self.m1, self.m2, out=residual)
-        # A product that adds has no place for it.
-        if self.bias is not None:
-            residual += self.bias
+        product(a if self.m1 is None else product(a, self.m1), self.m2, self.bias, residual, out=residual)
 
 
 # A single product into the residual is faster for more ranks than three into heads, whose lifts run as one batch.

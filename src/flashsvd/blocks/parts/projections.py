@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.products import product, products
 from flashsvd.blocks.parts.read import Dense, Joint
 from flashsvd.blocks.parts.widths import widen
 
@@ -117,9 +118,9 @@ class PackedProjections(Packed):
             thin = _within(x, sum(self.ranks), room)
             product(x, self.matrix, self._buffers["ones"], out=thin)
             thin = thin.view(len(x), len(self.ranks), self.ranks[0])
-            torch.bmm(thin.transpose(0, 1), self.lifts, out=out.view(len(x), *self.lifts.shape[::2]).transpose(0, 1))
+            products(thin, self.lifts, out.view(len(x), *self.lifts.shape[::2]))
             return out
-        each = (x @ self.matrix).split_with_sizes(self.ranks, 1)
+        each = product(x, self.matrix).split_with_sizes(self.ranks, 1)
         for i, (p, y) in enumerate(zip(each, out.split_with_sizes(self.widths, 1), strict=True)):
             lift = self._buffers[f"lift_{i}"]
             assert lift is not None
@@ -130,11 +131,6 @@ class PackedProjections(Packed):
 def _within(x: Tensor, width: int, room: int) -> Tensor:
     """Memory for [T, width], in a block of at least [T, room], which is free for that afterwards."""
     return x.new_empty(len(x) * max(width, room))[: len(x) * width].view(len(x), width)
-
-
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x matrix + bias."""
-    return torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
 
 
 def _beside(parts: Sequence[Projection]) -> Tensor | None:

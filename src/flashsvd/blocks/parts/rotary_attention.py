@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
+from flashsvd.blocks.parts.products import products
 from flashsvd.blocks.parts.projections import Projection
 from flashsvd.blocks.parts.qkv import PackedQKV, ValueLift, head_space, rank_space, split_value, stays_in_rank_space
 from flashsvd.blocks.parts.read import Matrices, PerHead, present
@@ -121,7 +122,7 @@ class StreamedRotary(Packed):
         """[n, heads, r] twice -> Q and K [n, 2 heads, head_dim]"""
         out = p_q.new_empty(len(p_q), 2, self.rotary.heads, self.head_dim)
         for i, (p, lift, bias) in enumerate(((p_q, self.lift_q, self.bias_q), (p_k, self.lift_k, self.bias_k))):
-            torch.bmm(p.transpose(0, 1), lift, out=out[:, i].transpose(0, 1))
+            products(p, lift, out[:, i])
             if bias is not None:
                 out[:, i] += bias
         return out.flatten(1, 2)

@@ -1,0 +1,78 @@
+"""Products of fp32 numbers on a CPU by oneDNN, which torch brings along beside the library that it multiplies by.
+
+That library, MKL, does not use what processors of other makers than its own have: there it takes twice as long as
+oneDNN for many rows, and for one row as long as for many. Which of the two is faster is measured once in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsvd.common.caller_state import ordinary_tensors
+
+log = logging.getLogger("flashsvd")
+
+MACHINES = ("x86_64", "AMD64")
+# Of a product whose time says which library knows this processor, and how often each is timed.
+ROWS, INNER, COLUMNS, RUNS = 64, 256, 1024, 5
+# How many times as fast oneDNN must be; two libraries that both know it are closer.
+MARGIN = 1.25
+# Of fewer rows MKL itself is faster where they are not a product's left side but its right one.
+FEW_ROWS = 4
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether `linear` is the faster way for x [n, K], and can be taken."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and _is_wanted()
+    )
+
+
+def linear(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x M^T + b of x [n, K], M [N, K] in any layout and b [N], in new contiguous memory."""
+    if not 0 < len(x) <= FEW_ROWS or m.stride(1) != 1:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, m, bias, "none", [], "")
+        return result
+    # A single row twice, since MKL has another way for one that is slower.
+    rows = torch.cat([x, x]) if len(x) == 1 else x
+    y = torch.mm(m, rows.t()).t()[: len(x)]
+    return y.contiguous() if bias is None else (y + bias).contiguous()
+
+
+@torch.compiler.assume_constant_result
+def _is_wanted() -> bool:
+    """Whether nobody switched it off, and it is worth taking."""
+    return torch._C._get_mkldnn_enabled() and is_faster()
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Whether torch has it, and it is faster on this processor."""
+    if not torch._C._has_mkldnn or platform.machine() not in MACHINES:
+        return False
+    with ordinary_tensors(), torch.no_grad():
+        x, m = (torch.ones(rows, INNER, dtype=torch.float32, device="cpu") for rows in (ROWS, COLUMNS))
+        ours, plain = _seconds(lambda: linear(x, m)), _seconds(lambda: F.linear(x, m))
+    log.info("a product of fp32 takes %.0f us by oneDNN, %.0f us as torch multiplies", ours * 1e6, plain * 1e6)
+    return ours * MARGIN < plain
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The least of several runs."""
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
