@@ -10,7 +10,6 @@ from torch import Tensor
 
 from conftest import build, factor
 from flashsvd import optimize
-from flashsvd.blocks.parts import products as multiplied
 from flashsvd.blocks.parts.products import linear, product, products
 from flashsvd.kernels import onednn
 
@@ -22,7 +21,9 @@ WAYS = [
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether oneDNN multiplies."""
+    """Whether oneDNN multiplies, small products too."""
+    monkeypatch.setattr(onednn, "FROM", 1)
+    monkeypatch.setattr(onednn, "FEW_FROM", 1)
     monkeypatch.setattr(onednn, "is_faster", lambda: request.param)
     return bool(request.param)
 
@@ -61,7 +62,7 @@ def test_a_product_adds_what_it_is_given_and_writes_where_it_is_told(way: bool, 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("worth", [1, 1 << 40])
 def test_products_side_by_side(way: bool, rows: int, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiplied, "WORTH_A_CALL", worth)
+    monkeypatch.setattr(onednn, "FROM", worth)
     torch.manual_seed(0)
     x, matrices = torch.randn(rows, 3, 8), torch.randn(3, 8, 16)
     wider = torch.zeros(rows, 5, 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,15 @@ def matrix(columns: int, inner: int, layout: str) -> Tensor:
     return torch.randn(columns, inner)
 
 
+@pytest.mark.parametrize("fewest", [1, 1 << 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("rows", ROWS)
-def test_products_are_those_of_torch(rows: int, has_bias: bool, layout: str) -> None:
+def test_products_are_those_of_torch(
+    rows: int, has_bias: bool, layout: str, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "FROM", fewest)
+    monkeypatch.setattr(onednn, "FEW_FROM", fewest)
     torch.manual_seed(0)
     for inner, columns in ((1, 1), (7, 40), (64, 24)):
         x, m = torch.randn(rows, inner + 4)[:, 2 : inner + 2], matrix(columns, inner, layout)
@@ -39,6 +46,24 @@ def test_products_are_those_of_torch(rows: int, has_bias: bool, layout: str) -> 
         assert y.shape == exact.shape
         assert y.is_contiguous()
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_however_the_operands_lie_it_takes_about_as_long(rows: int) -> None:
+    x = torch.randn(rows, 512)
+    best = seconds(x, matrix(1024, 512, "rows"))
+    for layout in LAYOUTS:
+        for operand in (x, torch.randn(512, rows).T, torch.randn(rows, 1025)[:, 1:513]):
+            assert seconds(operand, matrix(1024, 512, layout)) < 20 * best
+
+
+def seconds(x: Tensor, m: Tensor) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        onednn.linear(x, m)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @pytest.fixture

@@ -9,9 +9,6 @@ from torch import Tensor
 from flashsvd.kernels import onednn
 from flashsvd.kernels.decode_call import MOST_ROWS
 
-# Multiplications that take a CPU, at half of its speed, longer than the call of another product.
-WORTH_A_CALL = 1 << 20
-
 
 def linear(
     x: Tensor, m: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None
@@ -45,7 +42,7 @@ def product(
 def products(x: Tensor, matrices: Tensor, out: Tensor) -> Tensor:
     """x_i M_i of x [n, parts, K] and M [parts, K, N], written to `out` [n, parts, N]."""
     (n, parts, inner), width = x.shape, matrices.shape[2]
-    if n * inner * width >= WORTH_A_CALL and not x.is_cuda and onednn.multiplies(x):
+    if n * inner * width >= onednn.FROM and not x.is_cuda and onednn.multiplies(x):
         for i in range(parts):
             out[:, i] = onednn.linear(x[:, i], matrices[i].t())
     else:
