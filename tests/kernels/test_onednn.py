@@ -48,6 +48,28 @@ def test_products_are_those_of_torch(
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_of_any_number_of_rows_there_are_few_sizes() -> None:
+    sizes = {len(onednn._rounded_up(torch.zeros(rows, 2))) for rows in range(5, 4097)}
+    assert len(sizes) <= 8 * 10
+    for rows in range(1, 4097):
+        x = torch.randn(rows, 2)
+        wider = onednn._rounded_up(x)
+        assert torch.equal(wider[:rows], x)
+        assert rows <= len(wider) <= max(rows, 1.125 * rows + 1)
+
+
+def test_rows_behind_are_taken_where_they_are_and_never_beyond_what_there_is() -> None:
+    x = torch.randn(72, 4)
+    assert onednn._rounded_up(x[:65]).data_ptr() == x.data_ptr()
+    # Behind these there is too little.
+    assert onednn._rounded_up(x[4:69]).data_ptr() != x[4:].data_ptr()
+    assert onednn._rounded_up(x[:65].clone()).shape == (72, 4)
+    y = torch.full((72, 4), torch.nan)
+    y[:65] = x[:65]
+    m = torch.randn(5, 4)
+    torch.testing.assert_close(onednn.linear(y[:65], m), x[:65] @ m.T)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 40])
 def test_however_the_operands_lie_it_takes_about_as_long(rows: int) -> None:
     x = torch.randn(rows, 512)
@@ -64,6 +86,17 @@ def seconds(x: Tensor, m: Tensor) -> float:
         onednn.linear(x, m)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 65])
+def test_it_is_compiled(rows: int, faster: None) -> None:
+    x, m, bias = torch.randn(rows, 256), torch.randn(512, 256), torch.randn(512)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: Tensor) -> Tensor:
+        return onednn.linear(x, m, bias) if onednn.multiplies(x) else x
+
+    torch.testing.assert_close(run(x), F.linear(x, m, bias), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

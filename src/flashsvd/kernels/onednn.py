@@ -30,6 +30,8 @@ FEW_ROWS = 4
 # Numbers of a matrix that few rows are multiplied by, and multiplications of more rows, from where on it is worth more
 # than a call takes: 5 us, and 15 us of oneDNN.
 FEW_FROM, FROM = 1 << 16, 1 << 20
+# Numbers of rows are rounded up to so many between one power of two and the next: oneDNN keeps what it makes for each.
+STEPS_OF_AN_OCTAVE = 8
 
 
 def multiplies(x: Tensor) -> bool:
@@ -54,8 +56,24 @@ def linear(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
     # With strides between rows or columns of a matrix oneDNN takes a thousand times as long.
     if not (worth_it and _is_dense(m)):
         return F.linear(x, m, bias)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), m, bias, "none", [], "")
-    return result
+    wider = x.contiguous() if torch.compiler.is_compiling() else _rounded_up(x.contiguous())
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(wider, m, bias, "none", [], "")
+    return result[: len(x)]
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """x [n, K] with rows of anything behind it, so that there are not many different n."""
+    n, inner = x.shape
+    step = 1 << max(0, (n - 1).bit_length() - STEPS_OF_AN_OCTAVE.bit_length())
+    rows = -(-n // step) * step
+    if rows == n:
+        return x
+    # Most often what was rounded up itself, whose rows are still there.
+    if x.storage_offset() + rows * inner <= x.untyped_storage().nbytes() // x.element_size():
+        return x.as_strided((rows, inner), (inner, 1))
+    wider = x.new_zeros(rows, inner)
+    wider[:n] = x
+    return wider
 
 
 def _is_dense(m: Tensor) -> bool:
