@@ -19,6 +19,20 @@ WAYS = [
 ]
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product that went to oneDNN's file."""
+    seen: list[int] = []
+    own = onednn.linear
+
+    def linear(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(len(x))
+        return own(x, m, bias)
+
+    monkeypatch.setattr(onednn, "linear", linear)
+    return seen
+
+
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether oneDNN multiplies, small products too."""
@@ -61,7 +75,9 @@ def test_a_product_adds_what_it_is_given_and_writes_where_it_is_told(way: bool, 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("worth", [1, 1 << 40])
-def test_products_side_by_side(way: bool, rows: int, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_side_by_side(
+    way: bool, rows: int, worth: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onednn, "FROM", worth)
     torch.manual_seed(0)
     x, matrices = torch.randn(rows, 3, 8), torch.randn(3, 8, 16)
@@ -70,11 +86,12 @@ def test_products_side_by_side(way: bool, rows: int, worth: int, monkeypatch: py
     expected = torch.einsum("npk,pkc->npc", x.double(), matrices.double())
     torch.testing.assert_close(wider[:, 1:4].double(), expected, rtol=1e-5, atol=1e-5)
     assert not wider[:, ::4].any()
+    assert calls == [rows] * (3 if way and worth == 1 else 0)
 
 
 @pytest.mark.parametrize("qkv", ["joint", "per-head"])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "gpt2"])
-def test_a_model_computes_what_the_plain_one_does(way: bool, family: str, qkv: str) -> None:
+def test_a_model_computes_what_the_plain_one_does(way: bool, family: str, qkv: str, calls: list[int]) -> None:
     model = build(family)
     factor(model, qkv, ratio=0.6)
     batch = {"input_ids": torch.arange(48).view(2, 24) % 15 + 5}
@@ -83,3 +100,5 @@ def test_a_model_computes_what_the_plain_one_does(way: bool, family: str, qkv: s
         plain_error = (model(**batch).logits - exact).abs().max()
         fused_error = (optimize(model)(**batch).logits - exact).abs().max()
     assert 0 < fused_error < max(3 * plain_error, 1e-5)
+    # Two layers, each with the attention's, its output's and the network's.
+    assert len(calls) >= 8 if way else not calls

@@ -1,7 +1,8 @@
 """Products of fp32 numbers on a CPU by oneDNN, which torch brings along beside the library that it multiplies by.
 
 That library, MKL, does not use what processors of other makers than its own have: there it takes twice as long as
-oneDNN for many rows, and for one row as long as for many. Which of the two is faster is measured once in a process.
+oneDNN for many rows, and for one to four rows up to three times as long as it need where the matrix comes from memory.
+Which of the two is faster is measured once in a process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ log = logging.getLogger("flashsvd")
 
 MACHINES = ("x86_64", "AMD64")
 # Of a product whose time says which library knows this processor, and how often each is timed.
-ROWS, INNER, COLUMNS, RUNS = 64, 256, 1024, 5
+ROWS, INNER, COLUMNS, RUNS = 64, 256, 1024, 7
 # How many times as fast oneDNN must be; two libraries that both know it are closer.
 MARGIN = 1.25
 # Of so few rows MKL itself is faster where they are not a product's left side but its right one.
@@ -40,7 +41,11 @@ def multiplies(x: Tensor) -> bool:
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and not (x.requires_grad and torch.is_grad_enabled())
-        and _is_wanted()
+        # torch.compile takes the op for none but weights that it froze itself.
+        and not torch.compiler.is_compiling()
+        # Nobody switched it off.
+        and torch._C._get_mkldnn_enabled()
+        and is_faster()
     )
 
 
@@ -56,7 +61,7 @@ def linear(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
     # With strides between rows or columns of a matrix oneDNN takes a thousand times as long.
     if not (worth_it and _is_dense(m)):
         return F.linear(x, m, bias)
-    wider = x.contiguous() if torch.compiler.is_compiling() else _rounded_up(x.contiguous())
+    wider = _rounded_up(x.contiguous())
     result: Tensor = torch.ops.mkldnn._linear_pointwise(wider, m, bias, "none", [], "")
     return result[: len(x)]
 
@@ -80,12 +85,6 @@ def _is_dense(m: Tensor) -> bool:
     return m.is_contiguous() or m.t().is_contiguous()
 
 
-@torch.compiler.assume_constant_result
-def _is_wanted() -> bool:
-    """Whether nobody switched it off, and it is worth taking."""
-    return torch._C._get_mkldnn_enabled() and is_faster()
-
-
 @functools.cache
 def is_faster() -> bool:
     """Whether torch has it, and it is faster on this processor."""
@@ -93,16 +92,17 @@ def is_faster() -> bool:
         return False
     with ordinary_tensors(), torch.no_grad():
         x, m = (torch.ones(rows, INNER, dtype=torch.float32, device="cpu") for rows in (ROWS, COLUMNS))
-        ours, plain = _seconds(lambda: linear(x, m)), _seconds(lambda: F.linear(x, m))
+        ours, plain = _seconds(lambda: linear(x, m), lambda: F.linear(x, m))
     log.info("a product of fp32 takes %.0f us by oneDNN, %.0f us as torch multiplies", ours * 1e6, plain * 1e6)
     return ours * MARGIN < plain
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """The least of several runs."""
-    times = []
+def _seconds(*runs: Callable[[], object]) -> list[float]:
+    """The least of several times of each, which take turns, so that what else keeps the processor busy disturbs all."""
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(RUNS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for run, mine in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            mine.append(time.perf_counter() - start)
+    return [min(mine) for mine in times]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashsvd.blocks.parts.buffers import Packed
@@ -60,8 +61,11 @@ class PackedLift(Packed):
         """P [B, 1 or heads, T, r] -> [B, heads, T, D]."""
         bias = self.bias
         if self.shared:
-            rows = p[:, 0].reshape(-1, p.shape[-1])
-            lifted = linear(rows, self.matrix, None if bias is None else bias.flatten())
+            joined = None if bias is None else bias.flatten()
+            if p.is_cuda:
+                lifted = F.linear(p[:, 0], self.matrix, joined)
+            else:
+                lifted = linear(p[:, 0].reshape(-1, p.shape[-1]), self.matrix, joined)
             return lifted.view(len(p), p.shape[2], len(self.weight), -1).transpose(1, 2)
         lifted = torch.matmul(p, self.weight.mT)
         return lifted if bias is None else lifted.add_(bias[:, None])

@@ -25,7 +25,7 @@ def linear(
         y = torch.addmm(residual, x, m.t(), out=out)
         # A product that adds has no place for it.
         return y if bias is None else y.add_(bias)
-    # Of few rows a CPU computes the latter in two thirds of the time that it needs for `mm` and `addmm`.
+    # Of few rows torch's own way to multiply on a CPU is `linear`, not `mm` and `addmm`.
     y = onednn.linear(x, m, bias) if by_onednn else F.linear(x, m, bias)
     if residual is not None:
         return torch.add(y, residual, out=y if out is None else out)
