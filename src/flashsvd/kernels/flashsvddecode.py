@@ -20,8 +20,9 @@ without tensor cores, more of them with. Sums without are short: each column of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,14 @@ from flashsvd.kernels.activations import activation as activation_function
 from flashsvd.kernels.activations import apply, kernel_name, settle
 from flashsvd.kernels.checks import check_fit, has_dims
 from flashsvd.kernels.decode_call import ARRIVALS, FEW_ROWS, MOST_ROWS, DecodeLinear
-from flashsvd.kernels.decode_steps import fetch_lines, scaled_and_shifted, statistics, walk, weight_tile
+from flashsvd.kernels.decode_steps import (
+    fetch_lines,
+    scaled_and_shifted,
+    statistics,
+    walk_by_rows,
+    walk_by_tensor_cores,
+    weight_tile,
+)
 from flashsvd.kernels.decode_table import (
     CANDIDATES,
     WIDE_CANDIDATES,
@@ -48,12 +56,15 @@ from flashsvd.kernels.plans import Launch, Plan, addresses
 from flashsvd.kernels.programmatic import await_inputs, early_start
 from flashsvd.kernels.tiles import Table, Tiles, TilesOption
 from flashsvd.kernels.triton_import import kernel, tl, triton
+from flashsvd.kernels.words import NEIGHBOURS, as_words
 
 __all__ = ["decode_gated", "decode_linear", "decode_linear_reference"]
 
 Norm = Literal["none", "rms", "layer"]
 
 MOST_MATRICES = 3
+# Bytes.
+WORD = 4
 
 
 def decode_linear_reference(
@@ -97,7 +108,7 @@ def _all_shares(p_part, y, o_n, o_row, n, ROWS: tl.constexpr, SPLITS: tl.constex
     return total
 
 
-@kernel("n")
+@kernel("n", "width0", "width1", "width2", "pitch0", "pitch1", "pitch2", "start1", "start2")
 def _decode_linear(
     x_ptr, weight_ptr, shift_ptr, m0_ptr, m1_ptr, m2_ptr, scale_ptr, bias_ptr, residual_ptr, arrivals_ptr, out_ptr,
     parts_ptr,
@@ -106,8 +117,18 @@ def _decode_linear(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
     SPLITS: tl.constexpr, MATRICES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr,
     LATE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
+    TYPE: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # Of widths and pitches the compiler is to know what divides them, else it would load number by number.
+    width0 *= STEP
+    width1 *= STEP
+    width2 *= STEP
+    pitch0 *= STEP // PACKED
+    pitch1 *= STEP // PACKED
+    pitch2 *= STEP // PACKED
+    start1 *= STEP
+    start2 *= STEP
     i_tile = tl.program_id(0)
     m_ptr = m0_ptr
     rows = rows0
@@ -136,27 +157,35 @@ def _decode_linear(
                 start = start2
                 i_out = rows0 + rows1
     i_row = i_tile * ROWS
-    m_ptr += i_row.to(tl.int64) * pitch
+    m_ptr = as_words(m_ptr, PACKED) + i_row.to(tl.int64) * pitch
     rows_left = rows - i_row
     o_row = tl.arange(0, ROWS)
     share = tl.cdiv(tl.cdiv(width, SPLITS), COLUMNS) * COLUMNS
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, width)
-    w = weight_tile(m_ptr, o_row, first + tl.arange(0, COLUMNS), rows_left, pitch, last)
+    o_word = tl.arange(0, COLUMNS // PACKED)
+    w = weight_tile(m_ptr, o_row, first // PACKED + o_word, rows_left, pitch, last // PACKED, EVEN)
     if DOT and PDL:
         fetch_lines(m_ptr, o_row, first, rows_left, pitch, last)
     if GATED:
-        m1_ptr += i_row.to(tl.int64) * pitch1
-        w1 = weight_tile(m1_ptr, o_row, tl.arange(0, COLUMNS), rows_left, pitch1, width1)
+        m1_ptr = as_words(m1_ptr, PACKED) + i_row.to(tl.int64) * pitch1
+        w1 = weight_tile(m1_ptr, o_row, o_word, rows_left, pitch1, width1 // PACKED, EVEN)
     await_inputs(PDL)
     mean = tl.zeros([N], tl.float32)
     factor = tl.full([N], 1.0, tl.float32)
     if NORM != "none" and not LATE:
         mean, factor = statistics(x_ptr, n, x_row, width, eps, N, COLUMNS, NORM)
-    y = walk(
-        w, x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, width,
-        x_row, eps, ROWS, COLUMNS, N, DOT, NORM, SHIFT, LATE, DTYPE,
-    )  # fmt: skip
+    if DOT:
+        y = walk_by_tensor_cores(
+            x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, x_row,
+            ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
+        )  # fmt: skip
+    else:
+        y = walk_by_rows(
+            w, x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch,
+            width, x_row, eps, ROWS, COLUMNS, N, NORM, SHIFT, LATE, PACKED, TYPE, EVEN, WHOLE, ONCE,
+            PDL,
+        )  # fmt: skip
     o_n = tl.arange(0, N)
     m_n = (o_n < n)[:, None]
     if SPLITS > 1:
@@ -174,10 +203,17 @@ def _decode_linear(
     if ACTIVATION != "none":
         y = settle(apply(y, ACTIVATION, FAST), ACTIVATION, FAST)
     if GATED:
-        lift = walk(
-            w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
-            width1, x_row, eps, ROWS, COLUMNS, N, DOT, NORM, SHIFT, LATE, DTYPE,
-        )  # fmt: skip
+        if DOT:
+            lift = walk_by_tensor_cores(
+                x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
+                x_row, ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
+            )  # fmt: skip
+        else:
+            lift = walk_by_rows(
+                w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left,
+                pitch1, width1, x_row, eps, ROWS, COLUMNS, N, NORM, SHIFT, LATE, PACKED, TYPE, EVEN, WHOLE, ONCE,
+            PDL,
+            )  # fmt: skip
         y *= scaled_and_shifted(lift, scale_ptr, bias_ptr, rows0 + o_column, m_column, SCALE, BIAS)
     if RESIDUAL:
         place = residual_ptr + o_n[:, None] * residual_row + o_column[None, :]
@@ -256,16 +292,15 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     if splits > 1 and programs > ARRIVALS:
         raise ValueError(f"at most {ARRIVALS} tiles of rows can be shared among programs, not {programs}")
     absent = [0] * (MOST_MATRICES - len(matrices))
-    starts = c.starts or []
+    starts, widths, pitches = c.starts or [], [m.shape[1] for m in matrices], [m.stride(0) for m in matrices]
+    step = math.gcd(NEIGHBOURS, *widths, *pitches)
     names = [*operand_names(DecodeLinear), "parts"]
     arguments = [
         *addresses(*names),
         *(n, c.eps, c.x.stride(0), 0 if c.residual is None else c.residual.stride(0)),
         width if c.out is None else c.out.stride(0),
         *(*map(len, matrices), *absent),
-        *(*(m.shape[1] for m in matrices), *absent),
-        *(*(m.stride(0) for m in matrices), *absent),
-        *(*starts, *absent)[1:],
+        *(size // step for size in (*widths, *absent, *pitches, *absent, *(*starts, *absent)[1:])),
     ]
     activation = "none" if c.activation == "none" else kernel_name(c.activation)
     numbers = {"ACTIVATION": activation, "FAST": has_fast_tanh(c.like)}
@@ -276,7 +311,7 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
         _decode_linear, (programs, splits), names, arguments, t,
         N=c.held_rows, DOT=c.by_tensor_cores, SPLITS=splits, MATRICES=len(matrices),
         GATED=c.gated, NORM=c.norm, SHIFT=c.norm_bias is not None, LATE=late, DTYPE=element_type(c.like),
-        **given, **numbers, **early_start(c.x),
+        STEP=step, TYPE=element_type(c.m0), **_masks(c, t, splits, step), **given, **numbers, **early_start(c.x),
     )  # fmt: skip
 
     def run(x: Tensor, *others: Tensor | None) -> Tensor:
@@ -293,6 +328,20 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
         return out
 
     return run
+
+
+def _masks(c: DecodeLinear, t: Tiles, splits: int, step: int) -> dict[str, Any]:
+    """The kernel's constants on words and their masks, where widths and pitches are multiples of `step`."""
+    if c.by_tensor_cores:
+        return {"PACKED": 1, "EVEN": False, "WHOLE": False, "ONCE": False}
+    in_words = step == NEIGHBOURS and all(m.data_ptr() % WORD == 0 for m in c.matrices)
+    packed = WORD // c.m0.element_size() if in_words else 1
+    fills_rows = all(len(m) % t.rows == 0 for m in c.matrices)
+    even = fills_rows and all(m.shape[1] % (t.columns * splits) == 0 for m in c.matrices)
+    once = max(m.shape[1] for m in c.matrices) <= t.columns * splits
+    # Masks take few instructions beside those of other numbers, and code of its own for whole tiles as many.
+    whole = packed == WORD and fills_rows and not even and not once
+    return {"PACKED": packed, "EVEN": even, "WHOLE": whole, "ONCE": once}
 
 
 def _three(matrices: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
