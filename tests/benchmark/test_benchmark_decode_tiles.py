@@ -47,7 +47,7 @@ def test_a_dry_run_has_a_row_for_each_product_and_way(
 def test_what_fits_no_registers_is_left_out() -> None:
     exact = torch.float32
     one, four = (find("down_u fp32", n, exact) for n in (1, 4))
-    assert Way(decode_tiles.ThinTiles(2, 2048, warps=4, stages=1)) in ways(one, exact)
+    assert Way(decode_tiles.ThinTiles(2, 1024, warps=2, stages=1)) in ways(one, exact)
     assert "8x2048/8/1" in map(str, ways(one, exact))
     assert "8x2048/8/1" not in map(str, ways(four, exact))
     for way in ways(four, exact)[1:]:

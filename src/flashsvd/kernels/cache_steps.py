@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from flashsvd.kernels.programmatic import LINE_BYTES, fetch_ahead
 from flashsvd.kernels.triton_import import tl, triton
 
 MOST_SPLITS = 32
@@ -63,6 +64,37 @@ def share_of_keys(low, end, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
         i_share = tl.program_id(1)
         last = tl.minimum(low + tl.cdiv((i_share + 1) * tiles, shares) * COLUMNS, end)
         return low + tl.cdiv(i_share * tiles, shares) * COLUMNS, last, shares
+
+
+@triton.jit
+def fetch_share(
+    k_ptr, v_ptr, position_ptr, first_ptr, i_row, position_row, window, width_k, width_v, k_column, v_column,
+    COLUMNS: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    # A program's share of the old keys and values begins to come into the cache. The position is read here before it is
+    # sure to be written; were it an older one, other lines would come.
+    position = tl.load(position_ptr + i_row * position_row, volatile=True).to(tl.int32)
+    low = 0
+    if PADDED:
+        low = tl.maximum(tl.load(first_ptr + i_row, volatile=True).to(tl.int32), 0)
+    if WINDOWED:
+        low = tl.maximum(low, position + 1 - window)
+    start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
+    if tl.program_id(1) < shares:
+        for j in range(start, end, COLUMNS):
+            o_key = tl.minimum(j + tl.arange(0, COLUMNS), end - 1).to(tl.int64)
+            fetch_rows(k_ptr, o_key, k_column, width_k, WIDTH_K)
+            fetch_rows(v_ptr, o_key, v_column, width_v, WIDTH_V)
+
+
+@triton.jit
+def fetch_rows(p, o_row, pitch, width, WIDTH: tl.constexpr):
+    # Of each row the lines that hold it.
+    size: tl.constexpr = LINE_BYTES // (p.dtype.element_ty.primitive_bitwidth // 8)
+    lines: tl.constexpr = max(WIDTH // size, 1)
+    o_column = tl.minimum(tl.arange(0, lines) * size, width - 1)
+    fetch_ahead(p + o_row[:, None] * pitch + o_column[None, :])
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from flashsvd.kernels.cache_steps import (
     cached,
     check_numbers,
     check_places,
+    fetch_share,
     join_shares,
     reach,
     share_of_keys,
@@ -154,6 +155,13 @@ def _decode_attention(
 ):  # fmt: skip
     i_row = tl.program_id(0) // kv_heads
     i_kv = tl.program_id(0) % kv_heads
+    k_cache_ptr += i_row.to(tl.int64) * k_cache_row + i_kv.to(tl.int64) * k_cache_head
+    v_cache_ptr += i_row.to(tl.int64) * v_cache_row + i_kv.to(tl.int64) * v_cache_head
+    if PDL:
+        fetch_share(
+            k_cache_ptr, v_cache_ptr, position_ptr, first_ptr, i_row, position_row, window, width, width_v,
+            k_cache_column, v_cache_column, COLUMNS, 2 * HALF, WIDTH_V, SPLITS, PADDED, WINDOWED,
+        )  # fmt: skip
     await_inputs(PDL)
     position, _, low = reach(position_ptr, first_ptr, i_row, position_row, window, PADDED, WINDOWED)
     start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
@@ -179,8 +187,6 @@ def _decode_attention(
     o_v = tl.arange(0, WIDTH_V)[None, :]
     m_v = o_v < width_v
     v = tl.load(v_ptr + i_row * v_row + i_kv * v_head + o_v, mask=m_v, other=0.0)
-    k_cache_ptr += i_row.to(tl.int64) * k_cache_row + i_kv.to(tl.int64) * k_cache_head
-    v_cache_ptr += i_row.to(tl.int64) * v_cache_row + i_kv.to(tl.int64) * v_cache_head
     if tl.program_id(1) == 0:
         p_new = k_cache_ptr + position.to(tl.int64) * k_cache_column
         tl.store(p_new + o_half, k1, mask=m_half)
@@ -226,11 +232,11 @@ def _decode_attention(
 
 
 CANDIDATES = (
-    Tiles(16, 32, warps=2, stages=3), Tiles(16, 64, warps=4, stages=2), Tiles(16, 64, warps=4, stages=3),
-    Tiles(16, 128, warps=4, stages=2),
+    Tiles(16, 32, warps=2, stages=3), Tiles(16, 32, warps=4, stages=3), Tiles(16, 64, warps=4, stages=2),
+    Tiles(16, 64, warps=4, stages=3), Tiles(16, 128, warps=4, stages=2),
 )  # fmt: skip
-# So many programs find room on a Hopper's multiprocessor together; more of them would wait for the first ones' end.
-PROGRAMS = 2
+# So many warps find room on a Hopper's multiprocessor together; programs of more would wait for the first ones' end.
+WARPS = 8
 # Numbers of shares that a program asks for at once when it joins them.
 JOINED = 8192
 
@@ -240,13 +246,13 @@ def default_tiles(c: DecodeAttention) -> Tiles:
     widest = max(c.k.shape[2], c.v.shape[2])
     if c.q.dtype == torch.float32:
         return Tiles(16, 32, warps=4, stages=1) if widest <= 128 else Tiles(16, 16, warps=8, stages=1)
-    return Tiles(16, 64 if widest <= 128 else 32, warps=4, stages=2)
+    return Tiles(16, 32, warps=2, stages=3) if widest <= 128 else Tiles(16, 32, warps=4, stages=2)
 
 
 def default_splits(c: DecodeAttention, t: Tiles) -> int:
     """The table's programs for a head of keys: as many as there is room for, and no more than tiles."""
     reach = c.k_cache.shape[2] if c.window < 0 else min(c.window, c.k_cache.shape[2])
-    room = PROGRAMS * multiprocessors(c.q.device) // (len(c.q) * c.k.shape[1])
+    room = WARPS // t.warps * multiprocessors(c.q.device) // (len(c.q) * c.k.shape[1])
     return max(1, min(MOST_SPLITS, room, -(-reach // t.columns)))
 
 

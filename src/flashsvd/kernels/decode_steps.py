@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from flashsvd.kernels.programmatic import fetch_ahead
+from flashsvd.kernels.programmatic import LINE_BYTES, fetch_ahead
 from flashsvd.kernels.triton_import import tl, triton
 from flashsvd.kernels.words import ADJACENT, products_of_words
 
-# Of a row of M, those that are on their way before a program waits for its input; a line has 128 bytes.
+# Of a row of M, those that are on their way before a program waits for its input.
 LINES = tl.constexpr(16)
-LINE_BYTES = tl.constexpr(128)
 
 
 @triton.jit

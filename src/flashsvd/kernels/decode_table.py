@@ -52,10 +52,10 @@ TABLE = {
     ),
     (1, False, True): _rows(
         (256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 1), (2048, 4, 2048, 4), (4096, 4, 4096, 4),
-        (8192, 4, 4096, 8), (ENDLESS, 2, 2048, 4),
+        (8192, 4, 4096, 8), (ENDLESS, 4, 2048, 8),
     ),
     (1, True, False): _rows((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 2, 512, 1)),
-    (1, True, True): _rows((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 4, 512, 1)),
+    (1, True, True): _rows((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 8, 256, 1)),
     (2, False, False): _rows(
         (256, 4, 256, 1), (512, 4, 512, 1), (1024, 2, 1024, 1), (2048, 4, 2048, 4), (4096, 2, 4096, 4),
         (ENDLESS, 4, 2048, 8),
@@ -73,12 +73,17 @@ MANY_SHORT = {
     (1, False): ThinTiles(4, 512, warps=2, stages=1), (1, True): ThinTiles(8, 512, warps=1, stages=1),
     (2, False): ThinTiles(4, 512, warps=1, stages=1), (2, True): ThinTiles(4, 512, warps=1, stages=1),
 }  # fmt: skip
+MANY_LONG = {
+    (1, False): ThinTiles(4, 1024, warps=4, stages=1), (1, True): ThinTiles(8, 4096, warps=8, stages=1),
+    (2, False): ThinTiles(8, 1024, warps=4, stages=1), (2, True): ThinTiles(8, 1024, warps=4, stages=1),
+}  # fmt: skip
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
     """The table: rows of M and columns at a time, so that there are programs enough and each holds what fits.
 
-    From `benchmark/benchmark_decode_linears.py --tiles` on an H200.
+    From `benchmark/benchmark_decode_linears.py --tiles` on an H200, and of a few from the time of a whole step, where
+    registers that a program leaves free are those in which the next kernel's programs begin.
     """
     widest = max(m.shape[1] for m in c.matrices)
     if c.by_tensor_cores:
@@ -96,10 +101,10 @@ def _of_few_rows(c: DecodeLinear, widest: int) -> Tiles:
     # Of many rows of M there are programs enough for tiles of a part of each.
     if tiles.columns == SHORT and c.width > MANY_AT_ONCE // n:
         return MANY_SHORT[n, integers]
+    if tiles.columns == LONG and widest <= LONG and c.width > MANY:
+        return MANY_LONG[n, integers]
     if n == 1 and integers and tiles.columns == LONG and tiles.warps == 4 and c.width <= SHORT:
         return ThinTiles(2, LONG, warps=4, stages=1)
-    if n == 2 and integers and tiles.columns == LONG and c.width > MANY:
-        return ThinTiles(8, 1024, warps=4, stages=1)
     # What goes beyond the last whole tile of a long row may leave most of another one empty.
     if n == 1 and tiles.rows == 2 and -(-widest // LONG) * LONG > -(-widest // MANY) * MANY:
         return ThinTiles(2, MANY, warps=4, stages=1)

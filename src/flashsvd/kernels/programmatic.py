@@ -13,6 +13,9 @@ from torch import Tensor
 from flashsvd.kernels.launch import capability, interpreting
 from flashsvd.kernels.triton_import import tl, triton
 
+# Of a line of the cache.
+LINE_BYTES = tl.constexpr(128)
+
 
 def early_start(x: Tensor) -> dict[str, Any]:
     """A kernel's constant PDL on the tensor's device, and Triton's option to launch it so."""
