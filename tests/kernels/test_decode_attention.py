@@ -131,15 +131,15 @@ def test_the_last_program_to_arrive_joins_what_the_others_left() -> None:
 @pytest.mark.parametrize(
     ("n", "kv_heads", "length", "window", "splits"),
     [
-        (1, 32, 256, -1, 4), (1, 32, 768, -1, 8), (1, 32, 8448, -1, 8), (8, 32, 8448, -1, 1), (32, 32, 8448, -1, 1),
-        (1, 8, 768, -1, 12), (1, 8, 8448, -1, 32), (8, 8, 8448, -1, 4), (1, 3, 768, -1, 12), (1, 3, 2304, -1, 32),
-        (1, 32, 8448, 128, 2), (1, 32, 48, 4096, 1),
+        (1, 32, 256, -1, 8), (1, 32, 768, -1, 16), (1, 32, 8448, -1, 16), (8, 32, 8448, -1, 2), (32, 32, 8448, -1, 1),
+        (1, 8, 768, -1, 24), (1, 8, 8448, -1, 32), (8, 8, 8448, -1, 8), (1, 3, 768, -1, 24), (1, 3, 2304, -1, 32),
+        (1, 32, 8448, 128, 4), (1, 32, 48, 4096, 2),
     ],
 )  # fmt: skip
 def test_the_tables_splits(
     n: int, kv_heads: int, length: int, window: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU with 132 multiprocessors: two programs on each, and a tile of keys for every one."""
+    """On a GPU with 132 multiprocessors: eight warps on each, and a tile of keys for every program."""
     monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     step = Step(1, kv_heads, kv_heads, 2, 1, 0, torch.float16, rotated=False)
     q, k, v = (x.expand(n, -1, -1) for x in step.new)
