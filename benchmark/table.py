@@ -1,8 +1,9 @@
-"""The README's table, from the CSVs of `benchmark_classifier.py` and `benchmark_flashsvdffn.py`.
+"""The README's tables, from what `benchmark_classifier.py`, `benchmark_flashsvdffn.py` and `benchmark_decode.py` wrote.
 
     python benchmark/table.py [--results DIR] [--ratios 0.5,0.25]
 
-A table for each GPU that the directory has results of, of all that was measured or of these ratios only.
+A table for each GPU that the directory has results of, and one of decoders, of all that was measured or of these ratios
+only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from support import decode_rows
 from support.harness import names
 from support.results import RESULTS, Row, read_rows
 
 HEAD = "| | what is kept | best dense | takes | flashsvd | | memory, least dense | flashsvd |"
 MODELS = {"bert": "BERT-base", "sst2": "BERT-base, SST-2's sentences", "modernbert": "ModernBERT-base"}
 OURS, DENSE, QUOTED = "flashsvd ", "dense", "published FlashSVD v1 "
+# Of their kernels, which have no table here.
+OTHER_DECODING = ("decode_tiles_", "decode_linears_", "decode_attention_")
 CORE_RANKS = ("128", "256")
 
 
@@ -35,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kernels = directory / file.name.replace("classifier_", "flashsvdffn_", 1)
         rows = [row for row in read_rows(file) if not given.ratios or _ratio(row) in (None, *given.ratios)]
         print(table(rows, read_rows(kernels) if kernels.is_file() else []) + "\n")
+    for file in sorted(directory.glob("decode_*.csv")):
+        if file.name.startswith(OTHER_DECODING):
+            continue
+        decoders = read_rows(file)
+        print(f"{_measured_on(decoders)}\n\n{decode_rows.markdown(decoders, given.ratios)}\n")
 
 
 def table(classifiers: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
