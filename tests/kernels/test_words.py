@@ -1,0 +1,78 @@
+"""A step's products read numbers of 16 and 8 bits as words, and every number comes out of its word as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from decode_accuracy import assert_decodes_accurately
+from flashsvd.kernels.flashsvddecode import decode_linear
+from flashsvd.kernels.int8_rows import int8_rows
+from flashsvd.kernels.launch import interpreting
+from flashsvd.kernels.tiles import ThinTiles
+from flashsvd.kernels.words import NEIGHBOURS
+from kernel_accuracy import DEVICE, Operands
+
+DTYPES = [torch.float16, *([] if interpreting() else [torch.bfloat16])]
+TILES = ThinTiles(4, 16)
+
+
+def columns_of(m: Tensor, dtype: torch.dtype, tiles: ThinTiles = TILES) -> Tensor:
+    """M as the kernel reads it: the product with each unit vector is a column."""
+    scale = torch.ones(len(m), device=DEVICE) if m.dtype == torch.int8 else None
+    unit = torch.eye(m.shape[1], dtype=dtype, device=DEVICE)
+    rows = [decode_linear(x[None], m, scale=scale, backend="triton", tiles=tiles) for x in unit]
+    return torch.cat(rows).T
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_integer_comes_out_as_it_is_whatever_its_place(dtype: torch.dtype) -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)
+    m = torch.stack([values.roll(place)[:16] for place in range(0, 256, 5)])
+    assert torch.equal(columns_of(m, dtype), m.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_16_bits_comes_out_as_it_is(dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny]
+    numbers = torch.tensor([*special, *torch.randn(41).tolist()], dtype=dtype, device=DEVICE)
+    m = torch.stack([numbers[:16], numbers[16:32], numbers[32:]])
+    assert torch.equal(columns_of(m, dtype), m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("columns", [16, 64, 256])
+@pytest.mark.parametrize("width", [NEIGHBOURS, 24, 64, 104, 136])
+def test_rows_that_tiles_fill_and_do_not_fill(width: int, columns: int, n: int, dtype: torch.dtype) -> None:
+    make = Operands(dtype)
+    x, m = make(n, width), make.weight(22, width)
+    assert_decodes_accurately(x, [m], {"tiles": ThinTiles(4, columns)})
+    assert_decodes_accurately(x, [m[:20]], {"tiles": ThinTiles(4, columns)})
+    integers, scale = int8_rows(m)
+    assert_decodes_accurately(x, [integers], {"tiles": ThinTiles(4, columns)}, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [1, 2, 3, 8])
+def test_matrices_that_begin_within_a_word(start: int, dtype: torch.dtype) -> None:
+    make = Operands(dtype)
+    x, numbers = make(1, 32), make.weight(9, 32)
+    integers, scale = int8_rows(numbers)
+    within = [torch.zeros(9, 48, dtype=m.dtype, device=DEVICE) for m in (numbers, integers)]
+    for around, m in zip(within, (numbers, integers), strict=True):
+        around[:, start : start + 32] = m
+    m, integers = (around[:, start : start + 32] for around in within)
+    assert_decodes_accurately(x, [m], {"tiles": TILES})
+    assert_decodes_accurately(x, [integers], {"tiles": TILES}, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_that_share_columns_read_words_too(dtype: torch.dtype) -> None:
+    make = Operands(dtype)
+    x, m = make(2, 200), make.weight(10, 200)
+    arrivals = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    for splits in (2, 3):
+        assert_decodes_accurately(x, [m], {"tiles": TILES, "splits": splits, "arrivals": arrivals})
+    assert not arrivals.any()
