@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +13,32 @@ from flashsvd.kernels.flashsvddecode import decode_linear
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.launch import interpreting
 from flashsvd.kernels.tiles import ThinTiles
-from flashsvd.kernels.words import NEIGHBOURS
+from flashsvd.kernels.triton_import import tl, triton
+from flashsvd.kernels.words import NEIGHBOURS, number_of
 from kernel_accuracy import DEVICE, Operands
 
 DTYPES = [torch.float16, *([] if interpreting() else [torch.bfloat16])]
 TILES = ThinTiles(4, 16)
+
+
+@triton.jit
+def numbers_of(words_ptr, out_ptr, count: tl.constexpr, packed: tl.constexpr, kind: tl.constexpr):
+    o = tl.arange(0, count)
+    words = tl.load(words_ptr + o)
+    for place in tl.static_range(packed):
+        tl.store(out_ptr + o * packed + place, number_of(words, place, kind, False))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.int8, tl.int8)]
+)
+def test_a_words_numbers_by_their_places(dtype: torch.dtype, kind: Any) -> None:
+    numbers = torch.randn(64, device=DEVICE) * (40 if dtype == torch.int8 else 1)
+    numbers = numbers.clamp(-128, 127).to(dtype)
+    words = numbers.view(torch.int32)
+    out = torch.full((64,), torch.nan, device=DEVICE)
+    numbers_of[(1,)](words, out, count=len(words), packed=64 // len(words), kind=kind)
+    assert torch.equal(out, numbers.float())
 
 
 def columns_of(m: Tensor, dtype: torch.dtype, tiles: ThinTiles = TILES) -> Tensor:
