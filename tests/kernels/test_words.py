@@ -30,7 +30,7 @@ def numbers_of(words_ptr, out_ptr, count: tl.constexpr, packed: tl.constexpr, ki
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.int8, tl.int8)]
+    ("dtype", "kind"), [(torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.int8, tl.int8)]
 )
 def test_a_words_numbers_by_their_places(dtype: torch.dtype, kind: Any) -> None:
     numbers = torch.randn(64, device=DEVICE) * (40 if dtype == torch.int8 else 1)
