@@ -13,7 +13,8 @@ attended to, the new one included.
 A program owns the heads that share a head of keys, and loads that once. Long caches are shared among `splits` programs,
 each of which takes as many tiles of what is there, give or take one (flash decoding); those for which there is none
 leave at once. Each of the others counts itself when its share is done, and the last one joins all shares in a fixed
-order. Halves of heads are loaded and multiplied apart, so that rotation moves nothing.
+order. Before it waits for the kernel before it (`programmatic`), a program has its share of the cache begin to come
+nearer. Halves of heads are loaded and multiplied apart, so that rotation moves nothing.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ ranks and widths may differ. Two of them may be gate and lift of a gated network
 
 A program owns a few rows of M and walks their columns; where there are fewer such programs than keep a GPU busy, the
 columns are shared among `splits` of them. Each counts itself when its share is done, and the last one adds all shares
-in their order. A program asks for the first tile of M before it waits for the kernel before it (`programmatic`), and
-for each other one a step ahead or more. One or two rows of X, and in fp32 all of them, are multiplied and added in fp32
-without tensor cores, more of them with. Sums without are short: each column of a tile has its own.
+in their order. A program asks for the first tile of M, which is whole rows where that fits, before it waits for the
+kernel before it (`programmatic`), and for each other one a step ahead or more. One or two rows of X, and in fp32 all of
+them, are multiplied and added in fp32 without tensor cores, more of them with. Without, numbers of 16 and 8 bits are
+read as words (`words`). Sums are short there: of a tile's columns each, or in words each eighth, has its own.
 """
 
 from __future__ import annotations
