@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import Cache
 
 from conftest import DECODERS, build_decoder, factor
 from flashsvd import optimize
@@ -27,6 +29,10 @@ SIZES: dict[str, Any] = {
 }
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 128}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Until it did, transformers overwrote on a busy GPU what a step still read, of plain models too.
+WAITS = pytest.mark.skipif(
+    "prefetch_stream.wait_stream" not in inspect.getsource(Cache.update), reason="transformers' offloaded caches race"
+)
 # Between a logit and the best one, in steps of the dtype at the largest of them.
 STEPS_OF_A_TIE = 4
 
@@ -97,7 +103,9 @@ def test_greedy_tokens_from_other_caches(name: str, layout: str, kv_cache: KVCac
 
 
 @pytest.mark.parametrize("kv_cache", ["auto", "lowrank"])
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "offloaded"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, pytest.param({"cache_implementation": "offloaded"}, marks=WAITS)], ids=str
+)
 def test_caches_of_transformers_keep_rank_space(options: dict[str, Any], kv_cache: KVCache) -> None:
     plain, model = pair("llama", "joint", torch.float32, kv_cache)
     ids = prompts(2, 30)
