@@ -32,18 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     directory = given.results
-    found = sorted(directory.glob("classifier_*.csv"))
-    if not found:
+    classifiers = sorted(directory.glob("classifier_*.csv"))
+    decoders = [file for file in sorted(directory.glob("decode_*.csv")) if not file.name.startswith(OTHER_DECODING)]
+    if not classifiers + decoders:
         raise SystemExit(f"{directory} has no classifier_<gpu>.csv; run benchmark/benchmark_classifier.py on a GPU")
-    for file in found:
+    for file in classifiers:
         kernels = directory / file.name.replace("classifier_", "flashsvdffn_", 1)
         rows = [row for row in read_rows(file) if not given.ratios or _ratio(row) in (None, *given.ratios)]
         print(table(rows, read_rows(kernels) if kernels.is_file() else []) + "\n")
-    for file in sorted(directory.glob("decode_*.csv")):
-        if file.name.startswith(OTHER_DECODING):
-            continue
-        decoders = read_rows(file)
-        print(f"{_measured_on(decoders)}\n\n{decode_rows.markdown(decoders, given.ratios)}\n")
+    for file in decoders:
+        rows = read_rows(file)
+        print(f"{_measured_on(rows)}\n\n{decode_rows.markdown(rows, given.ratios)}\n")
 
 
 def table(classifiers: Sequence[Row], kernels: Sequence[Row] = ()) -> str:
@@ -102,7 +101,7 @@ def _ms(value: float) -> str:
 
 
 def _measured_on(rows: Sequence[Row]) -> str:
-    row = next(row for row in rows if row.status == "ok")
+    row = next((row for row in rows if row.status == "ok"), rows[0])
     libraries = f"torch {row.torch}, triton {row.triton}, transformers {row.transformers}"
     return f"{row.gpu}, {row.dtype}, {libraries}, median of {row.runs} runs:"
 

@@ -35,8 +35,8 @@ SPLITS = (1, 2, 4, 8, 16)
 TABLE = "the table's"
 # What no table has yet: without tensor cores, with them, and whose columns are shared among programs.
 MORE = (
-    ThinTiles(1, 4096, warps=4), ThinTiles(2, 1024, warps=2), ThinTiles(4, 512, warps=2), ThinTiles(4, 2048, warps=8),
-    ThinTiles(8, 256, warps=2), ThinTiles(8, 2048, warps=8), ThinTiles(16, 512, warps=8), ThinTiles(16, 256, warps=4),
+    ThinTiles(1, 4096, warps=4), ThinTiles(2, 1024, warps=1), ThinTiles(2, 1024, warps=2), ThinTiles(2, 512, warps=1),
+    ThinTiles(2, 2048, warps=4), ThinTiles(8, 256, warps=2), ThinTiles(8, 2048, warps=8), ThinTiles(16, 512, warps=8),
 )  # fmt: skip
 MORE_BY_TENSOR_CORES = (
     ThinTiles(16, 256, warps=2, stages=4), ThinTiles(16, 256, warps=4, stages=4), ThinTiles(16, 512, warps=4, stages=3),

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decode_accuracy import assert_decodes_accurately
-from flashsvd.kernels.flashsvddecode import decode_linear
+from decode_accuracy import assert_decodes_accurately, norm_of
+from flashsvd.kernels.decode_call import DecodeLinear
+from flashsvd.kernels.flashsvddecode import decode_gated, decode_linear, numbers_of_a_word
 from flashsvd.kernels.int8_rows import int8_rows
 from flashsvd.kernels.launch import interpreting
 from flashsvd.kernels.tiles import ThinTiles
 from flashsvd.kernels.triton_import import tl, triton
 from flashsvd.kernels.words import NEIGHBOURS, number_of
-from kernel_accuracy import DEVICE, Operands
+from kernel_accuracy import DEVICE, Operands, assert_runs_accurately
 
 DTYPES = [torch.float16, *([] if interpreting() else [torch.bfloat16])]
 TILES = ThinTiles(4, 16)
@@ -52,7 +53,7 @@ def columns_of(m: Tensor, dtype: torch.dtype, tiles: ThinTiles = TILES) -> Tenso
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_integer_comes_out_as_it_is_whatever_its_place(dtype: torch.dtype) -> None:
     values = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)
-    m = torch.stack([values.roll(place)[:16] for place in range(0, 256, 5)])
+    m = torch.stack([values.roll(place)[:16] for place in range(256)])
     assert torch.equal(columns_of(m, dtype), m.to(dtype))
 
 
@@ -75,6 +76,57 @@ def test_rows_that_tiles_fill_and_do_not_fill(width: int, columns: int, n: int, 
     assert_decodes_accurately(x, [m[:20]], {"tiles": ThinTiles(4, columns)})
     integers, scale = int8_rows(m)
     assert_decodes_accurately(x, [integers], {"tiles": ThinTiles(4, columns)}, scale=scale)
+    assert_decodes_accurately(x, [integers[:20]], {"tiles": ThinTiles(4, columns)}, scale=scale[:20])
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("width", [64, 104])
+def test_norms_and_shares_of_rows_that_tiles_fill(width: int, norm: str, kind: str) -> None:
+    make = Operands(torch.float16)
+    x, m, scale = make(2, width), make.weight(20, width), None
+    if kind == "int8":
+        m, scale = int8_rows(m)
+    given = norm_of(norm, width, torch.float16) if norm != "none" else {}
+    for splits in (1, 2, 3):
+        assert_decodes_accurately(x, [m], {"tiles": TILES, "splits": splits}, scale=scale, **given)
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("width", [64, 104])
+def test_gated_walks_of_rows_that_tiles_fill(width: int, kind: str) -> None:
+    make = Operands(torch.float16)
+    x, matrices, scale = make(1, width), [make.weight(20, width) for _ in range(2)], None
+    if kind == "int8":
+        (gate, first), (lift, second) = map(int8_rows, matrices)
+        matrices, scale = [gate, lift], torch.cat([first, second])
+    norm = norm_of("rms", width, torch.float16)
+    assert_runs_accurately(
+        lambda x, gate, lift, scale, weight, **options: decode_gated(
+            x, gate, lift, scale=scale, norm="rms", norm_weight=weight, **options
+        ),
+        x, *matrices, scale, norm["norm_weight"], tuning={"tiles": TILES},
+    )  # fmt: skip
+
+
+def test_a_matrix_without_columns_adds_nothing() -> None:
+    make = Operands(torch.float16)
+    x, m = make(1, 16), make.weight(4, 16)
+    empty = torch.empty(4, 0, dtype=torch.float16, device=DEVICE)
+    y = decode_linear(x, [m, empty], backend="triton", tiles=TILES)
+    assert torch.equal(y[:, :4], decode_linear(x, m, backend="triton", tiles=TILES))
+    assert torch.equal(y[:, 4:], torch.zeros_like(y[:, 4:]))
+
+
+def test_rows_that_lie_beyond_offsets_of_32_bits() -> None:
+    # Memory that is asked for and hardly touched.
+    far = torch.empty(3, 1 << 30, dtype=torch.float16, device=DEVICE)[:, :16]
+    numbers, m = Operands(torch.float16)(3, 16), Operands(torch.float16).weight(16, 16)
+    far.copy_(numbers)
+    y = decode_linear(far, m, backend="triton", tiles=ThinTiles(16, 16))
+    assert torch.equal(y, decode_linear(numbers, m, backend="triton", tiles=ThinTiles(16, 16)))
+    with pytest.raises(ValueError, match="rows of out lie too far apart"):
+        decode_linear(numbers, m, backend="triton", out=far)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,12 +135,16 @@ def test_matrices_that_begin_within_a_word(start: int, dtype: torch.dtype) -> No
     make = Operands(dtype)
     x, numbers = make(1, 32), make.weight(9, 32)
     integers, scale = int8_rows(numbers)
-    within = [torch.zeros(9, 48, dtype=m.dtype, device=DEVICE) for m in (numbers, integers)]
+    within = [torch.full((9, 48), 99, dtype=m.dtype, device=DEVICE) for m in (numbers, integers)]
     for around, m in zip(within, (numbers, integers), strict=True):
         around[:, start : start + 32] = m
     m, integers = (around[:, start : start + 32] for around in within)
     assert_decodes_accurately(x, [m], {"tiles": TILES})
     assert_decodes_accurately(x, [integers], {"tiles": TILES}, scale=scale)
+    for matrix in (m, integers):
+        call = DecodeLinear(x, None, None, matrix, *[None] * 7, "none", 0.0, "none", False, None)
+        aligned = start * matrix.element_size() % 4 == 0
+        assert (numbers_of_a_word(call, NEIGHBOURS) > 1) == aligned
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

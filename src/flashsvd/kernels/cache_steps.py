@@ -68,16 +68,17 @@ def share_of_keys(low, end, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def fetch_share(
-    k_ptr, v_ptr, position_ptr, first_ptr, i_row, position_row, window, width_k, width_v, k_column, v_column,
+    k_ptr, v_ptr, position_ptr, first_ptr, i_row, position_row, length, window, width_k, width_v, k_column, v_column,
     COLUMNS: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     # A program's share of the old keys and values begins to come into the cache. The position is read here before it is
-    # sure to be written; were it an older one, other lines would come.
+    # sure to be written; whatever it was before, it is taken for a column of the cache.
     position = tl.load(position_ptr + i_row * position_row, volatile=True).to(tl.int32)
+    position = tl.minimum(tl.maximum(position, 0), length - 1)
     low = 0
     if PADDED:
-        low = tl.maximum(tl.load(first_ptr + i_row, volatile=True).to(tl.int32), 0)
+        low = tl.minimum(tl.maximum(tl.load(first_ptr + i_row, volatile=True).to(tl.int32), 0), position)
     if WINDOWED:
         low = tl.maximum(low, position + 1 - window)
     start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
@@ -90,7 +91,7 @@ def fetch_share(
 
 @triton.jit
 def fetch_rows(p, o_row, pitch, width, WIDTH: tl.constexpr):
-    # Of each row the lines that hold it.
+    # Of each row the lines that hold it; of one that begins within a line, all but the last.
     size: tl.constexpr = LINE_BYTES // (p.dtype.element_ty.primitive_bitwidth // 8)
     lines: tl.constexpr = max(WIDTH // size, 1)
     o_column = tl.minimum(tl.arange(0, lines) * size, width - 1)

@@ -149,7 +149,7 @@ def _decode_attention(
     arrivals_ptr, out_ptr, parts_ptr,
     kv_heads, group, width, width_v, position_row, cos_row, sin_row, q_row, q_head, k_row, k_head, v_row, v_head,
     k_cache_row, k_cache_head, k_cache_column, v_cache_row, v_cache_head, v_cache_column, out_row, out_head,
-    eps, qk_scale, window,
+    eps, qk_scale, window, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, AT_ONCE: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -160,7 +160,7 @@ def _decode_attention(
     v_cache_ptr += i_row.to(tl.int64) * v_cache_row + i_kv.to(tl.int64) * v_cache_head
     if PDL:
         fetch_share(
-            k_cache_ptr, v_cache_ptr, position_ptr, first_ptr, i_row, position_row, window, width, width_v,
+            k_cache_ptr, v_cache_ptr, position_ptr, first_ptr, i_row, position_row, length, window, width, width_v,
             k_cache_column, v_cache_column, COLUMNS, 2 * HALF, WIDTH_V, SPLITS, PADDED, WINDOWED,
         )  # fmt: skip
     await_inputs(PDL)
@@ -330,7 +330,7 @@ def _plan(c: DecodeAttention, exact: str, t: Tiles) -> Plan:
         *(kv_heads, c.group, c.q.shape[2], width_v, 0 if len(c.position) == 1 else c.position.stride(0)),
         *(cos_row, sin_row, *c.q.stride()[:2], *c.k.stride()[:2], *c.v.stride()[:2]),
         *(*c.k_cache.stride()[:3], *c.v_cache.stride()[:3]),
-        *(out_row, out_head, c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0)),
+        *(out_row, out_head, c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0), c.k_cache.shape[2]),
     ]
     group, block_v = triton.next_power_of_2(c.group), block_of(width_v)
     rows = Tiles(max(t.rows, block_of(c.group)), t.columns, t.warps, t.stages)

@@ -131,7 +131,9 @@ def walk_by_tensor_cores(
         if NORM == "none":
             # As it lies in memory it goes to the tensor cores without a way through registers.
             x = tl.load(
-                x_ptr + o_n[None, :] * x_row + o_column[:, None], mask=m_n & (o_column < last)[:, None], other=0
+                x_ptr + o_n[None, :] * x_row + o_column[:, None],
+                mask=m_n & (o_column < last)[:, None],
+                other=0,
             )
         else:
             x = input_tile(x_ptr, o_column, n, x_row, last, N, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashsvd.kernels.decode_call import FEW_ROWS, DecodeLinear
+from flashsvd.kernels.few_rows_table import few_rows_tiles
 from flashsvd.kernels.launch import multiprocessors
 from flashsvd.kernels.partial_sums import divided
 from flashsvd.kernels.tiles import ThinTiles, Tiles, generation
@@ -24,59 +25,15 @@ WIDE_CANDIDATES = (
 WIDEST_PRODUCT = 512
 # Products that a program holds at once without tensor cores: as a rule, and for a warp at the most.
 TILE, MOST_OF_A_WARP = 8192, 4096
-# Programs that keep the memory of a large GPU busy, and from how many rows on there are enough of them in any case.
-PROGRAMS, MANY = 370, 2048
-# Columns of a tile that one warp holds, and of one that four to eight do.
-SHORT, LONG = 1024, 4096
+# Programs that keep the memory of a large GPU busy, the columns up to which many rows do so better than long ones, and
+# from how many rows on there are enough of them in any case.
+PROGRAMS, SHORT, MANY = 370, 2048, 2048
 # What another step of a walk takes, in columns.
 COLUMNS_OF_A_STEP = 200
 # By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and steps of a
 # share; and of integers, of which more must be on their way.
 RESIDENT, MOST_SPLITS, FEWEST_STEPS = 1, 8, 2
 RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8 = 6, 16, 1
-
-ENDLESS = 1 << 62
-
-
-def _rows(*sizes: tuple[int, int, int, int]) -> list[tuple[int, Tiles]]:
-    """Up to which length of rows what tiles are taken: rows, columns and warps."""
-    return [(longest, ThinTiles(rows, columns, warps, stages=1)) for longest, rows, columns, warps in sizes]
-
-
-# Of one and two rows of x in 16 bits, gated or not, by M of 16 bits and of 8: one tile for a whole row as long as that
-# fits, so that all of it is on its way before the program waits for x.
-TABLE = {
-    (1, False, False): _rows(
-        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 1), (2048, 4, 2048, 2), (8192, 4, 4096, 4),
-        (ENDLESS, 2, 4096, 4),
-    ),
-    (1, False, True): _rows(
-        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 1), (2048, 4, 2048, 4), (4096, 4, 4096, 4),
-        (8192, 4, 4096, 8), (ENDLESS, 4, 2048, 8),
-    ),
-    (1, True, False): _rows((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 2, 512, 1)),
-    (1, True, True): _rows((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 8, 256, 1)),
-    (2, False, False): _rows(
-        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 2, 1024, 1), (2048, 4, 2048, 4), (4096, 2, 4096, 4),
-        (ENDLESS, 4, 2048, 8),
-    ),
-    (2, False, True): _rows(
-        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 2, 1024, 1), (2048, 4, 2048, 4), (8192, 4, 4096, 8),
-        (ENDLESS, 4, 2048, 4),
-    ),
-    (2, True, False): _rows((256, 4, 256, 1), (512, 2, 512, 1), (1024, 4, 1024, 4), (ENDLESS, 2, 512, 1)),
-    (2, True, True): _rows((256, 4, 256, 1), (512, 2, 512, 1), (1024, 4, 1024, 4), (ENDLESS, 4, 256, 1)),
-}  # fmt: skip
-
-MANY_AT_ONCE = 8192
-MANY_SHORT = {
-    (1, False): ThinTiles(4, 512, warps=2, stages=1), (1, True): ThinTiles(8, 512, warps=1, stages=1),
-    (2, False): ThinTiles(4, 512, warps=1, stages=1), (2, True): ThinTiles(4, 512, warps=1, stages=1),
-}  # fmt: skip
-MANY_LONG = {
-    (1, False): ThinTiles(4, 1024, warps=4, stages=1), (1, True): ThinTiles(8, 4096, warps=8, stages=1),
-    (2, False): ThinTiles(8, 1024, warps=4, stages=1), (2, True): ThinTiles(8, 1024, warps=4, stages=1),
-}  # fmt: skip
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
@@ -90,25 +47,7 @@ def default_tiles(c: DecodeLinear) -> Tiles:
         return _by_tensor_cores(c, widest)
     if c.like.dtype == torch.float32:
         return _of_fp32(c, widest)
-    return _of_few_rows(c, widest)
-
-
-def _of_few_rows(c: DecodeLinear, widest: int) -> Tiles:
-    n, integers = len(c.x), c.m0.dtype == torch.int8
-    tiles = next(tiles for longest, tiles in TABLE[n, c.gated, integers] if widest <= longest)
-    if c.gated:
-        return tiles
-    # Of many rows of M there are programs enough for tiles of a part of each.
-    if tiles.columns == SHORT and c.width > MANY_AT_ONCE // n:
-        return MANY_SHORT[n, integers]
-    if tiles.columns == LONG and widest <= LONG and c.width > MANY:
-        return MANY_LONG[n, integers]
-    if n == 1 and integers and tiles.columns == LONG and tiles.warps == 4 and c.width <= SHORT:
-        return ThinTiles(2, LONG, warps=4, stages=1)
-    # What goes beyond the last whole tile of a long row may leave most of another one empty.
-    if n == 1 and tiles.rows == 2 and -(-widest // LONG) * LONG > -(-widest // MANY) * MANY:
-        return ThinTiles(2, MANY, warps=4, stages=1)
-    return tiles
+    return few_rows_tiles(c, widest)
 
 
 def _of_fp32(c: DecodeLinear, widest: int) -> Tiles:
@@ -116,9 +55,8 @@ def _of_fp32(c: DecodeLinear, widest: int) -> Tiles:
     if c.held_rows > FEW_ROWS:
         return ThinTiles(4, max(16, min(TILE // (4 * c.held_rows), _power_above(widest))), warps=4, stages=1)
     rows = 4 if c.gated else min(8, max(2, _power_below(c.width // PROGRAMS)))
-    if widest > MANY:
-        rows = min(rows, 4) if c.held_rows >= 4 else rows
-        return ThinTiles(rows, max(128, TILE // (rows * c.held_rows)), 8 if rows == 4 and n == 1 else 4, stages=1)
+    if widest > SHORT:
+        return ThinTiles(rows, TILE // (rows * c.held_rows), 8 if rows == 4 and n == 1 else 4, stages=1)
     if c.width > 4 * MANY and not c.gated:
         return ThinTiles(16, min(256, _power_above(widest)), 2 if n == 1 else 4, stages=1)
     most = TILE // 2 // rows if n == 1 else 512
@@ -132,7 +70,7 @@ def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
         return ThinTiles(16, columns, warps=2, stages=3)
     if c.gated or c.m0.dtype == torch.int8:
         return ThinTiles(32, columns, warps=4, stages=4)
-    rows = 64 if c.width >= MANY or widest > MANY else 32 if c.width >= MANY // 2 else 16
+    rows = 64 if c.width >= MANY or widest > SHORT else 32 if c.width >= MANY // 2 else 16
     return ThinTiles(rows, columns, warps=4, stages=3)
 
 

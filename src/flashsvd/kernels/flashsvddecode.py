@@ -272,10 +272,17 @@ def _check_kinds(c: DecodeLinear, n: int) -> None:
     for name, x in (*((f"M_{i}", m) for i, m in enumerate(c.matrices)), ("out", c.out)):
         if x is not None and x.stride(-1) != 1:
             raise ValueError(f"rows of {name} are not contiguous: strides {x.stride()}")
+    if c.out is not None and not _is_near(c.out):
+        raise ValueError(f"rows of out lie too far apart: strides {c.out.stride()}")
+
+
+def _is_near(x: Tensor) -> bool:
+    """Whether the numbers of a row are neighbours, and rows lie as near as offsets of 32 bits reach."""
+    return x.stride(-1) == 1 and x.stride(0) * (len(x) - 1) < 2**31 - x.shape[1]
 
 
 def _prepare(c: DecodeLinear, exact: str) -> DecodeLinear:
-    x, residual = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (c.x, c.residual))
+    x, residual = (x if x is None or _is_near(x) else x.contiguous() for x in (c.x, c.residual))
     scale, bias, weight, shift = (
         x if x is None else x.contiguous() for x in (c.scale, c.bias, c.norm_weight, c.norm_bias)
     )
@@ -289,12 +296,15 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
         t = Tiles(max(t.rows, 16), max(32, min(t.columns, WIDEST_PRODUCT)), t.warps, t.stages)
     elif n > FEW_ROWS:
         t = within_registers(t, c.held_rows)
+    starts, widths, pitches = c.starts or [], [m.shape[1] for m in matrices], [m.stride(0) for m in matrices]
+    step = math.gcd(NEIGHBOURS, *widths, *pitches)
+    if not c.by_tensor_cores and numbers_of_a_word(c, step) == 1 and c.like.dtype != torch.float32:
+        # Sums of single numbers take the registers of as many more.
+        t = within_registers(t, 2 * c.held_rows)
     programs, splits = count_tiles(c, t), c.splits or default_splits(c, t)
     if splits > 1 and programs > ARRIVALS:
         raise ValueError(f"at most {ARRIVALS} tiles of rows can be shared among programs, not {programs}")
     absent = [0] * (MOST_MATRICES - len(matrices))
-    starts, widths, pitches = c.starts or [], [m.shape[1] for m in matrices], [m.stride(0) for m in matrices]
-    step = math.gcd(NEIGHBOURS, *widths, *pitches)
     names = [*operand_names(DecodeLinear), "parts"]
     arguments = [
         *addresses(*names),
@@ -331,14 +341,19 @@ def _plan(c: DecodeLinear, exact: str, t: Tiles) -> Plan:
     return run
 
 
+def numbers_of_a_word(c: DecodeLinear, step: int) -> int:
+    """How many numbers of M a program reads as one, where widths and pitches are multiples of `step`."""
+    in_words = step == NEIGHBOURS and all(m.data_ptr() % WORD == 0 for m in c.matrices)
+    return max(1, WORD // c.m0.element_size()) if in_words else 1
+
+
 def _masks(c: DecodeLinear, t: Tiles, splits: int, step: int) -> dict[str, Any]:
     """The kernel's constants on words and their masks, where widths and pitches are multiples of `step`."""
     if c.by_tensor_cores:
         return {"PACKED": 1, "EVEN": False, "WHOLE": False, "ONCE": False}
-    in_words = step == NEIGHBOURS and all(m.data_ptr() % WORD == 0 for m in c.matrices)
-    packed = WORD // c.m0.element_size() if in_words else 1
+    packed = numbers_of_a_word(c, step)
     fills_rows = all(len(m) % t.rows == 0 for m in c.matrices)
-    even = fills_rows and all(m.shape[1] % (t.columns * splits) == 0 for m in c.matrices)
+    even = fills_rows and all(m.shape[1] and m.shape[1] % (t.columns * splits) == 0 for m in c.matrices)
     once = max(m.shape[1] for m in c.matrices) <= t.columns * splits
     # Masks take few instructions beside those of other numbers, and code of its own for whole tiles as many.
     whole = packed == WORD and fills_rows and not even and not once
@@ -370,7 +385,7 @@ def decode_linear(
 ) -> Tensor:  # fmt: skip
     """f((norm(x) M^T) * scale + bias) + residual, for each of the matrices M, side by side.
 
-    Matrices are not written by the kernel just before this one on the stream: it may still run when they are read.
+    Matrices are not written by kernels of ours just before this one on the stream, which may still run meanwhile.
 
     Args:
         x: [n, K] of at most 32 rows.

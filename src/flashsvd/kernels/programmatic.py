@@ -26,7 +26,7 @@ def early_start(x: Tensor) -> dict[str, Any]:
 
 @triton.jit
 def await_inputs(PDL: tl.constexpr):
-    # Nothing that another kernel may have written is read before this, and nothing is written. Every program comes
+    # Of what another kernel may have written no result depends before this, and nothing is written. Every program comes
     # through here: the end of this kernel then is the end of all those before it.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
