@@ -2,8 +2,8 @@
 
     python benchmark/benchmark_rank_search.py --calibration-text FILE --validation-text FILE --decoder DIR
 
-Data, calibration and ratios are those of decoders in `benchmark_methods.py`; ranks are fine ones. The CSV is written row
-by row, and rows of an earlier run stay in it where these have no newer ones: `learned` takes minutes for each figure.
+Data, calibration and ratios are those of decoders in `benchmark_methods.py`; ranks are fine ones. The CSV is written
+row by row, and rows of an earlier run stay in it where these have no newer ones: `learned` takes minutes for each.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_a_pass_counts_their_bytes_too() -> None:
     model, batches = build_model(), classified()
     targets = find_targets(model)
     at_once = collect(model, batches)
-    # Two layers of 32 channels, 48 in the middle: of each, three streams of 32 and one of 48; five outputs of 32, one of 48.
+    # Each of two layers has three streams of 32 channels and one of 48, five outputs of 32 and one of 48.
     size = 2 * 8 * (3 * 32**2 + 48**2 + 5 * 32**2 + 48**2)
     needs = ("covariance", "output_gradients")
     assert fits_one_pass(model, targets, needs, size)
