@@ -9,9 +9,11 @@ and the gradients g of the loss by the outputs taken as independent, the expecte
 so that rank r loses the sum of d_k over k >= r, and where heads share a rank, over the heads. `loss_ranks` divides the
 budget by these sums, in which directions count as independent of one another.
 
-To rank singular directions by gradients of the loss is the idea of arXiv 2602.02848. What differs: here any method's
-directions are ranked, in their own order, by a second-order term from the covariances of inputs and of gradients
-instead of from gradients of the weights; and matrices that the loss needs whole may stay dense.
+To rank the directions of all matrices by the loss's gradient is the idea of Zero Sum SVD (Abbasi et al., 2026, arXiv
+2602.02848), which takes the first-order change of the loss in whitened coordinates and drops directions such that these
+changes, of either sign, add up to about zero. Departures: the term is of second order and never negative, so that what
+is left out is counted as lost and a budget divided by it; the directions are those of any method, dropped from the last
+one on; and a matrix may stay dense.
 """
 
 from __future__ import annotations
