@@ -9,6 +9,8 @@ from pathlib import Path
 from benchmark_methods import Subject, write_csv
 from benchmark_rank_search import Row, markdown, measure, merge, read_csv
 from conftest import WORDS, MakeModel
+from markdown import ROOT
+from support.results import RESULTS
 
 DENSE = Row("docs", "dense", "", 1.0, 1.0, 0, 0, "perplexity", 17.44, 0.0, "cpu")
 UNIFORM = Row("docs", "drone", "uniform", 0.8, 0.8, 0, 56, "perplexity", 22.51, 3.0, "cpu")
@@ -39,6 +41,12 @@ def test_the_table_says_what_stayed_dense_and_leaves_empty_what_was_not_measured
         "| docs (dense 17.4), drone, uniform | 22.5, 0 of 56 | 32.9, 0 of 56 |",
         "| docs (dense 17.4), drone, loss | 19.3, 25 of 56 |  |",
     ]
+
+
+def test_the_measurements_have_the_table_that_the_results_give() -> None:
+    printed = markdown(read_csv(RESULTS / "rank_search.csv")).splitlines()
+    assert len(printed) > 4
+    assert set(printed) <= set((ROOT / "docs" / "measurements.md").read_text().splitlines())
 
 
 def test_a_small_model_is_measured_with_each_search(make_model: MakeModel, tmp_path: Path) -> None:

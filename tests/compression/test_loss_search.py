@@ -207,8 +207,10 @@ def test_the_checkpoint_says_which_search_it_was(
     decoder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], search: str
 ) -> None:
     monkeypatch.setattr(adasvd, "STEPS", 4)
-    info = compress(decoder, tmp_path / "out", text, calib_seq_len=16, **options)
-    assert info.rank_search == search
+    data = {"calib_data": str(text), "calib_samples": 16, "calib_seq_len": 16, "device": "cpu"}
+    report = run_compress(CompressConfig(str(decoder), ratio=0.5, output=str(tmp_path / "out"), **data, **options))
+    assert report.info.rank_search == search
+    assert (f"rank search {search}" in str(report)) == (search != "uniform")
     assert f"rank search {search}" in str(read_info(tmp_path / "out"))
     assert f"rank search {search}" in (tmp_path / "out" / "README.md").read_text()
     # What transformers' own save_pretrained keeps is the config, which says so too.

@@ -280,16 +280,15 @@ def _calibration(
     longest = architecture_of(model_config).max_length(model_config)
     calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
     if measures and GRADIENTS & method.needs and calibration.loss is None:
-        # Of a method that differentiates one itself another search is of no help.
-        who, instead = (method.name, "drone or asvd") if "row_gradients" in method.needs else _BY_LOSS
+        # To a method that differentiates one itself another search is of no help.
+        who, instead = "--rank-search loss", "another --rank-search"
+        if "row_gradients" in method.needs:
+            who, instead = method.name, "drone or asvd"
         raise ConfigError(
             f"{who} differentiates a loss, and {config.model} has none by itself; "
             f"choose {instead}, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
-
-
-_BY_LOSS = ("--rank-search loss", "--rank-search learned")
 
 
 def _searches_ranks(config: CompressConfig, method: Method) -> bool:
