@@ -82,6 +82,7 @@ DOORS: dict[str, Door] = {
     },
     "compress per head": lambda made, out: made.compress(out, qkv="per-head"),
     "compress asvd, searching": lambda made, out: made.compress(out, "asvd", asvd_search=True),
+    "compress drone, by the loss": lambda made, out: made.compress(out, "drone", rank_search="loss"),
     "eval": lambda made, out: run_eval(evaluation(made)),
     "eval fused": lambda made, out: run_eval(evaluation(made, backend="torch")),
     "finetune": lambda made, out: made.finetune(out),

@@ -173,7 +173,7 @@ def test_the_result_has_the_ranks_that_a_ratio_led_to(make_model: MakeModel, tmp
     report = run_compress(config)
     data = str(write_task_data(TASKS["sst2"], tmp_path))
     result = run_eval(EvalConfig(checkpoint=str(output), task="sst2", data=data)).to_json()
-    assert (result["ratio"], result["rank_steps"]) == (0.5, steps)
+    assert (result["ratio"], result["rank_steps"], result["rank_search"]) == (0.5, steps, "uniform")
     assert result["module_ranks"] == {matrix.name: matrix.rank for matrix in report.matrices}
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flashsvd.calibration.losses import Loss
+from flashsvd.calibration.losses import Loss, label_count
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
 from flashsvd.lowrank.layers import weight_matrix
-from flashsvd.methods.method import Need
+from flashsvd.methods.method import GRADIENTS, Need
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite, working_on
 
@@ -40,14 +40,14 @@ def collect_statistics(
 
     Args:
         model: a dense model; it comes back in its own dtype and on the CPU.
-        loss: differentiated where `row_gradients` are needed.
+        loss: differentiated where gradients are needed.
         pass_bytes: how much memory the sums of one pass may take.
 
     Raises:
         ModelError: an activation, a loss or a gradient is not finite.
     """
     # On a CPU 16-bit floats are slow; float16 overflows, and gradients underflow in both.
-    keeps = device.type != "cpu" and model.dtype == torch.bfloat16 and "row_gradients" not in needs
+    keeps = device.type != "cpu" and model.dtype == torch.bfloat16 and GRADIENTS.isdisjoint(needs)
     with working_on(model, device, model.dtype if keeps else torch.float32):
         passes = list(_passes(model, targets, needs, pass_bytes))
         with tqdm(total=len(passes) * len(batches), desc="calibrating", unit="batch") as progress:
@@ -62,7 +62,7 @@ def fits_one_pass(model: Any, targets: Sequence[Target], needs: Collection[Need]
 
 def key(need: Need, target: Target) -> str:
     """The name of a statistic: activations' by the stream that the target reads, gradients' by the target."""
-    return f"{need}/{target.name if need == 'row_gradients' else target.inputs}"
+    return f"{need}/{target.name if need in GRADIENTS else target.inputs}"
 
 
 class _Pass:
@@ -73,8 +73,10 @@ class _Pass:
         self._sums: dict[str, Tensor] = {}
         self._mask = torch.empty(0)
         self._tokens = 0
+        self._labels = 0
+        self._differentiates = not GRADIENTS.isdisjoint(needs)
         # Without a loss nobody reads what a head computes.
-        self._runner = model if "row_gradients" in needs else model.base_model
+        self._runner = model if self._differentiates else model.base_model
 
     def run(
         self,
@@ -83,16 +85,16 @@ class _Pass:
         device: torch.device,
         on_batch: Callable[[], object],
     ) -> dict[str, Tensor]:
-        differentiate = "row_gradients" in self._needs
         self._tokens = sum(batch.tokens for batch in batches)
         with (
             self._hooks(),
-            _only_weights_require_grad(self._model, self._targets),
-            torch.set_grad_enabled(differentiate),
+            _only_weights_require_grad(self._model, self._targets if "row_gradients" in self._needs else []),
+            torch.set_grad_enabled(self._differentiates),
         ):
             for batch in (batch.to(device) for batch in batches):
-                if differentiate:
+                if self._differentiates:
                     assert loss is not None, "the caller checks that there is a loss"
+                    self._labels = label_count(batch)
                     self._backward(loss(self._model, batch))
                 else:
                     for part in batch.inputs:
@@ -108,6 +110,10 @@ class _Pass:
             for target in by_stream.values():
                 module = self._model.get_submodule(target.module)
                 handles.append(module.register_forward_pre_hook(self._activation_hook(target, activations)))
+        if "output_gradients" in self._needs:
+            for target in self._targets:
+                module = self._model.get_submodule(target.module)
+                handles.append(module.register_forward_hook(self._output_hook(target)))
         try:
             yield
         finally:
@@ -144,12 +150,40 @@ class _Pass:
 
         return hook
 
+    def _output_hook(self, target: Target) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        name = key("output_gradients", target)
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            """Have the gradient by what a target computes, [batch, tokens, out], added to its sum."""
+            if name not in self._sums:
+                width = target.own_columns(output[0, :1]).shape[1]
+                self._sums[name] = output.new_zeros(width, width, dtype=torch.float64)
+            if not output.requires_grad:
+                # No weight before it asks for a gradient.
+                output.requires_grad_()
+            # A loss may come after several forwards, each of which has a mask of its own.
+            mask = self._mask
+            output.register_hook(lambda gradient: add(gradient[mask]))  # type: ignore[no-untyped-call]  # as below
+
+        def add(gradient: Tensor) -> None:
+            """Add the rows of a gradient.
+
+            Raises:
+                ModelError: it is NaN or infinite.
+            """
+            g = target.own_columns(gradient) * self._labels
+            if not is_finite(g):
+                raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
+            _add_gram(self._sums[name], g)
+
+        return hook
+
     def _backward(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
             raise ModelError("the loss is NaN or infinite on the calibration data; the model or the labels are wrong")
         self._model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for target in self._targets:
+        for target in self._targets if "row_gradients" in self._needs else []:
             gradient = target.own_columns(_weight_gradient(self._model.get_submodule(target.module)))
             squared = gradient.double().square()
             rows = squared.reshape(len(squared), target.heads, -1).sum(-1).T
@@ -164,7 +198,7 @@ class _Pass:
     def _finished(self, name: str, total: Tensor) -> Tensor:
         if name.startswith("row_gradients/"):
             return total.cpu()
-        if name.startswith("covariance/"):
+        if name.startswith(("covariance/", "output_gradients/")):
             total = total.triu() + total.triu(1).T
         return (total / self._tokens).cpu()
 
@@ -192,7 +226,9 @@ def _passes(model: Any, targets: Sequence[Target], needs: Collection[Need], pass
     chunk: list[Target] = []
     used = 0
     for members in streams.values():
-        size = 8 * _width(model, members[0]) ** 2 if "covariance" in needs else 0
+        size = 8 * _inputs(model, members[0]) ** 2 if "covariance" in needs else 0
+        if "output_gradients" in needs:
+            size += sum(8 * _outputs(model, member) ** 2 for member in members)
         if chunk and used + size > pass_bytes:
             yield chunk
             chunk, used = [], 0
@@ -201,8 +237,12 @@ def _passes(model: Any, targets: Sequence[Target], needs: Collection[Need], pass
     yield chunk
 
 
-def _width(model: Any, target: Target) -> int:
+def _inputs(model: Any, target: Target) -> int:
     return len(weight_matrix(model.get_submodule(target.module)))
+
+
+def _outputs(model: Any, target: Target) -> int:
+    return target.own_columns(weight_matrix(model.get_submodule(target.module))[:1]).shape[1]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashsvd.data.sampling import IGNORED
 from flashsvd.data.tokenize import Batch
 from flashsvd.models.sentence import SentenceEncoder
 
@@ -22,6 +23,15 @@ def head_loss(model: Any, batch: Batch) -> Tensor:
     (inputs,) = batch.inputs
     loss: Tensor = model(**inputs, labels=batch.labels).loss
     return loss
+
+
+def label_count(batch: Batch) -> int:
+    """How many labels the loss of a batch is the mean of: times it, batches of any size weigh alike.
+
+    Of windows of running text it counts the first tokens too, which nothing predicts: a factor that all share.
+    """
+    assert batch.labels is not None, "a loss has labels"
+    return int((batch.labels != IGNORED).sum())
 
 
 def similarity_loss(encoder: SentenceEncoder) -> Loss:

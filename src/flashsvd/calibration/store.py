@@ -19,7 +19,7 @@ from torch import Tensor
 from flashsvd.calibration.collect import key
 from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
-from flashsvd.methods.method import Need, Statistics
+from flashsvd.methods.method import GRADIENTS, Need, Statistics
 from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
@@ -44,16 +44,19 @@ class ModelStatistics:
     about: Mapping[str, Any]
 
     def of(self, target: Target, needs: Collection[Need], blocks: int = 1) -> Statistics:
-        """What is known of one target, in float64; row gradients [blocks, in], or [in] for one block."""
+        """What is known of one target in so many blocks, in float64; for one block without the dimension of blocks."""
         found = {need: self.tensors[key(need, target)] for need in needs}
         rows = found.get("row_gradients")
         if rows is not None and blocks == 1:
             rows = rows.sum(0)
-        return Statistics(found.get("covariance"), found.get("mean_abs"), rows)
+        outputs = found.get("output_gradients")
+        if outputs is not None and blocks > 1:
+            outputs = _diagonal_blocks(outputs, blocks)
+        return Statistics(found.get("covariance"), found.get("mean_abs"), rows, outputs)
 
     def require(self, targets: Sequence[Target], needs: Collection[Need], task: str | None, where: str) -> None:
         """Raises ConfigError where something that the method needs was not collected, or for another task's loss."""
-        if "row_gradients" in needs and self.about.get("task") != task:
+        if GRADIENTS & set(needs) and self.about.get("task") != task:
             raise ConfigError(
                 f"the gradients in {where} are those of --task {self.about.get('task')}, not of {task}; calibrate again"
             )
@@ -61,6 +64,12 @@ class ModelStatistics:
             for need in needs:
                 if key(need, target) not in self.tensors:
                     raise ConfigError(f"{where} holds no {need} of {target.name}; calibrate again without --stats")
+
+
+def _diagonal_blocks(matrix: Tensor, blocks: int) -> Tensor:
+    """[blocks * width, blocks * width] -> its blocks on the diagonal, [blocks, width, width]."""
+    width = len(matrix) // blocks
+    return torch.stack([matrix[i : i + width, i : i + width] for i in range(0, blocks * width, width)])
 
 
 def in_memory(parts: Iterable[Mapping[str, Tensor]], about: Mapping[str, Any]) -> ModelStatistics:

@@ -11,7 +11,7 @@ from flashsvd.common.options import option
 from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
-from flashsvd.lowrank.ranks import RANK_STEPS, RankRequest, RankSteps
+from flashsvd.lowrank.ranks import RANK_SEARCHES, RANK_STEPS, RankRequest, RankSteps
 from flashsvd.lowrank.spec import FACTOR_KINDS, FactorKind
 
 OUTPUT_ROOT = "compressed_models"
@@ -56,6 +56,12 @@ class CompressConfig(Config):
         help="which ranks are looked for: those that kernels run fastest at among the ways to divide the budget of "
         "--ratio, or multiples of 8 from 64 on that keep the same fraction of each matrix",
         choices=RANK_STEPS,
+    )
+    rank_search: str | None = option(
+        None,
+        help="how ranks are divided: uniform, as --rank-steps says; loss, where gradients by the outputs say that "
+        "truncation costs least; or learned, as adasvd does with its own. The default is uniform, but for adasvd",
+        choices=RANK_SEARCHES,
     )
     ranks_json: str | None = option(None, help="ranks.json of an earlier run, for the rank of each matrix", path="read")
     qkv: str = option(
@@ -159,5 +165,6 @@ class CompressConfig(Config):
         named = directory.resolve() if directory.is_dir() and directory.name in ("", "..") else directory
         label = "ranks-json" if self.ranks_json else self.rank_request().label
         layout = "_per-head" if self.qkv == "per-head" else ""
+        search = f"_{self.rank_search}" if self.rank_search in ("loss", "learned") else ""
         integers = "_int8" if self.factors == "int8" else ""
-        return Path(OUTPUT_ROOT) / f"{named.name}_{method}_{label}{layout}{integers}"
+        return Path(OUTPUT_ROOT) / f"{named.name}_{method}_{label}{search}{layout}{integers}"

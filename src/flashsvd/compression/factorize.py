@@ -133,9 +133,10 @@ def _factor_target(
     )
     if choice.rank is None:
         return result, None
-    work = weight.to(factoring.device) if factoring.device is not None else weight
-    blocked = _split_columns(work, blocks) if blocks > 1 else work
-    factors = factoring.method.factorize(blocked, choice.rank, factoring.statistics(target).to(work.device))
+    work = _on_device(weight, factoring)
+    factors = factoring.method.factorize(
+        _in_blocks(work, blocks), choice.rank, factoring.statistics(target).to(work.device)
+    )
     layer = layer_from_factors(dense, factors.u, factors.v, factoring.factors).to(dtype=factoring.dtype)
     # The error of what is stored, so with its rounding; in place, since these are the largest tensors.
     original = work.float()
@@ -153,12 +154,21 @@ def _factor_target(
     return result, layer
 
 
+def blocked_weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
+    """The target's W as a method is given it, where the factorisation runs: [in, out], or [blocks, in, width]."""
+    return _in_blocks(_on_device(_weight(model, target, factoring), factoring), factoring.blocks(target))
+
+
 def _weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
     """The target's W [in, out], from where it is to be read."""
     stored = factoring.read_weight(f"{target.module}.weight") if factoring.read_weight else None
     return target.own_columns(weight_matrix(model.get_submodule(target.module), stored).detach())
 
 
-def _split_columns(weight: Tensor, blocks: int) -> Tensor:
-    """[in, blocks * width] -> [blocks, in, width]."""
-    return weight.reshape(weight.shape[0], blocks, -1).movedim(1, 0)
+def _on_device(weight: Tensor, factoring: Factoring) -> Tensor:
+    return weight.to(factoring.device) if factoring.device is not None else weight
+
+
+def _in_blocks(weight: Tensor, blocks: int) -> Tensor:
+    """[in, blocks * width] -> [blocks, in, width]; as it is where there is one block."""
+    return weight if blocks == 1 else weight.reshape(weight.shape[0], blocks, -1).movedim(1, 0)

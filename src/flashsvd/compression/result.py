@@ -80,7 +80,8 @@ class CompressReport:
             + (f", factors in {self.info.factors}" if self.info.factors != "float" else ""),
         ]
         if self.info.rank_steps is not None:
-            lines.append(f"ranks:           in {self.info.rank_steps} steps")
+            search = "" if self.info.rank_search == "uniform" else f", rank search {self.info.rank_search}"
+            lines.append(f"ranks:           in {self.info.rank_steps} steps{search}")
         ratio, kept = self.info.ratio, p["target_compressed"] / p["target_dense"]
         if ratio is not None and kept < ratio - NOTABLE:
             lines.append(f"asked was {ratio:.1%}: {_WHY_LESS[self.info.rank_steps]}")

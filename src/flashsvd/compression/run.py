@@ -27,6 +27,7 @@ from flashsvd.common.provenance import git_commit, library_versions, timestamp
 from flashsvd.compression.config import CompressConfig
 from flashsvd.compression.factoring import Factoring, QKVLayout
 from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
+from flashsvd.compression.loss_search import search_by_loss
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
 from flashsvd.data.sampling import Draw
@@ -42,7 +43,8 @@ from flashsvd.lowrank.ranks import (
     plan_ranks,
 )
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
-from flashsvd.methods.method import Method, Need
+from flashsvd.methods.method import GRADIENTS, Method, Need
+from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task, fitting_tasks
@@ -85,6 +87,7 @@ class CompressionJob:
         method = get_method(
             config.method, alpha=config.alpha, asvd_search=config.asvd_search, adasvd_base=config.adasvd_base
         )
+        method = with_rank_search(method, config.rank_search)
         task = get_task(config.task) if config.task is not None else None
         device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
         output = config.output_directory(method.name)
@@ -143,14 +146,14 @@ class CompressionJob:
             companions=self.companions,
             overwrite=self.config.overwrite,
             state_dict=self.config.state_dict,
-            ranks=info.module_ranks if self._chooses else None,
+            ranks=info.module_ranks if self._searches else None,
         )
         size = sum(file.stat().st_size for file in weight_files(self.output))
         return CompressReport(self.output, info, tuple(matrices), size, seconds)
 
     @property
-    def _chooses(self) -> bool:
-        return _chooses_ranks(self.config, self.factoring.method)
+    def _searches(self) -> bool:
+        return _searches_ranks(self.config, self.factoring.method)
 
     def _load(self) -> Pretrained:
         log.info("loading %s", self.config.model)
@@ -184,9 +187,9 @@ class CompressionJob:
                 return in_memory(parts, about)
             return in_temporary_files(parts, about, beside=self.output)
         # Whatever any method may need later, so that they all can use what is saved.
-        everything: list[Need] = ["covariance", "mean_abs"]
+        everything: set[Need] = {"covariance", "mean_abs", *needs}
         if loss is not None:
-            everything.append("row_gradients")
+            everything.add("row_gradients")
         key = fingerprint(model)
         parts = collect_statistics(model, targets, batches, everything, loss, device)
         return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
@@ -202,12 +205,16 @@ class CompressionJob:
         return division(self.config.rank_request(), self.model_config)
 
     def _with_final_ranks(self, model: Any, factoring: Factoring) -> Factoring:
-        """With the ranks asked for, or those that the method chooses."""
-        if not self._chooses:
+        """With the ranks asked for, or those that a search comes to."""
+        if not self._searches:
             return factoring
-        assert self.calibration is not None, "prepared for every method that chooses ranks"
         request = self._request
         budget = parameter_budget(self.shapes, request)
+        if factoring.method.search == "loss":
+            read = replace(factoring, read_weight=StoredWeights(self.source, model).read)
+            ranks = search_by_loss(model, read, budget, request.steps)
+            return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
+        assert self.calibration is not None, "prepared for every search that asks for losses"
         batches, loss = self.calibration.batches, self.calibration.loss
         # From the even division a search comes to better ranks than from the fast one.
         even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
@@ -248,6 +255,7 @@ class CompressionJob:
             calibration=calibration,
             ranks_json=config.ranks_json,
             rank_steps=request.steps if _looks_for_ranks(config, method) else None,
+            rank_search=method.search if _looks_for_ranks(config, method) else None,
             model_type=str(model.config.model_type),
             architecture=type(model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -263,30 +271,39 @@ class CompressionJob:
 def _calibration(
     config: CompressConfig, method: Method, task: Task | None, model_class: Any, model_config: Any, source: str
 ) -> Calibration | None:
-    """The calibration data, where the method reads any."""
+    """The calibration data, where the method or the search for ranks reads any."""
     measures = bool(method.needs) and not config.stats
-    if not measures and not _chooses_ranks(config, method):
+    if not measures and not _asks_for_losses(config, method):
         return None
     draw = Draw(config.calib_samples, config.seed, first=config.calib_order == "first")
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
     longest = architecture_of(model_config).max_length(model_config)
     calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
-    if measures and "row_gradients" in method.needs and calibration.loss is None:
+    if measures and GRADIENTS & method.needs and calibration.loss is None:
+        # To a method that differentiates one itself another search is of no help.
+        who, instead = "--rank-search loss", "another --rank-search"
+        if "row_gradients" in method.needs:
+            who, instead = method.name, "drone or asvd"
         raise ConfigError(
-            f"{method.name} differentiates a loss, and {config.model} has none by itself; "
-            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
+            f"{who} differentiates a loss, and {config.model} has none by itself; "
+            f"choose {instead}, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 
 
-def _chooses_ranks(config: CompressConfig, method: Method) -> bool:
-    """Whether the method finds the ranks; where a file gives them it does not."""
-    return method.choose_ranks is not None and not config.ranks_json
+def _searches_ranks(config: CompressConfig, method: Method) -> bool:
+    """Whether data say what the ranks are; where a file gives them they do not."""
+    return method.search != "uniform" and not config.ranks_json
+
+
+def _asks_for_losses(config: CompressConfig, method: Method) -> bool:
+    """Whether the search runs the model on data, beside what statistics say of them."""
+    return method.choose_ranks is not None and _searches_ranks(config, method)
 
 
 def _looks_for_ranks(config: CompressConfig, method: Method) -> bool:
-    """Whether there are ranks to find: for a ratio, or by the method."""
-    return config.ratio is not None or _chooses_ranks(config, method)
+    """Whether there are ranks to find: for a ratio, or by a search."""
+    return config.ratio is not None or _searches_ranks(config, method)
 
 
 def _check_options(config: CompressConfig, method: Method, output: Path) -> None:
@@ -295,8 +312,9 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
     Raises:
         ConfigError: naming the option.
     """
-    if config.ranks_json and config.asvd_search:
-        raise ConfigError("--ranks-json gives the ranks that --asvd-search would look for; leave out one of them")
+    for name in ("asvd_search", "rank_search"):
+        if config.ranks_json and getattr(config, name):
+            raise ConfigError(f"--ranks-json gives the ranks that {flag(name)} would look for; leave out one of them")
     if config.rank_steps == "fine" and not _looks_for_ranks(config, method):
         raise ConfigError("--rank-steps fine is for ranks that are looked for, and these are given; leave it out")
     for name in ("stats", "save_stats"):
@@ -310,7 +328,7 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
             )
     if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
         raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
-    if config.calib_data and (config.stats or not method.needs) and not _chooses_ranks(config, method):
+    if config.calib_data and (config.stats or not method.needs) and not _asks_for_losses(config, method):
         log.warning("the calibration data are not read: %s needs none here", method.name)
 
 

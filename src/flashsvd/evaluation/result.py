@@ -20,7 +20,7 @@ class EvalResult:
 
     Attributes:
         metric_value: the task's first metric; None where it is not defined.
-        ranks, ratio, rank_steps: what the compression was asked for; None of a dense model.
+        ranks, ratio, rank_steps, rank_search: what the compression was asked for; None of a dense model.
         module_ranks: the rank that each factored layer has, by module path, and None where it stayed dense.
         latency_ms: median milliseconds of the model's forward on a full batch.
         tokens_per_second: tokens the model read, padding not counted, over the time of its forwards.
@@ -66,6 +66,7 @@ class EvalResult:
     why_plain: str = ""
     module_ranks: Mapping[str, int | None] | None = None
     rank_steps: str | None = None
+    rank_search: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, with the two definitions under `_latency_definition` and `_memory_definition`."""

@@ -75,6 +75,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         ratio=info.ratio if info else None,
         module_ranks=info.module_ranks if info else None,
         rank_steps=info.rank_steps if info else None,
+        rank_search=info.rank_search if info else None,
         peak_memory_mib=round(memory.mib(), 2),
         latency_ms=timings.percentile(50),
         latency_percentiles_ms={f"p{q}": timings.percentile(q) for q in (50, 90, 99)},

@@ -19,6 +19,9 @@ from flashsvd.lowrank.shapes import ROLES, MatrixShape, Role
 
 RankSteps = Literal["fast", "fine"]
 RANK_STEPS: tuple[RankSteps, ...] = ("fast", "fine")
+# How ranks are divided among the matrices; `sensitivity` is what `--asvd-search` does.
+RankSearch = Literal["uniform", "loss", "learned", "sensitivity"]
+RANK_SEARCHES: tuple[RankSearch, ...] = ("uniform", "loss", "learned")
 
 ALIGNED = 8
 FFN_PER_RANK = 4
@@ -27,7 +30,7 @@ WO_PER_RANK = 4
 # Why a matrix stays dense that a smaller rank would have made smaller.
 ASKED_DENSE = "asked to stay dense"
 FAST_DENSE = "chosen by fast rank steps, since the budget divided so runs fastest"
-SEARCHED_DENSE = "chosen by the method, which looks for the ranks itself"
+SEARCHED_DENSE = "chosen by the search for ranks"
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,12 @@ def _raised(
 
 def _scaled_rank(shape: MatrixShape, rank: int) -> int:
     return max(1, rank) if shape.saves(max(1, rank)) else shape.full_rank
+
+
+def allowed_ranks(shape: MatrixShape, steps: RankSteps) -> list[int]:
+    """The ranks that a search may give a matrix, rising: those that lie on a step and make it smaller."""
+    rounding = _ROUNDING[steps]
+    return [rank for rank in range(1, shape.full_rank + 1) if shape.saves(rank) and rounding(shape, rank) == rank]
 
 
 def kept_parameters(shapes: Iterable[MatrixShape], plan: Mapping[str, RankChoice]) -> int:

@@ -158,6 +158,7 @@ METHOD = Method(
     BASES[DEFAULT_BASE].needs,
     aliases=("ada",),
     choose_ranks=choose_ranks,
+    search="learned",
     options={"adasvd_base": DEFAULT_BASE},
     configure=configure,
 )

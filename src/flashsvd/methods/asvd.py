@@ -102,6 +102,7 @@ def configure(alpha: float = ALPHA, asvd_search: bool = False) -> Method:
         options={"alpha": alpha, "asvd_search": asvd_search},
         factorize=functools.partial(factorize, alpha=alpha),
         choose_ranks=choose_ranks if asvd_search else None,
+        search="sensitivity" if asvd_search else "uniform",
     )
 
 

@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flashsvd.lowrank.ranks import RankSteps
+from flashsvd.lowrank.ranks import RankSearch, RankSteps
 from flashsvd.lowrank.shapes import MatrixShape
 
-Need = Literal["covariance", "mean_abs", "row_gradients"]
+Need = Literal["covariance", "mean_abs", "row_gradients", "output_gradients"]
+# Those that differentiate a loss.
+GRADIENTS: frozenset[Need] = frozenset({"row_gradients", "output_gradients"})
 
 
 class Factors(NamedTuple):
@@ -38,14 +40,17 @@ class Statistics:
         covariance: E[x^T x] of the layer's input rows x, [in, in], not centred.
         mean_abs: E|x|, [in].
         row_gradients: sum over batches of (dL/dW)^2, summed along each row of each block, [h, in].
+        output_gradients: E[g^T g] of the gradients g of the summed loss by the layer's output rows, [out, out]; of more
+            blocks than one, that of each, [h, out / h, out / h].
     """
 
     covariance: Tensor | None = None
     mean_abs: Tensor | None = None
     row_gradients: Tensor | None = None
+    output_gradients: Tensor | None = None
 
     def to(self, device: torch.device) -> Statistics:
-        fields = (self.covariance, self.mean_abs, self.row_gradients)
+        fields = (self.covariance, self.mean_abs, self.row_gradients, self.output_gradients)
         return Statistics(*(None if value is None else value.to(device) for value in fields))
 
 
@@ -103,9 +108,10 @@ class Method:
     """A compression method.
 
     Attributes:
-        needs: the statistics that `factorize` reads.
+        needs: the statistics that `factorize` reads, or the search for ranks.
         aliases: other names users know it by.
-        choose_ranks: for methods that find a rank for each matrix by themselves; None keeps the ranks asked for.
+        choose_ranks: for methods that find a rank for each matrix by themselves; None leaves that to others.
+        search: how its ranks are divided.
         options: what `configure` takes, by name, as it is where nothing else is asked for.
         configure: the same method with options set; None where it has none.
     """
@@ -115,5 +121,6 @@ class Method:
     needs: frozenset[Need] = frozenset()
     aliases: tuple[str, ...] = ()
     choose_ranks: ChooseRanks | None = None
+    search: RankSearch = "uniform"
     options: Mapping[str, Any] = field(default_factory=dict)
     configure: Callable[..., Method] | None = None

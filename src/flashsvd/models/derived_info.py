@@ -22,6 +22,7 @@ from flashsvd.storage.metadata import ABOUT, CompressionInfo, check_fields
 UNKNOWN = "unknown"
 _NOTHING: dict[str, Any] = {
     "method": UNKNOWN, "method_options": {}, "ranks": {}, "ratio": None, "ranks_json": None, "rank_steps": None,
+    "rank_search": None,
     "base_model": "", "task": None, "calibration": None, "untrained": [], "versions": {}, "git_commit": None,
     "timestamp": UNKNOWN,
     "trainings": [],

@@ -38,7 +38,8 @@ def describe(c: CompressionInfo, weight_bytes: int) -> list[tuple[str, str]]:
 
 def _asked(c: CompressionInfo) -> str:
     steps = f", ranks in {c.rank_steps} steps" if c.rank_steps else ""
-    return _asked_size(c) + steps
+    search = f", rank search {c.rank_search}" if c.rank_search else ""
+    return _asked_size(c) + steps + search
 
 
 def _asked_size(c: CompressionInfo) -> str:

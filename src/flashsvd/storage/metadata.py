@@ -19,12 +19,13 @@ FORMAT_VERSION = 1
 
 # The fields that nobody can tell from a model and its config.
 ABOUT = (
-    "method", "method_options", "ranks", "ratio", "ranks_json", "rank_steps", "base_model", "task", "calibration",
-    "untrained", "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
+    "method", "method_options", "ranks", "ratio", "ranks_json", "rank_steps", "rank_search", "base_model", "task",
+    "calibration", "untrained", "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
 )  # fmt: skip
 # What files written before lack, and then have.
 _LATER: dict[str, Any] = {
-    "trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None, "factors": "float",
+    "trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None, "rank_search": None,
+    "factors": "float",
 }  # fmt: skip
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
@@ -40,6 +41,8 @@ class CompressionInfo:
         ratio: the fraction of the factored layers' parameters to keep, None where ranks were asked.
         rank_steps: `fast` or `fine`, the steps of ranks that were looked for; None where all were given. Files written
             before lack it, and then it is None.
+        rank_search: how those were divided: `uniform`, by the `loss`, `learned`, or by `sensitivity`, as with
+            `--asvd-search`. It is None where `rank_steps` is, and in files written before it was there.
         ranks_json: the file that gave the rank of each matrix, None where none did.
         factors: how the factors are kept, `float` in the dtype of the model or `int8` as integers with a scale for each
             row, which `parameters` does not count. Files written before lack it, and then it is `float`.
@@ -84,6 +87,7 @@ class CompressionInfo:
     module_places: Mapping[str, LayerPlace] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rank_steps: str | None = None
+    rank_search: str | None = None
     factors: str = "float"
     format_version: int = FORMAT_VERSION
 
@@ -170,7 +174,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(
         ("method", "qkv", "factors", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text
     ),
-    **dict.fromkeys(("task", "git_commit", "ranks_json", "rank_steps"), _or_null(_text)),
+    **dict.fromkeys(("task", "git_commit", "ranks_json", "rank_steps", "rank_search"), _or_null(_text)),
     "method_options": _map_of(lambda value: True),
     "ranks": _map_of(_or_null(_count)),
     "ratio": _or_null(_ratio),
