@@ -29,6 +29,8 @@ from flashsvd.compression.factoring import Factoring, QKVLayout
 from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
+from flashsvd.compression.walks.layers import list_of_layers
+from flashsvd.compression.walks.walk import Refinement, Walk, walk_model
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
@@ -101,6 +103,8 @@ class CompressionJob:
             setattr(model_config, name, value)
         empty = skeleton(source, model_class, model_config)
         targets = find_targets(empty)
+        if config.walks:
+            list_of_layers(empty, targets)
         shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
@@ -124,7 +128,7 @@ class CompressionJob:
         start = time.perf_counter()
         statistics = self._statistics(model)
         factoring = self._with_final_ranks(model, self._with_statistics(statistics))
-        matrices = self._factor(model, factoring)
+        matrices, refinements = self._factor(model, factoring)
         seconds = time.perf_counter() - start
         if dtype is not None:
             cast(model, dtype)
@@ -146,7 +150,7 @@ class CompressionJob:
             ranks=info.module_ranks if self._chooses else None,
         )
         size = sum(file.stat().st_size for file in weight_files(self.output))
-        return CompressReport(self.output, info, tuple(matrices), size, seconds)
+        return CompressReport(self.output, info, tuple(matrices), size, seconds, tuple(refinements))
 
     @property
     def _chooses(self) -> bool:
@@ -165,9 +169,9 @@ class CompressionJob:
         return loaded
 
     def _statistics(self, model: Any) -> ModelStatistics | None:
-        """What the method needs to know, from an earlier run or from calibration; None where it needs nothing."""
+        """What the method needs to know of the dense model, from an earlier run or calibration; None for nothing."""
         config, targets, needs = self.config, self.factoring.targets, self.factoring.method.needs
-        if not needs:
+        if not needs or (config.calib_inputs == "compressed" and not self._chooses):
             return None
         if config.stats:
             where = _path(config.stats)
@@ -214,11 +218,20 @@ class CompressionJob:
         ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
         return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
-    def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
+    def _factor(self, model: Any, factoring: Factoring) -> tuple[list[FactoredMatrix], list[Refinement]]:
         count, method = len(factoring.targets), factoring.method.name
         log.info("factoring %d matrices with %s on %s", count, method, factoring.device)
+        factoring = replace(factoring, read_weight=StoredWeights(self.source, model).read)
         with GroupLog(count) as progress:
-            return factor_model(model, replace(factoring, read_weight=StoredWeights(self.source, model).read), progress)
+            if self.config.walks:
+                return walk_model(model, factoring, self._walk(), progress)
+            return factor_model(model, factoring, progress), []
+
+    def _walk(self) -> Walk:
+        assert self.calibration is not None, "prepared for every walk"
+        inputs = [part for batch in self.calibration.batches for part in batch.inputs]
+        compressed = self.config.calib_inputs == "compressed"
+        return Walk(inputs, compressed, self.config.refine, self.config.seed)
 
     def _describe(
         self,
@@ -232,7 +245,8 @@ class CompressionJob:
         config, request, method = self.config, self._request, self.factoring.method
         calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
         if calibration and self.calibration and config.stats:
-            calibration = {**calibration, "rank_search": self.calibration.about}
+            read_for = "rank_search" if self._chooses else "refinement"
+            calibration = {**calibration, read_for: self.calibration.about}
         return CompressionInfo(
             method=method.name,
             method_options=dict(method.options),
@@ -246,6 +260,8 @@ class CompressionJob:
             base_model=config.model,
             task=config.task,
             calibration=calibration,
+            calib_inputs=config.calib_inputs,
+            refine_steps=config.refine,
             ranks_json=config.ranks_json,
             rank_steps=request.steps if _looks_for_ranks(config, method) else None,
             model_type=str(model.config.model_type),
@@ -265,7 +281,7 @@ def _calibration(
 ) -> Calibration | None:
     """The calibration data, where the method reads any."""
     measures = bool(method.needs) and not config.stats
-    if not measures and not _chooses_ranks(config, method):
+    if not measures and not _reads_data_otherwise(config, method):
         return None
     draw = Draw(config.calib_samples, config.seed, first=config.calib_order == "first")
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
@@ -284,6 +300,11 @@ def _chooses_ranks(config: CompressConfig, method: Method) -> bool:
     return method.choose_ranks is not None and not config.ranks_json
 
 
+def _reads_data_otherwise(config: CompressConfig, method: Method) -> bool:
+    """Whether calibration data are read for something else than statistics of the dense model."""
+    return _chooses_ranks(config, method) or config.refine > 0
+
+
 def _looks_for_ranks(config: CompressConfig, method: Method) -> bool:
     """Whether there are ranks to find: for a ratio, or by the method."""
     return config.ratio is not None or _chooses_ranks(config, method)
@@ -299,6 +320,14 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
         raise ConfigError("--ranks-json gives the ranks that --asvd-search would look for; leave out one of them")
     if config.rank_steps == "fine" and not _looks_for_ranks(config, method):
         raise ConfigError("--rank-steps fine is for ranks that are looked for, and these are given; leave it out")
+    if config.calib_inputs == "compressed":
+        if not method.needs:
+            raise ConfigError(f"--calib-inputs is not used: {method.name} needs no statistics; leave it out")
+        if "row_gradients" in method.needs:
+            raise ConfigError(
+                f"--calib-inputs compressed is not for {method.name} here, which weighs by gradients of the dense "
+                "model; leave it out, or choose drone or asvd"
+            )
     for name in ("stats", "save_stats"):
         if getattr(config, name) and not method.needs:
             raise ConfigError(f"{flag(name)} is not used: {method.name} needs no statistics; leave it out")
@@ -310,7 +339,7 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
             )
     if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
         raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
-    if config.calib_data and (config.stats or not method.needs) and not _chooses_ranks(config, method):
+    if config.calib_data and (config.stats or not method.needs) and not _reads_data_otherwise(config, method):
         log.warning("the calibration data are not read: %s needs none here", method.name)
 
 
