@@ -62,6 +62,7 @@ class LayerStack:
         found: list[Tensor] = []
 
         def stand_in(hidden: Tensor, *_: Any, **__: Any) -> None:
+            """Keep what the layer is given, and raise the error that ends the forward."""
             found.append(hidden)
             raise _ThroughError
 
@@ -86,6 +87,7 @@ class LayerStack:
         found: list[Tensor] = []
 
         def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            """Keep what the module is given, and raise the error that ends the forward."""
             found.append(given[0])
             raise _ThroughError
 
@@ -103,6 +105,7 @@ class LayerStack:
         forward, with_gradients = layer.forward, torch.is_grad_enabled()
 
         def stand_in(own: Tensor, *rest: Any, **named: Any) -> None:
+            """Run the layer in the mode of the caller, and raise the error that ends the forward."""
             with torch.set_grad_enabled(with_gradients):
                 outputs.append(forward(own if hidden is None else hidden.to(self.device), *rest, **named))
             raise _ThroughError
