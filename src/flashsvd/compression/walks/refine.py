@@ -27,8 +27,13 @@ PEAK_RATE = 5e-4
 
 @dataclass(frozen=True)
 class LayerSamples:
-    """What a layer is to do: for each forward of the model its inputs, the layer's hidden states and what to make of
-    them, each [B, S, ...]."""
+    """What a layer is to do.
+
+    Attributes:
+        inputs: of each forward of the model, each tensor [B, S].
+        hidden: the states that the layer is given in it, [B, S, hidden].
+        wanted: what it is to make of them, [B, S, hidden].
+    """
 
     stack: LayerStack
     index: int

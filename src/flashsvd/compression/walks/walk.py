@@ -10,20 +10,14 @@ import copy
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flashsvd.compression.factoring import Factoring
-from flashsvd.compression.factorize import (
-    FactoredMatrix,
-    dense_weight,
-    factor_target,
-    install,
-    relative_error,
-)
+from flashsvd.compression.factorize import FactoredMatrix, dense_weight, factor_target, install, relative_error
 from flashsvd.compression.walks.layers import LayerStack
 from flashsvd.compression.walks.refine import LayerSamples, refine
 from flashsvd.compression.walks.sums import StreamSums
@@ -36,9 +30,6 @@ from flashsvd.models.architecture import Target
 from flashsvd.models.precision import check_finite, is_finite, working_on
 
 log = logging.getLogger("flashsvd")
-
-# The layers of factors go by their targets.
-Layers = dict[Target, FactoredLayer]
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class _Walking:
         self.stack, self.factoring, self.walk, self.dtypes = stack, factoring, walk, dtypes
         self.matrices: list[FactoredMatrix] = []
         self.refinements: list[Refinement] = []
-        self.stored: Layers = {}
+        self.stored: dict[Target, FactoredLayer] = {}
         self._dense = [stack.first_hidden(inputs).cpu() for inputs in walk.inputs]
         self._ours = self._dense
 
@@ -139,8 +130,8 @@ class _Walking:
         else:
             self._ours = wanted
         self._dense = wanted
+        done = [self._measured(target, result, stored.get(target)) for target, (result, _) in made.items()]
         self.stored |= {target: layer.cpu() for target, layer in stored.items()}
-        done = [self._measured(target, result) for target, (result, _) in made.items()]
         self.matrices += done
         return done
 
@@ -157,22 +148,13 @@ class _Walking:
         return made
 
     def _statistics(self, index: int, ours: nn.Module, target: Target) -> Statistics:
-        """What the method needs of the stream that a target reads.
-
-        Raises:
-            ModelError: it is NaN or infinite.
-        """
+        """What the method needs of the stream that a target reads."""
         module = self._inside(target).module
         masks = [inputs["attention_mask"].bool() for inputs in self.walk.inputs]
         sums = StreamSums(self.factoring.method.needs, sum(int(mask.sum()) for mask in masks))
         for inputs, mask, given, dense in zip(self.walk.inputs, masks, self._ours, self._dense, strict=True):
             real = mask.to(self.stack.device)
             x = self.stack.inputs_of(module, index, given, inputs, ours)[real]
-            if not is_finite(x):
-                raise ModelError(
-                    f"the inputs of {target.module} are NaN or infinite on the calibration data; "
-                    "the model is damaged, or its factors are too coarse"
-                )
             sums.add(x, self.stack.inputs_of(module, index, dense, inputs)[real])
         return sums.statistics()
 
@@ -187,27 +169,34 @@ class _Walking:
         stored = rounded(layer) if self.factoring.factors == "int8" else layer
         return stored.to(self.dtypes[target])
 
-    def _with(self, index: int, dense: nn.Module, stored: Layers) -> nn.Module:
+    def _with(self, index: int, dense: nn.Module, stored: Mapping[Target, FactoredLayer]) -> nn.Module:
         """The layer as the checkpoint will have it, computing in float32."""
         layer = copy.deepcopy(dense)
         install(layer, {self._inside(target): copy.deepcopy(factored).float() for target, factored in stored.items()})
         return layer
 
-    def _measured(self, target: Target, result: FactoredMatrix) -> FactoredMatrix:
+    def _measured(self, target: Target, result: FactoredMatrix, stored: FactoredLayer | None) -> FactoredMatrix:
         """The result with the error of what is stored."""
-        layer = self.stored.get(target)
-        if layer is None:
+        if stored is None:
             return result
-        return dataclasses.replace(
-            result, error=relative_error(layer, dense_weight(self.stack.model, target, self.factoring))
-        )
+        weight = dense_weight(self.stack.model, target, self.factoring).to(self.stack.device)
+        return dataclasses.replace(result, error=relative_error(stored, weight))
 
     def _through(self, index: int, layer: nn.Module, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What a layer in the place of the one of that number makes of hidden states, on the CPU."""
-        return [
-            self.stack.run(index, states, inputs, layer).cpu()
-            for states, inputs in zip(hidden, self.walk.inputs, strict=True)
-        ]
+        """What a layer in the place of the one of that number makes of hidden states, on the CPU.
+
+        Raises:
+            ModelError: it is NaN or infinite at a real token.
+        """
+        found = []
+        for states, inputs in zip(hidden, self.walk.inputs, strict=True):
+            found.append(self.stack.run(index, states, inputs, layer).cpu())
+            if not is_finite(found[-1][inputs["attention_mask"].bool()]):
+                raise ModelError(
+                    f"the outputs of {self.stack.path}.{index} are NaN or infinite on the calibration data; "
+                    "the model is damaged, or its factors are too large for --dtype"
+                )
+        return found
 
     def _inside(self, target: Target) -> Target:
         """The target by its path inside its layer."""
