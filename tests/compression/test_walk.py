@@ -76,9 +76,7 @@ def part_of(model: Any, target: Target) -> Any:
     return module if target.part is None else module.parts()[target.part.name]
 
 
-@pytest.mark.parametrize(
-    ("method", "qkv"), [("drone", "joint"), ("drone", "per-head"), ("asvd", "joint")], ids=" ".join
-)
+@pytest.mark.parametrize(("method", "qkv"), [("drone", "joint"), ("drone", "per-head"), ("asvd", "joint")])
 @pytest.mark.parametrize("name", EVERY_MODEL)
 def test_each_matrix_is_factored_for_what_it_gets_in_the_compressed_model(name: str, method: str, qkv: str) -> None:
     model = build(name)

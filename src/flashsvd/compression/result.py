@@ -70,7 +70,7 @@ class CompressReport:
             [f"{r.stack} {r.layer}".strip(), r.role, r.ranks, f"{r.before:,}", f"{r.after:,}", r.errors, r.remarks]
             for r in rows
         ]
-        return html_table(caption, header, cells, self.summary())
+        return html_table(caption, header, cells, [*map(str, self.refinements), *self.summary()])
 
     def summary(self) -> list[str]:
         """The closing lines: totals, what stayed dense, where the checkpoint is."""
