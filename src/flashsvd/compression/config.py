@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashsvd.common.config import Config
 from flashsvd.common.device import DEVICES, DTYPES
-from flashsvd.common.options import option
+from flashsvd.common.options import flag, option
 from flashsvd.common.paths import expand
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
@@ -93,6 +93,17 @@ class CompressConfig(Config):
     calib_batch_size: int = option(
         8, help="samples in a calibration batch; fwsvd squares gradients batch by batch", at_least=1
     )
+    calib_inputs: str = option(
+        "dense",
+        help="calibrate each layer on what the dense model's layers before it give, or on what they give once they are "
+        "compressed, layer by layer (drone, asvd, or adasvd on drone)",
+        choices=("dense", "compressed"),
+    )
+    refine: int = option(
+        0,
+        help="steps for which the factors of each layer are trained to give what the dense layer gave, without labels",
+        at_least=0,
+    )
     save_stats: str | None = option(
         None, help="directory to write the calibration statistics to", path="write", directory=True
     )
@@ -132,11 +143,18 @@ class CompressConfig(Config):
         """Hold fields against each other.
 
         Raises:
-            ConfigError: the ranks do not go together, or the statistics are to be both read and written.
+            ConfigError: the ranks do not go together, or the statistics are to be both read and written, or are not
+                those of the dense model alone.
         """
         self.rank_request()
         if self.stats and self.save_stats:
             raise ConfigError("--stats reuses statistics and --save-stats writes new ones; leave out one of them")
+        for name in ("stats", "save_stats"):
+            if self.calib_inputs == "compressed" and getattr(self, name):
+                raise ConfigError(
+                    f"{flag(name)} holds statistics of the dense model, and --calib-inputs compressed takes those of "
+                    "layers before which others are compressed; leave out one of them"
+                )
 
     def rank_request(self) -> RankRequest:
         """The ranks asked for; an empty request where a file gives the rank of each matrix.
@@ -151,6 +169,11 @@ class CompressConfig(Config):
             return RankRequest()
         steps: RankSteps = "fine" if self.rank_steps == "fine" else "fast"
         return RankRequest.from_options(*options, steps=steps)
+
+    @property
+    def walks(self) -> bool:
+        """Whether the model is compressed layer by layer, and not in one pass."""
+        return self.calib_inputs == "compressed" or self.refine > 0
 
     @property
     def factor_kind(self) -> FactorKind:

@@ -85,7 +85,7 @@ def factor_layers(
     results = []
     layers: dict[Target, FactoredLayer] = {}
     for target in factoring.targets:
-        result, layer = _factor_target(model, target, factoring)
+        result, layer = factor_target(model, target, factoring)
         if layer is not None:
             layers[target] = layer
         if on_matrix:
@@ -123,10 +123,11 @@ def install(model: nn.Module, layers: Mapping[Target, nn.Module]) -> None:
         model.set_submodule(path, layer)
 
 
-def _factor_target(
+def factor_target(
     model: nn.Module, target: Target, factoring: Factoring
 ) -> tuple[FactoredMatrix, FactoredLayer | None]:
-    dense, weight = dense_layer(model, target), _weight(model, target, factoring)
+    """What becomes of one target, and the layer to put in its place; None where it stays dense."""
+    dense, weight = dense_layer(model, target), dense_weight(model, target, factoring)
     choice, blocks, size = factoring.plan[target.name], factoring.blocks(target), weight.numel()
     result = FactoredMatrix(
         target.name, target.role, target.layer, None, None, size, size, 0.0, choice.reason, stack=target.stack
@@ -138,16 +139,12 @@ def _factor_target(
         _in_blocks(work, blocks), choice.rank, factoring.statistics(target).to(work.device)
     )
     layer = layer_from_factors(dense, factors.u, factors.v, factoring.factors).to(dtype=factoring.dtype)
-    # The error of what is stored, so with its rounding; in place, since these are the largest tensors.
-    original = work.float()
-    residual = layer.matrix().to(work.device).sub_(original)
-    error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)
     result = replace(
         result,
         rank=choice.rank,
         heads=blocks if blocks > 1 else None,
         kept_parameters=factors.u.numel() + factors.v.numel(),
-        error=error.item(),
+        error=relative_error(layer, work),
         reason="",
         note=factors.note,
     )
@@ -156,10 +153,19 @@ def _factor_target(
 
 def blocked_weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
     """The target's W as a method is given it, where the factorisation runs: [in, out], or [blocks, in, width]."""
-    return _in_blocks(_on_device(_weight(model, target, factoring), factoring), factoring.blocks(target))
+    return _in_blocks(_on_device(dense_weight(model, target, factoring), factoring), factoring.blocks(target))
 
 
-def _weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
+def relative_error(layer: FactoredLayer, weight: Tensor) -> float:
+    """||W - U V||_F / ||W||_F of what is stored, so with its rounding, against W [in, out]."""
+    original = weight.float()
+    # In place, since these are the largest tensors.
+    residual = layer.matrix().to(weight.device).sub_(original)
+    error = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(original).clamp_min(1e-30)
+    return float(error.item())
+
+
+def dense_weight(model: nn.Module, target: Target, factoring: Factoring) -> Tensor:
     """The target's W [in, out], from where it is to be read."""
     stored = factoring.read_weight(f"{target.module}.weight") if factoring.read_weight else None
     return target.own_columns(weight_matrix(model.get_submodule(target.module), stored).detach())

@@ -11,6 +11,7 @@ from typing import Any
 
 from flashsvd.common.tables import html_table
 from flashsvd.compression.factorize import FactoredMatrix
+from flashsvd.compression.walks.walk import Refinement
 from flashsvd.lowrank.ranks import ALIGNED, ASKED_DENSE, FAST_DENSE, SEARCHED_DENSE
 from flashsvd.models.loading import shortened
 from flashsvd.shown import on_one_line
@@ -38,6 +39,7 @@ class CompressReport:
         matrices: what became of each target.
         bytes_on_disk: size of its weight files.
         seconds: wall time of the factorisation.
+        refinements: what training did to each layer, empty where none was asked for.
     """
 
     output: Path
@@ -45,6 +47,7 @@ class CompressReport:
     matrices: tuple[FactoredMatrix, ...]
     bytes_on_disk: int
     seconds: float
+    refinements: tuple[Refinement, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Every field as a value that JSON has."""
@@ -52,7 +55,8 @@ class CompressReport:
         return as_json
 
     def __str__(self) -> str:
-        return "\n".join([*(group_line(group) for group in group_matrices(self.matrices)), *self.summary()])
+        groups = (group_line(group) for group in group_matrices(self.matrices))
+        return "\n".join([*groups, *map(str, self.refinements), *self.summary()])
 
     def __repr__(self) -> str:
         p = self.info.parameters
@@ -66,7 +70,7 @@ class CompressReport:
             [f"{r.stack} {r.layer}".strip(), r.role, r.ranks, f"{r.before:,}", f"{r.after:,}", r.errors, r.remarks]
             for r in rows
         ]
-        return html_table(caption, header, cells, self.summary())
+        return html_table(caption, header, cells, [*map(str, self.refinements), *self.summary()])
 
     def summary(self) -> list[str]:
         """The closing lines: totals, what stayed dense, where the checkpoint is."""
@@ -89,6 +93,8 @@ class CompressReport:
             lines.append(f"{count} of {len(self.matrices)} matrices stayed dense: {reason}")
         if noted := [m for m in self.matrices if m.note]:
             lines.append(f"{len(noted)} of {len(self.matrices)} matrices had degenerate statistics, see above")
+        if unchanged := [r for r in self.refinements if r.after >= r.before]:
+            lines.append(f"{len(unchanged)} of {len(self.refinements)} layers were not refined: training did not help")
         if self.info.untrained:
             lines.append(
                 f"{shortened(self.info.untrained)} had no trained weights: they are random, train them before use"

@@ -30,6 +30,8 @@ from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_
 from flashsvd.compression.loss_search import search_by_loss
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
+from flashsvd.compression.walks.layers import list_of_layers
+from flashsvd.compression.walks.walk import Refinement, Walk, walk_model
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
@@ -84,15 +86,16 @@ class CompressionJob:
         Raises:
             FlashSVDError: the config, the model, the calibration data or the output cannot be used.
         """
-        method = get_method(
+        plain = get_method(
             config.method, alpha=config.alpha, asvd_search=config.asvd_search, adasvd_base=config.adasvd_base
         )
-        method = with_rank_search(method, config.rank_search)
+        method = with_rank_search(plain, config.rank_search)
         task = get_task(config.task) if config.task is not None else None
         device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
         output = config.output_directory(method.name)
         check_target(output, config.overwrite)
         _check_options(config, method, output)
+        _check_inputs(config, plain)
         if config.save_stats:
             check_target(_path(config.save_stats), config.overwrite, marker=INDEX_FILE)
 
@@ -104,6 +107,8 @@ class CompressionJob:
             setattr(model_config, name, value)
         empty = skeleton(source, model_class, model_config)
         targets = find_targets(empty)
+        if config.walks:
+            list_of_layers(empty, targets)
         shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
@@ -127,7 +132,7 @@ class CompressionJob:
         start = time.perf_counter()
         statistics = self._statistics(model)
         factoring = self._with_final_ranks(model, self._with_statistics(statistics))
-        matrices = self._factor(model, factoring)
+        matrices, refinements = self._factor(model, factoring)
         seconds = time.perf_counter() - start
         if dtype is not None:
             cast(model, dtype)
@@ -149,7 +154,7 @@ class CompressionJob:
             ranks=info.module_ranks if self._searches else None,
         )
         size = sum(file.stat().st_size for file in weight_files(self.output))
-        return CompressReport(self.output, info, tuple(matrices), size, seconds)
+        return CompressReport(self.output, info, tuple(matrices), size, seconds, tuple(refinements))
 
     @property
     def _searches(self) -> bool:
@@ -168,9 +173,9 @@ class CompressionJob:
         return loaded
 
     def _statistics(self, model: Any) -> ModelStatistics | None:
-        """What the method needs to know, from an earlier run or from calibration; None where it needs nothing."""
+        """What the method needs to know of the dense model, from an earlier run or calibration; None for nothing."""
         config, targets, needs = self.config, self.factoring.targets, self.factoring.method.needs
-        if not needs:
+        if not needs or (config.calib_inputs == "compressed" and not self._searches):
             return None
         if config.stats:
             where = _path(config.stats)
@@ -221,11 +226,20 @@ class CompressionJob:
         ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
         return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
-    def _factor(self, model: Any, factoring: Factoring) -> list[FactoredMatrix]:
+    def _factor(self, model: Any, factoring: Factoring) -> tuple[list[FactoredMatrix], list[Refinement]]:
         count, method = len(factoring.targets), factoring.method.name
         log.info("factoring %d matrices with %s on %s", count, method, factoring.device)
+        factoring = replace(factoring, read_weight=StoredWeights(self.source, model).read)
         with GroupLog(count) as progress:
-            return factor_model(model, replace(factoring, read_weight=StoredWeights(self.source, model).read), progress)
+            if self.config.walks:
+                return walk_model(model, factoring, self._walk(), progress)
+            return factor_model(model, factoring, progress), []
+
+    def _walk(self) -> Walk:
+        assert self.calibration is not None, "prepared for every walk"
+        inputs = [part for batch in self.calibration.batches for part in batch.inputs]
+        compressed = self.config.calib_inputs == "compressed"
+        return Walk(inputs, compressed, self.config.refine, self.config.seed)
 
     def _describe(
         self,
@@ -239,7 +253,8 @@ class CompressionJob:
         config, request, method = self.config, self._request, self.factoring.method
         calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
         if calibration and self.calibration and config.stats:
-            calibration = {**calibration, "rank_search": self.calibration.about}
+            read_for = "rank_search" if _asks_for_losses(config, method) else "refinement"
+            calibration = {**calibration, read_for: self.calibration.about}
         return CompressionInfo(
             method=method.name,
             method_options=dict(method.options),
@@ -253,6 +268,8 @@ class CompressionJob:
             base_model=config.model,
             task=config.task,
             calibration=calibration,
+            calib_inputs=config.calib_inputs,
+            refine_steps=config.refine,
             ranks_json=config.ranks_json,
             rank_steps=request.steps if _looks_for_ranks(config, method) else None,
             rank_search=method.search if _looks_for_ranks(config, method) else None,
@@ -273,7 +290,7 @@ def _calibration(
 ) -> Calibration | None:
     """The calibration data, where the method or the search for ranks reads any."""
     measures = bool(method.needs) and not config.stats
-    if not measures and not _asks_for_losses(config, method):
+    if not measures and not _reads_data_otherwise(config, method):
         return None
     draw = Draw(config.calib_samples, config.seed, first=config.calib_order == "first")
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
@@ -301,9 +318,30 @@ def _asks_for_losses(config: CompressConfig, method: Method) -> bool:
     return method.choose_ranks is not None and _searches_ranks(config, method)
 
 
+def _reads_data_otherwise(config: CompressConfig, method: Method) -> bool:
+    """Whether calibration data are read for something else than statistics of the dense model."""
+    return _asks_for_losses(config, method) or config.refine > 0
+
+
 def _looks_for_ranks(config: CompressConfig, method: Method) -> bool:
     """Whether there are ranks to find: for a ratio, or by a search."""
     return config.ratio is not None or _searches_ranks(config, method)
+
+
+def _check_inputs(config: CompressConfig, method: Method) -> None:
+    """Refuse inputs that the method, without a search for ranks, makes nothing of.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if config.calib_inputs == "compressed":
+        if not method.needs:
+            raise ConfigError(f"--calib-inputs is not used: {method.name} needs no statistics; leave it out")
+        if "row_gradients" in method.needs:
+            raise ConfigError(
+                f"--calib-inputs compressed is not for {method.name} here, which weighs by gradients of the dense "
+                "model; leave it out, or choose drone or asvd"
+            )
 
 
 def _check_options(config: CompressConfig, method: Method, output: Path) -> None:
@@ -328,7 +366,7 @@ def _check_options(config: CompressConfig, method: Method, output: Path) -> None
             )
     if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
         raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
-    if config.calib_data and (config.stats or not method.needs) and not _asks_for_losses(config, method):
+    if config.calib_data and (config.stats or not method.needs) and not _reads_data_otherwise(config, method):
         log.warning("the calibration data are not read: %s needs none here", method.name)
 
 

@@ -14,7 +14,8 @@ factors are those of a base method, truncated there.
 Departures: the masks start at the ranks that a uniform ratio gives, not at full rank, and are judged once more
 against them: the learned ranks are kept where their loss on the calibration data is lower. A matrix whose
 factors would hold more than the dense form counts, and stays, as dense. The weights and the number of steps below
-are ours, chosen on small models.
+are ours, chosen on small models. Ranks are always learned on the dense model's inputs, whatever inputs the base method
+is then shown.
 """
 
 from __future__ import annotations

@@ -42,15 +42,18 @@ class Statistics:
         row_gradients: sum over batches of (dL/dW)^2, summed along each row of each block, [h, in].
         output_gradients: E[g^T g] of the gradients g of the summed loss by the layer's output rows, [out, out]; of more
             blocks than one, that of each, [h, out / h, out / h].
+        drift: E[x^T (x_dense - x)], [in, in], where x are not the inputs x_dense of the dense model but those that
+            compressed layers before give; None where they are. It comes with the covariance.
     """
 
     covariance: Tensor | None = None
     mean_abs: Tensor | None = None
     row_gradients: Tensor | None = None
     output_gradients: Tensor | None = None
+    drift: Tensor | None = None
 
     def to(self, device: torch.device) -> Statistics:
-        fields = (self.covariance, self.mean_abs, self.row_gradients, self.output_gradients)
+        fields = (self.covariance, self.mean_abs, self.row_gradients, self.output_gradients, self.drift)
         return Statistics(*(None if value is None else value.to(device) for value in fields))
 
 

@@ -29,7 +29,9 @@ def describe(c: CompressionInfo, weight_bytes: int) -> list[tuple[str, str]]:
         ("made", _made(c)),
     ]
     if c.calibration:
-        rows.append(("calibrated on", _calibration(c.calibration)))
+        rows.append(("calibrated on", _calibration(c.calibration) + _inputs(c)))
+    if c.refine_steps:
+        rows.append(("refined", f"{c.refine_steps} steps a layer, towards what the dense layer gave"))
     rows += [("trained", _training(training)) for training in c.trainings]
     if c.untrained:
         rows.append(("random weights", ", ".join(c.untrained)))
@@ -70,6 +72,10 @@ def _calibration(about: Mapping[str, Any]) -> str:
     return (
         f"{about.get('samples')} samples, {about.get('tokens')} tokens of {about.get('data')}, seed {about.get('seed')}"
     )
+
+
+def _inputs(c: CompressionInfo) -> str:
+    return ", each layer's inputs from compressed layers" if c.calib_inputs == "compressed" else ""
 
 
 def _training(about: Mapping[str, Any]) -> str:

@@ -20,12 +20,13 @@ FORMAT_VERSION = 1
 # The fields that nobody can tell from a model and its config.
 ABOUT = (
     "method", "method_options", "ranks", "ratio", "ranks_json", "rank_steps", "rank_search", "base_model", "task",
-    "calibration", "untrained", "versions", "git_commit", "timestamp", "trainings", "dense_bytes",
+    "calibration", "calib_inputs", "refine_steps", "untrained", "versions", "git_commit", "timestamp", "trainings",
+    "dense_bytes",
 )  # fmt: skip
 # What files written before lack, and then have.
 _LATER: dict[str, Any] = {
     "trainings": [], "module_errors": {}, "module_places": {}, "digests": {}, "rank_steps": None, "rank_search": None,
-    "factors": "float",
+    "factors": "float", "calib_inputs": "dense", "refine_steps": 0,
 }  # fmt: skip
 # Characters of a name, a path or the like.
 _LONGEST_TEXT = 10_000
@@ -51,8 +52,12 @@ class CompressionInfo:
             module path; None where it stayed dense. Files written before lack it, and then it is empty.
         module_places: the layer of each target and its name there, by module path. Files written before lack it, and
             then it is empty.
-        calibration: what was calibrated on, and under `rank_search` what ranks were chosen on where that was something
-            else; None where nothing was.
+        calibration: what was calibrated on, and under `rank_search` or `refinement` what ranks were chosen or layers
+            refined on where that was something else; None where nothing was.
+        calib_inputs: `dense` or `compressed`, whether each layer was calibrated on what the layers before it give in
+            the dense model or once they are compressed. Files written before lack it, and then it is `dense`.
+        refine_steps: for how many steps the factors of each layer were trained to give what the dense layer gave. Files
+            written before lack it, and then it is 0.
         parameters: counts: `dense` and `compressed` of the whole model, `target_dense` and `target_compressed` of
             the targets alone (biases not counted).
         dense_bytes: size of the dense model's weight files.
@@ -89,6 +94,8 @@ class CompressionInfo:
     rank_steps: str | None = None
     rank_search: str | None = None
     factors: str = "float"
+    calib_inputs: str = "dense"
+    refine_steps: int = 0
     format_version: int = FORMAT_VERSION
 
     def about(self) -> dict[str, Any]:
@@ -172,7 +179,8 @@ def _map_of(fits: Check, *required: str) -> Check:
 
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(
-        ("method", "qkv", "factors", "base_model", "model_type", "architecture", "dtype", "timestamp"), _text
+        ("method", "qkv", "factors", "base_model", "model_type", "architecture", "dtype", "timestamp", "calib_inputs"),
+        _text,
     ),
     **dict.fromkeys(("task", "git_commit", "ranks_json", "rank_steps", "rank_search"), _or_null(_text)),
     "method_options": _map_of(lambda value: True),
@@ -184,6 +192,7 @@ _CHECKS: dict[str, Check] = {
     "calibration": _or_null(_map_of(lambda value: True)),
     "parameters": _map_of(_count, "dense", "compressed", "target_dense", "target_compressed"),
     "dense_bytes": _count,
+    "refine_steps": lambda value: type(value) is int and 0 <= value < 2**63,
     "untrained": lambda value: isinstance(value, list) and all(map(_text, value)),
     "versions": _map_of(_or_null(_text)),
     "digests": _map_of(_text),

@@ -1,0 +1,166 @@
+"""One layer of a model run by itself, on hidden states that are given, inside the model's own forward.
+
+What a layer is told besides its hidden states (masks, rotary tables, biases by distance) only its model knows. So the
+model's forward makes it: the layers before hand on what they are given, and the forward ends where the layer does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashsvd.data.tokenize import Inputs
+from flashsvd.errors import ModelError
+from flashsvd.models.architecture import Target
+
+
+class _ThroughError(Exception):
+    """Ends a forward of which no more is wanted."""
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of a model.
+
+    Attributes:
+        path: of the list that holds them, inside the model.
+        layers: the items of that list.
+        in_tuples: whether a layer returns its hidden states as the first of a tuple.
+        device: where the model is.
+    """
+
+    model: Any
+    path: str
+    layers: tuple[nn.Module, ...]
+    in_tuples: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, targets: Sequence[Target], example: Inputs) -> LayerStack:
+        """The layers that hold the targets.
+
+        Args:
+            example: inputs of the model, on which its first layer is run to see what it returns.
+
+        Raises:
+            ModelError: the targets of a layer do not lie in one module.
+        """
+        path = list_of_layers(model, targets)
+        layers = tuple(model.get_submodule(path).children())
+        device = next(model.parameters()).device
+        stack = cls(model, path, layers, False, device)
+        (returned,) = stack._outputs(0, None, example, layers[0])
+        return cls(model, path, layers, isinstance(returned, tuple), device)
+
+    def first_hidden(self, inputs: Inputs) -> Tensor:
+        """The hidden states [B, S, hidden] that the first layer is given."""
+        found: list[Tensor] = []
+
+        def stand_in(hidden: Tensor, *_: Any, **__: Any) -> None:
+            """Keep what the layer is given, and raise the error that ends the forward."""
+            found.append(hidden)
+            raise _ThroughError
+
+        self._forward(inputs, {self.layers[0]: stand_in})
+        return found[0]
+
+    def run(self, index: int, hidden: Tensor, inputs: Inputs, layer: nn.Module | None = None) -> Tensor:
+        """What a layer makes of hidden states [B, S, hidden]. Gradients flow where the caller's mode lets them.
+
+        Args:
+            inputs: of the model, for everything else that it tells the layer.
+            layer: another one to run in the layer's place; None runs the layer itself.
+        """
+        (returned,) = self._outputs(index, hidden, inputs, self.layers[index] if layer is None else layer)
+        states: Tensor = returned[0] if self.in_tuples else returned
+        return states
+
+    def inputs_of(
+        self, module: str, index: int, hidden: Tensor, inputs: Inputs, layer: nn.Module | None = None
+    ) -> Tensor:
+        """What the layer's module of that path inside it is given, [B, S, in]; as `run`, which then goes no further."""
+        found: list[Tensor] = []
+
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            """Keep what the module is given, and raise the error that ends the forward."""
+            found.append(given[0])
+            raise _ThroughError
+
+        run = self.layers[index] if layer is None else layer
+        handle = run.get_submodule(module).register_forward_pre_hook(hook)
+        try:
+            self._outputs(index, hidden, inputs, run)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _outputs(self, index: int, hidden: Tensor | None, inputs: Inputs, layer: nn.Module) -> list[Any]:
+        """What the layer returns, on the hidden states given or on the model's own; nothing where a hook ends it."""
+        outputs: list[Any] = []
+        forward, with_gradients = layer.forward, torch.is_grad_enabled()
+
+        def stand_in(own: Tensor, *rest: Any, **named: Any) -> None:
+            """Run the layer in the mode of the caller, and raise the error that ends the forward."""
+            with torch.set_grad_enabled(with_gradients):
+                outputs.append(forward(own if hidden is None else hidden.to(self.device), *rest, **named))
+            raise _ThroughError
+
+        def hand_on(states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+            return (states,) if self.in_tuples else states
+
+        before = dict.fromkeys(self.layers[:index], hand_on)
+        self._forward(inputs, {**before, self.layers[index]: stand_in})
+        return outputs
+
+    def _forward(self, inputs: Inputs, forwards: Mapping[nn.Module, Callable[..., Any]]) -> None:
+        """The model's forward up to where one of the layers' stand-ins ends it."""
+        with _other_forwards(forwards), torch.no_grad(), contextlib.suppress(_ThroughError):
+            self.model.base_model(**{name: values.to(self.device) for name, values in inputs.items()})
+
+
+def list_of_layers(model: nn.Module, targets: Sequence[Target]) -> str:
+    """The path of the one list whose items are the targets' layers.
+
+    Raises:
+        ModelError: there is none.
+    """
+    paths = {_list_around(model, target) for target in targets}
+    if len(paths) > 1 or None in paths:
+        raise ModelError(
+            f"the layers of {type(model).__name__} are not the items of one list, so that none can be run by itself; "
+            "leave out --calib-inputs and --refine"
+        )
+    (path,) = paths
+    assert path is not None, "as was just seen"
+    return path
+
+
+def _list_around(model: nn.Module, target: Target) -> str | None:
+    """The path of the outermost list in which the target's layer has its number; None where there is none."""
+    names = target.module.split(".")
+    for i, name in enumerate(names):
+        path = ".".join(names[:i])
+        if name == str(target.layer) and isinstance(model.get_submodule(path), nn.ModuleList):
+            return path
+    return None
+
+
+@contextlib.contextmanager
+def _other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with other forwards than their own, for a while."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
