@@ -192,3 +192,26 @@ def test_a_model_whose_layers_cannot_be_run_alone_is_refused_before_its_weights_
     monkeypatch.setattr("flashsvd.compression.run.load_model", None)
     with pytest.raises(FlashSVDError, match="are not the items of one list"):
         compress(make_model("bert", "base"), tmp_path / "out", calib_data=str(text), refine=1)
+
+
+@pytest.mark.parametrize("search", ["loss", "learned"])
+def test_ranks_that_a_search_finds_are_those_that_are_calibrated_on_compressed_inputs_and_refined(
+    search: str, make_model: MakeModel, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adasvd, "STEPS", 2)
+    source = make_model("llama", "causal-lm")
+    given: dict[str, Any] = {"calib_data": str(text), "rank_search": search, "rank_steps": "fine"}
+    plain = compress(source, tmp_path / "plain", **given)
+    both = compress(source, tmp_path / "both", **given, **BOTH)
+    assert both.info.module_ranks == plain.info.module_ranks
+    assert (both.info.rank_search, both.info.calib_inputs, both.info.refine_steps) == (search, "compressed", 3)
+    assert all(refinement.after <= refinement.before for refinement in both.refinements)
+
+
+def test_what_a_search_reads_is_not_what_a_method_makes_of_its_inputs(
+    make_model: MakeModel, tmp_path: Path, text: Path
+) -> None:
+    options = {"method": "standard", "rank_search": "loss", "calib_inputs": "compressed", "calib_data": str(text)}
+    with pytest.raises(FlashSVDError, match="calib_inputs is not used: standard needs no statistics; leave it out"):
+        compress(make_model("llama", "causal-lm"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
