@@ -21,6 +21,7 @@ from flashsvd.methods.method import Statistics
 from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import METHODS, get_method
 from flashsvd.storage.metadata import CompressionInfo
+from training_data import write_text
 
 BY_LOSS = sorted(set(METHODS) - {"adasvd"})
 
@@ -75,10 +76,7 @@ def test_heads_that_share_a_rank_lose_together() -> None:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(WORDS[int(i)] for i in torch.randint(0, 15, (12,), generator=generator)) for _ in range(40)]
-    (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path / "text.txt"
+    return write_text(tmp_path / "text") / "train.txt"
 
 
 @pytest.fixture
