@@ -123,23 +123,54 @@ def walk_by_tensor_cores(
 ):  # fmt: skip
     # M stands on the left, where tiles have many rows; the compiler keeps several of its tiles on their way.
     acc = tl.zeros([ROWS, N], tl.float32)
-    o_n = tl.arange(0, N)
-    m_n = (o_n < n)[None, :]
     for k in range(first, last, COLUMNS):
         o_column = k + tl.arange(0, COLUMNS)
         w = weight_tile(m_ptr, o_row, o_column, rows, pitch, last, False)
-        if NORM == "none":
-            # As it lies in memory it goes to the tensor cores without a way through registers.
-            x = tl.load(
-                x_ptr + o_n[None, :] * x_row + o_column[:, None],
-                mask=m_n & (o_column < last)[:, None],
-                other=0,
-            )
-        else:
-            x = input_tile(x_ptr, o_column, n, x_row, last, N, False)
-            x = normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT, False).to(DTYPE).T
+        x = right_tile(x_ptr, weight_ptr, shift_ptr, mean, factor, o_column, n, x_row, last, N, NORM, SHIFT, DTYPE)
         acc = tl.dot(w.to(DTYPE), x, acc)
     return acc.T
+
+
+@triton.jit
+def walk_both_by_tensor_cores(
+    x0_ptr, x1_ptr, m0_ptr, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, width0, width1, n, rows,
+    pitch0, pitch1, x_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
+    NORM: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # The same of two matrices in one walk, which fills its pipeline once.
+    acc0 = tl.zeros([ROWS, N], tl.float32)
+    acc1 = tl.zeros([ROWS, N], tl.float32)
+    for k in range(0, tl.maximum(width0, width1), COLUMNS):
+        o_column = k + tl.arange(0, COLUMNS)
+        w0 = weight_tile(m0_ptr, o_row, o_column, rows, pitch0, width0, False)
+        w1 = weight_tile(m1_ptr, o_row, o_column, rows, pitch1, width1, False)
+        x0 = right_tile(x0_ptr, weight_ptr, shift_ptr, mean, factor, o_column, n, x_row, width0, N, NORM, SHIFT, DTYPE)
+        # What is normed is one input of both.
+        x1 = x0
+        if NORM == "none":
+            x1 = right_tile(
+                x1_ptr, weight_ptr, shift_ptr, mean, factor, o_column, n, x_row, width1, N, NORM, SHIFT, DTYPE
+            )
+        acc0 = tl.dot(w0.to(DTYPE), x0, acc0)
+        acc1 = tl.dot(w1.to(DTYPE), x1, acc1)
+    return acc0.T, acc1.T
+
+
+@triton.jit
+def right_tile(
+    x_ptr, weight_ptr, shift_ptr, mean, factor, o_column, n, x_row, last,
+    N: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # norm(x)^T [COLUMNS, N].
+    if NORM == "none":
+        # As it lies in memory it goes to the tensor cores without a way through registers.
+        o_n = tl.arange(0, N)
+        mask = (o_n < n)[None, :] & (o_column < last)[:, None]
+        return tl.load(x_ptr + o_n[None, :] * x_row + o_column[:, None], mask=mask, other=0)
+    else:
+        x = input_tile(x_ptr, o_column, n, x_row, last, N, False)
+        return normed(x, weight_ptr, shift_ptr, mean, factor, o_column, last, NORM, SHIFT, False).to(DTYPE).T
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from flashsvd.kernels.decode_steps import (
     fetch_lines,
     scaled_and_shifted,
     statistics,
+    walk_both_by_tensor_cores,
     walk_by_rows,
     walk_by_tensor_cores,
     weight_tile,
@@ -176,7 +177,12 @@ def _decode_linear(
     factor = tl.full([N], 1.0, tl.float32)
     if NORM != "none" and not LATE:
         mean, factor = statistics(x_ptr, n, x_row, width, eps, N, COLUMNS, NORM)
-    if DOT:
+    if DOT and GATED:
+        y, lift = walk_both_by_tensor_cores(
+            x_ptr, x_ptr + start1, m_ptr, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, width0, width1, n,
+            rows_left, pitch0, pitch1, x_row, ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
+        )  # fmt: skip
+    elif DOT:
         y = walk_by_tensor_cores(
             x_ptr + start, m_ptr, weight_ptr, shift_ptr, mean, factor, o_row, first, last, n, rows_left, pitch, x_row,
             ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
@@ -204,12 +210,7 @@ def _decode_linear(
     if ACTIVATION != "none":
         y = settle(apply(y, ACTIVATION, FAST), ACTIVATION, FAST)
     if GATED:
-        if DOT:
-            lift = walk_by_tensor_cores(
-                x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left, pitch1,
-                x_row, ROWS, COLUMNS, N, NORM, SHIFT, DTYPE,
-            )  # fmt: skip
-        else:
+        if not DOT:
             lift = walk_by_rows(
                 w1, x_ptr + start1, m1_ptr, weight_ptr, shift_ptr, mean, factor, o_row, 0, width1, n, rows_left,
                 pitch1, width1, x_row, eps, ROWS, COLUMNS, N, NORM, SHIFT, LATE, PACKED, TYPE, EVEN, WHOLE, ONCE,
