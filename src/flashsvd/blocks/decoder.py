@@ -2,7 +2,7 @@
 
     x <- x + attention(norm(x)) Wo + bo;  x <- x + ffn(norm(x))
 
-The hidden states that it is given are left as they are.
+The hidden states that it is given are left as they are, but those of a prompt.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class DecoderBlock(QuickModule):
         return self._rest(heads, x, at.arrivals)
 
     def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
-        """All tokens of all rows, x [rows * length, hidden]."""
-        return self._rest(self.heads.prompt(self.qkv.in_turn(x, self.norm), at, stored), x)
+        """All tokens of all rows, x [rows * length, hidden], which is overwritten where there are many."""
+        return self._rest(self.heads.prompt(self.qkv.in_turn(x, self.norm), at, stored), x, in_place=True)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """A batch x [B, S, hidden], with whatever cache and mask the call knows of."""
@@ -92,8 +92,14 @@ class DecoderBlock(QuickModule):
         q, k, v = self.qkv(x, self.norm, arrivals)
         return q, k, v
 
-    def _rest(self, a: Tensor, x: Tensor, arrivals: Tensor | None = None) -> Tensor:
-        """What attends, [n, heads, head_dim], through the rest of the layer."""
-        x = self.output.step(a.flatten(1), residual=x, arrivals=arrivals)
+    def _rest(self, a: Tensor, x: Tensor, arrivals: Tensor | None = None, in_place: bool = False) -> Tensor:
+        """What attends, [n, heads, head_dim], through the rest of the layer.
+
+        Args:
+            in_place: whether x may be overwritten.
+        """
+        x = self.output.step(a.flatten(1), residual=x, arrivals=arrivals, in_place=in_place)
+        # The network needs the room.
+        del a
         result: Tensor = self.ffn(x, arrivals)
         return result

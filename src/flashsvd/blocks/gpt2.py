@@ -83,7 +83,8 @@ def describe(model: Any, choices: Choices) -> DecoderModel:
         return hidden
 
     blocks = [layer.block for layer in base.h]
-    return DecoderModel(blocks, embed, head_of(model, base.ln_f, choices), None, base.ln_f.weight)
+    head = head_of(model, base.ln_f, choices)
+    return DecoderModel(blocks, embed, head, None, base.ln_f.weight, choices.backend)
 
 
 def read_layer(layer: Any, config: Any) -> DecoderWeights:

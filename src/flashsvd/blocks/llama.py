@@ -101,6 +101,7 @@ def describe(model: Any, choices: Choices) -> DecoderModel:
         head=head_of(model, base.norm, choices),
         tables=functools.partial(RotaryTables(base.rotary_emb).take, None),
         weight=base.norm.weight,
+        backend=choices.backend,
     )
 
 

@@ -247,11 +247,7 @@ def default_tiles(c: DecodeAttention) -> Tiles:
     widest = max(c.k.shape[2], c.v.shape[2])
     if c.q.dtype == torch.float32:
         return Tiles(16, 32, warps=4, stages=1) if widest <= 128 else Tiles(16, 16, warps=8, stages=1)
-    if widest > 128:
-        return Tiles(16, 32, warps=4, stages=2)
-    # Where each head of keys has one program, these are enough without short tiles.
-    alone = len(c.q) * c.k.shape[1] > WARPS // 4 * multiprocessors(c.q.device)
-    return Tiles(16, 64, warps=4, stages=2) if alone else Tiles(16, 32, warps=2, stages=3)
+    return Tiles(16, 32, warps=4, stages=2) if widest > 128 else Tiles(16, 32, warps=2, stages=3)
 
 
 def default_splits(c: DecodeAttention, t: Tiles) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashsvd.kernels.decode_call import FEW_ROWS, DecodeLinear
+from flashsvd.kernels.decode_call import FEW_ROWS, FEWEST_HELD, DecodeLinear
 from flashsvd.kernels.few_rows_table import few_rows_tiles
 from flashsvd.kernels.launch import multiprocessors
 from flashsvd.kernels.partial_sums import divided
@@ -30,10 +30,10 @@ TILE, MOST_OF_A_WARP = 8192, 4096
 PROGRAMS, SHORT, MANY = 370, 2048, 2048
 # What another step of a walk takes, in columns.
 COLUMNS_OF_A_STEP = 200
-# By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and steps of a
+# By tensor cores, programs of shared columns for a multiprocessor, the shares of a sum that one adds, and columns of a
 # share; and of integers, of which more must be on their way.
-RESIDENT, MOST_SPLITS, FEWEST_STEPS = 1, 8, 2
-RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8 = 6, 16, 1
+RESIDENT, MOST_SPLITS, SHORTEST_SHARE = 1, 8, 768
+RESIDENT_INT8, MOST_SPLITS_INT8, SHORTEST_SHARE_INT8 = 6, 16, 256
 
 
 def default_tiles(c: DecodeLinear) -> Tiles:
@@ -68,9 +68,15 @@ def _by_tensor_cores(c: DecodeLinear, widest: int) -> Tiles:
     columns = min(256, _power_above(widest))
     if generation(c.x.device) == "ampere":
         return ThinTiles(16, columns, warps=2, stages=3)
-    if c.gated or c.m0.dtype == torch.int8:
+    if c.gated:
+        # Two matrices at a time, of which two programs find room on a multiprocessor.
+        many = c.held_rows > FEWEST_HELD
+        return ThinTiles(64, min(64, columns), 4, stages=5) if many else ThinTiles(32, min(128, columns), 4, stages=4)
+    if c.m0.dtype == torch.int8:
         return ThinTiles(32, columns, warps=4, stages=4)
     rows = 64 if c.width >= MANY or widest > SHORT else 32 if c.width >= MANY // 2 else 16
+    if rows == 64 and c.held_rows > FEWEST_HELD:
+        return ThinTiles(64, min(128, columns), warps=4, stages=5)
     return ThinTiles(rows, columns, warps=4, stages=3)
 
 
@@ -79,12 +85,12 @@ def default_splits(c: DecodeLinear, t: Tiles) -> int:
     if c.gated or not c.by_tensor_cores:
         return 1
     if c.m0.dtype == torch.int8:
-        resident, most, steps = RESIDENT_INT8, MOST_SPLITS_INT8, FEWEST_STEPS_INT8
+        resident, most, share = RESIDENT_INT8, MOST_SPLITS_INT8, SHORTEST_SHARE_INT8
     else:
-        resident, most, steps = RESIDENT, MOST_SPLITS, FEWEST_STEPS
+        resident, most, share = RESIDENT, MOST_SPLITS, SHORTEST_SHARE
     shortest = min(m.shape[1] for m in c.matrices)
     room = resident * multiprocessors(c.x.device) // count_tiles(c, t)
-    return divided(shortest, max(1, min(most, room, shortest // (steps * t.columns))), t.columns)[0]
+    return divided(shortest, max(1, min(most, room, shortest // max(share, t.columns))), t.columns)[0]
 
 
 def count_tiles(c: DecodeLinear, t: Tiles) -> int:

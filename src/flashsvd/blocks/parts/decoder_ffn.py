@@ -146,5 +146,8 @@ class PackedDecoderFFN(QuickModule):
         return function(first).mul_(second)
 
     def _chunk(self, x: Tensor) -> int:
+        """How many rows at a time, in chunks that are alike."""
         of_a_row = sum(self.first.widths) * x.element_size()
-        return max(CHUNK_STEP, CHUNK_BYTES // of_a_row // CHUNK_STEP * CHUNK_STEP)
+        most = max(CHUNK_STEP, CHUNK_BYTES // of_a_row // CHUNK_STEP * CHUNK_STEP)
+        chunks = max(1, -(-len(x) // most))
+        return -(-len(x) // (chunks * CHUNK_STEP)) * CHUNK_STEP

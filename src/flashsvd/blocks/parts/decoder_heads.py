@@ -21,6 +21,7 @@ from flashsvd.kernels.flash_attn_triton import flash_attention_with_kvcache
 from flashsvd.kernels.latent_attention import latent_attention, value_programs
 from flashsvd.kernels.launch import Backend, use_triton
 from flashsvd.kernels.rotary import rotate, rotate_heads
+from flashsvd.kernels.store_heads import store_heads
 
 CAUSAL = Operation("causal attention", "{} and {} heads of {}, prompts up to {}, window {}")
 
@@ -147,8 +148,8 @@ class PackedHeads(Packed):
         Args:
             project: gives queries, keys and values as they are kept, by 0, 1 and 2.
         """
-        values = self._stored(project(2), self.values, stored.values, at, lambda v: v)
-        keys = self._stored(project(1), self.keys, stored.keys, at, lambda k: self.turn(self.norm_k(k), at))
+        values = self._stored(project(2), self.values, stored.values, at)
+        keys = self._stored(project(1), self.keys, stored.keys, at, turned=True)
         q = self.turn(self.norm_q(project(0)), at)
         queries = by_row(q, at.rows)
         window = self.window if self.window is not None and self.window < at.length else None
@@ -167,15 +168,23 @@ class PackedHeads(Packed):
         longest = bucket(at.length)
         return run(self.choices.pick(CAUSAL, (*self.counts, self.width, longest, window or 0), q, run))
 
-    def _stored(
-        self, x: Tensor, lift: PackedLift | None, place: Tensor, at: Prompt, turn: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Keys or values [rows, kv_heads, length, D] of a prompt's x, which is stored: where they lie, or lifted."""
+    def _stored(self, x: Tensor, lift: PackedLift | None, place: Tensor, at: Prompt, turned: bool = False) -> Tensor:
+        """Keys or values [rows, kv_heads, length, D] of a prompt's x, which is stored: where they lie, or lifted.
+
+        Args:
+            turned: whether they are normed and rotated, once they are lifted.
+        """
         kept = place[:, :, : at.length]
-        if lift is None:
-            return kept.copy_(by_row(turn(x), at.rows))
-        kept.copy_(by_row(x, at.rows))
-        return by_row(turn(lift.tokens(x)), at.rows)
+        backend: Backend = "triton" if use_triton(self.choices.backend, x) else "torch"
+        if lift is not None:
+            store_heads(x, kept, backend=backend)
+            lifted = lift.tokens(x)
+            return by_row(self.turn(self.norm_k(lifted), at) if turned else lifted, at.rows)
+        if not turned:
+            return store_heads(x, kept, backend=backend)
+        cos, sin = at.tables or (None, None)
+        positions = None if cos is None else at.positions
+        return store_heads(self.norm_k(x), kept, cos, sin, positions, backend=backend)
 
     def read_late(self, keys: Tensor, tables: Tables | None) -> Tensor:
         """Keys kept in rank space, [B, 1 or kv_heads, T, r] -> [B, kv_heads, T, D]; tables [B or 1, T, D / 2]."""

@@ -115,9 +115,14 @@ class PackedLinears(Packed):
         return [m for m in own if m is not None] + [m for part in self.each for m in part.buffers()]
 
     def step(
-        self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None
-    ) -> Tensor:
-        """Of any number of rows, by what is faster for so few or many; the rest as `by_kernels` has it."""
+        self, x: Tensor, norm: RowNorm | None = None, residual: Tensor | None = None, arrivals: Tensor | None = None,
+        in_place: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Of any number of rows, by what is faster for so few or many; the rest as `by_kernels` has it.
+
+        Args:
+            in_place: whether the residual may be overwritten.
+        """
 
         def run(implementation: Implementation) -> Tensor:
             if implementation == "triton":
@@ -125,7 +130,7 @@ class PackedLinears(Packed):
             return self.by_products(x if norm is None else norm(x), residual)
 
         if x.shape[0] > MOST_ROWS:
-            return run("torch")
+            return self.by_products(x if norm is None else norm(x), residual, residual if in_place else None)
         sizes = (x.shape[1], sum(self.widths), sum(self.ranks), len(self.held))
         return run(self.choices.pick(LINEARS, sizes, x, run))
 
@@ -164,7 +169,7 @@ class PackedLinears(Packed):
         """The same of any number of rows, in plain torch, of an x that is normed already.
 
         Args:
-            out: where to write, [n, N].
+            out: where to write, [n, N]; it may be the residual itself.
         """
         if len(self.each):
             assert residual is None
@@ -175,7 +180,8 @@ class PackedLinears(Packed):
             return scaled(x, self.matrices[0], self.bias, residual, out)
         p = self.ranks_by_products(x)
         if self.blocks is not None:
-            return self._lift_heads(p, residual)
+            y = self._lift_heads(p, residual)
+            return y if out is None else out.copy_(y)
         if len(self.widths) == 1:
             return scaled(p, self.matrices[0], self.bias, residual, out, self.scale)
         y = x.new_empty(len(x), sum(self.widths)) if out is None else out

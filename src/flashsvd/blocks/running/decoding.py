@@ -21,6 +21,8 @@ from flashsvd.blocks.running.sequences import Prompt, Step, Tables
 from flashsvd.blocks.running.stored import StoredLayer
 from flashsvd.errors import first_line
 from flashsvd.kernels.decode_call import ARRIVALS
+from flashsvd.kernels.greedy_append import greedy_append
+from flashsvd.kernels.launch import Backend
 
 log = logging.getLogger("flashsvd")
 
@@ -44,7 +46,7 @@ class Block(Protocol):
         """One token of each row, x [rows, hidden]."""
 
     def prompt(self, x: Tensor, at: Prompt, stored: StoredLayer) -> Tensor:
-        """All tokens of all rows, x [rows * length, hidden]."""
+        """All tokens of all rows, x [rows * length, hidden], which may be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class DecoderModel:
         head: hidden states [n, hidden] -> logits [n, vocabulary], the last norm included.
         tables: cos, sin [at least span, head_dim / 2] in the dtype of a tensor; None without rotation.
         weight: one of the model's, of its dtype and device.
+        backend: of the kernel that appends tokens.
     """
 
     blocks: Sequence[Block]
@@ -63,6 +66,7 @@ class DecoderModel:
     head: Callable[[Tensor], Tensor]
     tables: Callable[[int, Tensor], Tables] | None
     weight: Tensor
+    backend: Backend = "auto"
 
 
 class Decoder:
@@ -73,6 +77,8 @@ class Decoder:
         weight = model.weight
         self.layers = [block.store(rows, room) for block in model.blocks]
         self.tables = None if model.tables is None else model.tables(room, weight)
+        # Side by side, so that one launch looks a step's angles up.
+        self._angles = None if self.tables is None else torch.cat(self.tables, 1)
         options: Any = {"device": weight.device}
         self.tokens = torch.zeros(rows, room, dtype=torch.int64, **options)
         self.ids = torch.zeros(rows, dtype=torch.int64, **options)
@@ -82,6 +88,7 @@ class Decoder:
         self.ends = torch.full((MOST_ENDS,), NO_ID, dtype=torch.int64, **options)
         self.pad = torch.zeros(1, dtype=torch.int64, **options)
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, **options)
+        self._appending = torch.zeros(1, dtype=torch.int32, **options)
         self.column = 0
         self._padded = False
         self._ends: tuple[int, ...] = ()
@@ -161,9 +168,11 @@ class Decoder:
 
     def append_best(self, logits: Tensor) -> None:
         """Take the most probable ids; in rows that have ended, padding."""
-        best = torch.where(self.ended, self.pad, logits.argmax(-1))
-        self.ended |= (best[:, None] == self.ends).any(1)
-        self.append(best)
+        greedy_append(
+            logits, self.ends, self.pad, self.ids, self.tokens, self.position, self.ended, self._appending,
+            backend=self.model.backend,
+        )  # fmt: skip
+        self.column += 1
 
     def step(self, greedy: bool) -> Tensor:
         """The logits [rows, vocabulary] after the last ids, which the next step overwrites.
@@ -191,8 +200,8 @@ class Decoder:
         first = self.first if self._padded else None
         positions = self.position.expand(self.rows) if first is None else self.position - first
         tables = None
-        if self.tables is not None:
-            cos, sin = (table.index_select(0, positions) for table in self.tables)
+        if self._angles is not None:
+            cos, sin = self._angles.index_select(0, positions).chunk(2, 1)
             tables = cos, sin
         at = Step(self.column, self.position, first, tables, self.tables, self.arrivals)
         x = self.model.embed(self.ids, positions)
