@@ -111,9 +111,10 @@ def test_operands_that_do_not_fit_are_refused(name: str, value: Tensor, said: st
 
 def test_in_a_compiled_graph() -> None:
     logits, state = torch.eye(3, device=DEVICE), State.of(3)
+    given = dict(vars(state))
 
     def call(logits: Tensor) -> Tensor:
-        return greedy_append(logits, **vars(state), backend="triton") + 1
+        return greedy_append(logits, **given, backend="triton") + 1
 
     assert torch.compile(call, backend="aot_eager", fullgraph=True)(logits).tolist() == [1, 2, 3]
     assert state.ids.tolist() == [0, 1, 2]

@@ -84,8 +84,10 @@ class DecoderBlock(QuickModule):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """A batch x [B, S, hidden], with whatever cache and mask the call knows of."""
         rows = x.reshape(-1, x.shape[-1])
-        attended = attend_called(self.heads, *self._projected(rows), call)
-        return self._rest(attended.transpose(1, 2).flatten(0, 1), rows).view(x.shape)
+        # What attends has no name here, under which it would outlive its use.
+        return self._rest(
+            attend_called(self.heads, *self._projected(rows), call).transpose(1, 2).flatten(0, 1), rows
+        ).view(x.shape)
 
     def _projected(self, x: Tensor, arrivals: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, heads, D], keys and values [n, their heads, width] as they are kept."""

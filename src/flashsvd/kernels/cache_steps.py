@@ -68,11 +68,12 @@ def share_of_keys(low, end, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def fetch_share(
-    k_ptr, v_ptr, position_ptr, first_ptr, i_row, position_row, length, window, width_k, width_v, k_column, v_column,
+    k_ptr, v_ptr, position_ptr, first_ptr, i_row, position_row, length, window, most, width_k, width_v,
+    k_column, v_column,
     COLUMNS: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    # A program's share of the old keys and values begins to come into the cache. The position is read here before it is
+    # Of a program's share the first old keys and values, `most` of each, begin to come into the cache. The position is read here before it is
     # sure to be written; whatever it was before, it is taken for a column of the cache.
     position = tl.load(position_ptr + i_row * position_row, volatile=True).to(tl.int32)
     position = tl.minimum(tl.maximum(position, 0), length - 1)
@@ -83,6 +84,7 @@ def fetch_share(
         low = tl.maximum(low, position + 1 - window)
     start, end, shares = share_of_keys(low, position + 1, COLUMNS, SPLITS)
     if tl.program_id(1) < shares:
+        end = tl.minimum(end, start + most)
         for j in range(start, end, COLUMNS):
             o_key = tl.minimum(j + tl.arange(0, COLUMNS), end - 1).to(tl.int64)
             fetch_rows(k_ptr, o_key, k_column, width_k, WIDTH_K)

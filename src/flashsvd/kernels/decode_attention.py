@@ -149,7 +149,7 @@ def _decode_attention(
     arrivals_ptr, out_ptr, parts_ptr,
     kv_heads, group, width, width_v, position_row, cos_row, sin_row, q_row, q_head, k_row, k_head, v_row, v_head,
     k_cache_row, k_cache_head, k_cache_column, v_cache_row, v_cache_head, v_cache_column, out_row, out_head,
-    eps, qk_scale, window, length,
+    eps, qk_scale, window, length, fetched,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, AT_ONCE: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -160,8 +160,8 @@ def _decode_attention(
     v_cache_ptr += i_row.to(tl.int64) * v_cache_row + i_kv.to(tl.int64) * v_cache_head
     if PDL:
         fetch_share(
-            k_cache_ptr, v_cache_ptr, position_ptr, first_ptr, i_row, position_row, length, window, width, width_v,
-            k_cache_column, v_cache_column, COLUMNS, 2 * HALF, WIDTH_V, SPLITS, PADDED, WINDOWED,
+            k_cache_ptr, v_cache_ptr, position_ptr, first_ptr, i_row, position_row, length, window, fetched, width,
+            width_v, k_cache_column, v_cache_column, COLUMNS, 2 * HALF, WIDTH_V, SPLITS, PADDED, WINDOWED,
         )  # fmt: skip
     await_inputs(PDL)
     position, _, low = reach(position_ptr, first_ptr, i_row, position_row, window, PADDED, WINDOWED)
@@ -238,6 +238,8 @@ CANDIDATES = (
 )  # fmt: skip
 # So many warps find room on a Hopper's multiprocessor together; programs of more would wait for the first ones' end.
 WARPS = 8
+# What programs that run together ask for before they wait, which is to be in the GPU's cache until it is read.
+FETCHED_BYTES = 8 << 20
 # Numbers of shares that a program asks for at once when it joins them.
 JOINED = 8192
 
@@ -255,6 +257,13 @@ def default_splits(c: DecodeAttention, t: Tiles) -> int:
     reach = c.k_cache.shape[2] if c.window < 0 else min(c.window, c.k_cache.shape[2])
     room = WARPS // t.warps * multiprocessors(c.q.device) // (len(c.q) * c.k.shape[1])
     return max(1, min(MOST_SPLITS, room, -(-reach // t.columns)))
+
+
+def fetched_keys(c: DecodeAttention, t: Tiles, splits: int) -> int:
+    """How many keys and values a program asks for before it waits."""
+    together = min(len(c.q) * c.k.shape[1] * splits, max(1, WARPS // t.warps) * multiprocessors(c.q.device))
+    of_a_key = (c.k.shape[2] + c.v.shape[2]) * c.k_cache.element_size()
+    return FETCHED_BYTES // (together * of_a_key)
 
 
 def _sizes(c: DecodeAttention) -> Hashable:
@@ -327,6 +336,7 @@ def _plan(c: DecodeAttention, exact: str, t: Tiles) -> Plan:
         *(cos_row, sin_row, *c.q.stride()[:2], *c.k.stride()[:2], *c.v.stride()[:2]),
         *(*c.k_cache.stride()[:3], *c.v_cache.stride()[:3]),
         *(out_row, out_head, c.eps, c.softmax_scale * math.log2(math.e), max(c.window, 0), c.k_cache.shape[2]),
+        fetched_keys(c, t, splits),
     ]
     group, block_v = triton.next_power_of_2(c.group), block_of(width_v)
     rows = Tiles(max(t.rows, block_of(c.group)), t.columns, t.warps, t.stages)

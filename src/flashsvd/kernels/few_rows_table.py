@@ -30,7 +30,7 @@ TABLE = {
         (ENDLESS, 2, 4096, 4),
     ),
     (1, False, True): _up_to(
-        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 1), (2048, 4, 2048, 4), (4096, 4, 4096, 4),
+        (256, 4, 256, 1), (512, 4, 512, 1), (1024, 2, 1024, 1), (2048, 2, 2048, 1), (4096, 4, 4096, 4),
         (8192, 4, 4096, 8), (ENDLESS, 4, 2048, 8),
     ),
     (1, True, False): _up_to((256, 4, 256, 1), (512, 4, 512, 1), (1024, 4, 1024, 2), (ENDLESS, 2, 512, 1)),
@@ -52,7 +52,7 @@ MANY_SHORT = {
     (2, False): ThinTiles(4, 512, warps=1, stages=1), (2, True): ThinTiles(4, 512, warps=1, stages=1),
 }  # fmt: skip
 MANY_LONG = {
-    (1, False): ThinTiles(4, 1024, warps=4, stages=1), (1, True): ThinTiles(8, 4096, warps=8, stages=1),
+    (1, False): ThinTiles(4, 1024, warps=4, stages=1), (1, True): ThinTiles(8, 4096, warps=4, stages=1),
     (2, False): ThinTiles(8, 1024, warps=4, stages=1), (2, True): ThinTiles(8, 1024, warps=4, stages=1),
 }  # fmt: skip
 
@@ -70,7 +70,8 @@ def few_rows_tiles(c: DecodeLinear, widest: int) -> Tiles:
     if n == 1 and integers and tiles.columns == MOST_COLUMNS and tiles.warps == 4 and c.width <= FEW_LONG_ROWS:
         return ThinTiles(2, MOST_COLUMNS, warps=4, stages=1)
     # What goes beyond the last whole tile of a long row may leave most of another one empty.
-    if n == 1 and tiles.rows == 2 and _filled(widest, MOST_COLUMNS) > _filled(widest, HALF_COLUMNS):
+    fits_halves = _filled(widest, MOST_COLUMNS) > _filled(widest, HALF_COLUMNS)
+    if n == 1 and tiles.rows == 2 and tiles.columns == MOST_COLUMNS and fits_halves:
         return ThinTiles(2, HALF_COLUMNS, warps=4, stages=1)
     return tiles
 
