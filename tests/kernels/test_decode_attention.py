@@ -10,7 +10,13 @@ from torch import Tensor
 
 from decode_accuracy import Step
 from flashsvd.kernels import decode_attention as module
-from flashsvd.kernels.decode_attention import DecodeAttention, decode_attention, default_splits, default_tiles
+from flashsvd.kernels.decode_attention import (
+    DecodeAttention,
+    decode_attention,
+    default_splits,
+    default_tiles,
+    fetched_keys,
+)
 from flashsvd.kernels.tiles import Tiles
 from kernel_accuracy import DEVICE, DTYPES
 
@@ -139,13 +145,21 @@ def test_the_last_program_to_arrive_joins_what_the_others_left() -> None:
 def test_the_tables_splits(
     n: int, kv_heads: int, length: int, window: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU with 132 multiprocessors: eight warps on each, and a tile of keys for every program."""
+    """On a GPU with 132 multiprocessors: eight warps on each, and a tile of keys for every program.
+
+    What they ask for ahead of its use stays in the cache of such a GPU, of 50 MB, with room for weights beside it.
+    """
     monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     step = Step(1, kv_heads, kv_heads, 2, 1, 0, torch.float16, rotated=False)
     q, k, v = (x.expand(n, -1, -1) for x in step.new)
     caches = [cache.expand(n, -1, length, -1) for cache in step.caches]
     c = DecodeAttention(q, None, k, None, v, None, None, *caches, step.position, None, None, None, 1.0, 0, window, None)
-    assert default_splits(c, default_tiles(c)) == splits
+    tiles = default_tiles(c)
+    assert default_splits(c, tiles) == splits
+    together = min(n * kv_heads * splits, 8 // tiles.warps * 132)
+    keys = fetched_keys(c, tiles, splits)
+    size = (c.k.shape[2] + c.v.shape[2]) * 2
+    assert keys * together * size <= 8 * 2**20 < (keys + 1) * together * size
 
 
 def test_in_a_compiled_graph() -> None:

@@ -184,7 +184,9 @@ class PackedLinears(Packed):
             return y if out is None else out.copy_(y)
         if len(self.widths) == 1:
             return scaled(p, self.matrices[0], self.bias, residual, out, self.scale)
-        y = x.new_empty(len(x), sum(self.widths)) if out is None else out
+        # It may be the last that holds the input, which the outputs need the room of.
+        del x
+        y = p.new_empty(len(p), sum(self.widths)) if out is None else out
         biases, scales = self.of_each(self.bias), self.of_each(self.scale)
         parts = zip(
             p.split_with_sizes(self.ranks, 1), self.matrices, biases, y.split_with_sizes(self.widths, 1), scales,
