@@ -73,8 +73,8 @@ def fetch_share(
     COLUMNS: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    # Of a program's share the first old keys and values, `most` of each, begin to come into the cache. The position is read here before it is
-    # sure to be written; whatever it was before, it is taken for a column of the cache.
+    # Of a program's share the first old keys and values, `most` of each, begin to come into the cache. The position is
+    # read here before it is sure to be written; whatever it was before, it is taken for a column of the cache.
     position = tl.load(position_ptr + i_row * position_row, volatile=True).to(tl.int32)
     position = tl.minimum(tl.maximum(position, 0), length - 1)
     low = 0
