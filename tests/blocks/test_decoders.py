@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from conftest import EVERY_DECODER, build_decoder, factor
 from flashsvd import optimize
 from flashsvd.errors import BackendError
+from flashsvd.kernels.op import Op
 
 LAYOUTS = ["dense", "joint", "per-head", "joint int8", "per-head int8"]
 
@@ -163,3 +165,20 @@ def test_a_call_that_asks_for_more_is_refused() -> None:
         model.state_dict()
     with pytest.raises(BackendError, match="optimised already"):
         optimize(model)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("name", ["gpt2", "llama with biases", "qwen3"])
+@torch.no_grad()
+def test_what_is_launched_is_worked_out_once(
+    name: str, length: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward like one before it launches what was kept: working it out takes the host longer than the kernels."""
+    model = build_decoder(name)
+    factor(model, "joint", ratio=0.6)
+    model = optimize(model, backend="triton")
+    ids = prompts(rows, length)
+    expected = model(ids, use_cache=False).logits
+    monkeypatch.setattr(Op, "_planned", Mock(side_effect=AssertionError("planned again")))
+    assert torch.equal(model(ids, use_cache=False).logits, expected)

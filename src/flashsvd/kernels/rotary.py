@@ -50,8 +50,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @kernel("rows")
 def _rotate_heads(
-    x_ptr, cos_ptr, sin_ptr, pos_ptr, rows, heads, half, x_token, x_head, ROWS: tl.constexpr, HALF: tl.constexpr
-):
+    x_ptr, cos_ptr, sin_ptr, pos_ptr, rows, heads, half, x_token, x_head, cos_row, sin_row,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     # A row is one head of one token.
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
@@ -59,9 +60,8 @@ def _rotate_heads(
     o_pair = tl.arange(0, HALF)[None, :]
     mask = m_row[:, None] & (o_pair < half)
     place = tl.load(pos_ptr + i_token, mask=m_row, other=0)
-    o_table = place[:, None] * half + o_pair
-    cos = tl.load(cos_ptr + o_table, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + o_table, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + place[:, None] * cos_row + o_pair, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + place[:, None] * sin_row + o_pair, mask=mask, other=0.0).to(tl.float32)
     p_row = x_ptr + i_token.to(tl.int64) * x_token + (o_row % heads) * x_head
     p_first = p_row[:, None] + o_pair
     x1 = tl.load(p_first, mask=mask, other=0.0).to(tl.float32)
@@ -90,7 +90,12 @@ def check_rotary(c: Rotation) -> None:
 
 
 def _prepare(c: Rotation, exact: str) -> Rotation:
-    return Rotation(c.x, c.cos.contiguous(), c.sin.contiguous(), c.positions.contiguous())
+    return Rotation(c.x, readable_table(c.cos), readable_table(c.sin), c.positions.contiguous())
+
+
+def readable_table(table: Tensor) -> Tensor:
+    """A table whose rows are contiguous, and may lie apart; a copy where they are not."""
+    return table if table.stride(1) == 1 else table.contiguous()
 
 
 def _plan(c: Rotation, exact: str, tiles: None) -> Plan:
@@ -98,7 +103,10 @@ def _plan(c: Rotation, exact: str, tiles: None) -> Plan:
     half = width // 2
     block = triton.next_power_of_2(half)
     rows = max(1, PAIRS // block)
-    arguments = [*addresses("x", "cos", "sin", "positions"), tokens * heads, heads, half, c.x.stride(0), c.x.stride(1)]
+    arguments = [
+        *addresses("x", "cos", "sin", "positions"),
+        *(tokens * heads, heads, half, *c.x.stride()[:2], c.cos.stride(0), c.sin.stride(0)),
+    ]
     grid = (-(-tokens * heads // rows),)
     launch = Launch(_rotate_heads, grid, operand_names(Rotation), arguments, ROWS=rows, HALF=block, num_warps=4)
 

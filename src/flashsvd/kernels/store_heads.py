@@ -19,7 +19,7 @@ from flashsvd.kernels.launch import Backend
 from flashsvd.kernels.op import Op, operand_names
 from flashsvd.kernels.packed import check_positions
 from flashsvd.kernels.plans import Launch, Plan, addresses, into_last
-from flashsvd.kernels.rotary import PAIRS, check_tables, rotate_heads_reference
+from flashsvd.kernels.rotary import PAIRS, check_tables, readable_table, rotate_heads_reference
 from flashsvd.kernels.rotary_steps import turn
 from flashsvd.kernels.triton_import import kernel, tl, triton
 
@@ -48,7 +48,7 @@ def store_heads_reference(
 @kernel("heads_of_all", "length")
 def _store_heads(
     x_ptr, cos_ptr, sin_ptr, pos_ptr, out_ptr,
-    heads_of_all, heads, length, half, x_token, x_head, out_row, out_head, out_column,
+    heads_of_all, heads, length, half, x_token, x_head, cos_row, sin_row, out_row, out_head, out_column,
     ROWS: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -61,9 +61,9 @@ def _store_heads(
     x1 = tl.load(p_in, mask=mask, other=0.0)
     x2 = tl.load(p_in + half, mask=mask, other=0.0)
     if ROTATE:
-        o_table = tl.load(pos_ptr + i_token, mask=m_row, other=0)[:, None] * half + o_pair
-        cos = tl.load(cos_ptr + o_table, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + o_table, mask=mask, other=0.0)
+        place = tl.load(pos_ptr + i_token, mask=m_row, other=0)[:, None]
+        cos = tl.load(cos_ptr + place * cos_row + o_pair, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + place * sin_row + o_pair, mask=mask, other=0.0)
         x1, x2 = turn(x1, x2, cos, sin, out_ptr.dtype.element_ty)
     i_row = (i_token // length).to(tl.int64)
     i_column = (i_token % length).to(tl.int64)
@@ -95,8 +95,8 @@ def _reference(c: Stored) -> Tensor:
 
 def _prepare(c: Stored, exact: str) -> Stored:
     x = c.x if c.x.stride(2) == 1 else c.x.contiguous()
-    cos, sin, positions = (x if x is None else x.contiguous() for x in (c.cos, c.sin, c.positions))
-    return Stored(x, cos, sin, positions, c.out)
+    cos, sin = (table if table is None else readable_table(table) for table in (c.cos, c.sin))
+    return Stored(x, cos, sin, c.positions if c.positions is None else c.positions.contiguous(), c.out)
 
 
 def _plan(c: Stored, exact: str, tiles: None) -> Plan:
@@ -106,7 +106,9 @@ def _plan(c: Stored, exact: str, tiles: None) -> Plan:
     rows = max(1, PAIRS // block)
     arguments = [
         *addresses("x", "cos", "sin", "positions", "out"),
-        *(tokens * heads, heads, c.out.shape[2], half, *c.x.stride()[:2], *c.out.stride()[:3]),
+        *(tokens * heads, heads, c.out.shape[2], half, *c.x.stride()[:2]),
+        *(0 if table is None else table.stride(0) for table in (c.cos, c.sin)),
+        *c.out.stride()[:3],
     ]
     grid = (-(-tokens * heads // rows),)
     launch = Launch(
