@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd.calibration.collect import collect_statistics, fits_one_pass
+from flashsvd.calibration.losses import output_probe
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.calibration.store import (
     INDEX_FILE,
@@ -45,7 +46,7 @@ from flashsvd.lowrank.ranks import (
     plan_ranks,
 )
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
-from flashsvd.methods.method import GRADIENTS, Method, Need
+from flashsvd.methods.method import Method, Need
 from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import get_method
 from flashsvd.models.found import find_model
@@ -109,6 +110,12 @@ class CompressionJob:
         targets = find_targets(empty)
         if config.walks:
             list_of_layers(empty, targets)
+        if architecture_of(model_config).generates and not plain.needs:
+            log.warning(
+                "%s knows nothing of what a decoder reads, and costs it far more than others do; take --method drone "
+                "or --recipe best",
+                plain.name,
+            )
         shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
@@ -185,7 +192,8 @@ class CompressionJob:
         device = self.factoring.device
         assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
-        batches, about, loss = self.calibration.batches, self.calibration.about, self.calibration.loss
+        batches, about, own = self.calibration.batches, self.calibration.about, self.calibration.loss
+        loss = output_probe(config.seed) if own is None and "output_gradients" in needs else own
         if not config.save_stats:
             parts = collect_statistics(model, targets, batches, needs, loss, device)
             if fits_one_pass(model, targets, needs):
@@ -193,7 +201,7 @@ class CompressionJob:
             return in_temporary_files(parts, about, beside=self.output)
         # Whatever any method may need later, so that they all can use what is saved.
         everything: set[Need] = {"covariance", "mean_abs", *needs}
-        if loss is not None:
+        if own is not None:
             everything.add("row_gradients")
         key = fingerprint(model)
         parts = collect_statistics(model, targets, batches, everything, loss, device)
@@ -296,14 +304,10 @@ def _calibration(
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
     longest = architecture_of(model_config).max_length(model_config)
     calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
-    if measures and GRADIENTS & method.needs and calibration.loss is None:
-        # To a method that differentiates one itself another search is of no help.
-        who, instead = "--rank-search loss", "another --rank-search"
-        if "row_gradients" in method.needs:
-            who, instead = method.name, "drone or asvd"
+    if measures and "row_gradients" in method.needs and calibration.loss is None:
         raise ConfigError(
-            f"{who} differentiates a loss, and {config.model} has none by itself; "
-            f"choose {instead}, or a task that the model fits with --task: {fitting_tasks(model_config)}"
+            f"{method.name} differentiates a loss, and {config.model} has none by itself; "
+            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 
