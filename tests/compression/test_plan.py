@@ -119,7 +119,7 @@ def test_a_shell_prints_a_reports_json_too(
 
 
 LOAD = Load(
-    shapes=[MatrixShape("w", "ffn", 64, 32)], streams=[64], parameters=3000, item=2, layers=1, tokens=100, samples=10,
+    shapes=[MatrixShape("w", "ffn", 64, 32)], streams=[64], parameters=3000, item=2, layers=1, tokens=100,
     batch_tokens=20, vocabulary=0, covariances=True, by_outputs=False, by_weights=False, searches=0, learns=False,
     walks=False, refine=0,
 )  # fmt: skip
@@ -130,9 +130,9 @@ def test_arithmetic_is_counted_by_hand() -> None:
     assert LOAD.products == 2 * 100 * 64 * 32 + 100 * 64 * 64
     assert LOAD.decompositions == 10 * 32**3 + 4 * 32**2 * 64
     refined = dataclasses.replace(LOAD, walks=True, refine=5)
-    # 5 steps of 4 samples of 10 tokens, forward and backward by activations and by weights.
+    # 5 steps of all 100 tokens, forward and backward by activations and by weights.
     walked = dataclasses.replace(LOAD, walks=True)
-    assert refined.products - walked.products == 5 * 4 * 10 * 6 * 64 * 32
+    assert refined.products - walked.products == 5 * 100 * 6 * 64 * 32
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from flashsvd.calibration.collect import PASS_BYTES
-from flashsvd.compression.walks.refine import SAMPLES
+from flashsvd.compression.walks.refine import STEP_TOKENS
 from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods import adasvd
 
@@ -41,7 +41,7 @@ class Load:
         parameters: of the whole model.
         item: bytes of one of them as it is stored.
         layers: how many there are.
-        tokens, samples: of all calibration data; 0 where none are read.
+        tokens: of all calibration data; 0 where none are read.
         batch_tokens: of the largest batch, padding counted.
         vocabulary: how many logits the loss takes for each token; 0 without a loss over tokens.
         covariances: whether the method, or the search for ranks, reads those of activations.
@@ -58,7 +58,6 @@ class Load:
     item: int
     layers: int
     tokens: int
-    samples: int
     batch_tokens: int
     vocabulary: int
     covariances: bool
@@ -142,8 +141,7 @@ class Load:
         if self.walks:
             # Each stream is calibrated by a forward of both layers up to it; outputs are made two or three times.
             total += 6 * 2.0 * self.tokens * self.matrices
-            length = self.tokens / max(1, self.samples)
-            total += self.refine * 6.0 * SAMPLES * length * self.matrices
+            total += self.refine * 6.0 * min(STEP_TOKENS, self.tokens) * self.matrices
         return total
 
     @property

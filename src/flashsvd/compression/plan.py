@@ -193,7 +193,6 @@ def _load(job: CompressionJob, parameters: int, item: int) -> Load:
         item=item,
         layers=len({(target.stack, target.layer) for target in factoring.targets}),
         tokens=sum(batch.tokens for batch in batches),
-        samples=sum(batch.samples for batch in batches),
         batch_tokens=max((_padded_tokens(batch.inputs) for batch in batches), default=0),
         vocabulary=_logits(job),
         covariances="covariance" in needs,
