@@ -4,9 +4,9 @@
 
 The text, the windows and the calibration are those of `benchmark_methods.py`; low-rank is drone with uniform ranks, and
 `--recipe quick`, Q/K/V joint. Rows of an earlier run stay in the CSV where these have no newer ones. Of a dense model
-the matrices that `compress` would factor are rounded, by the same rule as factors, a scale for each stored row, and where
-torchao can be imported also by its weight-only int8. Everything is computed in fp32 from what is stored, so that no row
-has an error of its kernels. Bytes are those matrices', two for a number in floats and four for a scale.
+the matrices that `compress` would factor are rounded, by the same rule as factors, a scale for each stored row, and
+where torchao can be imported also by its weight-only int8. Everything is computed in fp32 from what is stored, so that
+no row has an error of its kernels. Bytes are those matrices', two for a number in floats and four for a scale.
 """
 
 from __future__ import annotations
