@@ -143,7 +143,7 @@ def test_arithmetic_is_counted_by_hand() -> None:
 )  # fmt: skip
 def test_whoever_asks_for_more_needs_no_less(more: dict[str, Any]) -> None:
     larger = dataclasses.replace(LOAD, **more)
-    assert larger.kept(1000) >= LOAD.kept(1000)
+    assert larger.on_host(1000) >= LOAD.on_host(1000)
     assert larger.on_device() >= LOAD.on_device()
     assert larger.products + larger.decompositions > LOAD.products + LOAD.decompositions
     assert larger.seconds(torch.device("cpu")) > 0

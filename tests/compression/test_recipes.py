@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import MakeModel
-from flashsvd import CompressConfig, run_compress
+from flashsvd import CompressConfig, plan_compress, run_compress
 from flashsvd.compression.recipes import RECIPES, recipe
 from flashsvd.errors import ConfigError
 from training_data import write_text
@@ -60,6 +60,32 @@ def test_its_help_says_what_it_stands_for() -> None:
         assert name in help_text
     for option, value in recipe("best", finds_ranks=True).items():
         assert f"--{option.replace('_', '-')} {value}" in help_text
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "method", "warns"),
+    [
+        ("llama", "causal-lm", "standard", True),
+        ("llama", "causal-lm", "drone", False),
+        ("bert", "masked-lm", "standard", False),
+    ],
+)
+def test_a_method_that_reads_no_data_is_warned_of_on_a_decoder(
+    make_model: MakeModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    family: str,
+    head: str,
+    method: str,
+    warns: bool,
+) -> None:
+    text = write_text(tmp_path / "text") / "train.txt"
+    source = make_model(family, head)
+    options: dict[str, Any] = {} if method == "standard" else {"calib_data": str(text), "calib_seq_len": 16}
+    with caplog.at_level("WARNING", logger="flashsvd"):
+        plan_compress(CompressConfig(str(source), method=method, ratio=0.5, output=str(tmp_path / "out"), **options))
+    said = [record.getMessage() for record in caplog.records]
+    assert any("--method drone or --recipe best" in line for line in said) == warns
 
 
 def test_the_checkpoint_says_what_was_done(make_model: MakeModel, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ Small things count nowhere: norms, attention's own products, reading and writing
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +96,8 @@ class Load:
         width = self.shapes[0].in_features
         return 3 * _FLOAT * self.tokens * width if self.walks else 0
 
-    def kept(self, compressed: int) -> int:
-        """Bytes at once on the CPU at most, of a process that compresses there.
+    def on_host(self, compressed: int) -> int:
+        """Bytes at once at most in the memory of a process that compresses on the CPU.
 
         Args:
             compressed: parameters that the factored matrices hold.
@@ -114,7 +114,7 @@ class Load:
         return PROCESS_BYTES + model + max(measuring, factoring, walking)
 
     def on_device(self) -> int:
-        """Bytes at once at most on a GPU that computes: the model in float32, statistics, a batch, a matrix's work."""
+        """Bytes at once at most on a GPU that computes: the model in float32, statistics, a batch, one factorisation."""
         work = 4 * _DOUBLE * max(shape.dense_parameters for shape in self.shapes)
         if not (self.tokens or self.walks):
             return work
@@ -169,9 +169,8 @@ def rates(device: torch.device) -> tuple[float, float]:
     return single, double
 
 
-def _fastest(call: object, device: torch.device) -> float:
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """The shortest time of some calls, in seconds."""
-    assert callable(call)
     times = []
     for _ in range(3):
         start = time.perf_counter()

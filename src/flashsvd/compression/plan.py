@@ -156,7 +156,7 @@ def plan_of(job: CompressionJob) -> CompressPlan:
         matrices=tuple(matrices),
         parameters=parameters,
         bytes_on_disk=_bytes_on_disk(job, parameters["compressed"], factoring.dtype or stored),
-        host_bytes=load.kept(kept),
+        host_bytes=load.on_host(kept),
         device_bytes=load.on_device() if device.type == "cuda" else 0,
         seconds=load.seconds(device),
         calibration=job.calibration.about if job.calibration else None,
