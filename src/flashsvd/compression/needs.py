@@ -114,7 +114,7 @@ class Load:
         return PROCESS_BYTES + model + max(measuring, factoring, walking)
 
     def on_device(self) -> int:
-        """Bytes at once at most on a GPU that computes: the model in float32, statistics, a batch, one factorisation."""
+        """Bytes at once at most on a GPU: the model in float32, statistics, a batch, one factorisation."""
         work = 4 * _DOUBLE * max(shape.dense_parameters for shape in self.shapes)
         if not (self.tokens or self.walks):
             return work
