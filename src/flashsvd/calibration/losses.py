@@ -36,31 +36,6 @@ def label_count(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
 
 
-def output_probe(seed: int) -> Loss:
-    """A loss for a model that has none, whose gradients say how far its outputs move.
-
-    The outputs y [hidden] of the real tokens, each number with a random sign e of its own (Hutchinson, A stochastic
-    estimator of the trace of the influence matrix, 1990): the gradient of e . y by anything inside is g = J^T e, with J
-    how y depends on it, and so E[g g^T] = J^T J is the Hessian of ||y - y_dense||^2 / 2 at the dense model, where that
-    distance itself has no gradient.
-
-    Args:
-        seed: draws the signs.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss(model: Any, batch: Batch) -> Tensor:
-        states = (model(**part).last_hidden_state[part["attention_mask"].bool()] for part in batch.inputs)
-        return torch.stack([(y * _signs(y, generator)).sum() for y in states]).sum() / batch.tokens
-
-    return loss
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Ones with random signs; drawn on the CPU, so that they are the same on every device."""
-    return (2 * torch.randint(2, like.shape, generator=generator) - 1).to(like)
-
-
 def similarity_loss(encoder: SentenceEncoder) -> Loss:
     """Squared error of the cosine of the two embeddings of a pair against its gold score / 5."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flashsvd.calibration.collect import collect_statistics, fits_one_pass
-from flashsvd.calibration.losses import output_probe
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.calibration.store import (
     INDEX_FILE,
@@ -49,6 +51,7 @@ from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import Method, Need
 from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import get_method
+from flashsvd.models.architecture import Target
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task, fitting_tasks
 from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
@@ -192,19 +195,18 @@ class CompressionJob:
         device = self.factoring.device
         assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
-        batches, about, own = self.calibration.batches, self.calibration.about, self.calibration.loss
-        loss = output_probe(config.seed) if own is None and "output_gradients" in needs else own
+        about = self.calibration.about
         if not config.save_stats:
-            parts = collect_statistics(model, targets, batches, needs, loss, device)
+            parts = _collected(model, targets, self.calibration, needs, device)
             if fits_one_pass(model, targets, needs):
                 return in_memory(parts, about)
             return in_temporary_files(parts, about, beside=self.output)
         # Whatever any method may need later, so that they all can use what is saved.
         everything: set[Need] = {"covariance", "mean_abs", *needs}
-        if own is not None:
+        if self.calibration.loss is not None:
             everything.add("row_gradients")
         key = fingerprint(model)
-        parts = collect_statistics(model, targets, batches, everything, loss, device)
+        parts = _collected(model, targets, self.calibration, everything, device)
         return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
 
     def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
@@ -291,6 +293,20 @@ class CompressionJob:
             git_commit=git_commit(),
             timestamp=timestamp(),
         )
+
+
+def _collected(
+    model: Any, targets: Sequence[Target], calibration: Calibration, needs: Collection[Need], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """All sums, each by the loss that it differentiates: gradients by outputs are for the search, by weights not."""
+    probed: set[Need] = {"output_gradients"}
+    own, batches = set(needs) - probed, calibration.batches
+    if "row_gradients" in own and len(own) < len(needs):
+        yield from collect_statistics(model, targets, batches, own, calibration.loss, device)
+        yield from collect_statistics(model, targets, batches, probed, calibration.probe, device)
+    else:
+        loss = calibration.loss if len(own) == len(needs) else calibration.probe
+        yield from collect_statistics(model, targets, batches, needs, loss, device)
 
 
 def _calibration(

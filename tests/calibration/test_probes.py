@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from flashsvd.calibration.losses import label_count, output_probe
+from flashsvd.calibration.losses import label_count
+from flashsvd.calibration.probes import embedding_probe, state_probe
 from flashsvd.data.tokenize import Batch
+from flashsvd.models.sentence import SentenceEncoder
 
 MATRIX = torch.tensor([[1.0, 0.5], [0.0, -2.0], [0.25, 0.0]])
 
@@ -27,7 +30,7 @@ def gradients(tokens: int, padding: int = 0, seed: int = 0) -> Tensor:
         return SimpleNamespace(last_hidden_state=rows @ MATRIX)
 
     data = batch(tokens, padding)
-    (label_count(data) * output_probe(seed)(model, data)).backward()
+    (label_count(data) * state_probe(seed)(model, data)).backward()
     assert rows.grad is not None
     return rows.grad[0]
 
@@ -46,3 +49,19 @@ def test_padding_does_not_count() -> None:
 def test_the_seed_draws_the_signs() -> None:
     assert torch.equal(gradients(50, seed=1), gradients(50, seed=1))
     assert not torch.equal(gradients(50, seed=1), gradients(50, seed=2))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_of_a_sentence_encoder_the_embeddings_count_as_they_are_compared(similarity: str) -> None:
+    encoder = SentenceEncoder(similarity=similarity)
+    rows = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    data = Batch(({"input_ids": torch.zeros(3, 4).long(), "attention_mask": torch.ones(3, 4).long()},), torch.zeros(3))
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=rows)
+
+    embedding_probe(encoder, 0)(model, data).backward()
+    assert rows.grad is not None
+    # What makes an embedding longer changes no cosine.
+    along = (rows.grad * rows.mean(1, keepdim=True)).sum(dim=(1, 2))
+    assert bool((along.abs() < 1e-6).all()) == (similarity == "cosine")
