@@ -102,9 +102,14 @@ def refine(samples: LayerSamples, layer: nn.Module, steps: int, seed: int) -> tu
     optimizer = torch.optim.Adam(trained, lr=PEAK_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
     in_a_step = samples.in_a_step
+    left: list[int] = []
     with torch.enable_grad():
         for _ in range(steps):
-            loss = samples.loss(layer, torch.randperm(samples.count, generator=generator)[:in_a_step].tolist())
+            # Each sample is seen once before any is seen again.
+            if len(left) < in_a_step:
+                left = torch.randperm(samples.count, generator=generator).tolist()
+            chosen, left = left[:in_a_step], left[in_a_step:]
+            loss = samples.loss(layer, chosen)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
