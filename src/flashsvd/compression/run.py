@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flashsvd.calibration.collect import collect_statistics, fits_one_pass
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
@@ -45,9 +48,10 @@ from flashsvd.lowrank.ranks import (
     plan_ranks,
 )
 from flashsvd.lowrank.shapes import ROLES, MatrixShape
-from flashsvd.methods.method import GRADIENTS, Method, Need
+from flashsvd.methods.method import Method, Need
 from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import get_method
+from flashsvd.models.architecture import Target
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task, fitting_tasks
 from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
@@ -109,6 +113,12 @@ class CompressionJob:
         targets = find_targets(empty)
         if config.walks:
             list_of_layers(empty, targets)
+        if architecture_of(model_config).generates and not plain.needs:
+            log.warning(
+                "%s knows nothing of what a decoder reads, and costs it far more than others do; take --method drone "
+                "or --recipe best",
+                plain.name,
+            )
         shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
@@ -185,18 +195,18 @@ class CompressionJob:
         device = self.factoring.device
         assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
-        batches, about, loss = self.calibration.batches, self.calibration.about, self.calibration.loss
+        about = self.calibration.about
         if not config.save_stats:
-            parts = collect_statistics(model, targets, batches, needs, loss, device)
+            parts = _collected(model, targets, self.calibration, needs, device)
             if fits_one_pass(model, targets, needs):
                 return in_memory(parts, about)
             return in_temporary_files(parts, about, beside=self.output)
         # Whatever any method may need later, so that they all can use what is saved.
         everything: set[Need] = {"covariance", "mean_abs", *needs}
-        if loss is not None:
+        if self.calibration.loss is not None:
             everything.add("row_gradients")
         key = fingerprint(model)
-        parts = collect_statistics(model, targets, batches, everything, loss, device)
+        parts = _collected(model, targets, self.calibration, everything, device)
         return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
 
     def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
@@ -285,6 +295,20 @@ class CompressionJob:
         )
 
 
+def _collected(
+    model: Any, targets: Sequence[Target], calibration: Calibration, needs: Collection[Need], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """All sums, each by the loss that it differentiates: gradients by outputs are for the search, by weights not."""
+    probed: set[Need] = {"output_gradients"}
+    own, batches = set(needs) - probed, calibration.batches
+    if "row_gradients" in own and len(own) < len(needs):
+        yield from collect_statistics(model, targets, batches, own, calibration.loss, device)
+        yield from collect_statistics(model, targets, batches, probed, calibration.probe, device)
+    else:
+        loss = calibration.loss if len(own) == len(needs) else calibration.probe
+        yield from collect_statistics(model, targets, batches, needs, loss, device)
+
+
 def _calibration(
     config: CompressConfig, method: Method, task: Task | None, model_class: Any, model_config: Any, source: str
 ) -> Calibration | None:
@@ -296,14 +320,10 @@ def _calibration(
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
     longest = architecture_of(model_config).max_length(model_config)
     calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
-    if measures and GRADIENTS & method.needs and calibration.loss is None:
-        # To a method that differentiates one itself another search is of no help.
-        who, instead = "--rank-search loss", "another --rank-search"
-        if "row_gradients" in method.needs:
-            who, instead = method.name, "drone or asvd"
+    if measures and "row_gradients" in method.needs and calibration.loss is None:
         raise ConfigError(
-            f"{who} differentiates a loss, and {config.model} has none by itself; "
-            f"choose {instead}, or a task that the model fits with --task: {fitting_tasks(model_config)}"
+            f"{method.name} differentiates a loss, and {config.model} has none by itself; "
+            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 
