@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conftest import EVERY_DECODER, EVERY_ENCODER, build_decoder, build_model
-from flashsvd.calibration.collect import collect_statistics, fits_one_pass, key
+from flashsvd.calibration.activations import key
+from flashsvd.calibration.collect import collect_statistics, fits_one_pass
 from flashsvd.calibration.losses import Loss, head_loss, label_count, similarity_loss
 from flashsvd.calibration.store import ModelStatistics
 from flashsvd.data.sampling import IGNORED

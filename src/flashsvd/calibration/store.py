@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibration.collect import key
+from flashsvd.calibration.activations import key
 from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.methods.method import GRADIENTS, Need, Statistics
@@ -36,7 +36,7 @@ class ModelStatistics:
     """The statistics of every target.
 
     Attributes:
-        tensors: by the names of `collect.key`.
+        tensors: by the names of `activations.key`.
         about: what was calibrated on: data, samples, tokens, sequence length, batch size, seed.
     """
 
@@ -142,12 +142,16 @@ def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
     return ModelStatistics(_StoredTensors(directory, files), about)
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of the names, shapes and a sample of the values of all parameters, whatever their dtype."""
+def fingerprint(model: Any, read: Callable[[str], Tensor] | None = None) -> str:
+    """A hash of the names, shapes and a sample of the values of all parameters, whatever their dtype.
+
+    Args:
+        read: where to read a parameter from, by its name; None reads the model's own memory.
+    """
     digest = hashlib.sha256(str(model.config.model_type).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = (read(name) if read else parameter.detach()).reshape(-1)
         digest.update(flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
