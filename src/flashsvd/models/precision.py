@@ -21,18 +21,32 @@ from flashsvd.lowrank.int8 import scales
 def working_on(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """The model on a device, in a dtype and without a cache of keys and values; then on the CPU and as it was."""
     own = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    cached = {"use_cache": model.config.use_cache} if "use_cache" in vars(model.config) else {}
-    model.to(device)
-    for parameter in model.parameters():
+    with without_cache(model):
+        convert(model, device, dtype)
+        try:
+            yield
+        finally:
+            model.to("cpu")
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(own[name])
+
+
+def convert(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a module on a device, and its parameters into a dtype; its buffers keep theirs."""
+    module.to(device)
+    for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """The model with no cache of keys and values, for a while."""
+    cached = {"use_cache": model.config.use_cache} if "use_cache" in vars(model.config) else {}
     model.config.use_cache = False
     try:
         yield
     finally:
-        model.to("cpu")
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(own[name])
         del model.config.use_cache
         vars(model.config).update(cached)
 
