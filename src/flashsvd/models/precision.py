@@ -99,13 +99,23 @@ def check_loaded_finite(model: nn.Module, source: str) -> None:
         )
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a model in place.
+def cast(model: nn.Module, dtype: torch.dtype, path: str = "") -> None:
+    """Convert a model, or the module at a path of one, in place.
 
     Raises:
         ConfigError: a finite parameter is too large for the dtype.
     """
     model.to(dtype)
-    if name := first_not_finite(model):
-        short = str(dtype).removeprefix("torch.")
+    for name, tensor in (*model.named_parameters(), *scales(model)):
+        check_cast(f"{path}.{name}".lstrip("."), tensor)
+
+
+def check_cast(name: str, tensor: Tensor) -> None:
+    """Refuse a parameter that was finite before it was converted.
+
+    Raises:
+        ConfigError: it is not any more.
+    """
+    if not is_finite(tensor):
+        short = str(tensor.dtype).removeprefix("torch.")
         raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")

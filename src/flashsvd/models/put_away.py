@@ -138,7 +138,7 @@ def _filled(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
 
 
 def _exchange(root: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Other parameters in the places of a module's own; one that has several places, as tied ones do, in all of them."""
+    """Other parameters in the places of a module's own; a tied one has several."""
     for module in root.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in others:

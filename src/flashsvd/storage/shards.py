@@ -41,7 +41,7 @@ def write_piece(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def write_weights(pieces: Sequence[Path], directory: Path, parameters: int, max_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_weights(pieces: Sequence[Path], directory: Path, parameters: int, max_bytes: int | None = None) -> None:
     """Make of pieces the weight files of a checkpoint: one where they fit in it, else a shard of each and an index.
 
     The pieces stay as they are; shards are further names of them where the file system has such.
@@ -55,10 +55,10 @@ def write_weights(pieces: Sequence[Path], directory: Path, parameters: int, max_
     """
     headers = {piece: _read_header(piece) for piece in pieces}
     size = sum(_size(entry) for _, entries in headers.values() for entry in entries.values())
-    if size <= max_bytes:
+    if size <= (MAX_SHARD_BYTES if max_bytes is None else max_bytes):
         _merge(headers, directory / WEIGHTS)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, (piece, (_, entries)) in enumerate(headers.items(), start=1):
         name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
         _link(piece, directory / name)

@@ -158,6 +158,12 @@ def list_of_layers(model: nn.Module, targets: Sequence[Target]) -> str:
     return path
 
 
+def has_list_of_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
+    """Whether `list_of_layers` finds one."""
+    paths = {_list_around(model, target) for target in targets}
+    return len(paths) == 1 and None not in paths
+
+
 def _list_around(model: nn.Module, target: Target) -> str | None:
     """The path of the outermost list in which the target's layer has its number; None where there is none."""
     names = target.module.split(".")
