@@ -111,7 +111,9 @@ def test_the_weights_are_those_of_one_pass_over_the_whole_model(tmp_path: Path, 
         assert ours == theirs
 
 
-@pytest.mark.parametrize("options", [{"method": "drone"}, {"method": "drone", "calib_inputs": "compressed", "refine": 2}])
+@pytest.mark.parametrize(
+    "options", [{"method": "drone"}, {"method": "drone", "calib_inputs": "compressed", "refine": 2}]
+)
 @pytest.mark.parametrize("name", ["mpnet", "modernbert", "gpt2", "llama tied"])
 def test_it_makes_no_difference_in_what_files_weights_and_states_lie(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]

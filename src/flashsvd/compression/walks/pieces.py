@@ -63,7 +63,7 @@ class Pieces:
     """The files that a model's weights are written to, in a directory that outlives an interruption.
 
     Attributes:
-        model: whose weights are put away; its layers turn into factored ones without weights.
+        model: whose weights are put away; in the end its layers are factored ones without weights.
         dtype: of the saved weights; None leaves each its own.
     """
 
@@ -84,8 +84,6 @@ class Pieces:
         """
         path = list_of_layers(self.model, factoring.targets)
         records = self._finished(len(layers_at(self.model, path)))
-        for record in records:
-            build_layers(self.model, read_modules(record.modules, FORMAT_VERSION))
         if records:
             log.info("going on after %d layers that are done", len(records))
         for matrix in (matrix for record in records for matrix in record.matrices):
@@ -96,6 +94,9 @@ class Pieces:
                 records.append(self._write(done, path))
                 for matrix in done.matrices:
                     on_matrix(matrix)
+        # Not before: to see what a layer returns, the walk runs a dense one.
+        for record in records:
+            build_layers(self.model, read_modules(record.modules, FORMAT_VERSION))
         if self.dtype is not None:
             self.model.to(self.dtype)
         refinements = [record.refinement for record in records if record.refinement]
@@ -152,7 +153,6 @@ class Pieces:
         modules = {f"{prefix}.{name}": spec.to_json() for name, spec in describe_layers(done.module).items()}
         record = LayerRecord(done.matrices, done.refinement, modules)
         write_text(self._record_file(done.index), json.dumps(record.to_json(), indent=2) + "\n")
-        layers_at(self.model, path)[done.index] = done.module.to("meta")
         return record
 
     def _outside(self, name: str) -> Tensor:
