@@ -55,11 +55,6 @@ def collect_statistics(
                 yield _Pass(model, chunk, needs).run(batches, loss, device, progress.update)
 
 
-def fits_one_pass(model: Any, targets: Sequence[Target], needs: Collection[Need], pass_bytes: int = PASS_BYTES) -> bool:
-    """Whether the sums of all targets fit in memory at once."""
-    return len(list(_passes(model, targets, needs, pass_bytes))) == 1
-
-
 class _Pass:
     """The hooks and sums of one pass."""
 

@@ -24,7 +24,6 @@ from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
 from flashsvd.storage.own_files import STATISTICS_FILE
-from flashsvd.storage.scratch import Scratch, existing_parent
 
 INDEX_FILE = STATISTICS_FILE
 FORMAT_VERSION = 1
@@ -102,19 +101,6 @@ def on_disk(
     return ModelStatistics(_StoredTensors(directory, files), about)
 
 
-def in_temporary_files(
-    parts: Iterable[Mapping[str, Tensor]], about: Mapping[str, Any], beside: Path
-) -> ModelStatistics:
-    """Statistics that do not fit in memory all at once; their files go when nothing refers to them any more.
-
-    Args:
-        beside: the files lie on the disk of this path, since the temporary directory is often memory itself.
-    """
-    scratch = Scratch(existing_parent(beside) / beside.name, "statistics")
-    stored = on_disk(parts, about, "", scratch.path / "statistics")
-    return ModelStatistics(_Owned(stored.tensors, scratch), about)
-
-
 def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
     """Statistics that `--save-stats` wrote.
 
@@ -180,19 +166,3 @@ class _StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-class _Owned(Mapping[str, Tensor]):
-    """A mapping that keeps the temporary directory it reads from alive."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], owner: Scratch) -> None:
-        self._tensors, self._owner = tensors, owner
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
