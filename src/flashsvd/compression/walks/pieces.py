@@ -18,12 +18,12 @@ from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix
 from flashsvd.compression.walks.layers import layers_at, list_of_layers
 from flashsvd.compression.walks.walk import LayerDone, Refinement, StateFolder, Walk, walk_layers
-from flashsvd.errors import CheckpointError, ModelError, described
+from flashsvd.errors import CheckpointError, ModelError, described, first_line
 from flashsvd.lowrank.spec import FORMAT_VERSION, read_modules
 from flashsvd.models.factored import build_layers, describe_layers
 from flashsvd.models.precision import cast, check_cast
 from flashsvd.models.put_away import PutAway
-from flashsvd.storage.atomic import one_line_errors, write_text
+from flashsvd.storage.atomic import write_text
 from flashsvd.storage.shards import write_piece
 from flashsvd.storage.verify import all_shapes
 
@@ -89,11 +89,14 @@ class Pieces:
         for matrix in (matrix for record in records for matrix in record.matrices):
             on_matrix(matrix)
         folder = StateFolder(self.directory)
-        with one_line_errors(self.directory):
+        try:
             for done in walk_layers(self.model, self.weights, factoring, walk, folder, first=len(records)):
                 records.append(self._write(done, path))
                 for matrix in done.matrices:
                     on_matrix(matrix)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            raise CheckpointError(f"cannot write {self.directory}: {reason}; mend that, and pass --resume") from error
         # Not before: to see what a layer returns, the walk runs a dense one.
         for record in records:
             build_layers(self.model, read_modules(record.modules, FORMAT_VERSION))
@@ -119,8 +122,9 @@ class Pieces:
             raise ModelError(f"{extra[0]} is no part of what {type(self.model).__name__} saves; report this")
         rest: list[Path] = []
         waiting: dict[str, Tensor] = {}
+        state = self.model.state_dict(keep_vars=True)
         for name in sorted(set(names) - set(written)):
-            tensor = self._outside(name)
+            tensor = self._as_saved(name, state[name])
             if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > REST_BYTES:
                 rest.append(self._write_rest(waiting, len(rest)))
                 waiting = {}
@@ -155,9 +159,8 @@ class Pieces:
         write_text(self._record_file(done.index), json.dumps(record.to_json(), indent=2) + "\n")
         return record
 
-    def _outside(self, name: str) -> Tensor:
-        """A tensor outside of the layers, as it is saved."""
-        state = self.model.state_dict(keep_vars=True)[name]
+    def _as_saved(self, name: str, state: Tensor) -> Tensor:
+        """A parameter, which is read, or a buffer of the model's state."""
         tensor = self.weights.read(name) if isinstance(state, torch.nn.Parameter) else state
         if self.dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(self.dtype)
