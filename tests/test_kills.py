@@ -170,10 +170,13 @@ def test_compress(
         assert there == "nothing" or (outputs / "out").is_dir()
         if (outputs / "out").is_dir():
             load_compressed(outputs / "out")
+        refused = ""
         try:
             compress(source, outputs / "out", resume=True, **options)
         except ConfigError as error:
-            assert f"there is nothing to resume: {partial} holds no finished layer" in str(error)
+            refused = str(error)
+        if refused:
+            assert f"there is nothing to resume: {partial} holds no finished layer" in refused
             compress(source, outputs / "out", **options)
         assert names(outputs) == ["out"]
         assert weights(outputs / "out") == whole

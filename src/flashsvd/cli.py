@@ -132,7 +132,12 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
 def _run_compress(options: argparse.Namespace) -> None:
     from flashsvd.compress import CompressConfig, run_compress
 
-    report = run_compress(config_from(CompressConfig, vars(options)))
+    try:
+        report = run_compress(config_from(CompressConfig, vars(options)))
+    finally:
+        _leave_process_group()
+    if not _is_first_process():
+        return
     _show("\n".join(report.summary()))
     _show_line(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
 

@@ -1,4 +1,4 @@
-"""A model that is read, factored and written layer by layer becomes what it would become in memory, to the same bits."""
+"""A model that is read, factored and written layer by layer becomes what it becomes in memory, to the same bits."""
 
 from __future__ import annotations
 

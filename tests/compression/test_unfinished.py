@@ -146,7 +146,7 @@ def test_an_interrupted_run_is_neither_forgotten_nor_thrown_away_unasked(
 def test_before_a_layer_is_done_nothing_is_left(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, source, tmp_path / "out", 0)
     assert not partial_of(tmp_path).exists()
-    with pytest.raises(FlashSVDError, match="there is nothing to resume: .*out.partial holds no finished layer"):
+    with pytest.raises(FlashSVDError, match=r"there is nothing to resume: .*out\.partial holds no finished layer"):
         compress(source, tmp_path / "out", resume=True)
 
 

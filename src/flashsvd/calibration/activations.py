@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from flashsvd.calibration.processes import ALONE, Processes
 from flashsvd.errors import ModelError
 from flashsvd.methods.method import GRADIENTS, Need
 from flashsvd.models.architecture import Target
@@ -61,11 +62,15 @@ class ActivationSums:
                 self._sums[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             add_gram(self._sums[name], x.double() if exact else x.float())
 
-    def means(self) -> dict[str, Tensor]:
-        """The means over all rows, by the names of `key`; the sums are gone then."""
+    def means(self, processes: Processes = ALONE) -> dict[str, Tensor]:
+        """The means over all rows, by the names of `key`; the sums are gone then.
+
+        Args:
+            processes: each of which has counted a share of the rows.
+        """
         means = {}
         for name in list(self._sums):
-            total = self._sums.pop(name)
+            total = processes.sum(self._sums.pop(name))
             means[name] = (mirror(total) if name.startswith("covariance/") else total).div_(self.tokens)
         return means
 

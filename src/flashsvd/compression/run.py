@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flashsvd.calibration.batches import digest_of
 from flashsvd.calibration.collect import collect_statistics
+from flashsvd.calibration.processes import Processes
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.calibration.store import (
     INDEX_FILE,
@@ -81,6 +83,7 @@ class CompressionJob:
         layered: whether the model is read, factored and written layer by layer. One whose layers are not the items of
             one list is in memory whole, and done in one pass.
         unfinished: where what is done lies until the checkpoint is written.
+        processes: that do it together; the first one writes.
     """
 
     config: CompressConfig
@@ -95,6 +98,7 @@ class CompressionJob:
     companions: Companions
     layered: bool
     unfinished: Unfinished
+    processes: Processes
 
     @classmethod
     def prepare(cls, config: CompressConfig) -> CompressionJob:
@@ -108,7 +112,10 @@ class CompressionJob:
         )
         method = with_rank_search(plain, config.rank_search)
         task = get_task(config.task) if config.task is not None else None
-        device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+        processes = Processes.joined()
+        device, dtype = processes.own_device(resolve_device(config.device)), resolve_dtype(config.dtype)
+        if config.refine and processes.count > 1:
+            raise ConfigError("--refine is for one process; start it without torchrun, or leave --refine out")
         output = config.output_directory(method.name)
         check_target(output, config.overwrite)
         _check_options(config, method, output)
@@ -136,11 +143,11 @@ class CompressionJob:
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
         factoring = Factoring(targets, plan, method, _layout(config), device, dtype, config.factor_kind)
         unfinished = Unfinished.find(
-            output, _terms(config, device, calibration), resume=config.resume, overwrite=config.overwrite
+            output, _terms(config, device, calibration, processes), resume=config.resume, overwrite=config.overwrite
         )
         return cls(
             config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions,
-            layered, unfinished,
+            layered, unfinished, processes,
         )  # fmt: skip
 
     def run(self) -> CompressReport:
@@ -151,10 +158,12 @@ class CompressionJob:
         files = find_weights(self.source, getattr(self.model_config, "transformers_weights", None))
         dense_bytes = sum(file.stat().st_size for file in files)
         start = time.perf_counter()
-        with self.unfinished.opened(self._fingerprint(model)) as directory:
+        with self._at_work(model) as directory:
             statistics = self._statistics(model, directory)
             factoring = self._with_final_ranks(model, self._with_statistics(statistics), directory)
-            pieces = Pieces(directory, model, PutAway(model, self.source), factoring.dtype) if self.layered else None
+            pieces = None
+            if self.layered:
+                pieces = Pieces(directory, model, PutAway(model, self.source), factoring.dtype, self.processes)
             matrices, refinements = self._factor(model, factoring, pieces)
             seconds = time.perf_counter() - start
             parameters = {
@@ -165,9 +174,21 @@ class CompressionJob:
             }
             info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
             log.info("saving to %s", self.output)
-            info = self._save(model, info, pieces)
+            if self.processes.is_first:
+                info = self._save(model, info, pieces)
+            self.processes.wait()
         size = sum(file.stat().st_size for file in weight_files(self.output))
         return CompressReport(self.output, info, tuple(matrices), size, seconds, tuple(refinements))
+
+    @contextlib.contextmanager
+    def _at_work(self, model: Any) -> Iterator[Path]:
+        """The working directory, which the first process opens for all."""
+        key = self._fingerprint(model)
+        # Every process has looked at the output by now.
+        self.processes.wait()
+        with self.unfinished.opened(key) if self.processes.is_first else contextlib.nullcontext():
+            self.processes.wait()
+            yield self.unfinished.directory
 
     @property
     def _searches(self) -> bool:
@@ -230,14 +251,20 @@ class CompressionJob:
             if config.save_stats
             else (directory / STATISTICS_FOLDER, "")
         )
+        if not self.processes.is_first:
+            self.processes.wait()
+            return load_statistics(where, key)
         if self.unfinished.resumes and (where / INDEX_FILE).is_file():
+            self.processes.wait()
             return load_statistics(where, key)
         # Whatever any method may need later, so that they all can use what is saved.
         kept: set[Need] = {"covariance", "mean_abs"} if config.save_stats else set()
         if config.save_stats and loss is not None:
             kept.add("row_gradients")
         parts = collect_statistics(model, targets, batches, {*needs, *kept}, loss, device)
-        return on_disk(parts, about, key, where, config.overwrite)
+        statistics = on_disk(parts, about, key, where, config.overwrite)
+        self.processes.wait()
+        return statistics
 
     def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
         if statistics is None:
@@ -258,12 +285,16 @@ class CompressionJob:
         if not self._searches:
             return factoring
         file = directory / RANKS_FILE
-        if self.unfinished.resumes and file.is_file():
+        if not self.processes.is_first:
+            self.processes.wait()
+        if not self.processes.is_first or (self.unfinished.resumes and file.is_file()):
             found = read_ranks(file, self.config.qkv)
             ranks = {name: rank for name, rank in found.items() if rank is not None}
         else:
             ranks = self._found_ranks(model, factoring)
             write_text(file, ranks_text(self.config.qkv, ranks))
+        if self.processes.is_first:
+            self.processes.wait()
         return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
     def _found_ranks(self, model: Any, factoring: Factoring) -> dict[str, int]:
@@ -311,7 +342,7 @@ class CompressionJob:
         assert self.calibration is not None, "prepared for every walk on data"
         inputs = [part for batch in self.calibration.batches for part in batch.inputs]
         compressed = self.config.calib_inputs == "compressed"
-        return Walk(inputs, compressed, self.config.refine, self.config.seed, measures=self._measures)
+        return Walk(inputs, compressed, self.config.refine, self.config.seed, self._measures, self.processes)
 
     def _describe(
         self,
@@ -357,11 +388,13 @@ class CompressionJob:
         )
 
 
-def _terms(config: CompressConfig, device: torch.device, calibration: Calibration | None) -> Terms:
+def _terms(
+    config: CompressConfig, device: torch.device, calibration: Calibration | None, processes: Processes
+) -> Terms:
     """What the bits of the checkpoint depend on, but for the model."""
-    options = {name: value for name, value in plain(config).items() if name not in _FREE} | {"device": str(device)}
+    options = {name: value for name, value in plain(config).items() if name not in _FREE} | {"device": device.type}
     versions = {name: version for name, version in library_versions().items() if name != "triton"}
-    return Terms(options, versions, digest_of(calibration.batches) if calibration else None)
+    return Terms(options, versions, digest_of(calibration.batches) if calibration else None, processes.count)
 
 
 def _calibration(

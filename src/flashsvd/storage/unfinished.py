@@ -6,6 +6,7 @@ An interrupted run leaves it behind, and a resumed one goes on from it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ log = logging.getLogger("flashsvd")
 TERMS_FILE = "compress_config.json"
 # What tells that something has been done, and what else may lie beside it.
 _DONE = re.compile(r"layer-\d{5}\.json|ranks\.json|statistics")
-_ON_THE_WAY = re.compile(r"(layer|rest)-\d{5}\.safetensors|states-\d{5}-(dense|ours)")
+_ON_THE_WAY = re.compile(r"(layer|rest)-\d{5}\.safetensors|states-\d{5}-(dense|ours)-\d+")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Terms:
         options: what was asked for, by the names of the options.
         versions: of the libraries that compute.
         data: a digest of the calibration batches; None where there are none.
+        processes: how many divide these.
     """
 
     options: Mapping[str, Any]
     versions: Mapping[str, str | None]
     data: str | None
+    processes: int = 1
 
     def check_same(self, earlier: Mapping[str, Any], directory: Path) -> None:
         """Refuse to go on with what was begun on other terms.
@@ -62,6 +65,10 @@ class Terms:
                     f"{name} is {version}, but the run to resume had {versions.get(name)}; install that, or remove "
                     f"{directory}"
                 )
+        if (before := earlier.get("processes")) != self.processes:
+            raise ConfigError(
+                f"the run to resume had {before} processes, not {self.processes}; start as many with torchrun"
+            )
         if earlier.get("data") != self.data:
             raise ConfigError(
                 f"the calibration data are not those of the run to resume; restore them, or remove {directory}"
@@ -165,8 +172,7 @@ class Unfinished:
         with Scratch(self.directory, "writing") as scratch:
             made = scratch / self.directory.name
             made.mkdir()
-            terms = {"options": self.terms.options, "versions": self.terms.versions, "data": self.terms.data}
-            text = json.dumps(terms | {"model": fingerprint}, indent=2)
+            text = json.dumps(dataclasses.asdict(self.terms) | {"model": fingerprint}, indent=2)
             (made / TERMS_FILE).write_text(text + "\n", encoding="utf-8")
             lock = Lock.of_new(made)
             made.rename(self.directory)

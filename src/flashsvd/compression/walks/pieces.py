@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsvd.calibration.processes import Processes
 from flashsvd.common.json_file import read_json
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix
@@ -65,12 +66,14 @@ class Pieces:
     Attributes:
         model: whose weights are put away; in the end its layers are factored ones without weights.
         dtype: of the saved weights; None leaves each its own.
+        processes: that walk together; the first one writes.
     """
 
     directory: Path
     model: Any
     weights: PutAway
     dtype: torch.dtype | None
+    processes: Processes
 
     def walk(
         self, factoring: Factoring, walk: Walk, on_matrix: Callable[[FactoredMatrix], None]
@@ -88,7 +91,7 @@ class Pieces:
             log.info("going on after %d layers that are done", len(records))
         for matrix in (matrix for record in records for matrix in record.matrices):
             on_matrix(matrix)
-        folder = StateFolder(self.directory)
+        folder = StateFolder(self.directory, self.processes.rank)
         try:
             for done in walk_layers(self.model, self.weights, factoring, walk, folder, first=len(records)):
                 records.append(self._write(done, path))
@@ -153,10 +156,16 @@ class Pieces:
         if self.dtype is not None:
             cast(done.module, self.dtype, prefix)
         tensors = {f"{prefix}.{name}": tensor for name, tensor in done.module.state_dict().items()}
-        write_piece(tensors, self._piece(done.index))
+        if self.processes.is_first:
+            write_piece(tensors, self._piece(done.index))
         modules = {f"{prefix}.{name}": spec.to_json() for name, spec in describe_layers(done.module).items()}
         record = LayerRecord(done.matrices, done.refinement, modules)
-        write_text(self._record_file(done.index), json.dumps(record.to_json(), indent=2) + "\n")
+        # All have their states for the next layer when it is said that this one is done, and none removes those before
+        # it sooner.
+        self.processes.wait()
+        if self.processes.is_first:
+            write_text(self._record_file(done.index), json.dumps(record.to_json(), indent=2) + "\n")
+        self.processes.wait()
         return record
 
     def _as_saved(self, name: str, state: Tensor) -> Tensor:

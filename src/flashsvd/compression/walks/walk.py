@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsvd.calibration.activations import ActivationSums
+from flashsvd.calibration.processes import ALONE, Processes
 from flashsvd.calibration.store import ModelStatistics
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix, dense_weight, factor_target, install, relative_error
@@ -54,6 +55,7 @@ class Walk:
         seed: draws the samples of these steps.
         measures: whether a layer that gets dense inputs is calibrated on the way; if not, its `Factoring` has the
             statistics.
+        processes: among which the forwards are divided.
     """
 
     inputs: Sequence[Inputs] = ()
@@ -61,6 +63,7 @@ class Walk:
     steps: int = 0
     seed: int = 0
     measures: bool = False
+    processes: Processes = ALONE
 
     @property
     def rebuilds(self) -> bool:
@@ -184,12 +187,17 @@ def _working_dtype(model: Any, factoring: Factoring, walk: Walk) -> torch.dtype:
 
 @dataclass(frozen=True)
 class StateFolder:
-    """Where the hidden states before each layer lie; None for nowhere but in memory."""
+    """Where the hidden states before each layer lie; None for nowhere but in memory.
+
+    Attributes:
+        rank: of the process whose states they are.
+    """
 
     directory: Path | None
+    rank: int = 0
 
     def of(self, index: int, whose: str) -> Path | None:
-        return None if self.directory is None else self.directory / f"states-{index:05}-{whose}"
+        return None if self.directory is None else self.directory / f"states-{index:05}-{whose}-{self.rank}"
 
     def stored(self, index: int, whose: str, count: int) -> HiddenStates:
         """Those that an earlier run wrote."""
@@ -214,6 +222,7 @@ class _Walking:
     ) -> None:
         self.model, self.path, self.weights, self.factoring, self.walk = model, path, weights, factoring, walk
         self.folder, self.device, self.dtype = folder, device, dtype
+        self._inputs = walk.processes.share(walk.inputs)
         self._last = len(layers_at(model, path)) - 1
         self._dense = self._ours = self._next_dense = self._next_ours = HiddenStates(None, 0, [])
 
@@ -253,7 +262,7 @@ class _Walking:
 
     def _start(self, index: int, running: nn.Module) -> None:
         """Get the states before the first layer that is done here."""
-        inputs = self.walk.inputs
+        inputs = self._inputs
         first = running if index == 0 else converted(self.weights.copy_of(f"{self.path}.0"), self.device, self.dtype)
         self.stack = LayerStack.of(self.model, self.factoring.targets, inputs[0], self.device, first)
         if index:
@@ -292,12 +301,16 @@ class _Walking:
                 self._next_dense = self._next_ours = HiddenStates.of(states, self.folder.of(index + 1, "dense"))
         if not sums:
             return self.factoring
-        found, needs = ModelStatistics(sums.means(), {}), self.factoring.method.needs
+        found, needs = ModelStatistics(sums.means(self.walk.processes), {}), self.factoring.method.needs
         return dataclasses.replace(self.factoring, statistics_of=lambda target, blocks: found.of(target, needs, blocks))
 
     def _sums(self) -> ActivationSums:
-        tokens = sum(int(inputs["attention_mask"].sum()) for inputs in self.walk.inputs)
-        return ActivationSums(self.factoring.method.needs if self.walk.measures else (), tokens)
+        return ActivationSums(self.factoring.method.needs if self.walk.measures else (), self._tokens)
+
+    @property
+    def _tokens(self) -> int:
+        """Of all processes."""
+        return sum(int(inputs["attention_mask"].sum()) for inputs in self.walk.inputs)
 
     @contextlib.contextmanager
     def _summing(self, running: nn.Module, targets: Sequence[Target], sums: ActivationSums) -> Iterator[None]:
@@ -353,16 +366,16 @@ class _Walking:
     def _statistics(self, index: int, ours: nn.Module, target: Target) -> Statistics:
         """What the method needs of the stream that a target reads."""
         module = self._inside(target).module
-        masks = [inputs["attention_mask"].bool() for inputs in self.walk.inputs]
-        sums = StreamSums(self.factoring.method.needs, sum(int(mask.sum()) for mask in masks))
-        for inputs, mask, given, dense in zip(self.walk.inputs, masks, self._ours, self._dense, strict=True):
+        masks = [inputs["attention_mask"].bool() for inputs in self._inputs]
+        sums = StreamSums(self.factoring.method.needs, self._tokens)
+        for inputs, mask, given, dense in zip(self._inputs, masks, self._ours, self._dense, strict=True):
             real = mask.to(self.device)
             x = self.stack.inputs_of(module, index, given, inputs, ours)[real]
             sums.add(x, self.stack.inputs_of(module, index, dense, inputs)[real])
-        return sums.statistics()
+        return sums.statistics(self.walk.processes)
 
     def _refined(self, index: int, ours: nn.Module, target: Target) -> Refinement:
-        samples = LayerSamples(self.stack, index, self.walk.inputs, self._ours, self._next_dense)
+        samples = LayerSamples(self.stack, index, self._inputs, self._ours, self._next_dense)
         # Each layer draws its own samples, whichever were done before it.
         before, after = refine(samples, ours, self.walk.steps, (self.walk.seed + index) % 2**63)
         refinement = Refinement(index, before, after, target.stack)
@@ -392,7 +405,7 @@ class _Walking:
         Raises:
             ModelError: it is NaN or infinite at a real token.
         """
-        for states, inputs in zip(hidden, self.walk.inputs, strict=True):
+        for states, inputs in zip(hidden, self._inputs, strict=True):
             self._mask = inputs["attention_mask"].bool().to(self.device)
             found = self.stack.run(index, states, inputs, layer).cpu()
             if self.walk.rebuilds and not is_finite(found[inputs["attention_mask"].bool()]):
