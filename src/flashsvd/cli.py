@@ -142,11 +142,19 @@ def _run_compress(options: argparse.Namespace) -> None:
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
     config = config_from(CompressConfig, vars(options))
-    if options.dry_run or options.json:
-        result = plan_compress(config) if options.dry_run else run_compress(config)
-        _show(json.dumps(result.to_json(), indent=2, allow_nan=False) if options.json else result)
+    if options.dry_run:
+        plan = plan_compress(config)
+        _show(json.dumps(plan.to_json(), indent=2, allow_nan=False) if options.json else plan)
         return
-    report = run_compress(config)
+    try:
+        report = run_compress(config)
+    finally:
+        _leave_process_group()
+    if not _is_first_process():
+        return
+    if options.json:
+        _show(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        return
     _show("\n".join(report.summary()))
     _show_line(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
 

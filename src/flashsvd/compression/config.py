@@ -140,6 +140,11 @@ class CompressConfig(Config):
     overwrite: bool = option(
         False, help="replace an existing compressed checkpoint, or existing statistics, and nothing else"
     )
+    resume: bool = option(
+        False,
+        help="go on from the layers that an interrupted run of the same options has finished; they lie in "
+        "OUTPUT.partial",
+    )
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
     seed: int = option(
         0,

@@ -54,7 +54,7 @@ class LayerSamples:
 
     def loss(self, layer: nn.Module, chosen: Sequence[int]) -> Tensor:
         """The mean squared error over the real tokens of some samples, which are numbered through all forwards."""
-        places = [(i, row) for i, hidden in enumerate(self.hidden) for row in range(len(hidden))]
+        places = [(i, row) for i, size in enumerate(self._sizes) for row in range(size)]
         rows = [places[number] for number in chosen]
         # More padding, behind a sample, changes nothing at its real tokens.
         inputs = {name: _stacked([self.inputs[i][name][row] for i, row in rows]) for name in self.inputs[0]}
@@ -63,7 +63,11 @@ class LayerSamples:
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.hidden))
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(inputs["attention_mask"]) for inputs in self.inputs]
 
     @property
     def in_a_step(self) -> int:
