@@ -2,10 +2,11 @@
 
     python benchmark/benchmark_int8.py --calibration-text FILE --validation-text FILE --decoder DIR [--decoder DIR]
 
-The text, the windows and the calibration are those of `benchmark_methods.py`; low-rank is drone, Q/K/V joint. Of a
-dense model the matrices that `compress` would factor are rounded, by the same rule as factors, a scale for each stored
-row, and where torchao can be imported also by its weight-only int8. Everything is computed in fp32 from what is stored,
-so that no row has an error of its kernels. Bytes are those matrices', two for a number in floats and four for a scale.
+The text, the windows and the calibration are those of `benchmark_methods.py`; low-rank is drone with uniform ranks, and
+`--recipe quick`, Q/K/V joint. Rows of an earlier run stay in the CSV where these have no newer ones. Of a dense model
+the matrices that `compress` would factor are rounded, by the same rule as factors, a scale for each stored row, and
+where torchao can be imported also by its weight-only int8. Everything is computed in fp32 from what is stored, so that
+no row has an error of its kernels. Bytes are those matrices', two for a number in floats and four for a scale.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +32,9 @@ from flashsvd.storage.companions import find_companions
 from support.dense_int8 import BY, HAS_TORCHAO, by_torchao, rounded_dense
 
 FILE = "int8.csv"
-METHOD = "drone"
+# By the name in the table, what `compress` is asked for.
+LOW_RANK: dict[str, dict[str, Any]] = {"drone": {"method": "drone"}, "recipe quick": {"recipe": "quick"}}
+RATIOS = (0.9, 0.8, 0.6)
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,21 @@ def main() -> None:
     parser.add_argument("--calibration-text", required=True, help="training text")
     parser.add_argument("--validation-text", required=True, help="text that is scored")
     parser.add_argument("--decoder", type=Path, action="append", required=True, help="directory; repeatable")
+    parser.add_argument("--low-rank", nargs="*", default=list(LOW_RANK), choices=list(LOW_RANK))
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--calib-samples", type=int, default=64, help="windows to calibrate on (default: 64)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--output", type=Path, default=Path("benchmark/results"), help="where the CSV goes")
     options = parser.parse_args()
     options.stsb = None
     logging.getLogger("flashsvd").setLevel(logging.ERROR)
-    rows: list[Row] = []
-    for subject in subjects(options):
-        for row in (*dense(subject, options.device), *low_rank(subject, options.device)):
-            print(f"{row.model} {row.weights} {row.numbers} {row.bytes_kept:.3f} {row.perplexity:.4f}", flush=True)
-            rows.append(row)
     options.output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, options.output / FILE)
-    print(f"\n{markdown(rows)}")
+    file = options.output / FILE
+    for subject in subjects(options):
+        for row in itertools.chain(dense(subject, options.device), low_rank(subject, options)):
+            print(f"{row.model} {row.weights} {row.numbers} {row.bytes_kept:.3f} {row.perplexity:.4f}", flush=True)
+            write_csv(merge(read_csv(file), row), file)
+    print(f"\n{markdown(read_csv(file))}")
 
 
 def dense(subject: Subject, device: str) -> Iterator[Row]:
@@ -86,24 +92,22 @@ def dense(subject: Subject, device: str) -> Iterator[Row]:
             yield _row(subject, scratch, "dense", numbers, kept, device)
 
 
-def low_rank(subject: Subject, device: str) -> Iterator[Row]:
-    """Each ratio, with factors in floats and as integers."""
-    for ratio in subject.ratios:
-        for factors in ("float", "int8"):
-            with tempfile.TemporaryDirectory() as scratch:
-                output = str(Path(scratch) / "compressed")
-                report = flashsvd.run_compress(
-                    flashsvd.CompressConfig(
-                        method=METHOD, ratio=ratio, factors=factors, output=output, device=device, **subject.compress
-                    )
-                )
-                parameters = report.info.parameters
-                integers = [m for m in flashsvd.load_compressed(output).modules() if isinstance(m, Int8Matrix)]
-                held = sum(map(_bytes, integers)) + 2 * (
-                    parameters["target_compressed"] - sum(m.weight.numel() for m in integers)
-                )
-                kept = held / (2 * parameters["target_dense"])
-                yield _row(subject, output, f"{METHOD}, keep {ratio:g}", factors, kept, device)
+def low_rank(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
+    """Each way and ratio, with factors in floats and as integers; what stayed dense is in floats either way."""
+    asked = subject.compress | {"calib_samples": options.calib_samples, "device": options.device}
+    for way, ratio, factors in itertools.product(options.low_rank, options.ratios, ("float", "int8")):
+        with tempfile.TemporaryDirectory() as scratch:
+            output = str(Path(scratch) / "compressed")
+            report = flashsvd.run_compress(
+                flashsvd.CompressConfig(ratio=ratio, factors=factors, output=output, **asked, **LOW_RANK[way])
+            )
+            parameters = report.info.parameters
+            integers = [m for m in flashsvd.load_compressed(output).modules() if isinstance(m, Int8Matrix)]
+            held = sum(map(_bytes, integers)) + 2 * (
+                parameters["target_compressed"] - sum(m.weight.numel() for m in integers)
+            )
+            kept = held / (2 * parameters["target_dense"])
+            yield _row(subject, output, f"{way}, keep {ratio:g}", factors, kept, options.device)
 
 
 def _bytes(matrix: Int8Matrix) -> int:
@@ -128,7 +132,21 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def merge(earlier: Sequence[Row], row: Row) -> list[Row]:
+    """The rows with this one in place of that of the same cell, those of a model together."""
+    others = [r for r in earlier if (r.model, r.weights, r.numbers) != (row.model, row.weights, row.numbers)]
+    models = list(dict.fromkeys(r.model for r in (*earlier, row)))
+
+    def place(r: Row) -> tuple[object, ...]:
+        way, _, keep = r.weights.partition(", keep ")
+        return models.index(r.model), ["dense", *LOW_RANK].index(way), -float(keep or 1), r.numbers
+
+    return sorted([*others, row], key=place)
+
+
 def read_csv(file: Path) -> list[Row]:
+    if not file.is_file():
+        return []
     with file.open(newline="") as handle:
         numbers = ("bytes_kept", "perplexity")
         return [Row(**row | {name: float(row[name]) for name in numbers}) for row in csv.DictReader(handle)]

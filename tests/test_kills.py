@@ -116,6 +116,10 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
 def remove(directory: Path) -> None:
     import shutil
 
@@ -125,17 +129,34 @@ def remove(directory: Path) -> None:
 
 @pytest.mark.parametrize("renames", ["exchanged at once", "renamed twice"])
 @pytest.mark.parametrize("there", ["nothing", "a checkpoint"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"method": "drone"}, id="by layer"),
+        pytest.param({"method": "drone", "calib_inputs": "compressed", "refine": 2}, id="rebuilt"),
+        pytest.param({"method": "fwsvd"}, id="with statistics of the whole model"),
+        pytest.param({"method": "drone", "rank_search": "loss"}, id="with ranks that are searched"),
+    ],
+)
 def test_compress(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, renames: str
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, Any],
+    there: str,
+    renames: str,
 ) -> None:
+    """Wherever it is killed, a run that resumes ends with the bits of one that nobody killed."""
     source, outputs = make_model(), tmp_path / "outputs"
     outputs.mkdir()
     data = write_task_data(tmp_path / "data", SST2)
     if renames == "renamed twice":
         monkeypatch.setattr("flashsvd.storage.atomic.exchange", lambda *_: False)
-    # Statistics that do not fit into memory lie in temporary files too.
-    monkeypatch.setattr("flashsvd.compression.run.fits_one_pass", lambda *_: False)
-    options: dict[str, Any] = {"method": "drone", "task": "sst2", "calib_data": data, "overwrite": True}
+    # As where they do not fit into memory.
+    monkeypatch.setattr("flashsvd.compression.walks.states.IN_MEMORY", 0)
+    options: dict[str, Any] = {"task": "sst2", "calib_data": data, "overwrite": True} | how
+    compress(source, tmp_path / "whole", **options)
+    whole = weights(tmp_path / "whole")
 
     def start() -> None:
         remove(outputs)
@@ -144,9 +165,21 @@ def test_compress(
 
     def check() -> None:
         check_target(outputs / "out", overwrite=True)
-        assert names(outputs) in ([["out"]] if there == "a checkpoint" else [[], ["out"]])
-        if names(outputs):
+        partial = outputs / "out.partial"
+        assert set(names(outputs)) <= {"out", "out.partial"}
+        assert there == "nothing" or (outputs / "out").is_dir()
+        if (outputs / "out").is_dir():
             load_compressed(outputs / "out")
+        refused = ""
+        try:
+            compress(source, outputs / "out", resume=True, **options)
+        except ConfigError as error:
+            refused = str(error)
+        if refused:
+            assert f"there is nothing to resume: {partial} holds no finished layer" in refused
+            compress(source, outputs / "out", **options)
+        assert names(outputs) == ["out"]
+        assert weights(outputs / "out") == whole
 
     kill_everywhere(lambda: compress(source, outputs / "out", **options), start, check, tmp_path / "count")
 

@@ -14,7 +14,8 @@ from flashsvd.integrations import hook
 
 if TYPE_CHECKING:
     from flashsvd import runtime
-    from flashsvd.compress import CompressConfig, run_compress
+    from flashsvd.compress import CompressConfig, plan_compress, run_compress
+    from flashsvd.compression.plan import CompressPlan
     from flashsvd.compression.result import CompressReport
     from flashsvd.errors import FlashSVDError
     from flashsvd.evaluate import EvalConfig, run_eval
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _MODULES = ("runtime",)
 _HOMES = {
     "CompressConfig": "flashsvd.compress",
+    "CompressPlan": "flashsvd.compression.plan",
     "CompressReport": "flashsvd.compression.result",
     "EvalConfig": "flashsvd.evaluate",
     "EvalResult": "flashsvd.evaluation.result",
@@ -41,6 +43,7 @@ _HOMES = {
     "export_dense": "flashsvd.io",
     "load_compressed": "flashsvd.io",
     "optimize": "flashsvd.runtime",
+    "plan_compress": "flashsvd.compress",
     "read_info": "flashsvd.info",
     "round_factors": "flashsvd.io",
     "run_compress": "flashsvd.compress",
@@ -53,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "CompressConfig",
+    "CompressPlan",
     "CompressReport",
     "EvalConfig",
     "EvalResult",
@@ -65,6 +69,7 @@ __all__ = [
     "export_dense",
     "load_compressed",
     "optimize",
+    "plan_compress",
     "read_info",
     "round_factors",
     "run_compress",

@@ -127,12 +127,34 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     from flashsvd.compress import CompressConfig
 
     add_config_arguments(parser, CompressConfig)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what it would do, and some of what it would need, and do nothing: ranks, parameters, bytes on disk, "
+        "peak memory, time",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
 
 
 def _run_compress(options: argparse.Namespace) -> None:
-    from flashsvd.compress import CompressConfig, run_compress
+    from flashsvd.compress import CompressConfig, plan_compress, run_compress
 
-    report = run_compress(config_from(CompressConfig, vars(options)))
+    if options.json:
+        logging.getLogger("flashsvd").setLevel(logging.WARNING)
+    config = config_from(CompressConfig, vars(options))
+    if options.dry_run:
+        plan = plan_compress(config)
+        _show(json.dumps(plan.to_json(), indent=2, allow_nan=False) if options.json else plan)
+        return
+    try:
+        report = run_compress(config)
+    finally:
+        _leave_process_group()
+    if not _is_first_process():
+        return
+    if options.json:
+        _show(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        return
     _show("\n".join(report.summary()))
     _show_line(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashsvd import runtime
 from flashsvd.blocks.parts.kept import KVCache
@@ -36,7 +37,8 @@ from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
-from flashsvd.storage.verify import INDEX, tensor_shapes, weight_files
+from flashsvd.storage.shards import write_weights
+from flashsvd.storage.verify import INDEX, all_shapes, tensor_shapes, weight_files
 
 __all__ = ["export_dense", "load_compressed", "round_factors", "save_compressed"]
 
@@ -73,11 +75,67 @@ def save_compressed(
     if isinstance(companions, str):
         companions = find_companions(companions)
     companions = companions or Companions({})
-    directory = Path(directory)
+
+    def write(temporary: Path) -> None:
+        _save_pretrained(model, temporary, max_shard_size)
+
+    return _save(
+        model, Path(directory), info, write, lambda _: model.state_dict(), companions, overwrite, state_dict, ranks
+    )
+
+
+def save_pieces(
+    model: Any,
+    pieces: Callable[[Collection[str]], Sequence[Path]],
+    directory: Path,
+    info: CompressionInfo,
+    *,
+    companions: Companions,
+    overwrite: bool = False,
+    state_dict: bool = False,
+    ranks: Mapping[str, int | None] | None = None,
+) -> CompressionInfo:
+    """Write the same checkpoint as `save_compressed` of a model without weights, which lie in files already.
+
+    Args:
+        pieces: safetensors files that hold the tensors of these names, each once.
+
+    Raises:
+        CheckpointError: the directory exists, holds something else, or cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        names = _save_without_weights(model, temporary)
+        write_weights(pieces(names), temporary, model.num_parameters())
+        _read_back(temporary)
+
+    def state(temporary: Path) -> dict[str, Tensor]:
+        return _state_in(model, weight_files(temporary))
+
+    return _save(model, directory, info, write, state, companions, overwrite, state_dict, ranks)
+
+
+def _save(
+    model: Any,
+    directory: Path,
+    info: CompressionInfo,
+    write: Callable[[Path], None],
+    state: Callable[[Path], Mapping[str, Tensor]],
+    companions: Companions,
+    overwrite: bool,
+    state_dict: bool,
+    ranks: Mapping[str, int | None] | None,
+) -> CompressionInfo:
+    """Write a checkpoint, all of it or nothing.
+
+    Args:
+        write: writes the config and the weights.
+        state: the model's state, from where the weights have been written, for `state_dict`.
+    """
     info = dataclasses.replace(info, factors=factor_kind(describe_layers(model)))
     model.config.quantization_config = FlashSVDConfig.of(model, info.about())
     with atomic_directory(directory, overwrite) as temporary:
-        _save_pretrained(model, temporary, max_shard_size)
+        write(temporary)
         companions.copy_to(temporary)
         weights = weight_files(temporary)
         size = sum(file.stat().st_size for file in weights)
@@ -94,7 +152,7 @@ def save_compressed(
         if ranks is not None:
             write_ranks(temporary, info.qkv, ranks)
         if state_dict:
-            _save_state_dict(model, temporary / STATE_DICT_FILE)
+            _save_state_dict(state(temporary), temporary / STATE_DICT_FILE)
     return info
 
 
@@ -251,9 +309,9 @@ def _skeleton(config: Any) -> Any:
     return model
 
 
-def _save_state_dict(model: Any, file: Path) -> None:
+def _save_state_dict(state: Mapping[str, Tensor], file: Path) -> None:
     try:
-        torch.save(model.state_dict(), file)
+        torch.save(state, file)
     except RuntimeError as error:
         # torch's writer reports a full disk so.
         raise OSError(first_line(error)) from error
@@ -269,6 +327,33 @@ def _save_pretrained(model: Any, directory: Path, max_shard_size: str) -> None:
         # The writer reports a full disk in a type of its own.
         raise OSError(str(error)) from error
     _read_back(directory)
+
+
+def _save_without_weights(model: Any, directory: Path) -> list[str]:
+    """Save all of a model but its weights; the names of the tensors that would be its weights.
+
+    Each tensor is represented by one number, and tied ones by the same, so that transformers says what it saves.
+    """
+    stand_ins: dict[int, Tensor] = {}
+    state = {
+        name: stand_ins.setdefault(id(tensor), torch.zeros(1))
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    model.save_pretrained(directory, state_dict=state, save_original_format=False)
+    (file,) = weight_files(directory)
+    names = list(all_shapes([file]))
+    file.unlink()
+    return names
+
+
+def _state_in(model: Any, files: Sequence[Path]) -> dict[str, Tensor]:
+    """A model's state from its weight files, where a tied tensor lies under one of its names."""
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    own = model.state_dict(keep_vars=True)
+    saved = {id(tensor): name for name, tensor in own.items() if name in tensors}
+    return {name: tensors[saved[id(tensor)]] for name, tensor in own.items()}
 
 
 def _read_back(directory: Path) -> None:

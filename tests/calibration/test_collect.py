@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from conftest import ENCODERS, EVERY_ENCODER, build, build_decoder, build_model, build_tokenizer
+from flashsvd.calibration.activations import key
 from flashsvd.calibration.batches import masked_batches, text_batches, window_batches
-from flashsvd.calibration.collect import collect_statistics, key
+from flashsvd.calibration.collect import collect_statistics
 from flashsvd.calibration.losses import head_loss, similarity_loss
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tokenize import Batch, Tokenize

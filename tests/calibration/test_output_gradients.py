@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conftest import EVERY_DECODER, EVERY_ENCODER, build_decoder, build_model
-from flashsvd.calibration.collect import collect_statistics, fits_one_pass, key
+from flashsvd.calibration.activations import key
+from flashsvd.calibration.collect import collect_statistics
 from flashsvd.calibration.losses import Loss, head_loss, label_count, similarity_loss
 from flashsvd.calibration.store import ModelStatistics
 from flashsvd.data.sampling import IGNORED
@@ -124,8 +125,8 @@ def test_a_pass_counts_their_bytes_too() -> None:
     # Each of two layers has three streams of 32 channels and one of 48, five outputs of 32 and one of 48.
     size = 2 * 8 * (3 * 32**2 + 48**2 + 5 * 32**2 + 48**2)
     needs = ("covariance", "output_gradients")
-    assert fits_one_pass(model, targets, needs, size)
-    assert not fits_one_pass(model, targets, needs, size - 1)
+    for allowed, passes in ((size, 1), (size - 1, 2)):
+        assert len(list(collect_statistics(model, targets, batches, needs, head_loss, CPU, allowed))) == passes
     one_by_one = collect(model, batches, pass_bytes=1)
     assert set(one_by_one) == set(at_once)
     for name, value in at_once.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,6 +270,18 @@ def test_the_next_layer_is_shown_what_the_stored_factors_give(
     walk(model, factoring_for(model, factors=factors, dtype=torch.bfloat16), steps=1)
     for found, expected in zip(seen[1], layer_outputs(model.float(), 0), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_sees_as_many_samples_as_hold_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = SimpleNamespace()
+    masks = [torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])]
+    inputs = [{"attention_mask": mask} for mask in masks]
+    states = [torch.zeros(2, 4, 8)] * 2
+    samples = LayerSamples(stack, 0, inputs, states, states)  # type: ignore[arg-type]  # nothing is run
+    # Two real tokens a sample on average.
+    for tokens, expected in ((1, 1), (4, 2), (6, 3)):
+        monkeypatch.setattr("flashsvd.compression.walks.refine.STEP_TOKENS", tokens)
+        assert samples.in_a_step == expected
 
 
 @pytest.mark.parametrize("asks", [True, False])

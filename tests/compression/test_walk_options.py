@@ -131,10 +131,10 @@ def test_kept_statistics_can_be_refined_upon(make_model: MakeModel, tmp_path: Pa
     assert again.info.calibration["refinement"]["samples"] == 12
 
 
-def test_without_the_options_no_layer_is_run_by_itself(
+def test_without_the_options_no_layer_is_put_together_anew(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
-    monkeypatch.setattr("flashsvd.compression.run.walk_model", None)
+    monkeypatch.setattr("flashsvd.compression.walks.walk._Walking._rebuilt", None)
     report = compress(make_model("bert", "masked-lm"), tmp_path / "out", calib_data=str(text))
     assert (report.refinements, report.info.calib_inputs, report.info.refine_steps) == ((), "dense", 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,3 +82,15 @@ def masked_batches(batches: Sequence[Batch], tokenizer: Any, seed: int) -> list[
         inputs = part | {"input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id)}
         masked.append(Batch((inputs,), ids.masked_fill(~chosen, IGNORED)))
     return masked
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """A hash of all that batches hold, by which they can be told from others."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for part in batch.inputs:
+            for name, values in sorted(part.items()):
+                digest.update(f"{name} {list(values.shape)}".encode() + values.numpy().tobytes())
+        if batch.labels is not None:
+            digest.update(f"labels {list(batch.labels.shape)}".encode() + batch.labels.numpy().tobytes())
+    return digest.hexdigest()

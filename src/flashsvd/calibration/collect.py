@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from flashsvd.calibration.activations import ACTIVATIONS, ActivationSums, add_gram, key, mirror
 from flashsvd.calibration.losses import Loss, label_count
 from flashsvd.data.tokenize import Batch
 from flashsvd.errors import ModelError
@@ -24,7 +25,6 @@ from flashsvd.models.precision import is_finite, working_on
 
 # What the sums of one pass may take; more layers than fit are left to further passes.
 PASS_BYTES = 4 << 30
-_BLOCK = 512
 
 
 def collect_statistics(
@@ -55,16 +55,6 @@ def collect_statistics(
                 yield _Pass(model, chunk, needs).run(batches, loss, device, progress.update)
 
 
-def fits_one_pass(model: Any, targets: Sequence[Target], needs: Collection[Need], pass_bytes: int = PASS_BYTES) -> bool:
-    """Whether the sums of all targets fit in memory at once."""
-    return len(list(_passes(model, targets, needs, pass_bytes))) == 1
-
-
-def key(need: Need, target: Target) -> str:
-    """The name of a statistic: activations' by the stream that the target reads, gradients' by the target."""
-    return f"{need}/{target.name if need in GRADIENTS else target.inputs}"
-
-
 class _Pass:
     """The hooks and sums of one pass."""
 
@@ -72,7 +62,7 @@ class _Pass:
         self._model, self._targets, self._needs = model, targets, needs
         self._sums: dict[str, Tensor] = {}
         self._mask = torch.empty(0)
-        self._tokens = 0
+        self._activations = ActivationSums(needs, 0)
         self._labels = 0
         self._differentiates = not GRADIENTS.isdisjoint(needs)
         # Without a loss nobody reads what a head computes.
@@ -85,7 +75,7 @@ class _Pass:
         device: torch.device,
         on_batch: Callable[[], object],
     ) -> dict[str, Tensor]:
-        self._tokens = sum(batch.tokens for batch in batches)
+        self._activations = ActivationSums(self._needs, sum(batch.tokens for batch in batches))
         with (
             self._hooks(),
             _only_weights_require_grad(self._model, self._targets if "row_gradients" in self._needs else []),
@@ -100,16 +90,17 @@ class _Pass:
                     for part in batch.inputs:
                         self._runner(**part)
                 on_batch()
-        return {name: self._finished(name, total) for name, total in self._sums.items()}
+        means = {name: mean.cpu() for name, mean in self._activations.means().items()}
+        return means | {name: self._finished(name, total) for name, total in self._sums.items()}
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = [self._runner.register_forward_pre_hook(self._remember_mask, with_kwargs=True)]
-        if activations := set(self._needs) & {"covariance", "mean_abs"}:
+        if ACTIVATIONS & set(self._needs):
             by_stream = {target.inputs: target for target in reversed(self._targets)}
             for target in by_stream.values():
                 module = self._model.get_submodule(target.module)
-                handles.append(module.register_forward_pre_hook(self._activation_hook(target, activations)))
+                handles.append(module.register_forward_pre_hook(self._activation_hook(target)))
         if "output_gradients" in self._needs:
             for target in self._targets:
                 module = self._model.get_submodule(target.module)
@@ -123,32 +114,8 @@ class _Pass:
     def _remember_mask(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         self._mask = inputs["attention_mask"].bool()
 
-    def _activation_hook(self, target: Target, needs: set[Need]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            """Add what a target is given, [batch, tokens, in], to its sums.
-
-            Raises:
-                ModelError: it is NaN or infinite.
-            """
-            x = inputs[0].detach()[self._mask]
-            size = x.double().abs().sum(0)
-            if not is_finite(size):
-                raise ModelError(
-                    f"the inputs of {target.module} are NaN or infinite on the calibration data; "
-                    "the model is damaged, or calibrate it on the CPU"
-                )
-            if "mean_abs" in needs:
-                self._add(key("mean_abs", target), size)
-            if "covariance" in needs:
-                name = key("covariance", target)
-                # With fewer tokens than channels the covariance is singular, and only exact products show where;
-                # with more, float32 products of one batch are far more exact than the sample itself, and faster.
-                exact = self._tokens < 2 * x.shape[1]
-                if name not in self._sums:
-                    self._sums[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-                _add_gram(self._sums[name], x.double() if exact else x.float())
-
-        return hook
+    def _activation_hook(self, target: Target) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: self._activations.add(target, inputs[0].detach()[self._mask])
 
     def _output_hook(self, target: Target) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         name = key("output_gradients", target)
@@ -174,7 +141,7 @@ class _Pass:
             g = target.own_columns(gradient) * self._labels
             if not is_finite(g):
                 raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
-            _add_gram(self._sums[name], g)
+            add_gram(self._sums[name], g)
 
         return hook
 
@@ -198,9 +165,7 @@ class _Pass:
     def _finished(self, name: str, total: Tensor) -> Tensor:
         if name.startswith("row_gradients/"):
             return total.cpu()
-        if name.startswith(("covariance/", "output_gradients/")):
-            total = total.triu() + total.triu(1).T
-        return (total / self._tokens).cpu()
+        return (mirror(total) / self._activations.tokens).cpu()
 
 
 def _weight_gradient(module: nn.Module) -> Tensor:
@@ -209,13 +174,6 @@ def _weight_gradient(module: nn.Module) -> Tensor:
     assert isinstance(weight, Tensor)
     gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
     return weight_matrix(module, gradient)
-
-
-def _add_gram(total: Tensor, x: Tensor) -> None:
-    """Add the upper triangle of x^T x in blocks, which is little more than half of the work."""
-    for start in range(0, x.shape[1], _BLOCK):
-        columns = slice(start, start + _BLOCK)
-        total[columns, start:] += x[:, columns].T @ x[:, start:]
 
 
 def _passes(model: Any, targets: Sequence[Target], needs: Collection[Need], pass_bytes: int) -> Iterator[list[Target]]:

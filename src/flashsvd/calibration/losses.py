@@ -28,9 +28,11 @@ def head_loss(model: Any, batch: Batch) -> Tensor:
 def label_count(batch: Batch) -> int:
     """How many labels the loss of a batch is the mean of: times it, batches of any size weigh alike.
 
-    Of windows of running text it counts the first tokens too, which nothing predicts: a factor that all share.
+    Of windows of running text it counts the first tokens too, which nothing predicts: a factor that all share. A loss
+    without labels is the mean over tokens.
     """
-    assert batch.labels is not None, "a loss has labels"
+    if batch.labels is None:
+        return batch.tokens
     return int((batch.labels != IGNORED).sum())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashsvd.calibration.batches import labelled_batches, masked_batches, text_batches, window_batches
 from flashsvd.calibration.losses import Loss, head_loss, similarity_loss
+from flashsvd.calibration.probes import embedding_probe, state_probe
 from flashsvd.data.own_task import fit_task
 from flashsvd.data.rows import load_examples
 from flashsvd.data.sampling import Draw
@@ -49,11 +50,13 @@ class Calibration:
 
     Attributes:
         loss: None where nothing says what the model's outputs should be.
+        probe: what a search for ranks by the loss differentiates.
         about: how it came about, for the checkpoint's metadata.
     """
 
     batches: Sequence[Batch]
     loss: Loss | None
+    probe: Loss
     about: Mapping[str, Any]
 
 
@@ -116,7 +119,7 @@ def prepare_calibration(
         "seed": request.draw.seed,
     }
     log.info("calibrating on %d samples (%d tokens) of %s", about["samples"], about["tokens"], about["data"])
-    return Calibration(batches, _loss(kind, encoder), about)
+    return Calibration(batches, _loss(kind, encoder), _probe(kind, encoder, request.draw.seed), about)
 
 
 def _kind(task: Task | None, model_class: Any, model_config: Any) -> str:
@@ -141,6 +144,16 @@ def _loss(kind: str, encoder: SentenceEncoder | None) -> Loss | None:
     if encoder is not None:
         return similarity_loss(encoder)
     return None if kind == "text" else head_loss
+
+
+def _probe(kind: str, encoder: SentenceEncoder | None, seed: int) -> Loss:
+    """The loss of a head, which what is predicted makes one of the outputs; of an encoder how far these move.
+
+    The gold scores of pairs say less: their errors are small where the model is good, and so are their gradients.
+    """
+    if encoder is not None:
+        return embedding_probe(encoder, seed)
+    return state_probe(seed) if kind == "text" else head_loss
 
 
 def _labelled(request: CalibrationRequest, task: Task, model_config: Any, tokenize: Tokenize) -> list[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsvd.calibration.collect import key
+from flashsvd.calibration.activations import key
 from flashsvd.common.json_file import read_json
 from flashsvd.errors import CheckpointError, ConfigError, described, first_line
 from flashsvd.methods.method import GRADIENTS, Need, Statistics
@@ -24,7 +24,6 @@ from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
 from flashsvd.storage.own_files import STATISTICS_FILE
-from flashsvd.storage.scratch import Scratch, existing_parent
 
 INDEX_FILE = STATISTICS_FILE
 FORMAT_VERSION = 1
@@ -36,7 +35,7 @@ class ModelStatistics:
     """The statistics of every target.
 
     Attributes:
-        tensors: by the names of `collect.key`.
+        tensors: by the names of `activations.key`.
         about: what was calibrated on: data, samples, tokens, sequence length, batch size, seed.
     """
 
@@ -102,19 +101,6 @@ def on_disk(
     return ModelStatistics(_StoredTensors(directory, files), about)
 
 
-def in_temporary_files(
-    parts: Iterable[Mapping[str, Tensor]], about: Mapping[str, Any], beside: Path
-) -> ModelStatistics:
-    """Statistics that do not fit in memory all at once; their files go when nothing refers to them any more.
-
-    Args:
-        beside: the files lie on the disk of this path, since the temporary directory is often memory itself.
-    """
-    scratch = Scratch(existing_parent(beside) / beside.name, "statistics")
-    stored = on_disk(parts, about, "", scratch.path / "statistics")
-    return ModelStatistics(_Owned(stored.tensors, scratch), about)
-
-
 def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
     """Statistics that `--save-stats` wrote.
 
@@ -142,12 +128,16 @@ def load_statistics(directory: Path, fingerprint: str) -> ModelStatistics:
     return ModelStatistics(_StoredTensors(directory, files), about)
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of the names, shapes and a sample of the values of all parameters, whatever their dtype."""
+def fingerprint(model: Any, read: Callable[[str], Tensor] | None = None) -> str:
+    """A hash of the names, shapes and a sample of the values of all parameters, whatever their dtype.
+
+    Args:
+        read: where to read a parameter from, by its name; None reads the model's own memory.
+    """
     digest = hashlib.sha256(str(model.config.model_type).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = (read(name) if read else parameter.detach()).reshape(-1)
         digest.update(flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -176,19 +166,3 @@ class _StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-class _Owned(Mapping[str, Tensor]):
-    """A mapping that keeps the temporary directory it reads from alive."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], owner: Scratch) -> None:
-        self._tensors, self._owner = tensors, owner
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

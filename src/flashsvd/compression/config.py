@@ -9,6 +9,7 @@ from flashsvd.common.config import Config
 from flashsvd.common.device import DEVICES, DTYPES
 from flashsvd.common.options import flag, option
 from flashsvd.common.paths import expand
+from flashsvd.compression.recipes import RECIPES, recipe
 from flashsvd.data.tasks import TASKS
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.ranks import RANK_SEARCHES, RANK_STEPS, RankRequest, RankSteps
@@ -28,10 +29,16 @@ class CompressConfig(Config):
     """
 
     model: str = option(help="hub name or local directory of the model to compress", path="model")
+    recipe: str | None = option(
+        None,
+        help="options that go together: best is --method drone --rank-steps fine --rank-search loss --calib-inputs "
+        "compressed --refine 240, quick the same without the last two; each of them can be given otherwise",
+        choices=RECIPES,
+    )
     method: str = option(
-        "standard",
-        help="compression method: standard (or svd), fwsvd (or fw), drone (or whiten, whitening), asvd, or adasvd "
-        "(or ada)",
+        None,
+        help="compression method: standard (or svd; the default), fwsvd (or fw), drone (or whiten, whitening), asvd, "
+        "or adasvd (or ada)",
         suggestions=METHOD_NAMES,
     )
     task: str | None = option(
@@ -52,9 +59,10 @@ class CompressConfig(Config):
         None, help="fraction of the factored layers' parameters to keep; finds the ranks", above=0, below=1
     )
     rank_steps: str = option(
-        "fast",
-        help="which ranks are looked for: those that kernels run fastest at among the ways to divide the budget of "
-        "--ratio, or multiples of 8 from 64 on that keep the same fraction of each matrix",
+        None,
+        help="which ranks are looked for: fast ones (the default), those that kernels run fastest at among the ways to "
+        "divide the budget of --ratio, or fine ones, multiples of 8 from 64 on that keep the same fraction of each "
+        "matrix",
         choices=RANK_STEPS,
     )
     rank_search: str | None = option(
@@ -94,14 +102,15 @@ class CompressConfig(Config):
         8, help="samples in a calibration batch; fwsvd squares gradients batch by batch", at_least=1
     )
     calib_inputs: str = option(
-        "dense",
-        help="calibrate each layer on what the dense model's layers before it give, or on what they give once they are "
-        "compressed, layer by layer (drone, asvd, or adasvd on drone)",
+        None,
+        help="calibrate each layer on what the dense model's layers before it give (the default), or on what they give "
+        "once they are compressed, layer by layer (drone, asvd, or adasvd on drone)",
         choices=("dense", "compressed"),
     )
     refine: int = option(
-        0,
-        help="steps for which the factors of each layer are trained to give what the dense layer gave, without labels",
+        None,
+        help="steps for which the factors of each layer are trained to give what the dense layer gave, without labels; "
+        "the default is none",
         at_least=0,
     )
     save_stats: str | None = option(
@@ -131,6 +140,11 @@ class CompressConfig(Config):
     overwrite: bool = option(
         False, help="replace an existing compressed checkpoint, or existing statistics, and nothing else"
     )
+    resume: bool = option(
+        False,
+        help="go on from the layers that an interrupted run of the same options has finished; they lie in "
+        "OUTPUT.partial",
+    )
     state_dict: bool = option(False, help="also write flashsvd_state_dict.pt, for tools that want one")
     seed: int = option(
         0,
@@ -138,6 +152,12 @@ class CompressConfig(Config):
         at_least=0,
         at_most=2**63 - 1,  # what torch takes
     )
+
+    def __post_init__(self) -> None:
+        for name, value in recipe(self.recipe, finds_ranks=not self.ranks_json).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
 
     def check(self) -> None:
         """Hold fields against each other.

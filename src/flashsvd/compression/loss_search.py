@@ -7,7 +7,8 @@ and the gradients g of the loss by the outputs taken as independent, the expecte
     d_k = (u_k^T C u_k) (v_k S v_k^T) / 2,      C = E[x^T x], S = E[g^T g]
 
 so that rank r loses the sum of d_k over k >= r, and where heads share a rank, over the heads. `loss_ranks` divides the
-budget by these sums, in which directions count as independent of one another.
+budget by these sums, in which directions count as independent of one another. The loss is that of the model's head; of
+an encoder without one it is a probe of how far its outputs move (`calibration.probes`).
 
 To rank the directions of all matrices by the loss's gradient is the idea of Zero Sum SVD (Abbasi et al., 2026, arXiv
 2602.02848), which takes the first-order change of the loss in whitened coordinates and drops directions such that these

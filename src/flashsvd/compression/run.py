@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashsvd.calibration.collect import collect_statistics, fits_one_pass
+import torch
+from torch import Tensor
+
+from flashsvd.calibration.batches import digest_of
+from flashsvd.calibration.collect import collect_statistics
+from flashsvd.calibration.processes import Processes
 from flashsvd.calibration.source import Calibration, CalibrationRequest, prepare_calibration
 from flashsvd.calibration.store import (
     INDEX_FILE,
     ModelStatistics,
     fingerprint,
-    in_memory,
-    in_temporary_files,
     load_statistics,
     on_disk,
 )
@@ -30,12 +34,13 @@ from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_
 from flashsvd.compression.loss_search import search_by_loss
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
-from flashsvd.compression.walks.layers import list_of_layers
-from flashsvd.compression.walks.walk import Refinement, Walk, walk_model
+from flashsvd.compression.walks.layers import has_list_of_layers, list_of_layers
+from flashsvd.compression.walks.pieces import Pieces
+from flashsvd.compression.walks.walk import Refinement, Walk
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
 from flashsvd.errors import ConfigError
-from flashsvd.io import save_compressed
+from flashsvd.io import save_compressed, save_pieces
 from flashsvd.lowrank.ranks import (
     RankRequest,
     kept_parameters,
@@ -48,25 +53,39 @@ from flashsvd.lowrank.shapes import ROLES, MatrixShape
 from flashsvd.methods.method import GRADIENTS, Method, Need
 from flashsvd.methods.rank_search import with_rank_search
 from flashsvd.methods.registry import get_method
+from flashsvd.models.architecture import Target
 from flashsvd.models.found import find_model
 from flashsvd.models.heads import class_for_task, fitting_tasks
 from flashsvd.models.loading import Pretrained, load_model, seeded, shortened, skeleton
 from flashsvd.models.precision import cast
+from flashsvd.models.put_away import PutAway
 from flashsvd.models.registry import architecture_of, find_targets
-from flashsvd.storage.atomic import check_target
+from flashsvd.storage.atomic import check_target, write_text
 from flashsvd.storage.companions import Companions, find_companions
-from flashsvd.storage.metadata import CompressionInfo
-from flashsvd.storage.rank_file import read_ranks
+from flashsvd.storage.metadata import CompressionInfo, plain
+from flashsvd.storage.rank_file import RANKS_FILE, ranks_text, read_ranks
 from flashsvd.storage.stored_weights import StoredWeights
+from flashsvd.storage.unfinished import Terms, Unfinished
 from flashsvd.storage.verify import weight_files
 from flashsvd.storage.weight_headers import find_weights
 
 log = logging.getLogger("flashsvd")
 
+STATISTICS_FOLDER = "statistics"
+# What changes no bit of the weights.
+_FREE = ("resume", "overwrite", "output", "state_dict", "recipe")
+
 
 @dataclass(frozen=True)
 class CompressionJob:
-    """A compression before its weights are loaded: nothing that could be refused is left open."""
+    """A compression before its weights are loaded: nothing that could be refused is left open.
+
+    Attributes:
+        layered: whether the model is read, factored and written layer by layer. One whose layers are not the items of
+            one list is in memory whole, and done in one pass.
+        unfinished: where what is done lies until the checkpoint is written.
+        processes: that do it together; the first one writes.
+    """
 
     config: CompressConfig
     factoring: Factoring
@@ -78,6 +97,9 @@ class CompressionJob:
     head_options: Mapping[str, Any]
     calibration: Calibration | None
     companions: Companions
+    layered: bool
+    unfinished: Unfinished
+    processes: Processes
 
     @classmethod
     def prepare(cls, config: CompressConfig) -> CompressionJob:
@@ -91,12 +113,15 @@ class CompressionJob:
         )
         method = with_rank_search(plain, config.rank_search)
         task = get_task(config.task) if config.task is not None else None
-        device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+        processes = Processes.joined()
+        device, dtype = processes.own_device(resolve_device(config.device)), resolve_dtype(config.dtype)
+        if config.refine and processes.count > 1:
+            raise ConfigError("--refine is for one process; start it without torchrun, or leave --refine out")
         output = config.output_directory(method.name)
         check_target(output, config.overwrite)
         _check_options(config, method, output)
         _check_inputs(config, plain)
-        if config.save_stats:
+        if config.save_stats and not config.resume:
             check_target(_path(config.save_stats), config.overwrite, marker=INDEX_FILE)
 
         found = find_model(config.model)
@@ -107,8 +132,15 @@ class CompressionJob:
             setattr(model_config, name, value)
         empty = skeleton(source, model_class, model_config)
         targets = find_targets(empty)
+        layered = has_list_of_layers(empty, targets)
         if config.walks:
             list_of_layers(empty, targets)
+        if architecture_of(model_config).generates and not plain.needs:
+            log.warning(
+                "%s knows nothing of what a decoder reads, and costs it far more than others do; take --method drone "
+                "or --recipe best",
+                plain.name,
+            )
         shapes = matrix_shapes(empty, targets, _layout(config))
         if config.ranks_json:
             plan = plan_given_ranks(shapes, read_ranks(_path(config.ranks_json), config.qkv))
@@ -117,44 +149,53 @@ class CompressionJob:
         calibration = _calibration(config, method, task, model_class, model_config, source)
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
         factoring = Factoring(targets, plan, method, _layout(config), device, dtype, config.factor_kind)
-        return cls(
-            config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions
+        unfinished = Unfinished.find(
+            output, _terms(config, device, calibration, processes), resume=config.resume, overwrite=config.overwrite
         )
+        return cls(
+            config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions,
+            layered, unfinished, processes,
+        )  # fmt: skip
 
     def run(self) -> CompressReport:
-        """Do it and save the checkpoint, all of it or nothing."""
+        """Do it and save the checkpoint, all of it or nothing; what an interruption leaves can be resumed from."""
         loaded = self._load()
         model = loaded.model
         dense_parameters = sum(p.numel() for p in model.parameters())
-        dtype = self.factoring.dtype
         files = find_weights(self.source, getattr(self.model_config, "transformers_weights", None))
         dense_bytes = sum(file.stat().st_size for file in files)
         start = time.perf_counter()
-        statistics = self._statistics(model)
-        factoring = self._with_final_ranks(model, self._with_statistics(statistics))
-        matrices, refinements = self._factor(model, factoring)
-        seconds = time.perf_counter() - start
-        if dtype is not None:
-            cast(model, dtype)
-        parameters = {
-            "dense": dense_parameters,
-            "compressed": sum(p.numel() for p in model.parameters()),
-            "target_dense": sum(shape.dense_parameters for shape in self.shapes),
-            "target_compressed": kept_parameters(self.shapes, factoring.plan),
-        }
-        info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
-        log.info("saving to %s", self.output)
-        info = save_compressed(
-            model,
-            self.output,
-            info,
-            companions=self.companions,
-            overwrite=self.config.overwrite,
-            state_dict=self.config.state_dict,
-            ranks=info.module_ranks if self._searches else None,
-        )
+        with self._at_work(model) as directory:
+            statistics = self._statistics(model, directory)
+            factoring = self._with_final_ranks(model, self._with_statistics(statistics), directory)
+            pieces = None
+            if self.layered:
+                pieces = Pieces(directory, model, PutAway(model, self.source), factoring.dtype, self.processes)
+            matrices, refinements = self._factor(model, factoring, pieces)
+            seconds = time.perf_counter() - start
+            parameters = {
+                "dense": dense_parameters,
+                "compressed": sum(p.numel() for p in model.parameters()),
+                "target_dense": sum(shape.dense_parameters for shape in self.shapes),
+                "target_compressed": kept_parameters(self.shapes, factoring.plan),
+            }
+            info = self._describe(model, matrices, parameters, dense_bytes, loaded.untrained, statistics)
+            log.info("saving to %s", self.output)
+            if self.processes.is_first:
+                info = self._save(model, info, pieces)
+            self.processes.wait()
         size = sum(file.stat().st_size for file in weight_files(self.output))
         return CompressReport(self.output, info, tuple(matrices), size, seconds, tuple(refinements))
+
+    @contextlib.contextmanager
+    def _at_work(self, model: Any) -> Iterator[Path]:
+        """The working directory, which the first process opens for all."""
+        key = self._fingerprint(model)
+        # Every process has looked at the output by now.
+        self.processes.wait()
+        with self.unfinished.opened(key) if self.processes.is_first else contextlib.nullcontext():
+            self.processes.wait()
+            yield self.unfinished.directory
 
     @property
     def _searches(self) -> bool:
@@ -172,32 +213,65 @@ class CompressionJob:
             )
         return loaded
 
-    def _statistics(self, model: Any) -> ModelStatistics | None:
-        """What the method needs to know of the dense model, from an earlier run or calibration; None for nothing."""
+    def _fingerprint(self, model: Any) -> str:
+        """That of the model's weights, each read from its file where that can be, so that none stays in memory."""
+        stored = StoredWeights(self.source, model)
+
+        def read(name: str) -> Tensor:
+            values = stored.read(name)
+            return model.get_parameter(name).detach() if values is None else values
+
+        return fingerprint(model, read)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the walk collects the statistics, layer by layer.
+
+        It cannot where they are gradients, of which the last layer's are the first that there are; where a search for
+        ranks, which comes before the factors of the first layer, reads those of all layers; and where they are to be
+        kept, since that takes gradients along. Those are collected by passes over a model that is in memory whole.
+        """
+        needs, config = self.factoring.method.needs, self.config
+        before = config.stats or config.save_stats or self._searches or not GRADIENTS.isdisjoint(needs)
+        return bool(needs) and self.layered and not before and config.calib_inputs == "dense"
+
+    def _statistics(self, model: Any, directory: Path) -> ModelStatistics | None:
+        """What the method needs to know of the whole dense model before the first layer is factored; None for nothing.
+
+        Args:
+            directory: keeps it for a run that resumes this one.
+        """
         config, targets, needs = self.config, self.factoring.targets, self.factoring.method.needs
-        if not needs or (config.calib_inputs == "compressed" and not self._searches):
+        if not needs or self._measures or (config.calib_inputs == "compressed" and not self._searches):
             return None
         if config.stats:
             where = _path(config.stats)
-            statistics = load_statistics(where, fingerprint(model))
+            statistics = load_statistics(where, self._fingerprint(model))
             statistics.require(targets, needs, config.task, str(where))
             return statistics
         device = self.factoring.device
         assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
-        batches, about, loss = self.calibration.batches, self.calibration.about, self.calibration.loss
-        if not config.save_stats:
-            parts = collect_statistics(model, targets, batches, needs, loss, device)
-            if fits_one_pass(model, targets, needs):
-                return in_memory(parts, about)
-            return in_temporary_files(parts, about, beside=self.output)
+        about = self.calibration.about
+        where, key = (
+            (_path(config.save_stats), self._fingerprint(model))
+            if config.save_stats
+            else (directory / STATISTICS_FOLDER, "")
+        )
+        if not self.processes.is_first:
+            self.processes.wait()
+            return load_statistics(where, key)
+        if self.unfinished.resumes and (where / INDEX_FILE).is_file():
+            self.processes.wait()
+            return load_statistics(where, key)
         # Whatever any method may need later, so that they all can use what is saved.
-        everything: set[Need] = {"covariance", "mean_abs", *needs}
-        if loss is not None:
-            everything.add("row_gradients")
-        key = fingerprint(model)
-        parts = collect_statistics(model, targets, batches, everything, loss, device)
-        return on_disk(parts, about, key, _path(config.save_stats), config.overwrite)
+        kept: set[Need] = {"covariance", "mean_abs"} if config.save_stats else set()
+        if config.save_stats and self.calibration.loss is not None:
+            kept.add("row_gradients")
+        parts = _collected(model, targets, self.calibration, {*needs, *kept}, device)
+        statistics = on_disk(parts, about, key, where, config.overwrite)
+        self.processes.wait()
+        return statistics
 
     def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
         if statistics is None:
@@ -209,37 +283,73 @@ class CompressionJob:
     def _request(self) -> RankRequest:
         return division(self.config.rank_request(), self.model_config)
 
-    def _with_final_ranks(self, model: Any, factoring: Factoring) -> Factoring:
-        """With the ranks asked for, or those that a search comes to."""
+    def _with_final_ranks(self, model: Any, factoring: Factoring, directory: Path) -> Factoring:
+        """With the ranks asked for, or those that a search comes to.
+
+        Args:
+            directory: keeps these for a run that resumes this one.
+        """
         if not self._searches:
             return factoring
+        file = directory / RANKS_FILE
+        if not self.processes.is_first:
+            self.processes.wait()
+        if not self.processes.is_first or (self.unfinished.resumes and file.is_file()):
+            found = read_ranks(file, self.config.qkv)
+            ranks = {name: rank for name, rank in found.items() if rank is not None}
+        else:
+            ranks = self._found_ranks(model, factoring)
+            write_text(file, ranks_text(self.config.qkv, ranks))
+        if self.processes.is_first:
+            self.processes.wait()
+        return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
+
+    def _found_ranks(self, model: Any, factoring: Factoring) -> dict[str, int]:
+        """The ranks that a search comes to; full rank where a matrix should stay dense."""
         request = self._request
         budget = parameter_budget(self.shapes, request)
         if factoring.method.search == "loss":
             read = replace(factoring, read_weight=StoredWeights(self.source, model).read)
-            ranks = search_by_loss(model, read, budget, request.steps)
-            return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
+            return search_by_loss(model, read, budget, request.steps)
         assert self.calibration is not None, "prepared for every search that asks for losses"
         batches, loss = self.calibration.batches, self.calibration.loss
         # From the even division a search comes to better ranks than from the fast one.
         even = replace(factoring, plan=plan_ranks(self.shapes, replace(request, steps="fine")))
-        ranks = search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
-        return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
+        return search_ranks(model, even, budget, request.steps, batches, loss, self.config.seed)
 
-    def _factor(self, model: Any, factoring: Factoring) -> tuple[list[FactoredMatrix], list[Refinement]]:
+    def _factor(
+        self, model: Any, factoring: Factoring, pieces: Pieces | None
+    ) -> tuple[list[FactoredMatrix], list[Refinement]]:
         count, method = len(factoring.targets), factoring.method.name
         log.info("factoring %d matrices with %s on %s", count, method, factoring.device)
-        factoring = replace(factoring, read_weight=StoredWeights(self.source, model).read)
         with GroupLog(count) as progress:
-            if self.config.walks:
-                return walk_model(model, factoring, self._walk(), progress)
-            return factor_model(model, factoring, progress), []
+            if pieces is not None:
+                return pieces.walk(factoring, self._walk(), progress)
+            matrices = factor_model(
+                model, replace(factoring, read_weight=StoredWeights(self.source, model).read), progress
+            )
+        if factoring.dtype is not None:
+            cast(model, factoring.dtype)
+        return matrices, []
+
+    def _save(self, model: Any, info: CompressionInfo, pieces: Pieces | None) -> CompressionInfo:
+        options: dict[str, Any] = {
+            "companions": self.companions,
+            "overwrite": self.config.overwrite,
+            "state_dict": self.config.state_dict,
+            "ranks": info.module_ranks if self._searches else None,
+        }
+        if pieces is not None:
+            return save_pieces(model, pieces.complete, self.output, info, **options)
+        return save_compressed(model, self.output, info, **options)
 
     def _walk(self) -> Walk:
-        assert self.calibration is not None, "prepared for every walk"
+        if not self.config.walks and not self._measures:
+            return Walk()
+        assert self.calibration is not None, "prepared for every walk on data"
         inputs = [part for batch in self.calibration.batches for part in batch.inputs]
         compressed = self.config.calib_inputs == "compressed"
-        return Walk(inputs, compressed, self.config.refine, self.config.seed)
+        return Walk(inputs, compressed, self.config.refine, self.config.seed, self._measures, self.processes)
 
     def _describe(
         self,
@@ -285,6 +395,29 @@ class CompressionJob:
         )
 
 
+def _collected(
+    model: Any, targets: Sequence[Target], calibration: Calibration, needs: Collection[Need], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """All sums, each by the loss that it differentiates: gradients by outputs are for the search, by weights not."""
+    probed: set[Need] = {"output_gradients"}
+    own, batches = set(needs) - probed, calibration.batches
+    if "row_gradients" in own and len(own) < len(needs):
+        yield from collect_statistics(model, targets, batches, own, calibration.loss, device)
+        yield from collect_statistics(model, targets, batches, probed, calibration.probe, device)
+    else:
+        loss = calibration.loss if len(own) == len(needs) else calibration.probe
+        yield from collect_statistics(model, targets, batches, needs, loss, device)
+
+
+def _terms(
+    config: CompressConfig, device: torch.device, calibration: Calibration | None, processes: Processes
+) -> Terms:
+    """What the bits of the checkpoint depend on, but for the model."""
+    options = {name: value for name, value in plain(config).items() if name not in _FREE} | {"device": device.type}
+    versions = {name: version for name, version in library_versions().items() if name != "triton"}
+    return Terms(options, versions, digest_of(calibration.batches) if calibration else None, processes.count)
+
+
 def _calibration(
     config: CompressConfig, method: Method, task: Task | None, model_class: Any, model_config: Any, source: str
 ) -> Calibration | None:
@@ -296,14 +429,10 @@ def _calibration(
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
     longest = architecture_of(model_config).max_length(model_config)
     calibration = prepare_calibration(request, task, model_class, model_config, source, longest)
-    if measures and GRADIENTS & method.needs and calibration.loss is None:
-        # To a method that differentiates one itself another search is of no help.
-        who, instead = "--rank-search loss", "another --rank-search"
-        if "row_gradients" in method.needs:
-            who, instead = method.name, "drone or asvd"
+    if measures and "row_gradients" in method.needs and calibration.loss is None:
         raise ConfigError(
-            f"{who} differentiates a loss, and {config.model} has none by itself; "
-            f"choose {instead}, or a task that the model fits with --task: {fitting_tasks(model_config)}"
+            f"{method.name} differentiates a loss, and {config.model} has none by itself; "
+            f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
 

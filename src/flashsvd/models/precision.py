@@ -21,18 +21,32 @@ from flashsvd.lowrank.int8 import scales
 def working_on(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """The model on a device, in a dtype and without a cache of keys and values; then on the CPU and as it was."""
     own = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    cached = {"use_cache": model.config.use_cache} if "use_cache" in vars(model.config) else {}
-    model.to(device)
-    for parameter in model.parameters():
+    with without_cache(model):
+        convert(model, device, dtype)
+        try:
+            yield
+        finally:
+            model.to("cpu")
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(own[name])
+
+
+def convert(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a module on a device, and its parameters into a dtype; its buffers keep theirs."""
+    module.to(device)
+    for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """The model with no cache of keys and values, for a while."""
+    cached = {"use_cache": model.config.use_cache} if "use_cache" in vars(model.config) else {}
     model.config.use_cache = False
     try:
         yield
     finally:
-        model.to("cpu")
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(own[name])
         del model.config.use_cache
         vars(model.config).update(cached)
 
@@ -85,13 +99,23 @@ def check_loaded_finite(model: nn.Module, source: str) -> None:
         )
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a model in place.
+def cast(model: nn.Module, dtype: torch.dtype, path: str = "") -> None:
+    """Convert a model, or the module at a path of one, in place.
 
     Raises:
         ConfigError: a finite parameter is too large for the dtype.
     """
     model.to(dtype)
-    if name := first_not_finite(model):
-        short = str(dtype).removeprefix("torch.")
+    for name, tensor in (*model.named_parameters(), *scales(model)):
+        check_cast(f"{path}.{name}".lstrip("."), tensor)
+
+
+def check_cast(name: str, tensor: Tensor) -> None:
+    """Refuse a parameter that was finite before it was converted.
+
+    Raises:
+        ConfigError: it is not any more.
+    """
+    if not is_finite(tensor):
+        short = str(tensor.dtype).removeprefix("torch.")
         raise ConfigError(f"{name} has values too large for {short}; use --dtype bfloat16 or float32")

@@ -15,8 +15,12 @@ RANKS_FILE = "ranks.json"
 
 def write_ranks(directory: Path, qkv: str, ranks: Mapping[str, int | None]) -> None:
     """Write `ranks.json` into a directory; None is a matrix that stays dense."""
-    text = json.dumps({"qkv": qkv, "ranks": dict(ranks)}, indent=2)
-    (directory / RANKS_FILE).write_text(text + "\n", encoding="utf-8")
+    (directory / RANKS_FILE).write_text(ranks_text(qkv, ranks), encoding="utf-8")
+
+
+def ranks_text(qkv: str, ranks: Mapping[str, int | None]) -> str:
+    """What `ranks.json` holds; None is a matrix that stays dense."""
+    return json.dumps({"qkv": qkv, "ranks": dict(ranks)}, indent=2) + "\n"
 
 
 def read_ranks(file: Path, qkv: str) -> dict[str, int | None]:

@@ -7,6 +7,7 @@ its factors and one weight in memory, not its factors and the whole model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,40 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor | None:
         """The parameter `name` of the model in a mapping of its own; None where its file cannot stand in for it."""
+        found = self._find(name)
+        return None if found is None else found[1]
+
+    def place(self, name: str) -> TensorPlace | None:
+        """Where the parameter `name` of the model is stored; None where no file can stand in for it."""
+        found = self._find(name)
+        return None if found is None else found[0]
+
+    def _find(self, name: str) -> tuple[TensorPlace, Tensor] | None:
         loaded = self._model.get_parameter(name).detach()
         # A checkpoint of the base model lacks the prefix, one with a head has it, whichever of the two was loaded.
         bare = name.removeprefix(self._prefix)
         for key in dict.fromkeys((name, bare, self._prefix + bare)):
             if key in self._files:
-                stored = _read(self._files[key], key)
-                if _same(stored, loaded):
-                    return stored
+                place = TensorPlace(self._files[key], key)
+                if _same(stored := place.read(), loaded):
+                    return place, stored
         return None
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor of a safetensors file."""
+
+    file: Path
+    key: str
+
+    def read(self) -> Tensor:
+        """The tensor in a mapping of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        return _read(self.file, self.key)
 
 
 def _read(file: Path, key: str) -> Tensor:

@@ -25,37 +25,47 @@ class _ThroughError(Exception):
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers of a model.
+    """The layers of a model, of which no more than the one that is run has to be in memory.
 
     Attributes:
         path: of the list that holds them, inside the model.
-        layers: the items of that list.
         in_tuples: whether a layer returns its hidden states as the first of a tuple.
-        device: where the model is.
+        device: where layers are run, and where the model has what stands before them.
     """
 
     model: Any
     path: str
-    layers: tuple[nn.Module, ...]
     in_tuples: bool
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any, targets: Sequence[Target], example: Inputs) -> LayerStack:
+    def of(
+        cls,
+        model: Any,
+        targets: Sequence[Target],
+        example: Inputs,
+        device: torch.device | None = None,
+        first: nn.Module | None = None,
+    ) -> LayerStack:
         """The layers that hold the targets.
 
         Args:
             example: inputs of the model, on which its first layer is run to see what it returns.
+            device: None takes that of the model's parameters.
+            first: what to run for the first layer; None runs the model's own.
 
         Raises:
             ModelError: the targets of a layer do not lie in one module.
         """
         path = list_of_layers(model, targets)
-        layers = tuple(model.get_submodule(path).children())
-        device = next(model.parameters()).device
-        stack = cls(model, path, layers, False, device)
-        (returned,) = stack._outputs(0, None, example, layers[0])
-        return cls(model, path, layers, isinstance(returned, tuple), device)
+        stack = cls(model, path, False, device or next(model.parameters()).device)
+        (returned,) = stack._outputs(0, None, example, stack.layers[0] if first is None else first)
+        return cls(model, path, isinstance(returned, tuple), stack.device)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The items of the list."""
+        return layers_at(self.model, self.path)
 
     def first_hidden(self, inputs: Inputs) -> Tensor:
         """The hidden states [B, S, hidden] that the first layer is given."""
@@ -113,14 +123,22 @@ class LayerStack:
         def hand_on(states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
             return (states,) if self.in_tuples else states
 
-        before = dict.fromkeys(self.layers[:index], hand_on)
-        self._forward(inputs, {**before, self.layers[index]: stand_in})
+        layers = list(self.layers)
+        before = dict.fromkeys(layers[:index], hand_on)
+        self._forward(inputs, {**before, layers[index]: stand_in})
         return outputs
 
     def _forward(self, inputs: Inputs, forwards: Mapping[nn.Module, Callable[..., Any]]) -> None:
         """The model's forward up to where one of the layers' stand-ins ends it."""
         with _other_forwards(forwards), torch.no_grad(), contextlib.suppress(_ThroughError):
             self.model.base_model(**{name: values.to(self.device) for name, values in inputs.items()})
+
+
+def layers_at(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of layers at a path of the model."""
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList), "as `list_of_layers` found it"
+    return layers
 
 
 def list_of_layers(model: nn.Module, targets: Sequence[Target]) -> str:
@@ -138,6 +156,12 @@ def list_of_layers(model: nn.Module, targets: Sequence[Target]) -> str:
     (path,) = paths
     assert path is not None, "as was just seen"
     return path
+
+
+def has_list_of_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
+    """Whether `list_of_layers` finds one."""
+    paths = {_list_around(model, target) for target in targets}
+    return len(paths) == 1 and None not in paths
 
 
 def _list_around(model: nn.Module, target: Target) -> str | None:

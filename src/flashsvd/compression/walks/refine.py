@@ -21,7 +21,8 @@ from flashsvd.compression.walks.layers import LayerStack
 from flashsvd.data.tokenize import Inputs
 from flashsvd.lowrank.base import FactoredLayer
 
-SAMPLES = 4
+# What a step sees: so many samples as hold about that many real tokens, and no fewer than one.
+STEP_TOKENS = 2048
 PEAK_RATE = 5e-4
 
 
@@ -53,7 +54,7 @@ class LayerSamples:
 
     def loss(self, layer: nn.Module, chosen: Sequence[int]) -> Tensor:
         """The mean squared error over the real tokens of some samples, which are numbered through all forwards."""
-        places = [(i, row) for i, hidden in enumerate(self.hidden) for row in range(len(hidden))]
+        places = [(i, row) for i, size in enumerate(self._sizes) for row in range(size)]
         rows = [places[number] for number in chosen]
         # More padding, behind a sample, changes nothing at its real tokens.
         inputs = {name: _stacked([self.inputs[i][name][row] for i, row in rows]) for name in self.inputs[0]}
@@ -62,7 +63,17 @@ class LayerSamples:
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.hidden))
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(inputs["attention_mask"]) for inputs in self.inputs]
+
+    @property
+    def in_a_step(self) -> int:
+        """How many samples hold `STEP_TOKENS` on average."""
+        tokens = sum(int(inputs["attention_mask"].sum()) for inputs in self.inputs)
+        return max(1, round(STEP_TOKENS * self.count / tokens))
 
     def _real(self, layer: nn.Module, inputs: Inputs, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's outputs and the wanted ones at real tokens, [tokens, hidden]."""
@@ -94,9 +105,15 @@ def refine(samples: LayerSamples, layer: nn.Module, steps: int, seed: int) -> tu
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained, lr=PEAK_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
+    in_a_step = samples.in_a_step
+    left: list[int] = []
     with torch.enable_grad():
         for _ in range(steps):
-            loss = samples.loss(layer, torch.randperm(samples.count, generator=generator)[:SAMPLES].tolist())
+            # Each sample is seen once before any is seen again.
+            if len(left) < in_a_step:
+                left = torch.randperm(samples.count, generator=generator).tolist()
+            chosen, left = left[:in_a_step], left[in_a_step:]
+            loss = samples.loss(layer, chosen)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from flashsvd.calibration.processes import Processes
 from flashsvd.methods.method import Need, Statistics
 
 
@@ -34,10 +35,10 @@ class StreamSums:
             self._covariance = _sum(self._covariance, (x.T @ x).double())
             self._drift = _sum(self._drift, (x.T @ moved).double())
 
-    def statistics(self) -> Statistics:
-        """The means over all rows."""
+    def statistics(self, processes: Processes) -> Statistics:
+        """The means over all rows, of which each process has counted a share."""
         sums = (self._covariance, self._size, self._drift)
-        covariance, size, drift = (None if total is None else total / self.tokens for total in sums)
+        covariance, size, drift = (None if total is None else processes.sum(total) / self.tokens for total in sums)
         return Statistics(covariance=covariance, mean_abs=size, drift=drift)
 
 
