@@ -137,23 +137,24 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_compress(options: argparse.Namespace) -> None:
+    from flashsvd.calibration.processes import together
     from flashsvd.compress import CompressConfig, plan_compress, run_compress
 
     if options.json:
         logging.getLogger("flashsvd").setLevel(logging.WARNING)
     config = config_from(CompressConfig, vars(options))
-    if options.dry_run:
-        plan = plan_compress(config)
-        _show(json.dumps(plan.to_json(), indent=2, allow_nan=False) if options.json else plan)
-        return
+    together()
     try:
-        report = run_compress(config)
+        report = plan_compress(config) if options.dry_run else run_compress(config)
     finally:
         _leave_process_group()
     if not _is_first_process():
         return
     if options.json:
         _show(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        return
+    if options.dry_run:
+        _show(report)
         return
     _show("\n".join(report.summary()))
     _show_line(f"next: {shlex.join(['flashsvd', 'info', str(report.output)])}")

@@ -37,7 +37,7 @@ from flashsvd.storage.metadata import CompressionInfo
 from flashsvd.storage.model_card import CARD_FILE, model_card
 from flashsvd.storage.own_files import EXPORT_MARKER, STATE_DICT_FILE
 from flashsvd.storage.rank_file import write_ranks
-from flashsvd.storage.shards import write_weights
+from flashsvd.storage.shards import disk_errors, write_weights
 from flashsvd.storage.verify import INDEX, all_shapes, tensor_shapes, weight_files
 
 __all__ = ["export_dense", "load_compressed", "round_factors", "save_compressed"]
@@ -318,14 +318,9 @@ def _save_state_dict(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _save_pretrained(model: Any, directory: Path, max_shard_size: str) -> None:
-    from safetensors import SafetensorError
-
-    try:
+    with disk_errors():
         # Under the names that the model has now: those of the file it came from may be legacy ones (LayerNorm.gamma).
         model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=False)
-    except SafetensorError as error:
-        # The writer reports a full disk in a type of its own.
-        raise OSError(str(error)) from error
     _read_back(directory)
 
 
@@ -339,7 +334,8 @@ def _save_without_weights(model: Any, directory: Path) -> list[str]:
         name: stand_ins.setdefault(id(tensor), torch.zeros(1))
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
-    model.save_pretrained(directory, state_dict=state, save_original_format=False)
+    with disk_errors():
+        model.save_pretrained(directory, state_dict=state, save_original_format=False)
     (file,) = weight_files(directory)
     names = list(all_shapes([file]))
     file.unlink()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 
 from conftest import build_decoder, build_tokenizer
 from flashsvd import CompressConfig, CompressReport, FlashSVDError, load_compressed, run_compress
+from flashsvd.compression.run import CompressionJob
 from flashsvd.compression.walks import states
 from flashsvd.compression.walks.pieces import Pieces
 from flashsvd.errors import CheckpointError, ModelError
@@ -196,7 +199,7 @@ def test_other_weights_data_and_libraries_are_refused(
     interrupt(monkeypatch, source, tmp_path / "out", 1, **options)
     file, words = partial_of(tmp_path) / TERMS_FILE, text.read_text()
     text.write_text(words[::-1])
-    with pytest.raises(FlashSVDError, match="the calibration data are not those of the run to resume"):
+    with pytest.raises(FlashSVDError, match="the calibration data is not that of the run to resume"):
         compress(source, tmp_path / "out", resume=True, **options)
     text.write_text(words)
 
@@ -215,6 +218,68 @@ def test_other_weights_data_and_libraries_are_refused(
         compress(source, tmp_path / "out", resume=True, **options)
     (source / "model.safetensors").write_bytes(weights)
     compress(source, tmp_path / "out", resume=True, **options)
+
+
+def test_another_config_and_other_ranks_are_refused(
+    source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = {"method": "drone", "rank_search": "loss", "calib_data": str(text)}
+    ranks = compress(source, tmp_path / "first", **searched).output / "ranks.json"
+    options = {"ratio": None, "ranks_json": str(ranks)}
+    interrupt(monkeypatch, source, tmp_path / "out", 1, **options)
+    for file, name in ((ranks, "rank file"), (source / "config.json", "model's config")):
+        before = file.read_text()
+        file.write_text(before.replace(": 1", ": 2"))
+        assert file.read_text() != before
+        with pytest.raises(FlashSVDError, match=rf"the {name} is not that of the run to resume; restore it, or remove"):
+            compress(source, tmp_path / "out", resume=True, **options)
+        file.write_text(before)
+    compress(source, tmp_path / "out", resume=True, **options)
+
+
+def test_what_another_process_began_meanwhile_is_not_gone_on_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the directory and its lock a large model is loaded."""
+    options = {"model": str(source), "ratio": 0.5, "device": "cpu", "output": str(tmp_path / "out")}
+    interrupt(monkeypatch, source, tmp_path / "out", 1)
+    job = CompressionJob.prepare(
+        CompressConfig(resume=True, calib_samples=12, calib_batch_size=4, calib_seq_len=16, **options)
+    )
+    interrupt(monkeypatch, source, tmp_path / "out", 2, ratio=0.3, overwrite=True)
+    with pytest.raises(FlashSVDError, match=r"ratio is 0\.5, but the run to resume had 0\.3"):
+        job.run()
+
+
+def test_a_piece_is_written_under_a_name_that_is_known_as_ours(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a writer that is killed leaves behind does not stand in the way of the run that resumes."""
+    save, seen = safetensors.torch.save_file, list[bool]()
+
+    def saves(tensors: Any, file: Path, **others: Any) -> None:
+        (Path(file).parent / ".tmpAbC123").touch()
+        save(tensors, file, **others)
+        directory = partial_of(tmp_path)
+        if directory.is_dir():
+            seen.append(any(path.name.startswith(".tmp") for path in directory.iterdir()))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", saves)
+    compress(source, tmp_path / "out")
+    assert seen
+    assert not any(seen)
+
+
+def test_values_too_large_for_the_dtype_are_found_before_the_first_layer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = 1e6
+    model.save_pretrained(source)
+    monkeypatch.setattr(Pieces, "_write", Mock(side_effect=AssertionError("a layer was done")))
+    with pytest.raises(FlashSVDError, match=r"lm_head\.weight has values too large for float16"):
+        compress(source, tmp_path / "out", dtype="float16")
 
 
 def test_what_is_no_working_directory_is_left_alone(source: Path, tmp_path: Path) -> None:

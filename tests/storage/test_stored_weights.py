@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flashsvd.compression.factorize import factor_model
 from flashsvd.lowrank.ranks import RankChoice
 from flashsvd.methods.registry import get_method
 from flashsvd.models.registry import find_targets
+from flashsvd.storage import stored_weights
 from flashsvd.storage.stored_weights import StoredWeights
 
 
@@ -32,15 +34,23 @@ def test_a_stored_weight_is_the_loaded_one(make_model: MakeModel, saved: str, lo
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modernbert"])
-def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(tmp_path: Path, name: str) -> None:
+def test_the_parts_of_a_fused_module_are_read_from_the_file_of_the_whole(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_weights, "_SAMPLE_LENGTH", 16)
     whole = build(name)
     whole.save_pretrained(tmp_path)
     damaged = type(whole).from_pretrained(tmp_path)
     stored = StoredWeights(str(tmp_path), damaged)
     targets = find_targets(damaged)
     for target in targets:
-        # All but the ends, by which a loaded weight is told to be the stored one.
-        damaged.get_parameter(f"{target.module}.weight").detach().view(-1)[256:-256] = 0
+        # All but the places by which a loaded weight is told to be the stored one.
+        weight = damaged.get_parameter(f"{target.module}.weight").detach().view(-1)
+        last, count = len(weight) - 16, stored_weights._SAMPLES
+        places = {last * i // (count - 1) + j for i in range(count) for j in range(16)}
+        others = [place for place in range(len(weight)) if place not in places]
+        assert others
+        weight[others] = 0
     plan = {target.name: RankChoice(4) for target in targets}
     factor_model(damaged, Factoring(targets, plan, get_method("standard"), read_weight=stored.read))
     factor_model(whole, Factoring(targets, plan, get_method("standard")))
@@ -122,3 +132,23 @@ def test_compressing_reads_every_target_from_its_file(
     monkeypatch.setattr(StoredWeights, "read", counted)
     report = run_compress(CompressConfig(model=str(make_model()), ratio=0.5, output=str(tmp_path / "out")))
     assert all(given[f"{matrix.name}.weight"] for matrix in report.matrices)
+
+
+def test_the_file_that_the_config_names_is_the_one_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_weights, "_SAMPLE_LENGTH", 4)
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            # Alike where they are compared.
+            parameter.view(-1)[5] += 1
+    save_file({name: p.detach().clone() for name, p in tuned.named_parameters()}, tmp_path / "tuned.safetensors")
+    tuned.config.transformers_weights = "tuned.safetensors"
+    stored = StoredWeights(str(tmp_path), tuned)
+    for name, parameter in tuned.named_parameters():
+        read = stored.read(name)
+        assert read is not None
+        assert torch.equal(read, parameter)

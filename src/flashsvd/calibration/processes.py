@@ -14,6 +14,8 @@ from torch import Tensor, distributed
 from flashsvd.errors import ConfigError
 
 T = TypeVar("T")
+# What a process under torchrun says to the command line, which then divides its work with the others.
+_together = False
 # A process may wait for another that factors the largest layer there is.
 _PATIENCE = datetime.timedelta(days=1)
 
@@ -32,9 +34,9 @@ class Processes:
 
     @classmethod
     def joined(cls) -> Processes:
-        """This process among those of torchrun, whose group it joins."""
+        """This process among those of torchrun, whose group it joins where they all came to compress."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
+        if count == 1 or not _together:
             return cls()
         if not distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -47,9 +49,19 @@ class Processes:
         return self.rank == 0
 
     def own_device(self, device: torch.device) -> torch.device:
-        """The GPU of this process, where all are on GPUs and none is named."""
-        shared = self.count > 1 and device == torch.device("cuda")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if shared else device
+        """The GPU of this process, where all are on GPUs.
+
+        Raises:
+            ConfigError: one GPU is named for all, or there are fewer than processes.
+        """
+        if self.count == 1 or device.type != "cuda":
+            return device
+        if device != torch.device("cuda"):
+            raise ConfigError(f"--device {device} is one GPU for {self.count} processes; pass --device cuda")
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if place >= there:
+            raise ConfigError(f"there are {there} GPUs here, and more processes; start one for each")
+        return torch.device("cuda", place)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What of some batches is this process's to run.
@@ -75,6 +87,15 @@ class Processes:
         if self.count > 1:
             # On the CPU, whatever device the work is on.
             distributed.all_reduce(torch.zeros(1))
+
+
+def together() -> None:
+    """Let the compressions of this process be divided among all that torchrun started.
+
+    Not by themselves: the first process of a training script may be the only one of it that compresses.
+    """
+    global _together
+    _together = True
 
 
 ALONE = Processes()

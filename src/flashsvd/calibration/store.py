@@ -24,6 +24,7 @@ from flashsvd.models.architecture import Target
 from flashsvd.models.precision import is_finite
 from flashsvd.storage.atomic import atomic_directory
 from flashsvd.storage.own_files import STATISTICS_FILE
+from flashsvd.storage.shards import disk_errors
 
 INDEX_FILE = STATISTICS_FILE
 FORMAT_VERSION = 1
@@ -94,7 +95,8 @@ def on_disk(
         files: dict[str, str] = {}
         for number, part in enumerate(parts):
             name = f"statistics-{number:05}.safetensors"
-            save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
+            with disk_errors():
+                save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
             files |= dict.fromkeys(part, name)
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "about": dict(about), "files": files}
         (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")

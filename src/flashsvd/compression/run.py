@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ class CompressionJob:
         processes = Processes.joined()
         device, dtype = processes.own_device(resolve_device(config.device)), resolve_dtype(config.dtype)
         if config.refine and processes.count > 1:
-            raise ConfigError("--refine is for one process; start it without torchrun, or leave --refine out")
+            raise ConfigError("--refine is for one process; start it without torchrun, or pass --refine 0")
         output = config.output_directory(method.name)
         check_target(output, config.overwrite)
         _check_options(config, method, output)
@@ -150,7 +151,10 @@ class CompressionJob:
         companions = find_companions(source, sentence_encoder=task is not None and task.head == "encoder")
         factoring = Factoring(targets, plan, method, _layout(config), device, dtype, config.factor_kind)
         unfinished = Unfinished.find(
-            output, _terms(config, device, calibration, processes), resume=config.resume, overwrite=config.overwrite
+            output,
+            _terms(config, device, calibration, model_config, processes),
+            resume=config.resume,
+            overwrite=config.overwrite,
         )
         return cls(
             config, factoring, shapes, output, source, model_config, model_class, head_options, calibration, companions,
@@ -410,12 +414,21 @@ def _collected(
 
 
 def _terms(
-    config: CompressConfig, device: torch.device, calibration: Calibration | None, processes: Processes
-) -> Terms:
+    config: CompressConfig, device: torch.device, calibration: Calibration | None, model_config: Any,
+    processes: Processes,
+) -> Terms:  # fmt: skip
     """What the bits of the checkpoint depend on, but for the model."""
     options = {name: value for name, value in plain(config).items() if name not in _FREE} | {"device": device.type}
     versions = {name: version for name, version in library_versions().items() if name != "triton"}
-    return Terms(options, versions, digest_of(calibration.batches) if calibration else None, processes.count)
+    read = {"model's config": model_config.to_json_string()}
+    if config.ranks_json:
+        read["rank file"] = _path(config.ranks_json).read_text(encoding="utf-8")
+    if config.stats:
+        read["statistics' index"] = (_path(config.stats) / INDEX_FILE).read_text(encoding="utf-8")
+    data = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in read.items()}
+    if calibration:
+        data["calibration data"] = digest_of(calibration.batches)
+    return Terms(options, versions, data, processes.count)
 
 
 def _calibration(
@@ -465,11 +478,13 @@ def _check_inputs(config: CompressConfig, method: Method) -> None:
     """
     if config.calib_inputs == "compressed":
         if not method.needs:
-            raise ConfigError(f"--calib-inputs is not used: {method.name} needs no statistics; leave it out")
+            raise ConfigError(
+                f"--calib-inputs is not used: {method.name} needs no statistics; pass --calib-inputs dense"
+            )
         if "row_gradients" in method.needs:
             raise ConfigError(
                 f"--calib-inputs compressed is not for {method.name} here, which weighs by gradients of the dense "
-                "model; leave it out, or choose drone or asvd"
+                "model; pass --calib-inputs dense, or choose drone or asvd"
             )
 
 

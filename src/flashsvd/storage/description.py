@@ -112,4 +112,5 @@ def _range(ranks: list[int | None]) -> str:
 
 
 def _reduction(before: int, after: int, unit: str) -> str:
-    return f"{before:,} -> {after:,} {unit} ({after / before:.1%})"
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{before:,} -> {after:,} {unit}{share}"

@@ -6,16 +6,18 @@ and where it lies), and the tensors' bytes one after the other (https://github.c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flashsvd.storage.scratch import Scratch
 from flashsvd.storage.verify import INDEX, WEIGHTS
 
 # As transformers has it.
@@ -25,19 +27,36 @@ _FORMAT = {"format": "pt"}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def write_piece(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors to a safetensors file.
+def write_piece(tensors: Mapping[str, Tensor], file: Path, *, lasting: bool = False) -> None:
+    """Write tensors to a safetensors file, all of it or nothing.
+
+    Args:
+        lasting: whether it is on the disk when this returns, whatever happens to the machine.
 
     Raises:
         OSError: the file system refuses.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # What a killed writer leaves is then known as ours; the library's own temporary file is not.
+    with Scratch(file, "writing") as scratch:
+        written = scratch / file.name
+        with disk_errors():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata=_FORMAT)
+        if lasting:
+            with written.open("rb") as handle:
+                os.fsync(handle.fileno())
+        written.replace(file)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Within it a full disk is an OSError, which safetensors reports in a type of its own."""
+    from safetensors import SafetensorError
+
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=_FORMAT)
+        yield
     except SafetensorError as error:
-        # The writer reports a full disk in a type of its own.
         raise OSError(str(error)) from error
 
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from flashsvd.errors import CheckpointError, first_line
 from flashsvd.storage.weight_headers import find_weights
 
-# Compared at both ends only, since every place that is read of a mapped file stays in memory, and its surroundings.
-_SAMPLES, _SAMPLE_LENGTH = 2, 256
+# Compared at few places only, since each that is read of a mapped file stays in memory, and its surroundings.
+_SAMPLES, _SAMPLE_LENGTH = 5, 256
 
 
 class StoredWeights:
     """The safetensors files behind a loaded model; empty where it came from another format."""
 
     def __init__(self, source: str, model: Any) -> None:
-        self._files = _tensor_files(source)
+        self._files = _tensor_files(source, getattr(model.config, "transformers_weights", None))
         self._model = model
         self._prefix = f"{model.base_model_prefix}."
 
@@ -93,12 +93,12 @@ def _same(stored: Tensor, loaded: Tensor) -> bool:
     return all(torch.equal(ours[i : i + _SAMPLE_LENGTH], theirs[i : i + _SAMPLE_LENGTH]) for i in starts)
 
 
-def _tensor_files(source: str) -> dict[str, Path]:
-    """Which safetensors file holds each tensor."""
+def _tensor_files(source: str, named: str | None) -> dict[str, Path]:
+    """Which safetensors file holds each tensor; `named` is the one that the config names, if it does."""
     from safetensors import safe_open
 
     found = {}
-    for file in find_weights(source):
+    for file in find_weights(source, named):
         if file.suffix == ".safetensors":
             with safe_open(str(file), framework="pt") as tensors:
                 found.update(dict.fromkeys(tensors.keys(), file))

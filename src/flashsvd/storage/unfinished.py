@@ -20,7 +20,7 @@ from flashsvd.common.json_file import read_json
 from flashsvd.common.options import flag
 from flashsvd.errors import CheckpointError, ConfigError, FlashSVDError, described
 from flashsvd.storage.atomic import one_line_errors, parents_made, real_target
-from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
+from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, leftovers_below, take_away_leftovers
 
 log = logging.getLogger("flashsvd")
 
@@ -37,13 +37,13 @@ class Terms:
     Attributes:
         options: what was asked for, by the names of the options.
         versions: of the libraries that compute.
-        data: a digest of the calibration batches; None where there are none.
+        data: digests of what was read, by what it is, such as the calibration data.
         processes: how many divide these.
     """
 
     options: Mapping[str, Any]
     versions: Mapping[str, str | None]
-    data: str | None
+    data: Mapping[str, str]
     processes: int = 1
 
     def check_same(self, earlier: Mapping[str, Any], directory: Path) -> None:
@@ -69,10 +69,9 @@ class Terms:
             raise ConfigError(
                 f"the run to resume had {before} processes, not {self.processes}; start as many with torchrun"
             )
-        if earlier.get("data") != self.data:
-            raise ConfigError(
-                f"the calibration data are not those of the run to resume; restore them, or remove {directory}"
-            )
+        for name, digest in self.data.items():
+            if earlier.get("data", {}).get(name) != digest:
+                raise ConfigError(f"the {name} is not that of the run to resume; restore it, or remove {directory}")
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,9 @@ class Unfinished:
             raise ConfigError(f"another process works in {self.directory}; wait for it, or choose another --output")
         try:
             self._check_model(fingerprint)
+            if self.resumes:
+                for found in leftovers_below(self.directory):
+                    found.remove()
             yield self.directory
         except BaseException as error:
             # Whoever resumes would only meet the same error again.
@@ -152,7 +154,12 @@ class Unfinished:
             lock.release()
 
     def _check_model(self, fingerprint: str) -> None:
-        if self.resumes and _read(self.directory / TERMS_FILE).get("model") != fingerprint:
+        if not self.resumes:
+            return
+        # Another process may have begun anew since they were compared.
+        earlier = _read(self.directory / TERMS_FILE)
+        self.terms.check_same(earlier, self.directory)
+        if earlier.get("model") != fingerprint:
             raise ConfigError(
                 f"the model's weights are not those of the run to resume; restore them, or remove {self.directory}"
             )
@@ -163,8 +170,12 @@ class Unfinished:
         if self.directory.is_dir():
             # Much may have happened since it was looked at.
             abandoned = Lock.of_abandoned(self.directory)
-            if abandoned is None:
+            if abandoned is None and is_locked(self.directory):
                 return None
+            if abandoned is None:
+                raise ConfigError(
+                    f"whether a process works in {self.directory} cannot be told here; remove it to start anew"
+                )
             if _what_is_in(self.directory) != "nothing":
                 log.warning("%s held an interrupted run, which is thrown away", self.directory)
             self._remove()

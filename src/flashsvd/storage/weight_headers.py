@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,19 +31,24 @@ def find_weights(source: str, named: str | None = None) -> list[Path]:
     Raises:
         ModelError: the hub refuses, or a shard index cannot be read.
     """
-    try:
-        if named is not None:
-            file = companion_file(source, named)
-            return [file] if file else []
-        for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
-            if file := companion_file(source, single):
-                return [file]
-            if file := companion_file(source, index):
-                found = (companion_file(source, name) for name in sorted(set(weight_map(file).values())))
-                return [shard for shard in found if shard]
-    except HubUnreachableError:
-        # Whoever loads the model says so.
-        return []
+    for ask_hub in (True, False):
+        # Where the hub cannot be asked, its cache may still have them; if not, whoever loads the model says so.
+        with contextlib.suppress(HubUnreachableError):
+            return _found_weights(source, named, ask_hub)
+    return []
+
+
+def _found_weights(source: str, named: str | None, ask_hub: bool) -> list[Path]:
+    if named is not None:
+        file = companion_file(source, named, ask_hub=ask_hub)
+        return [file] if file else []
+    for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)):
+        if file := companion_file(source, single, ask_hub=ask_hub):
+            return [file]
+        if file := companion_file(source, index, ask_hub=ask_hub):
+            names = sorted(set(weight_map(file).values()))
+            found = (companion_file(source, name, ask_hub=ask_hub) for name in names)
+            return [shard for shard in found if shard]
     return []
 
 

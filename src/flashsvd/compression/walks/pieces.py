@@ -157,7 +157,7 @@ class Pieces:
             cast(done.module, self.dtype, prefix)
         tensors = {f"{prefix}.{name}": tensor for name, tensor in done.module.state_dict().items()}
         if self.processes.is_first:
-            write_piece(tensors, self._piece(done.index))
+            write_piece(tensors, self._piece(done.index), lasting=True)
         modules = {f"{prefix}.{name}": spec.to_json() for name, spec in describe_layers(done.module).items()}
         record = LayerRecord(done.matrices, done.refinement, modules)
         # All have their states for the next layer when it is said that this one is done, and none removes those before

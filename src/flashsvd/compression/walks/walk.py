@@ -36,7 +36,7 @@ from flashsvd.lowrank.base import FactoredLayer
 from flashsvd.lowrank.build import rounded
 from flashsvd.methods.method import Statistics
 from flashsvd.models.architecture import Target
-from flashsvd.models.precision import is_finite, without_cache
+from flashsvd.models.precision import check_cast, is_finite, without_cache
 from flashsvd.models.put_away import PutAway, converted
 from flashsvd.models.registry import base_prefix
 
@@ -158,7 +158,9 @@ def walk_layers(
     path = list_of_layers(model, factoring.targets)
     for name, _ in model.named_parameters():
         if not name.startswith(f"{path}."):
-            weights.check_finite(name)
+            values = weights.check_finite(name)
+            if factoring.dtype is not None and values.is_floating_point():
+                check_cast(name, values.to(factoring.dtype))
     device, dtype = factoring.device or torch.device("cpu"), _working_dtype(model, factoring, walk)
 
     def runs(name: str) -> bool:
