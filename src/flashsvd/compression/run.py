@@ -170,7 +170,7 @@ class CompressionJob:
         start = time.perf_counter()
         key = self._fingerprint(model)
         with self._at_work(key) as directory:
-            weights = PutAway(model, self.source) if self.layered and not self._holds_model else None
+            weights = PutAway(model, self.source) if self.layered and not self.holds_model else None
             statistics = self._statistics(model, weights, directory, key)
             needs = self.factoring.method.needs
             ranked = self._with_final_ranks(model, weights, self._with_statistics(statistics, needs), directory)
@@ -248,7 +248,7 @@ class CompressionJob:
         return bool(needs) and self.layered and not before and config.calib_inputs == "dense"
 
     @property
-    def _holds_model(self) -> bool:
+    def holds_model(self) -> bool:
         """Whether the model is in memory whole before it is factored: for statistics to keep, and to learn ranks on."""
         return bool(self.config.save_stats) or _asks_for_losses(self.config, self.factoring.method)
 
