@@ -99,6 +99,11 @@ class GradientSums:
             output.register_hook(lambda gradient: add(gradient[real]))  # type: ignore[no-untyped-call]  # as torch has it
 
         def add(gradient: Tensor) -> None:
+            """Add the rows of a gradient.
+
+            Raises:
+                ModelError: it is NaN or infinite.
+            """
             g = target.own_columns(gradient) * self.labels
             if not is_finite(g):
                 raise ModelError(f"the gradient of {target.name} is NaN or infinite on the calibration data")
