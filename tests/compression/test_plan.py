@@ -14,7 +14,7 @@ import flashsvd.compression.run as act
 from conftest import MakeModel
 from flashsvd import CompressConfig, plan_compress, run_compress
 from flashsvd.cli import main
-from flashsvd.compression.needs import Load
+from flashsvd.compression.needs import PROCESS_BYTES, Load
 from flashsvd.errors import ConfigError
 from flashsvd.lowrank.shapes import MatrixShape
 from training_data import write_text
@@ -119,9 +119,9 @@ def test_a_shell_prints_a_reports_json_too(
 
 
 LOAD = Load(
-    shapes=[MatrixShape("w", "ffn", 64, 32)], streams=[64], parameters=3000, item=2, layers=1, tokens=100,
-    batch_tokens=20, vocabulary=0, covariances=True, by_outputs=False, by_weights=False, searches=0, learns=False,
-    walks=False, refine=0,
+    shapes=[MatrixShape("w", "ffn", 64, 32)], streams=[64], parameters=3000, item=2, layers=1, surroundings=900,
+    whole=False, tokens=100, batch_tokens=20, vocabulary=0, covariances=True, by_outputs=False, by_weights=False,
+    searches=0, learns=False, walks=False, refine=0,
 )  # fmt: skip
 
 
@@ -133,6 +133,40 @@ def test_arithmetic_is_counted_by_hand() -> None:
     # 5 steps of all 100 tokens, forward and backward by activations and by weights.
     walked = dataclasses.replace(LOAD, walks=True)
     assert refined.products - walked.products == 5 * 100 * 6 * 64 * 32
+
+
+def test_of_a_model_by_layers_one_is_held_and_what_surrounds_them() -> None:
+    deep = dataclasses.replace(
+        LOAD, shapes=LOAD.shapes * 8, streams=LOAD.streams * 8, parameters=900 + 8 * 2100, layers=8
+    )
+    # The stored layer's 16 bits and its 32; the states before and after it; its covariance and those of 20 tokens.
+    layer, states, covariance, batch = (2 + 4) * 2100, 2 * 4 * 100 * 64, 8 * 64**2, 4 * 20 * (64 + 32)
+    work = 4 * 8 * 64 * 32
+    expected = PROCESS_BYTES + 4 * 900 + layer + states + covariance + max(batch, 2 * 100 + work)
+    assert deep.on_host(800) == expected
+    assert deep.on_device() == 4 * (900 + 2100) + covariance + max(batch, work)
+
+
+def test_layers_more_take_no_more_memory_unless_the_model_is_held_whole() -> None:
+    deep = dataclasses.replace(
+        LOAD, shapes=LOAD.shapes * 100, streams=LOAD.streams * 100, parameters=900 + 100 * 2100, layers=100
+    )
+    assert deep.on_host(100_000) == LOAD.on_host(1000)
+    assert deep.on_device() == LOAD.on_device()
+    for held in ({"whole": True}, {"learns": True}):
+        whole = dataclasses.replace(deep, **held)
+        assert whole.on_host(100_000) > deep.on_host(100_000) + 2 * 99 * 2100
+        assert whole.on_device() > deep.on_device() + 4 * 99 * 2100
+
+
+def test_statistics_that_are_kept_take_the_whole_model(make_model: MakeModel, tmp_path: Path, text: Path) -> None:
+    options = {"method": "fwsvd", "calib_data": str(text), "calib_seq_len": 16}
+    source = make_model("gpt2", "causal-lm", n_layer=8)
+    by_layer, *whole = (
+        plan_compress(config(source, tmp_path / "out", **options, **more))
+        for more in ({}, {"save_stats": str(tmp_path / "statistics")}, {"state_dict": True})
+    )
+    assert all(plan.host_bytes > by_layer.host_bytes for plan in whole)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ HOW: dict[str, list[str]] = {
     "standard": ["--method", "standard"],
     "drone": ["--method", "drone"],
     "compressed": ["--method", "drone", "--calib-inputs", "compressed"],
+    "gradients": ["--method", "fwsvd"],
+    "searched": ["--method", "drone", "--rank-search", "loss"],
 }
 
 

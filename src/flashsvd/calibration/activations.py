@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsvd.calibration.processes import ALONE, Processes
 from flashsvd.errors import ModelError
@@ -37,6 +39,26 @@ class ActivationSums:
     def __bool__(self) -> bool:
         """Whether anything is summed."""
         return bool(self._needs)
+
+    @contextlib.contextmanager
+    def watching(self, modules: Mapping[Target, nn.Module], mask: Callable[[], Tensor]) -> Iterator[None]:
+        """Count what modules are given as they run, of those of one stream the first one.
+
+        Args:
+            modules: each target's, in forward order.
+            mask: [B, S] of the forward that runs, true at real tokens.
+        """
+
+        def hook(target: Target) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, given: self.add(target, given[0].detach()[mask()])
+
+        by_stream = {target.inputs: target for target in reversed(list(modules))} if self else {}
+        handles = [modules[target].register_forward_pre_hook(hook(target)) for target in by_stream.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(self, target: Target, x: Tensor) -> None:
         """Count rows [tokens, in] of the stream that a target reads.

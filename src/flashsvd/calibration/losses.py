@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from flashsvd.data.sampling import IGNORED
 from flashsvd.data.tokenize import Batch
+from flashsvd.errors import ModelError
 from flashsvd.models.sentence import SentenceEncoder
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -34,6 +36,16 @@ def label_count(batch: Batch) -> int:
     if batch.labels is None:
         return batch.tokens
     return int((batch.labels != IGNORED).sum())
+
+
+def check_loss(loss: Tensor) -> None:
+    """Refuse a loss that cannot be differentiated.
+
+    Raises:
+        ModelError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss.item()):
+        raise ModelError("the loss is NaN or infinite on the calibration data; the model or the labels are wrong")
 
 
 def similarity_loss(encoder: SentenceEncoder) -> Loss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from flashsvd.data.tasks import TASKS, Task, check_classifier, label_permutation
 from flashsvd.data.text import load_text
 from flashsvd.data.tokenize import Batch, Tokenize, token_ids
 from flashsvd.errors import DataError
+from flashsvd.methods.method import Need
 from flashsvd.models.heads import fitting_tasks, head_classes, head_of
 from flashsvd.models.loading import check_tokenizer, check_tokens, load_tokenizer
 from flashsvd.models.sentence import SentenceEncoder, encoder_length, read_sentence_encoder
@@ -58,6 +59,16 @@ class Calibration:
     loss: Loss | None
     probe: Loss
     about: Mapping[str, Any]
+
+    def losses(self, needs: Collection[Need]) -> dict[Loss, set[Need]]:
+        """Which gradients are taken of which loss: those by outputs are for the search for ranks, by weights not."""
+        found: dict[Loss, set[Need]] = {}
+        if "row_gradients" in needs:
+            assert self.loss is not None, "the caller refuses needs that no loss meets"
+            found[self.loss] = {"row_gradients"}
+        if "output_gradients" in needs:
+            found.setdefault(self.probe, set()).add("output_gradients")
+        return found
 
 
 def prepare_calibration(

@@ -7,6 +7,7 @@ they are asked for. It is keyed by a fingerprint of the weights, so that another
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,11 +94,14 @@ def on_disk(
 
     with atomic_directory(directory, overwrite, marker=INDEX_FILE) as temporary:
         files: dict[str, str] = {}
-        for number, part in enumerate(parts):
-            name = f"statistics-{number:05}.safetensors"
+        numbers = itertools.count()
+        for part in filter(None, parts):
+            name = f"statistics-{next(numbers):05}.safetensors"
             with disk_errors():
                 save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
             files |= dict.fromkeys(part, name)
+            # Memory need not hold it beside the next one, as `enumerate` would.
+            del part
         index = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "about": dict(about), "files": files}
         (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return ModelStatistics(_StoredTensors(directory, files), about)

@@ -53,15 +53,15 @@ def search_by_loss(model: Any, factoring: Factoring, budget: int, steps: RankSte
     """
     check_finite(model, factoring.read_weight)
     shapes = matrix_shapes(model, factoring.targets, factoring.qkv)
-    curves = []
-    for target, shape in zip(tqdm(factoring.targets, desc="ranking directions", unit="matrix"), shapes, strict=True):
+    # Small blocks that are taken in between and kept would split the freed large ones, and memory grow by these.
+    curves = [LossCurve(shape, torch.empty(shape.full_rank + 1, dtype=torch.float64)) for shape in shapes]
+    for target, curve in zip(tqdm(factoring.targets, desc="ranking directions", unit="matrix"), curves, strict=True):
         weight = blocked_weight(model, target, factoring)
         statistics = factoring.statistics(target).to(weight.device)
         assert statistics.covariance is not None, "the search's needs name it"
         assert statistics.output_gradients is not None, "as above"
-        factors = factoring.method.factorize(weight, shape.full_rank, statistics)
-        losses = truncation_losses(factors, statistics.covariance, statistics.output_gradients)
-        curves.append(LossCurve(shape, losses.cpu()))
+        factors = factoring.method.factorize(weight, curve.shape.full_rank, statistics)
+        curve.losses.copy_(truncation_losses(factors, statistics.covariance, statistics.output_gradients))
     if not any(curve.losses[0] > 0 for curve in curves):
         raise ModelError(
             "the loss does not depend on what is to be factored, so that it cannot rank it; "

@@ -3,7 +3,7 @@
 With P parameters, of which M in the matrices to factor, T calibration tokens, n and m the smaller and the larger side
 of a matrix, a product of [a, b] and [b, c] counts as 2abc operations:
 
-    a forward of the matrices        2TM            (with a head and its loss 2TP)
+    a forward of the matrices        2TM            (with a head and its loss 2TP; once more by layers to differentiate)
     its backward by activations      as much again  (by weights too: twice as much)
     a covariance of width w          T w^2          (one triangle of x^T x)
     a factorisation                  10 n^3 + 4 n^2 m
@@ -21,6 +21,7 @@ import torch
 
 from flashsvd.calibration.collect import PASS_BYTES
 from flashsvd.compression.walks.refine import STEP_TOKENS
+from flashsvd.compression.walks.states import IN_MEMORY
 from flashsvd.lowrank.shapes import MatrixShape
 from flashsvd.methods import adasvd
 
@@ -41,6 +42,8 @@ class Load:
         parameters: of the whole model.
         item: bytes of one of them as it is stored.
         layers: how many there are.
+        surroundings: parameters outside of the layers.
+        whole: whether the model is in memory whole, though no ranks are learned; if not, a layer at a time.
         tokens: of all calibration data; 0 where none are read.
         batch_tokens: of the largest batch, padding counted.
         vocabulary: how many logits the loss takes for each token; 0 without a loss over tokens.
@@ -57,6 +60,8 @@ class Load:
     parameters: int
     item: int
     layers: int
+    surroundings: int
+    whole: bool
     tokens: int
     batch_tokens: int
     vocabulary: int
@@ -74,6 +79,16 @@ class Load:
         return sum(shape.dense_parameters for shape in self.shapes)
 
     @property
+    def differentiates(self) -> bool:
+        """Whether calibration takes gradients of a loss."""
+        return self.by_outputs or self.by_weights
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether no more than a layer, and what surrounds the layers, is in memory."""
+        return not (self.whole or self.learns)
+
+    @property
     def statistics(self) -> int:
         """Bytes of the statistics of all matrices."""
         numbers = sum(width**2 for width in self.streams) if self.covariances else 0
@@ -83,18 +98,41 @@ class Load:
 
     @property
     def activations(self) -> int:
-        """Bytes of one batch: of a layer at a time, or of all where a loss is differentiated."""
+        """Bytes of one batch: of a layer at a time, or of all where a whole model's loss is differentiated."""
         widths = sum(shape.in_features + shape.out_features for shape in self.shapes)
-        differentiates = self.by_outputs or self.by_weights or self.learns
         # Logits, their logarithms and the gradients of these.
-        kept = widths + 3 * self.vocabulary if differentiates else widths // self.layers
+        head = 3 * self.vocabulary if self.differentiates or self.learns else 0
+        if self.by_layer:
+            kept = max(widths // self.layers, head)
+        else:
+            kept = widths + head if self.differentiates or self.learns else widths // self.layers
         return _FLOAT * self.batch_tokens * kept
 
     @property
     def hidden(self) -> int:
-        """Bytes of the hidden states that a walk keeps: of the dense model, of ours, and of the layer's outputs."""
-        width = self.shapes[0].in_features
-        return 3 * _FLOAT * self.tokens * width if self.walks else 0
+        """Bytes of the hidden states in memory: before and after a layer, and in a walk of the compressed model too."""
+        if not (self.tokens or self.walks):
+            return 0
+        return (4 if self.walks else 2) * min(IN_MEMORY, _FLOAT * self.tokens * self.shapes[0].in_features)
+
+    @property
+    def work(self) -> int:
+        """Bytes that the largest factorisation takes."""
+        return 4 * _DOUBLE * max(shape.dense_parameters for shape in self.shapes)
+
+    @property
+    def full_rank(self) -> int:
+        """Bytes of the full-rank factors in float32 that ranks are learned over; 0 where none are."""
+        numbers = sum(shape.full_rank * shape.parameters_per_rank for shape in self.shapes) if self.learns else 0
+        return _FLOAT * numbers
+
+    @property
+    def running_layer(self) -> int:
+        """Bytes of what runs a layer: its weights, their gradients, what surrounds the layers, all in float32."""
+        if not (self.tokens or self.walks):
+            return 0
+        layer = (self.parameters - self.surroundings) // self.layers
+        return _FLOAT * (self.surroundings + layer * (2 if self.by_weights or self.refine else 1))
 
     def on_host(self, compressed: int) -> int:
         """Bytes at once at most in the memory of a process that compresses on the CPU.
@@ -102,35 +140,47 @@ class Load:
         Args:
             compressed: parameters that the factored matrices hold.
         """
+        factors = self.item * compressed
+        layer = self.item * (self.parameters - self.surroundings) // self.layers
+        measuring = self.statistics // self.layers + self.activations
+        factoring = self._largest_statistics + factors // self.layers + self.work
+        by_layer = layer + self.running_layer + self.hidden + max(measuring, factoring)
+        if self.by_layer:
+            return PROCESS_BYTES + by_layer
         floats = _FLOAT * self.parameters if self.item < _FLOAT and self.tokens else 0
-        model, factors = self.item * self.parameters, self.item * compressed
         statistics = min(self.statistics, PASS_BYTES)
-        measuring = floats + statistics + self.activations
-        if self.learns:
-            measuring += _FLOAT * sum(shape.full_rank * shape.parameters_per_rank for shape in self.shapes)
-        largest = max(shape.dense_parameters for shape in self.shapes)
-        factoring = statistics + factors + 4 * _DOUBLE * largest
+        measuring = floats + statistics + self.activations + self.full_rank
+        factoring = statistics + factors + self.work
         walking = (floats + self.hidden + factors + self.activations) if self.walks else 0
-        return PROCESS_BYTES + model + max(measuring, factoring, walking)
+        # Once its ranks are learned, or its statistics kept, it is factored by layers.
+        return PROCESS_BYTES + max(by_layer, self.item * self.parameters + max(measuring, factoring, walking))
 
     def on_device(self) -> int:
-        """Bytes at once at most on a GPU: the model in float32, statistics, a batch, one factorisation."""
-        work = 4 * _DOUBLE * max(shape.dense_parameters for shape in self.shapes)
+        """Bytes at once at most on a GPU: what runs in float32, statistics, a batch, one factorisation."""
         if not (self.tokens or self.walks):
-            return work
-        model = _FLOAT * self.parameters
-        full = sum(shape.full_rank * shape.parameters_per_rank for shape in self.shapes) if self.learns else 0
-        return model + _FLOAT * full + min(self.statistics, PASS_BYTES) + self.activations + work
+            return self.work
+        if self.by_layer:
+            measuring = self.statistics // self.layers + self.activations
+            return self.running_layer + max(measuring, self._largest_statistics + self.work)
+        statistics = min(self.statistics, PASS_BYTES)
+        return _FLOAT * self.parameters + self.full_rank + statistics + self.activations + self.work
+
+    @property
+    def _largest_statistics(self) -> int:
+        """Bytes of the statistics of one matrix at most."""
+        inputs = max(self.streams) ** 2 if self.covariances else 0
+        outputs = max(shape.out_features for shape in self.shapes) ** 2 if self.by_outputs else 0
+        return _DOUBLE * (inputs + outputs)
 
     @property
     def products(self) -> float:
         """Operations of products in float32."""
         total = 0.0
-        differentiates = self.by_outputs or self.by_weights
-        if self.covariances or differentiates:
-            total += 2.0 * self.tokens * (self.parameters if differentiates else self.matrices)
-        if differentiates:
+        if self.covariances or self.differentiates:
+            total += 2.0 * self.tokens * (self.parameters if self.differentiates else self.matrices)
+        if self.differentiates:
             total += 2.0 * self.tokens * (self.parameters + (self.matrices if self.by_weights else 0))
+            total += 2.0 * self.tokens * self.matrices if self.by_layer else 0
         if self.covariances:
             total += self.tokens * sum(float(width**2) for width in self.streams)
         if self.by_outputs:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flashsvd.common.device import describe_device
 from flashsvd.common.tables import html_table
 from flashsvd.compression.needs import Load
 from flashsvd.compression.run import CompressionJob
+from flashsvd.compression.walks.layers import list_of_layers
 from flashsvd.lowrank.ranks import kept_parameters
 from flashsvd.lowrank.shapes import MatrixShape, Role
 from flashsvd.methods.method import Need
@@ -132,7 +134,7 @@ def plan_of(job: CompressionJob) -> CompressPlan:
         "target_compressed": kept,
     }
     stored = _stored_dtype(job)
-    load = _load(job, dense, stored.itemsize)
+    load = _load(job, model, dense, stored.itemsize)
     device = factoring.device or torch.device("cpu")
     method = factoring.method
     matrices = []
@@ -180,8 +182,10 @@ def _bytes_on_disk(job: CompressionJob, parameters: int, dtype: torch.dtype) -> 
     return (parameters - integers) * dtype.itemsize + integers + 4 * scales
 
 
-def _load(job: CompressionJob, parameters: int, item: int) -> Load:
+def _load(job: CompressionJob, model: nn.Module, parameters: int, item: int) -> Load:
     config, factoring = job.config, job.factoring
+    path = list_of_layers(model, factoring.targets) if job.layered else ""
+    layers = sum(p.numel() for p in model.get_submodule(path).parameters()) if path else 0
     searched = factoring.method.search != "uniform" and config.ranks_json is None
     learns = searched and factoring.method.choose_ranks is not None
     batches = job.calibration.batches if job.calibration else ()
@@ -192,6 +196,8 @@ def _load(job: CompressionJob, parameters: int, item: int) -> Load:
         parameters=parameters,
         item=item,
         layers=len({(target.stack, target.layer) for target in factoring.targets}),
+        surroundings=parameters - layers,
+        whole=not job.layered or job.holds_model or config.state_dict,
         tokens=sum(batch.tokens for batch in batches),
         batch_tokens=max((_padded_tokens(batch.inputs) for batch in batches), default=0),
         vocabulary=_logits(job),

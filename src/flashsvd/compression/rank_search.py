@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashsvd.calibration.gradients import frozen
 from flashsvd.calibration.losses import Loss
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import dense_layer, factor_layers, install, matrix_shapes
@@ -76,7 +77,7 @@ def search_ranks(
             model, replace(factoring, plan=full, device=device, dtype=None, factors="float", read_weight=None)
         )
         layers = {target: MaskedLinear(dense_layer(model, target), layer) for target, layer in factored.items()}
-        with _installed(model, layers), _frozen(model):
+        with _installed(model, layers), frozen(model):
             problem = _MaskedModel(
                 shapes=shapes,
                 uniform={shape.name: factoring.plan[shape.name].rank or shape.full_rank for shape in shapes},
@@ -154,15 +155,3 @@ def _installed(model: Any, layers: Mapping[Target, nn.Module]) -> Iterator[None]
     finally:
         for path, module in originals.items():
             model.set_submodule(path, module)
-
-
-@contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """No parameter asks for a gradient, for a while; only masks do."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsvd.calibration.activations import ACTIVATIONS
 from flashsvd.calibration.batches import digest_of
 from flashsvd.calibration.collect import collect_statistics
 from flashsvd.calibration.processes import Processes
@@ -35,8 +36,10 @@ from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_
 from flashsvd.compression.loss_search import search_by_loss
 from flashsvd.compression.rank_search import search_ranks
 from flashsvd.compression.result import CompressReport, GroupLog
+from flashsvd.compression.walks.gradients import collect_by_layer
 from flashsvd.compression.walks.layers import has_list_of_layers, list_of_layers
 from flashsvd.compression.walks.pieces import Pieces
+from flashsvd.compression.walks.states import StateFolder
 from flashsvd.compression.walks.walk import Refinement, Walk
 from flashsvd.data.sampling import Draw
 from flashsvd.data.tasks import Task, get_task
@@ -169,12 +172,18 @@ class CompressionJob:
         files = find_weights(self.source, getattr(self.model_config, "transformers_weights", None))
         dense_bytes = sum(file.stat().st_size for file in files)
         start = time.perf_counter()
-        with self._at_work(model) as directory:
-            statistics = self._statistics(model, directory)
-            factoring = self._with_final_ranks(model, self._with_statistics(statistics), directory)
+        key = self._fingerprint(model)
+        with self._at_work(key) as directory:
+            weights = PutAway(model, self.source) if self.layered and not self.holds_model else None
+            statistics = self._statistics(model, weights, directory, key)
+            needs = self.factoring.method.needs
+            ranked = self._with_final_ranks(model, weights, self._with_statistics(statistics, needs), directory)
+            # Gradients by outputs say what ranks are worth, and no factors are made of them.
+            factoring = replace(self._with_statistics(statistics, needs - {"output_gradients"}), plan=ranked.plan)
             pieces = None
             if self.layered:
-                pieces = Pieces(directory, model, PutAway(model, self.source), factoring.dtype, self.processes)
+                weights = weights or PutAway(model, self.source)
+                pieces = Pieces(directory, model, weights, factoring.dtype, self.processes)
             matrices, refinements = self._factor(model, factoring, pieces)
             seconds = time.perf_counter() - start
             parameters = {
@@ -192,9 +201,12 @@ class CompressionJob:
         return CompressReport(self.output, info, tuple(matrices), size, seconds, tuple(refinements))
 
     @contextlib.contextmanager
-    def _at_work(self, model: Any) -> Iterator[Path]:
-        """The working directory, which the first process opens for all."""
-        key = self._fingerprint(model)
+    def _at_work(self, key: str) -> Iterator[Path]:
+        """The working directory, which the first process opens for all.
+
+        Args:
+            key: the fingerprint of the model's weights.
+        """
         # Every process has looked at the output by now.
         self.processes.wait()
         with self.unfinished.opened(key) if self.processes.is_first else contextlib.nullcontext():
@@ -229,39 +241,42 @@ class CompressionJob:
 
     @property
     def _measures(self) -> bool:
-        """Whether the walk collects the statistics, layer by layer.
+        """Whether the walk collects the statistics, layer by layer, as it factors.
 
         It cannot where they are gradients, of which the last layer's are the first that there are; where a search for
         ranks, which comes before the factors of the first layer, reads those of all layers; and where they are to be
-        kept, since that takes gradients along. Those are collected by passes over a model that is in memory whole.
+        kept, since that takes gradients along.
         """
         needs, config = self.factoring.method.needs, self.config
         before = config.stats or config.save_stats or self._searches or not GRADIENTS.isdisjoint(needs)
         return bool(needs) and self.layered and not before and config.calib_inputs == "dense"
 
-    def _statistics(self, model: Any, directory: Path) -> ModelStatistics | None:
+    @property
+    def holds_model(self) -> bool:
+        """Whether the model is in memory whole before it is factored: for statistics to keep, and to learn ranks on."""
+        return bool(self.config.save_stats) or _asks_for_losses(self.config, self.factoring.method)
+
+    def _statistics(self, model: Any, weights: PutAway | None, directory: Path, key: str) -> ModelStatistics | None:
         """What the method needs to know of the whole dense model before the first layer is factored; None for nothing.
 
         Args:
+            weights: those of the model where they are put away.
             directory: keeps it for a run that resumes this one.
+            key: the fingerprint of the weights.
         """
         config, targets, needs = self.config, self.factoring.targets, self.factoring.method.needs
         if not needs or self._measures or (config.calib_inputs == "compressed" and not self._searches):
             return None
         if config.stats:
             where = _path(config.stats)
-            statistics = load_statistics(where, self._fingerprint(model))
+            statistics = load_statistics(where, key)
             statistics.require(targets, needs, config.task, str(where))
             return statistics
         device = self.factoring.device
         assert device is not None, "prepared with one"
         assert self.calibration is not None, "prepared for every method that needs it"
         about = self.calibration.about
-        where, key = (
-            (_path(config.save_stats), self._fingerprint(model))
-            if config.save_stats
-            else (directory / STATISTICS_FOLDER, "")
-        )
+        where = _path(config.save_stats) if config.save_stats else directory / STATISTICS_FOLDER
         if not self.processes.is_first:
             self.processes.wait()
             return load_statistics(where, key)
@@ -272,25 +287,31 @@ class CompressionJob:
         kept: set[Need] = {"covariance", "mean_abs"} if config.save_stats else set()
         if config.save_stats and self.calibration.loss is not None:
             kept.add("row_gradients")
-        parts = _collected(model, targets, self.calibration, {*needs, *kept}, device)
+        if weights is None:
+            parts = _collected(model, targets, self.calibration, {*needs, *kept}, device)
+        else:
+            batches, losses = self.calibration.batches, self.calibration.losses(needs)
+            parts = collect_by_layer(model, weights, targets, batches, needs, losses, device, StateFolder(directory))
         statistics = on_disk(parts, about, key, where, config.overwrite)
         self.processes.wait()
         return statistics
 
-    def _with_statistics(self, statistics: ModelStatistics | None) -> Factoring:
+    def _with_statistics(self, statistics: ModelStatistics | None, needs: Collection[Need]) -> Factoring:
         if statistics is None:
             return self.factoring
-        needs = self.factoring.method.needs
         return replace(self.factoring, statistics_of=lambda target, blocks: statistics.of(target, needs, blocks))
 
     @property
     def _request(self) -> RankRequest:
         return division(self.config.rank_request(), self.model_config)
 
-    def _with_final_ranks(self, model: Any, factoring: Factoring, directory: Path) -> Factoring:
+    def _with_final_ranks(
+        self, model: Any, weights: PutAway | None, factoring: Factoring, directory: Path
+    ) -> Factoring:
         """With the ranks asked for, or those that a search comes to.
 
         Args:
+            weights: those of the model where they are put away.
             directory: keeps these for a run that resumes this one.
         """
         if not self._searches:
@@ -302,19 +323,19 @@ class CompressionJob:
             found = read_ranks(file, self.config.qkv)
             ranks = {name: rank for name, rank in found.items() if rank is not None}
         else:
-            ranks = self._found_ranks(model, factoring)
+            ranks = self._found_ranks(model, weights, factoring)
             write_text(file, ranks_text(self.config.qkv, ranks))
         if self.processes.is_first:
             self.processes.wait()
         return replace(factoring, plan=plan_found_ranks(self.shapes, ranks))
 
-    def _found_ranks(self, model: Any, factoring: Factoring) -> dict[str, int]:
+    def _found_ranks(self, model: Any, weights: PutAway | None, factoring: Factoring) -> dict[str, int]:
         """The ranks that a search comes to; full rank where a matrix should stay dense."""
         request = self._request
         budget = parameter_budget(self.shapes, request)
         if factoring.method.search == "loss":
-            read = replace(factoring, read_weight=StoredWeights(self.source, model).read)
-            return search_by_loss(model, read, budget, request.steps)
+            read = StoredWeights(self.source, model).read if weights is None else weights.read
+            return search_by_loss(model, replace(factoring, read_weight=read), budget, request.steps)
         assert self.calibration is not None, "prepared for every search that asks for losses"
         batches, loss = self.calibration.batches, self.calibration.loss
         # From the even division a search comes to better ranks than from the fast one.
@@ -402,15 +423,13 @@ class CompressionJob:
 def _collected(
     model: Any, targets: Sequence[Target], calibration: Calibration, needs: Collection[Need], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """All sums, each by the loss that it differentiates: gradients by outputs are for the search, by weights not."""
-    probed: set[Need] = {"output_gradients"}
-    own, batches = set(needs) - probed, calibration.batches
-    if "row_gradients" in own and len(own) < len(needs):
-        yield from collect_statistics(model, targets, batches, own, calibration.loss, device)
-        yield from collect_statistics(model, targets, batches, probed, calibration.probe, device)
-    else:
-        loss = calibration.loss if len(own) == len(needs) else calibration.probe
-        yield from collect_statistics(model, targets, batches, needs, loss, device)
+    """All sums, by a pass for each loss that is differentiated, or by one without any."""
+    activations, losses = ACTIVATIONS & set(needs), calibration.losses(needs)
+    if not losses:
+        yield from collect_statistics(model, targets, calibration.batches, activations, None, device)
+    for loss, gradients in losses.items():
+        yield from collect_statistics(model, targets, calibration.batches, activations | gradients, loss, device)
+        activations = frozenset()
 
 
 def _terms(

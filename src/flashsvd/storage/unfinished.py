@@ -27,7 +27,7 @@ log = logging.getLogger("flashsvd")
 TERMS_FILE = "compress_config.json"
 # What tells that something has been done, and what else may lie beside it.
 _DONE = re.compile(r"layer-\d{5}\.json|ranks\.json|statistics")
-_ON_THE_WAY = re.compile(r"(layer|rest)-\d{5}\.safetensors|states-\d{5}-(dense|ours)-\d+")
+_ON_THE_WAY = re.compile(r"(layer|rest)-\d{5}\.safetensors|states-\d{5}-(dense|ours|gradients)-\d+")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ model's forward makes it: the layers before hand on what they are given, and the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,24 @@ class LayerStack:
             handle.remove()
         return found[0]
 
+    @contextlib.contextmanager
+    def ending_in(self, last: Iterable[Tensor]) -> Iterator[None]:
+        """The model's own forwards without its layers, for a while.
+
+        Args:
+            last: the hidden states [B, S, hidden] to take for those that the last layer gives, one for each forward.
+        """
+        states = iter(last)
+        *before, end = self.layers
+        with _other_forwards(
+            {**dict.fromkeys(before, self._hand_on), end: lambda *_, **__: self._hand_on(next(states))}
+        ):
+            yield
+
+    def _hand_on(self, states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        """A layer's forward that leaves the states as they are."""
+        return (states,) if self.in_tuples else states
+
     def _outputs(self, index: int, hidden: Tensor | None, inputs: Inputs, layer: nn.Module) -> list[Any]:
         """What the layer returns, on the hidden states given or on the model's own; nothing where a hook ends it."""
         outputs: list[Any] = []
@@ -120,11 +138,8 @@ class LayerStack:
                 outputs.append(forward(own if hidden is None else hidden.to(self.device), *rest, **named))
             raise _ThroughError
 
-        def hand_on(states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
-            return (states,) if self.in_tuples else states
-
         layers = list(self.layers)
-        before = dict.fromkeys(layers[:index], hand_on)
+        before = dict.fromkeys(layers[:index], self._hand_on)
         self._forward(inputs, {**before, layers[index]: stand_in})
         return outputs
 
@@ -156,6 +171,15 @@ def list_of_layers(model: nn.Module, targets: Sequence[Target]) -> str:
     (path,) = paths
     assert path is not None, "as was just seen"
     return path
+
+
+def inside_layer(path: str, target: Target) -> Target:
+    """A target by its path inside its layer.
+
+    Args:
+        path: of the list that holds the layers.
+    """
+    return replace(target, module=target.module.removeprefix(f"{path}.{target.layer}.".lstrip(".")))
 
 
 def has_list_of_layers(model: nn.Module, targets: Sequence[Target]) -> bool:

@@ -18,7 +18,8 @@ from flashsvd.common.json_file import read_json
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix
 from flashsvd.compression.walks.layers import layers_at, list_of_layers
-from flashsvd.compression.walks.walk import LayerDone, Refinement, StateFolder, Walk, walk_layers
+from flashsvd.compression.walks.states import StateFolder
+from flashsvd.compression.walks.walk import LayerDone, Refinement, Walk, walk_layers
 from flashsvd.errors import CheckpointError, ModelError, described, first_line
 from flashsvd.lowrank.spec import FORMAT_VERSION, read_modules
 from flashsvd.models.factored import build_layers, describe_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -79,6 +80,27 @@ class HiddenStates(Sequence[Tensor]):
         """Remove their files, which nothing reads any more."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """Where the hidden states before each layer lie; None for nowhere but in memory.
+
+    Attributes:
+        rank: of the process whose states they are.
+    """
+
+    directory: Path | None
+    rank: int = 0
+
+    def of(self, index: int, whose: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"states-{index:05}-{whose}-{self.rank}"
+
+    def stored(self, index: int, whose: str, count: int) -> HiddenStates:
+        """Those that an earlier run wrote."""
+        directory = self.of(index, whose)
+        assert directory is not None, "what was written is somewhere"
+        return HiddenStates.stored(directory, count)
 
 
 def _file(directory: Path, index: int) -> Path:

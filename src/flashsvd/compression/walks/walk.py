@@ -15,7 +15,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from flashsvd.calibration.processes import ALONE, Processes
 from flashsvd.calibration.store import ModelStatistics
 from flashsvd.compression.factoring import Factoring
 from flashsvd.compression.factorize import FactoredMatrix, dense_weight, factor_target, install, relative_error
-from flashsvd.compression.walks.layers import LayerStack, layers_at, list_of_layers
+from flashsvd.compression.walks.layers import LayerStack, inside_layer, layers_at, list_of_layers
 from flashsvd.compression.walks.refine import LayerSamples, refine
-from flashsvd.compression.walks.states import HiddenStates
+from flashsvd.compression.walks.states import HiddenStates, StateFolder
 from flashsvd.compression.walks.sums import StreamSums
 from flashsvd.data.tokenize import Inputs
 from flashsvd.errors import ModelError
@@ -187,27 +186,6 @@ def _working_dtype(model: Any, factoring: Factoring, walk: Walk) -> torch.dtype:
     return torch.bfloat16 if keeps else torch.float32
 
 
-@dataclass(frozen=True)
-class StateFolder:
-    """Where the hidden states before each layer lie; None for nowhere but in memory.
-
-    Attributes:
-        rank: of the process whose states they are.
-    """
-
-    directory: Path | None
-    rank: int = 0
-
-    def of(self, index: int, whose: str) -> Path | None:
-        return None if self.directory is None else self.directory / f"states-{index:05}-{whose}-{self.rank}"
-
-    def stored(self, index: int, whose: str, count: int) -> HiddenStates:
-        """Those that an earlier run wrote."""
-        directory = self.of(index, whose)
-        assert directory is not None, "what was written is somewhere"
-        return HiddenStates.stored(directory, count)
-
-
 class _Walking:
     """A walk under way, with the hidden states [B, S, hidden] that come next."""
 
@@ -251,7 +229,7 @@ class _Walking:
                 stored = {target: layer for target, (_, layer) in made.items() if layer is not None}
                 refinement = None
         stored = {target: layer.cpu() for target, layer in stored.items()}
-        install(own, {self._inside(target): layer for target, layer in stored.items()})
+        install(own, {inside_layer(self.path, target): layer for target, layer in stored.items()})
         return LayerDone(index, own, stored, tuple(matrices), refinement)
 
     def go_on(self) -> None:
@@ -294,7 +272,8 @@ class _Walking:
         if not self.walk.inputs:
             return self.factoring
         sums = self._sums()
-        with self._summing(running, targets, sums):
+        modules = {target: running.get_submodule(inside_layer(self.path, target).module) for target in targets}
+        with sums.watching(modules, lambda: self._mask):
             states = self._through(index, running, self._dense)
             if index == self._last and not self.walk.rebuilds:
                 for _ in states:
@@ -313,24 +292,6 @@ class _Walking:
     def _tokens(self) -> int:
         """Of all processes."""
         return sum(int(inputs["attention_mask"].sum()) for inputs in self.walk.inputs)
-
-    @contextlib.contextmanager
-    def _summing(self, running: nn.Module, targets: Sequence[Target], sums: ActivationSums) -> Iterator[None]:
-        """Add what a layer's streams get, as it runs, to their sums."""
-
-        def hook(target: Target) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _, given: sums.add(target, given[0][self._mask])
-
-        by_stream = {target.inputs: target for target in reversed(targets)} if sums else {}
-        handles = [
-            running.get_submodule(self._inside(target).module).register_forward_pre_hook(hook(target))
-            for target in by_stream.values()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _rebuilt(
         self, index: int, dense: nn.Module, targets: Sequence[Target]
@@ -362,12 +323,14 @@ class _Walking:
             statistics = self._statistics(index, ours, stream[0])
             factoring = dataclasses.replace(factoring, statistics_of=lambda *_: statistics)
         made = {target: factor_target(self.model, target, factoring) for target in stream}
-        install(ours, {self._inside(target): layer for target, (_, layer) in made.items() if layer is not None})
+        install(
+            ours, {inside_layer(self.path, target): layer for target, (_, layer) in made.items() if layer is not None}
+        )
         return made
 
     def _statistics(self, index: int, ours: nn.Module, target: Target) -> Statistics:
         """What the method needs of the stream that a target reads."""
-        module = self._inside(target).module
+        module = inside_layer(self.path, target).module
         masks = [inputs["attention_mask"].bool() for inputs in self._inputs]
         sums = StreamSums(self.factoring.method.needs, self._tokens)
         for inputs, mask, given, dense in zip(self._inputs, masks, self._ours, self._dense, strict=True):
@@ -391,7 +354,10 @@ class _Walking:
     def _with(self, dense: nn.Module, stored: Mapping[Target, FactoredLayer]) -> nn.Module:
         """The layer as the checkpoint will have it, computing in float32."""
         layer = copy.deepcopy(dense)
-        install(layer, {self._inside(target): copy.deepcopy(factored).float() for target, factored in stored.items()})
+        install(
+            layer,
+            {inside_layer(self.path, target): copy.deepcopy(factored).float() for target, factored in stored.items()},
+        )
         return layer
 
     def _measured(self, target: Target, result: FactoredMatrix, stored: FactoredLayer | None) -> FactoredMatrix:
@@ -416,8 +382,3 @@ class _Walking:
                     "the model is damaged, or its factors are too large for --dtype"
                 )
             yield found
-
-    def _inside(self, target: Target) -> Target:
-        """The target by its path inside its layer."""
-        path = target.module.removeprefix(f"{self.path}.{target.layer}.".lstrip("."))
-        return dataclasses.replace(target, module=path)
