@@ -32,7 +32,7 @@ class CompressConfig(Config):
     recipe: str | None = option(
         None,
         help="options that go together: best is --method drone --rank-steps fine --rank-search loss --calib-inputs "
-        "compressed --refine 240, quick the same without the last two; each of them can be given otherwise",
+        "compressed --refine 360, quick the same without the last two; each of them can be given otherwise",
         choices=RECIPES,
     )
     method: str = option(

@@ -18,7 +18,7 @@ _PLAIN: Mapping[str, Any] = {
 }
 _SEARCHED: Mapping[str, Any] = {"method": "drone", "rank_steps": "fine", "rank_search": "loss"}
 _BY_NAME: Mapping[str, Mapping[str, Any]] = {
-    "best": {**_SEARCHED, "calib_inputs": "compressed", "refine": 240},
+    "best": {**_SEARCHED, "calib_inputs": "compressed", "refine": 360},
     "quick": {**_SEARCHED, "calib_inputs": "dense", "refine": 0},
 }
 RECIPES = tuple(_BY_NAME)
