@@ -98,3 +98,8 @@ def test_the_checkpoint_says_what_was_done(make_model: MakeModel, tmp_path: Path
     ).info  # fmt: skip
     assert (info.method, info.rank_steps, info.rank_search) == ("drone", "fine", "loss")
     assert (info.calib_inputs, info.refine_steps) == ("compressed", 2)
+
+
+def test_a_recipe_has_no_place_in_the_order_of_the_others() -> None:
+    config = CompressConfig("a model", "drone", ratio=0.5)
+    assert (config.method, config.recipe) == ("drone", None)

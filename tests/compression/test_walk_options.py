@@ -212,6 +212,8 @@ def test_what_a_search_reads_is_not_what_a_method_makes_of_its_inputs(
     make_model: MakeModel, tmp_path: Path, text: Path
 ) -> None:
     options = {"method": "standard", "rank_search": "loss", "calib_inputs": "compressed", "calib_data": str(text)}
-    with pytest.raises(FlashSVDError, match="calib_inputs is not used: standard needs no statistics; leave it out"):
+    with pytest.raises(
+        FlashSVDError, match="calib_inputs is not used: standard needs no statistics; pass calib_inputs dense"
+    ):
         compress(make_model("llama", "causal-lm"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -42,6 +42,7 @@ def option(
     path: PathUse | None = None,
     directory: bool = False,
     default_path: str | None = None,
+    by_name: bool = False,
 ) -> Any:
     """A field of a `Config` with its help text and its rules, which the config holds it against.
 
@@ -54,6 +55,7 @@ def option(
         path: the text names a file or directory, and this is what is done with it.
         directory: what is written is a directory, so that the name of a file is refused.
         default_path: the directory that is written to, or below, where none is named.
+        by_name: whether it is given by its name only, and has no place in the order of the others.
     """
     metadata = {
         "help": help,
@@ -66,8 +68,8 @@ def option(
         "default_path": default_path,
     }
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(metadata=metadata, kw_only=by_name)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=by_name)
 
 
 @dataclass(frozen=True)

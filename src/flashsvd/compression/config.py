@@ -34,6 +34,7 @@ class CompressConfig(Config):
         help="options that go together: best is --method drone --rank-steps fine --rank-search loss --calib-inputs "
         "compressed --refine 360, quick the same without the last two; each of them can be given otherwise",
         choices=RECIPES,
+        by_name=True,
     )
     method: str = option(
         None,

@@ -51,7 +51,11 @@ def write_piece(tensors: Mapping[str, Tensor], file: Path, *, lasting: bool = Fa
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Within it a full disk is an OSError, which safetensors reports in a type of its own."""
+    """Within it a full disk is an OSError, which safetensors reports in a type of its own.
+
+    Raises:
+        OSError: the file system refuses.
+    """
     from safetensors import SafetensorError
 
     try:

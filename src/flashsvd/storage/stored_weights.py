@@ -17,8 +17,8 @@ from torch import Tensor
 from flashsvd.errors import CheckpointError, first_line
 from flashsvd.storage.weight_headers import find_weights
 
-# Compared at few places only, since each that is read of a mapped file stays in memory, and its surroundings.
-_SAMPLES, _SAMPLE_LENGTH = 5, 256
+# Compared at both ends only, since every place that is read of a mapped file stays in memory, and its surroundings.
+_SAMPLES, _SAMPLE_LENGTH = 2, 256
 
 
 class StoredWeights:
