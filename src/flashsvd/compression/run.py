@@ -27,9 +27,16 @@ from flashsvd.calibration.store import (
     on_disk,
 )
 from flashsvd.common.device import resolve_device, resolve_dtype
-from flashsvd.common.options import flag
 from flashsvd.common.paths import expand
 from flashsvd.common.provenance import git_commit, library_versions, timestamp
+from flashsvd.compression.asked import (
+    asks_for_losses,
+    check_inputs,
+    check_options,
+    looks_for_ranks,
+    reads_data_otherwise,
+    searches_ranks,
+)
 from flashsvd.compression.config import CompressConfig
 from flashsvd.compression.factoring import Factoring, QKVLayout
 from flashsvd.compression.factorize import FactoredMatrix, factor_model, matrix_shapes
@@ -123,8 +130,8 @@ class CompressionJob:
             raise ConfigError("--refine is for one process; start it without torchrun, or pass --refine 0")
         output = config.output_directory(method.name)
         check_target(output, config.overwrite)
-        _check_options(config, method, output)
-        _check_inputs(config, plain)
+        check_options(config, method, output)
+        check_inputs(config, plain)
         if config.save_stats and not config.resume:
             check_target(_path(config.save_stats), config.overwrite, marker=INDEX_FILE)
 
@@ -215,7 +222,7 @@ class CompressionJob:
 
     @property
     def _searches(self) -> bool:
-        return _searches_ranks(self.config, self.factoring.method)
+        return searches_ranks(self.config, self.factoring.method)
 
     def _load(self) -> Pretrained:
         log.info("loading %s", self.config.model)
@@ -254,7 +261,7 @@ class CompressionJob:
     @property
     def holds_model(self) -> bool:
         """Whether the model is in memory whole before it is factored: for statistics to keep, and to learn ranks on."""
-        return bool(self.config.save_stats) or _asks_for_losses(self.config, self.factoring.method)
+        return bool(self.config.save_stats) or asks_for_losses(self.config, self.factoring.method)
 
     def _statistics(self, model: Any, weights: PutAway | None, directory: Path, key: str) -> ModelStatistics | None:
         """What the method needs to know of the whole dense model before the first layer is factored; None for nothing.
@@ -388,7 +395,7 @@ class CompressionJob:
         config, request, method = self.config, self._request, self.factoring.method
         calibration = statistics.about if statistics else self.calibration.about if self.calibration else None
         if calibration and self.calibration and config.stats:
-            read_for = "rank_search" if _asks_for_losses(config, method) else "refinement"
+            read_for = "rank_search" if asks_for_losses(config, method) else "refinement"
             calibration = {**calibration, read_for: self.calibration.about}
         return CompressionInfo(
             method=method.name,
@@ -406,8 +413,8 @@ class CompressionJob:
             calib_inputs=config.calib_inputs,
             refine_steps=config.refine,
             ranks_json=config.ranks_json,
-            rank_steps=request.steps if _looks_for_ranks(config, method) else None,
-            rank_search=method.search if _looks_for_ranks(config, method) else None,
+            rank_steps=request.steps if looks_for_ranks(config, method) else None,
+            rank_search=method.search if looks_for_ranks(config, method) else None,
             model_type=str(model.config.model_type),
             architecture=type(model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -455,7 +462,7 @@ def _calibration(
 ) -> Calibration | None:
     """The calibration data, where the method or the search for ranks reads any."""
     measures = bool(method.needs) and not config.stats
-    if not measures and not _reads_data_otherwise(config, method):
+    if not measures and not reads_data_otherwise(config, method):
         return None
     draw = Draw(config.calib_samples, config.seed, first=config.calib_order == "first")
     request = CalibrationRequest(config.calib_data, draw, config.calib_seq_len, config.calib_batch_size)
@@ -467,70 +474,6 @@ def _calibration(
             f"choose drone or asvd, or a task that the model fits with --task: {fitting_tasks(model_config)}"
         )
     return calibration
-
-
-def _searches_ranks(config: CompressConfig, method: Method) -> bool:
-    """Whether data say what the ranks are; where a file gives them they do not."""
-    return method.search != "uniform" and not config.ranks_json
-
-
-def _asks_for_losses(config: CompressConfig, method: Method) -> bool:
-    """Whether the search runs the model on data, beside what statistics say of them."""
-    return method.choose_ranks is not None and _searches_ranks(config, method)
-
-
-def _reads_data_otherwise(config: CompressConfig, method: Method) -> bool:
-    """Whether calibration data are read for something else than statistics of the dense model."""
-    return _asks_for_losses(config, method) or config.refine > 0
-
-
-def _looks_for_ranks(config: CompressConfig, method: Method) -> bool:
-    """Whether there are ranks to find: for a ratio, or by a search."""
-    return config.ratio is not None or _searches_ranks(config, method)
-
-
-def _check_inputs(config: CompressConfig, method: Method) -> None:
-    """Refuse inputs that the method, without a search for ranks, makes nothing of.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    if config.calib_inputs == "compressed":
-        if not method.needs:
-            raise ConfigError(
-                f"--calib-inputs is not used: {method.name} needs no statistics; pass --calib-inputs dense"
-            )
-        if "row_gradients" in method.needs:
-            raise ConfigError(
-                f"--calib-inputs compressed is not for {method.name} here, which weighs by gradients of the dense "
-                "model; pass --calib-inputs dense, or choose drone or asvd"
-            )
-
-
-def _check_options(config: CompressConfig, method: Method, output: Path) -> None:
-    """Refuse options that would do nothing or undo each other, and say which calibration data is not read.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    for name in ("asvd_search", "rank_search"):
-        if config.ranks_json and getattr(config, name):
-            raise ConfigError(f"--ranks-json gives the ranks that {flag(name)} would look for; leave out one of them")
-    if config.rank_steps == "fine" and not _looks_for_ranks(config, method):
-        raise ConfigError("--rank-steps fine is for ranks that are looked for, and these are given; leave it out")
-    for name in ("stats", "save_stats"):
-        if getattr(config, name) and not method.needs:
-            raise ConfigError(f"{flag(name)} is not used: {method.name} needs no statistics; leave it out")
-    if config.save_stats:
-        ours, theirs = _path(config.save_stats).absolute(), output.absolute()
-        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
-            raise ConfigError(
-                f"--save-stats {config.save_stats} and the output {output} lie in each other; separate them"
-            )
-    if config.stats and not (_path(config.stats) / INDEX_FILE).is_file():
-        raise ConfigError(f"{config.stats} holds no {INDEX_FILE}; give a directory that --save-stats wrote")
-    if config.calib_data and (config.stats or not method.needs) and not _reads_data_otherwise(config, method):
-        log.warning("the calibration data are not read: %s needs none here", method.name)
 
 
 def division(request: RankRequest, model_config: Any) -> RankRequest:

@@ -110,7 +110,7 @@ class Unfinished:
                     f"there is nothing to resume: {directory} holds no finished layer; leave out --resume"
                 )
         elif resume:
-            terms.check_same(_read(directory / TERMS_FILE), directory)
+            terms.check_same(read_terms(directory / TERMS_FILE), directory)
         elif not overwrite:
             raise ConfigError(
                 f"{directory} holds an interrupted run; pass --resume to continue it, or --overwrite to start anew"
@@ -157,7 +157,7 @@ class Unfinished:
         if not self.resumes:
             return
         # Another process may have begun anew since they were compared.
-        earlier = _read(self.directory / TERMS_FILE)
+        earlier = read_terms(self.directory / TERMS_FILE)
         self.terms.check_same(earlier, self.directory)
         if earlier.get("model") != fingerprint:
             raise ConfigError(
@@ -207,7 +207,12 @@ def _what_is_in(directory: Path) -> Literal["nothing", "work", "something else"]
     return "work" if TERMS_FILE in names and any(map(_DONE.fullmatch, names)) else "nothing"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_terms(file: Path) -> dict[str, Any]:
+    """What an interrupted run was asked for.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         terms = read_json(file)
     except (OSError, ValueError) as error:

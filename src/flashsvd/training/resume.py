@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 from flashsvd.common.json_file import read_json
 from flashsvd.common.options import flag
-from flashsvd.errors import CheckpointError, ConfigError, described, first_line
+from flashsvd.errors import CheckpointError, ConfigError, first_line
 from flashsvd.models.state import check_state
 from flashsvd.storage.atomic import parents_made, real_target, write_text
 from flashsvd.storage.scratch import Lock, Scratch, is_locked, leftover, take_away_leftovers
+from flashsvd.storage.unfinished import read_terms
 from flashsvd.storage.verify import tensor_shapes, weight_files
 from flashsvd.training.config import FinetuneConfig
 
@@ -67,7 +68,7 @@ class Workplace:
             )
         if is_locked(directory):
             raise ConfigError(f"another process trains in {directory}; wait for it, or choose another --output")
-        earlier = _read(directory / CONFIG_FILE)
+        earlier = read_terms(directory / CONFIG_FILE)
         if not config.resume:
             raise ConfigError(
                 f"{directory} holds an interrupted run; pass --resume to continue it, or remove that directory"
@@ -84,7 +85,7 @@ class Workplace:
         Raises:
             ConfigError: they are others.
         """
-        if self.resumes and _read(self.directory / CONFIG_FILE).get(_DATA, digest) != digest:
+        if self.resumes and read_terms(self.directory / CONFIG_FILE).get(_DATA, digest) != digest:
             raise ConfigError(
                 f"the training data are not those of the run to resume; restore them, or remove {self.directory}"
             )
@@ -182,7 +183,7 @@ def _what_is_in(directory: Path) -> Literal["nothing", "a training", "something 
         return "nothing"
     checkpoints = _checkpoints_in(directory)
     with contextlib.suppress(CheckpointError):
-        _read(directory / CONFIG_FILE)
+        read_terms(directory / CONFIG_FILE)
         return "a training"
     if any(map(_is_whole, checkpoints)):
         return "a training"
@@ -248,7 +249,7 @@ def keep_best_here(checkpoint: Path) -> None:
         CheckpointError: it is not there.
     """
     file = checkpoint / STATE_FILE
-    state = _read(file)
+    state = read_terms(file)
     noted = state.get("best_model_checkpoint")
     if noted is None:
         return
@@ -268,18 +269,6 @@ def _is_whole(checkpoint: Path) -> bool:
         read_json(checkpoint / STATE_FILE)
         return True
     return False
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        options = read_json(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({described(error)}); remove that directory to start anew"
-        ) from error
-    if not isinstance(options, dict):
-        raise CheckpointError(f"{file} holds no options; remove that directory to start anew")
-    return options
 
 
 def _check_same(earlier: dict[str, Any], config: FinetuneConfig) -> None:
